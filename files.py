@@ -67,7 +67,11 @@ class FolderLock:
         """Wait up to `wait_s` seconds for the lock. Raises UserError when another process keeps it."""
         import fcntl  # not on Windows, where runs go unlocked
         path = Path(folder) / ".lock"
-        self._file = open(path, "w")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "w")
+        except OSError as error:
+            raise UserError(f"cannot write in {folder}: {error.strerror}") from error
         deadline = time.monotonic() + wait_s
         while True:
             try:

@@ -1,0 +1,181 @@
+"""Checkpoints: plain data, written whole or not at all, checked when read; and models of any kind we know.
+
+logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always
+read with weights_only=True. `open_model` reads ours, Hugging Face's folders and names, nanoGPT's and build-nanogpt's.
+"""
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import hf_format
+from config import UserError
+from files import atomic_write, human_bytes
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, from_checkpoint, load_tokenizer
+
+CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
+
+
+class CheckpointError(UserError):
+    """A file that is no checkpoint, or a damaged one."""
+
+
+def checkpoint_path(log_dir, step):
+    """logs/model_00250.pt for step 250."""
+    return Path(log_dir) / f"model_{step:05d}.pt"
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint (a dict of plain data) atomically. Raises OSError, a full disk too; `path` is then as before."""
+    needed = checkpoint_bytes(checkpoint)
+    free = shutil.disk_usage(Path(path).parent).free
+    if free < needed:
+        raise OSError(f"{path} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left")
+    try:
+        with atomic_write(path) as f:
+            torch.save(checkpoint, f)
+    except RuntimeError as error:  # torch's zip writer hides the disk's error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def checkpoint_bytes(value):
+    """The bytes that a value takes in a checkpoint, near enough: its tensors and a little for the rest."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size() + 128
+    if isinstance(value, dict):
+        return 64 + sum(checkpoint_bytes(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return 64 + sum(checkpoint_bytes(v) for v in value)
+    return 64 + (len(value) if isinstance(value, str) else 0)
+
+
+def read_checkpoint(path, **options):
+    """The dict in a checkpoint file, on the CPU. Raises CheckpointError in one line for whatever is wrong."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint {path}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # a damaged zip, a pickle that asks for code: torch raises many kinds
+        why = "it asks to run code" if "weights_only" in str(error).lower() else "it is damaged"
+        raise CheckpointError(f"{path} cannot be loaded as a checkpoint: {why} or not one ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def list_checkpoints(log_dir):
+    """(step, path) of the numbered checkpoints in a folder, the newest step first."""
+    found = [(int(m[1]), p) for p in Path(log_dir).glob("model_*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_valid(log_dir, check, notice=print):
+    """(path, checkpoint) of the newest step that loads and that `check(checkpoint)` accepts, or None without any file.
+
+    Falls back past damaged files with a notice. Raises CheckpointError when there are files and none is good.
+    """
+    problem = None
+    for _, path in list_checkpoints(log_dir):
+        try:
+            checkpoint = read_checkpoint(path)
+            check(checkpoint, path)
+            return path, checkpoint
+        except CheckpointError as error:
+            problem = error
+            notice(f"skipping {error}")
+    if problem:
+        raise CheckpointError(f"no checkpoint in {log_dir} can be read ({problem}); move them away or choose another --log_dir")
+    return None
+
+
+def delete_old(log_dir, keep):
+    """Keep the `keep` newest numbered checkpoints of a folder."""
+    for _, path in list_checkpoints(log_dir)[keep:]:
+        path.unlink(missing_ok=True)
+
+
+@dataclass
+class OpenedModel:
+    """A model with what a script needs around it."""
+    model: GPT
+    tokenizer: Tokenizer | None   # None: the weights come without one (ids only)
+    source: str                   # the file, folder or name
+    step: int | None = None
+    val_loss: float | None = None
+    extra: dict = field(default_factory=dict)   # the checkpoint's other plain entries
+
+
+def open_model(source):
+    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name.
+
+    Raises UserError naming the file and what is wrong with it.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix == ".pt":
+        return _open_file(path)
+    model = GPT.from_pretrained(source)
+    tokenizer = load_tokenizer(path) if path.is_dir() and (path / "vocab.bpe").exists() else None
+    if tokenizer is None and model.config.vocab_size == 50257:
+        tokenizer = load_tokenizer(path)
+    return OpenedModel(model, tokenizer, str(source))
+
+
+def _open_file(path):
+    checkpoint = read_checkpoint(path)
+    if "model_args" in checkpoint:
+        config, step, val_loss = _nanogpt_config(checkpoint), checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+    else:
+        config, step, val_loss = checkpoint.get("config"), checkpoint.get("step"), checkpoint.get("val_loss")
+    model = build_model(config, checkpoint.get("model"), path)
+    tokenizer = from_checkpoint(checkpoint.get("tokenizer"))
+    if tokenizer.n_vocab > model.config.vocab_size:
+        tokenizer = None
+    extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
+    return OpenedModel(model, tokenizer, str(path), step, _plain_number(val_loss), extra)
+
+
+def build_model(config, state, source):
+    """The GPT of a checkpoint's config (dict) and state dict. Raises CheckpointError."""
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
+    try:
+        return GPT.from_state(config, clean_state(state))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def clean_state(state):
+    """A state dict without what torch.compile and DDP put before its names, and without stored causal masks."""
+    cleaned = {}
+    for key, tensor in state.items():
+        key = str(key)
+        while key.startswith(("_orig_mod.", "module.")):
+            key = key.split(".", 1)[1]
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            cleaned[key] = tensor
+    return cleaned
+
+
+def _nanogpt_config(checkpoint):
+    """nanoGPT's model_args as our config: it computes the exact GELU."""
+    args = checkpoint["model_args"]
+    names = GPTConfig.__dataclass_fields__
+    return {**{k: v for k, v in args.items() if k in names}, "activation": "gelu"} if isinstance(args, dict) else None
+
+
+def _plain_number(value):
+    return float(value) if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1) else None
+
+
+def newest_model(log_dir="logs"):
+    """The language model written last anywhere below `log_dir` (model_best.pt excepted). Raises UserError without one."""
+    files = [p for p in Path(log_dir).rglob("model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
+    if not files:
+        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with --checkpoint "
+                        "(a file, a Hugging Face folder, or gpt2)")
+    return max(files, key=lambda p: p.stat().st_mtime)

@@ -1,0 +1,292 @@
+"""GPT-2: the model of "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), exactly.
+
+Learned positions, LayerNorm before each block, tanh GELU, biases, output layer tied to the token embedding.
+Names of the parameters follow nanoGPT and Hugging Face (transformer.h.0.attn.c_attn.weight), matrices stand as
+nn.Linear stores them (out, in). Shapes are written where they change:
+
+    B batch    T time (tokens)    C channels = n_embd    nh heads    hs head size = C / nh    V vocabulary rows
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import hf_format
+
+GPT2_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),    # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),       # 1558M
+}
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),      # GPT-2
+    "gelu": F.gelu,                                            # nanoGPT trains with the exact one
+    "relu": F.relu,
+}
+IGNORED = -1  # a target that does not count
+
+
+def padded_vocab(n_vocab):
+    """The rows that a model we initialise has for a vocabulary: the next multiple of 64 (matrix units like those)."""
+    return -(-n_vocab // 64) * 64
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Raises ValueError for one that cannot be built."""
+    block_size: int = 1024
+    vocab_size: int = 50304            # rows of the embedding; 50257 in imported weights
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True                  # of linear layers and LayerNorms
+    tie_word_embeddings: bool = True   # the output layer is the token embedding
+    activation: str = "gelu_tanh"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number above 0, but is {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be >= 0 and < 1, but is {self.dropout!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but is {self.activation!r}")
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x, attn_mask=None, cache=None):
+        """x (B, T, C) -> (B, T, C). attn_mask: bool, broadcast to (B, nh, T, keys), True = may look; None: causal."""
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # each (B, nh, T, hs)
+                   for part in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.append(k, v)                                                  # (B, nh, keys, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=attn_mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide between them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
+        return F.dropout(self.c_proj(self.activation(self.c_fc(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, attn_mask=None, cache=None):
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), attn_mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The whole model: embeddings, n_layer blocks, a last LayerNorm, the output layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.recompute = False  # True: recompute each block in the backward pass instead of keeping its activations
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        """GPT-2's initialisation: N(0, 0.02); what writes to the residual stream 1/sqrt(2 n_layer) of that."""
+        if isinstance(module, nn.LayerNorm):
+            return  # ones and zeros already
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (CausalSelfAttention, MLP)):  # after its own layers: apply() visits children first
+            nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def hidden(self, idx, positions=None, attn_mask=None, cache=None):
+        """idx (B, T) int64 -> the last LayerNorm's output (B, T, C).
+
+        positions (T) or (B, T) and attn_mask (see CausalSelfAttention) are for packed rows; with a KVCache both
+        come from the cache. Raises ValueError when T exceeds block_size.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}")
+        if cache is not None:
+            positions, attn_mask = cache.begin(T)
+        elif positions is None:
+            positions = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)               # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.transformer.h):
+            if self.recompute and self.training:
+                x = checkpoint(block, x, attn_mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask, cache.layers[i] if cache is not None else None)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, reduction="mean", positions=None, attn_mask=None, cache=None):
+        """idx (B, T) -> logits (B, T, V); with targets (B, T) the cross-entropy instead, in nats, in fp32.
+
+        Targets of IGNORED do not count. reduction: "mean" or "sum" over the tokens, or "none" for (B, T).
+        """
+        logits = self.lm_head(self.hidden(idx, positions, attn_mask, cache))
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1),
+                               ignore_index=IGNORED, reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def n_params(self):
+        """The number of parameters; a tied output layer counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Floating-point operations to train on one token: 6N + 12 n_layer n_embd block_size (PaLM, appendix B)."""
+        c = self.config
+        return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def crop_block_size(self, block_size):
+        """Drop the positions from block_size on. Raises ValueError if there are not that many."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"the weights have {self.config.block_size} positions, block_size {block_size} needs more")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+        self.transformer.wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_state(cls, config, state):
+        """The model of a config (a dict) and a state dict, whose tensors it takes over.
+
+        Raises ValueError for a config that is none, and naming the first key that is missing, unknown or misshapen.
+        """
+        try:
+            with torch.device("meta"):  # nothing to initialise: the tensors come from `state`
+                model = cls(GPTConfig(**config))
+        except TypeError as error:
+            raise ValueError(f"not a GPT-2 config ({error})") from error
+        if model.config.tie_word_embeddings:
+            state = {**state, "lm_head.weight": state.get("transformer.wte.weight")}
+        expected = model.state_dict()
+        for key in sorted(expected.keys() | state.keys()):
+            if key not in expected or not isinstance(state.get(key), torch.Tensor):
+                raise ValueError(f"{'unknown' if key not in expected else 'missing'} weight {key}")
+            if state[key].shape != expected[key].shape:
+                raise ValueError(f"weight {key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}")
+        model.load_state_dict(state, assign=True)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model.requires_grad_(True)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """GPT-2 weights in Hugging Face format: a folder, or a name on the hub ("gpt2", ..., "gpt2-xl").
+
+        Raises UserError for a folder or name that holds none.
+        """
+        config, state = hf_format.read_pretrained(name_or_folder)
+        return hf_format.explain(lambda: cls.from_state(config, state), name_or_folder)
+
+    def config_dict(self):
+        """The config as plain values, for checkpoints."""
+        return asdict(self.config)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for B rows of different lengths; the caller owns it.
+
+    The first forward pass with it reads prompts, (B, T) right-padded; each later one a single token per row.
+    After each pass the caller adds what was read to `lengths` (B,). Padding leaves rubbish beyond a row's
+    length: later tokens write over it, and no mask ever shows it.
+    """
+
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.max_len = max_len
+        self.slots = torch.arange(max_len, device=device)
+        shape = (batch_size, config.n_head, max_len, config.n_embd // config.n_head)   # (B, nh, max_len, hs)
+        self.layers = [_LayerCache(self, torch.zeros(shape, dtype=dtype, device=device),
+                                   torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.n_layer)]
+        self.prefilling = True
+
+    def begin(self, T):
+        """The positions of the T tokens about to be read, and their attention mask (None: causal)."""
+        self.prefilling = T > 1
+        if self.prefilling:
+            return self.slots[:T], None
+        mask = self.slots[None, None, None, :] <= self.lengths[:, None, None, None]    # (B, 1, 1, max_len)
+        return self.lengths[:, None], mask
+
+    def copy_rows(self, rows, source, source_rows):
+        """Take over rows of another cache, whose max_len may be shorter."""
+        for mine, theirs in zip(self.layers, source.layers):
+            mine.k[rows, :, :source.max_len] = theirs.k[source_rows]
+            mine.v[rows, :, :source.max_len] = theirs.v[source_rows]
+        self.lengths[rows] = source.lengths[source_rows]
+
+
+class _LayerCache:
+    """One layer's share of a KVCache."""
+
+    def __init__(self, owner, k, v):
+        self.owner, self.k, self.v = owner, k, v
+
+    def append(self, k, v):
+        """Store the new keys and values (B, nh, T, hs); all those that the new tokens may look at."""
+        if self.owner.prefilling:
+            T = k.size(2)
+            self.k[:, :, :T], self.v[:, :, :T] = k, v
+            return k, v
+        index = self.owner.lengths[:, None, None, None].expand(-1, k.size(1), 1, k.size(3))
+        self.k.scatter_(2, index, k.to(self.k.dtype))
+        self.v.scatter_(2, index, v.to(self.v.dtype))
+        return self.k, self.v
+
+
+def parameter_groups(model, weight_decay):
+    """Two groups for an optimizer: matrices, which decay, and vectors (biases, LayerNorms), which do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]

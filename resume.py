@@ -1,0 +1,109 @@
+"""Going on with a run: which checkpoint, whether it is the same run, and the choices it was started with."""
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from checkpoint import CheckpointError, list_checkpoints, newest_valid, read_checkpoint
+from config import UserError, kept_fields
+from device import choose_dtype
+from plan import check_micro_batch_size, decay_start
+
+TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
+                    "resolved": dict, "data": str, "finished": bool}
+
+
+def find_checkpoint(config, notice):
+    """The checkpoint (a dict) that this start goes on from, or None for a fresh run. Raises UserError.
+
+    --resume auto: the newest valid one in log_dir; never: none, and log_dir must not hold a run; FILE: that one.
+    """
+    if config.resume == "never":
+        if list_checkpoints(config.log_dir) or (Path(config.log_dir) / "metrics.jsonl").exists():
+            raise UserError(f"--resume never, but {config.log_dir} holds a run; choose another --log_dir, or delete it")
+        return None
+    if config.resume != "auto":
+        checkpoint = read_checkpoint(config.resume)
+        check_training_entries(checkpoint, config.resume)
+        return checkpoint
+    found = newest_valid(config.log_dir, check_training_entries, notice)
+    return found[1] if found else None
+
+
+def check_training_entries(checkpoint, path):
+    """Raise CheckpointError unless the checkpoint holds all that training needs."""
+    for name, kind in TRAINING_ENTRIES.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise CheckpointError(f"{path} cannot be trained on: its entry {name!r} is missing or damaged "
+                                  f"(weights alone go in with --init_from {path})")
+
+
+def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
+    """Raise UserError, naming what differs, unless flags and data are those of the checkpoint's run.
+
+    gpt_config: the shape that the flags ask for, None for what they leave open.
+    """
+    stored, differing = checkpoint["train_config"], []
+    for name in kept_fields(type(config)):
+        if name in stored and stored[name] != getattr(config, name):
+            differing.append(f"--{name} {getattr(config, name)} (it has {stored[name]})")
+    for name, value in gpt_config.items():
+        if value is not None and value != checkpoint["config"].get(name):
+            differing.append(f"{name} {value} (it has {checkpoint['config'].get(name)})")
+    if fingerprint != checkpoint["data"]:
+        differing.append("other token shards in --data_dir")
+    if plan.warmup_steps != checkpoint["resolved"].get("warmup_steps"):
+        differing.append(f"--warmup_steps {plan.warmup_steps} (it has {checkpoint['resolved'].get('warmup_steps')})")
+    if differing:
+        raise UserError(f"{config.log_dir} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. Use its flags to "
+                        "continue it, or another --log_dir to start a new run")
+    _check_length(config, checkpoint, plan)
+
+
+def _check_length(config, checkpoint, plan):
+    """A run keeps its length, for the schedule depends on it; a wsd run may grow before its decay has begun."""
+    old = checkpoint["resolved"].get("max_steps")
+    if plan.max_steps == old:
+        return
+    may_grow = config.schedule == "wsd" and plan.max_steps > old and checkpoint["step"] <= checkpoint["resolved"]["decay_start"]
+    if not may_grow:
+        raise UserError(f"{config.log_dir} holds a run of {old} steps, now asked for {plan.max_steps}: its learning rates depend on "
+                        f"its length. To train its model further: --init_from {config.log_dir}/model_{checkpoint['step']:05d}.pt "
+                        "--log_dir NEW")
+
+
+def is_finished(config, checkpoint, plan):
+    """Whether the run has reached its last step, or its stop_loss, already."""
+    reached = 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
+    return checkpoint["finished"] and (checkpoint["step"] >= plan.max_steps or reached)
+
+
+def adopt_choices(config, runtime, checkpoint, local_windows):
+    """Take over what "auto" chose when the run began, where this machine allows: dtype, threads, micro-batch size.
+
+    Returns the micro-batch size (0 where it must be found anew).
+    """
+    stored = checkpoint["resolved"] if checkpoint else {}
+    if config.dtype == "auto" and "dtype" in stored and stored.get("device") == runtime.device.type:
+        try:
+            runtime.dtype_name = choose_dtype(stored["dtype"], runtime.hardware)
+        except UserError:
+            pass  # the notice of `differences` says it
+    if runtime.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and stored.get("world_size") == runtime.world_size:
+        torch.set_num_threads(min(stored.get("threads", torch.get_num_threads()), os.cpu_count()))
+    size = config.micro_batch_size or stored.get("micro_batch_size", 0)
+    if size:
+        try:
+            check_micro_batch_size(size, local_windows)
+        except UserError:
+            if config.micro_batch_size:
+                raise
+            size = 0
+    return size
+
+
+def differences(stored, resolved):
+    """What was resolved otherwise than when the run began, as "dtype bf16 instead of fp32"; equal: bitwise the same run."""
+    return [f"{k} {v} instead of {stored[k]}" for k, v in resolved.items() if k in stored and stored[k] != v and k != "max_steps"
+            and k != "decay_start"]

@@ -1,0 +1,244 @@
+"""The process around the loop: device and process group, a stop that all ranks agree on, seeds, provenance.
+
+`start(config)` is the one call: it sets a process up, yields its Runtime and tears it down.
+"""
+import contextlib
+import ctypes
+import datetime
+import gc
+import hashlib
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+from device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
+
+START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
+STEADY_TIMEOUT_S = 600   # after it: longer than the longest thing that rank 0 does alone (a save)
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+class StopRequested(Exception):
+    """Raised on all ranks at the same collective after any of them was signalled."""
+
+
+@dataclass
+class Runtime:
+    """What one process knows about itself and its peers."""
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    hardware: Hardware
+    dtype_name: str            # "bf16", "fp16" or "fp32"
+    stop_signal: str = ""      # the signal that this process received, if any
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    @property
+    def dtype(self):
+        return DTYPES[self.dtype_name]
+
+    def autocast(self):
+        """The context of a forward pass: matrix products in `dtype`, sums and norms in fp32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype_name != "fp32")
+
+    def print(self, *words):
+        """Print on rank 0."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def print_banner(self, lines):
+        """Print {title: text} as aligned lines on rank 0."""
+        self.print("\n".join(f"{title:>8}  {text}" for title, text in lines.items()))
+
+    def sum(self, *values):
+        """The sums over ranks of some numbers, as Python floats: one small collective."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        kind = torch.float64 if self.device.type != "mps" else torch.float32
+        tensor = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device) for v in values])
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def poll(self):
+        """Raise StopRequested on every rank if any rank was signalled. Every rank must call it."""
+        if self.sum(bool(self.stop_signal))[0]:
+            raise StopRequested
+
+    def together(self, action):
+        """action() on every rank; if it raised UserError on any, UserError on all, with host and rank of the first.
+
+        For facts that may differ between ranks: files of a node, memory of a card.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+        if self.world_size > 1:
+            problems = [None] * self.world_size
+            where = f" (on {socket.gethostname()}, rank {self.rank})"
+            dist.all_gather_object(problems, problem and problem + ("" if self.is_main else where))
+            problem = next((p for p in problems if p), None)
+        if problem:
+            raise UserError(problem)
+        return result
+
+    def from_main(self, action):
+        """What action() gives on rank 0, on every rank: plain data and tensors, so that only rank 0 needs the file.
+
+        Raises on every rank the UserError that action() raised.
+        """
+        value = self.together(action if self.is_main else lambda: None)
+        if self.world_size == 1:
+            return value
+        tensors = []
+        box = [_take_tensors(value, tensors)]
+        dist.broadcast_object_list(box, src=0)
+        return _put_tensors(box[0], self._broadcast_tensor, iter(tensors))
+
+    def _broadcast_tensor(self, shape, dtype, source):
+        """A CPU tensor of rank 0 on every rank, through the device that the process group speaks for."""
+        tensor = next(source) if self.is_main else torch.empty(shape, dtype=dtype)
+        moving = tensor.to(self.device).contiguous()
+        dist.broadcast(moving, src=0)
+        return tensor if self.is_main else moving.cpu()
+
+    def first_step_done(self):
+        """Shorten the time-outs to their steady length and take the garbage collector out of the loop's way."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=STEADY_TIMEOUT_S), dist.group.WORLD)
+        gc.collect()
+        gc.freeze()   # what lives now lives to the end: later collections need not look at it (nanochat's finding)
+
+
+@dataclass(frozen=True)
+class _TensorPlace:
+    """Stands for a tensor in a tree that is sent without its tensors."""
+    shape: tuple
+    dtype: torch.dtype
+
+
+def _take_tensors(tree, tensors):
+    """A copy of a tree of plain data with its tensors taken out into a list."""
+    if isinstance(tree, torch.Tensor):
+        tensors.append(tree)
+        return _TensorPlace(tuple(tree.shape), tree.dtype)
+    if isinstance(tree, dict):
+        return {k: _take_tensors(v, tensors) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_take_tensors(v, tensors) for v in tree)
+    return tree
+
+
+def _put_tensors(tree, fetch, source):
+    """The tree with fetch(shape, dtype, source) for each tensor that was taken out, in the same order."""
+    if isinstance(tree, _TensorPlace):
+        return fetch(tree.shape, tree.dtype, source)
+    if isinstance(tree, dict):
+        return {k: _put_tensors(v, fetch, source) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_put_tensors(v, fetch, source) for v in tree)
+    return tree
+
+
+@contextlib.contextmanager
+def start(config):
+    """Set the process up from its environment (torchrun's or none) and yield its Runtime.
+
+    Raises UserError for devices and dtypes that this machine lacks, before a process group exists.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    hardware = probe(device)
+    runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware))
+    die_with_launcher()
+    _catch_signals(runtime)
+    if getattr(config, "deterministic", False):
+        set_deterministic()
+    torch.set_float32_matmul_precision("high")  # TF32 where a card has it: fp32 products of bf16 runs' few fp32 matrices
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(seconds=START_TIMEOUT_S),
+                                device_id=device if device.type == "cuda" else None)
+    try:
+        yield runtime
+    except (UserError, SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:
+        if world_size == 1:
+            raise
+        # A dead rank must not wait for its peers on the way out: torchrun sees it end and stops the rest.
+        print(f"rank {rank} on {socket.gethostname()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)
+    if world_size > 1:
+        gc.unfreeze()
+        gc.collect()  # a DDP object that outlives the process group aborts the interpreter's exit
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def die_with_launcher():
+    """Under torchrun on Linux, ask the kernel to kill this process when torchrun dies, even by kill -9.
+
+    Otherwise the workers of a killed launcher train on, unseen. A plain `nohup python train.py &` is left alone.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before the kernel knew of our wish
+        os._exit(1)
+
+
+def _catch_signals(runtime):
+    """Turn the stop signals into a flag that the ranks agree on; a second SIGINT ends at once."""
+    def handler(number, frame):
+        if number == signal.SIGINT and runtime.stop_signal:
+            os._exit(130)
+        runtime.stop_signal = signal.Signals(number).name
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
+def seed_everything(*key):
+    """Seed torch's generators with a hash of the key: what is random in a step depends on (seed, step, rank) alone."""
+    torch.manual_seed(seed_from(*key))
+
+
+def seed_from(*key):
+    """A 63-bit seed, a pure function of the key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def provenance():
+    """Where this process' results come from: commit, versions, command; plain strings."""
+    here = Path(__file__).parent
+
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    return dict(git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+                torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+                host=socket.gethostname(), time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                argv=" ".join(sys.argv))
