@@ -1,9 +1,8 @@
-"""The drawing behind plot.py, lr_finder.py, the classifier and the app: logs in, matplotlib figures out.
+"""The drawing behind plot.py, lr_finder.py, the classifier and the app: numbers in, matplotlib figures out.
 
 Figures are made without pyplot: no display and no global state, so that a page may draw in several threads.
-matplotlib is imported where it draws; reading a run needs NumPy alone.
+matplotlib is imported where it draws, which keeps the start of the scripts that draw last short.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,10 @@ import numpy as np
 
 from config import UserError
 from files import atomic_write
+from history import human_count, last_finite
 
-FORMATS = ("png", "svg")
+FORMATS = (".png", ".svg")
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}
-EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before it is trained
-TRAINED = ("loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms", "peak_mem_gb")
-LOG_TXT_NAMES = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}
 
 # OpenAI's 124M models as build-nanogpt quotes them: acc_norm by its hellaswag.py (GPT-3: the paper's Table H.1),
 # loss on the FineWeb-Edu validation shard (GPT-2's tokenizer; comparable with no other text or vocabulary).
@@ -29,148 +26,317 @@ INK, GREY, LIGHT = "#222222", "#6f6f6f", "#e6e6e6"
 
 
 # -----------------------------------------------------------------------------
-# reading a run
+# curves of runs
 
-@dataclass
-class Series:
-    """One logged quantity in the order of steps; four arrays of one length (n,)."""
-    steps: np.ndarray    # int64, strictly increasing
-    tokens: np.ndarray   # float64, tokens trained on so far; NaN where the log does not say
-    hours: np.ndarray    # float64, summed time of the training steps so far; NaN where the log does not say
-    values: np.ndarray   # float64; NaN where the log holds NaN, infinity or null
+def draw_runs(runs, x="steps", title="", reference="auto"):
+    """A matplotlib Figure of any number of runs: loss, HellaSwag, learning rate, gradient norm; what was logged.
 
-    def last(self):
-        """The last finite value, or NaN."""
-        finite = self.values[np.isfinite(self.values)]
-        return float(finite[-1]) if len(finite) else float("nan")
-
-
-@dataclass
-class Run:
-    """What a log folder says, by the names of metrics.jsonl ("loss", "val_loss", ...); absent names have no key."""
-    name: str
-    path: Path                 # the log that was read
-    series: dict[str, Series]
-    skipped: int = 0           # lines that could not be read, a torn last line not counted
-
-    def last_step(self):
-        return int(max(s.steps[-1] for s in self.series.values()))
-
-
-def read_run(folder, tokens_per_step=524288):
-    """The Run in a folder: its metrics.jsonl, or where that is absent its log.txt (ours or build-nanogpt's).
-
-    log.txt has no tokens, so there they are counted with `tokens_per_step`. Where a resumed run logged a step
-    twice the later line counts. Raises UserError for a folder without a readable log.
+    x: steps, tokens or hours. title: "" is the name of a single run. reference: "auto" draws OpenAI's 124M models
+    into HellaSwag, "gpt2" the loss of GPT-2 on FineWeb-Edu besides, "none" nothing.
+    Raises UserError where a run's log does not hold `x`.
     """
-    folder = Path(folder)
-    path = next((p for p in (folder / "metrics.jsonl", folder / "log.txt") if p.is_file()), None)
-    if path is None:
-        raise UserError(_no_log(folder))
+    for run in runs:
+        if not any(np.isfinite(s.along(x)).any() for s in run.series.values()):
+            raise UserError(f"{run.path} does not tell the {x} of its steps; choose another --x")
+    logged = {name for run in runs for name in run.series}
+    panels = [[(_draw_loss, {"loss", "val_loss"}), (_draw_hellaswag, {"hella_acc", "hella_acc_norm"})],
+              [(_draw_lr, {"lr"}), (_draw_grad_norm, {"grad_norm"})]]
+    rows = [[draw for draw, names in row if names & logged] for row in panels]
+    figure, grid = _figure([len(row) for row in rows], heights=[3.7, 1.75], top=0.95)
+    styles = _styles(len(runs))
+    for row, axes in zip(rows, grid):
+        for draw, ax in zip(row, axes):
+            draw(ax, runs, styles, x, reference)
+            ax.set_xlim(left=0)
+            ax.xaxis.set_major_formatter(lambda value, _: human_count(value))
+    for ax in [axes for axes in grid if axes][-1]:
+        ax.set_xlabel(X_LABELS[x], color=GREY, fontsize=9)
+    _head(figure, runs, styles, title)
+    return figure
+
+
+@dataclass
+class _Style:
+    """How one run looks: a lone run's curves differ in colour, several runs differ from each other."""
+    train: str
+    val: str
+    raw: bool         # behind the smoothed curve, the values as logged
+    strength: float   # opacity of the smoothed training loss; full where no other run's validation loss crosses it
+
+
+def _styles(n):
+    if n == 1:
+        return [_Style(COLOURS[0], COLOURS[1], raw=True, strength=1.0)]
+    colours = COLOURS
+    if n > len(COLOURS):
+        import matplotlib
+        colours = [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, n))]
+    return [_Style(colour, colour, raw=n <= 3, strength=0.6) for colour in colours[:n]]
+
+
+def _draw_loss(ax, runs, styles, x, reference):
+    """Training loss as logged (faint) and smoothed, validation loss with a dot per evaluation."""
+    _axes(ax, "loss")
+    curves, train_ends, val_ends = [], [], []
+    for run, style in zip(runs, styles):
+        if "loss" in run.series:
+            train = run.series["loss"]
+            _draw_trained(ax, train, style, x)
+            curves.append(train.values)
+            train_ends.append((train.smoothed(), style.train, "normal"))
+        if "val_loss" in run.series:
+            val = run.series["val_loss"]
+            _draw_evaluated(ax, val, style.val, x)
+            curves.append(val.values)
+            val_ends.append((val.values, style.val, "bold"))
+    # Both numbers of many runs would be a thicket; validation is the one that compares.
+    ends = train_ends + val_ends if len(runs) == 1 else val_ends or train_ends
+    lines = _reference_lines(ax, LOSS_REFERENCES) if reference == "gpt2" else []
+    start = _limit(ax, curves, lines + [last_finite(values) for values, _, _ in ends])
+    if start is not None:
+        ax.text(0.05, 0.975, f"\u2191 from {start:.1f}", transform=ax.transAxes, va="top", color=GREY, fontsize=8.5)
+    _label_ends(ax, ends, "{:.3f}")
+    kinds = [("training, smoothed", dict(color=styles[0].train, alpha=styles[0].strength, lw=1.5), train_ends),
+             ("validation", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), val_ends)]
+    _legend(ax, kinds, "upper right", len(runs))
+
+
+def _draw_hellaswag(ax, runs, styles, x, reference):
+    """Accuracy by the mean loss per token of an ending (acc_norm, the one that is quoted), and by its sum (acc)."""
+    _axes(ax, "HellaSwag accuracy")
+    norms, plains = [], []
+    for run, style in zip(runs, styles):
+        if "hella_acc" in run.series:
+            acc = run.series["hella_acc"]
+            _draw_evaluated(ax, acc, style.train, x, ls="--", marker="", alpha=style.strength)
+            plains.append((acc.values, style.train, "normal"))
+        if "hella_acc_norm" in run.series:
+            norm = run.series["hella_acc_norm"]
+            _draw_evaluated(ax, norm, style.val, x)
+            norms.append((norm.values, style.val, "bold"))
+    lines = _reference_lines(ax, HELLASWAG_REFERENCES) if reference != "none" else []
+    _limit(ax, [values for values, _, _ in norms + plains], lines, share=1.0)
+    _label_ends(ax, norms + plains if len(runs) == 1 else norms or plains, "{:.4f}")
+    kinds = [("acc_norm", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), norms),
+             ("acc", dict(color=styles[0].train, lw=1.5, ls="--", alpha=styles[0].strength), plains)]
+    _legend(ax, kinds, "lower right", len(runs))
+
+
+def _draw_lr(ax, runs, styles, x, reference):
+    _axes(ax, "learning rate")
+    for run, style in zip(runs, styles):
+        if "lr" in run.series:
+            lr = run.series["lr"]
+            ax.plot(lr.along(x), lr.values, color=style.train, lw=1.5)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-"))
+
+
+def _draw_grad_norm(ax, runs, styles, x, reference):
+    _axes(ax, "gradient norm")
+    curves, ends = [], []
+    for run, style in zip(runs, styles):
+        if "grad_norm" in run.series:
+            norm = run.series["grad_norm"]
+            _draw_trained(ax, norm, style, x)
+            curves.append(norm.values)
+            ends.append((norm.smoothed(), style.train, "normal"))
+    _limit(ax, curves, [0.0] + [last_finite(values) for values, _, _ in ends])
+    _label_ends(ax, ends, "{:.2f}")
+
+
+# -----------------------------------------------------------------------------
+# pieces of a panel
+
+def _draw_trained(ax, series, style, x):
+    """A quantity of every training step: faint as logged, and smoothed."""
+    along = series.along(x)
+    if style.raw:
+        ax.plot(*_thin(along, series.values), color=style.train, alpha=0.22, lw=0.6, zorder=2)
+    ax.plot(*_thin(along, series.smoothed()), color=style.train, alpha=style.strength, lw=1.5, zorder=3)
+
+
+def _draw_evaluated(ax, series, colour, x, **look):
+    """A quantity of evaluations: a dot each while they can be told apart."""
+    marker = "o" if len(series.values) <= 50 else ""
+    ax.plot(series.along(x), series.values, **{**dict(color=colour, lw=1.5, marker=marker, ms=3.5, mec="white", mew=0.5,
+                                                      zorder=4), **look})
+
+
+def _thin(x, y, bins=2000):
+    """At most 2 * bins points of a long curve: the lowest and highest of each bin, so no spike is lost."""
+    if len(y) <= 2 * bins:
+        return x, y
+    parts = np.array_split(np.arange(len(y)), bins)
+    low, high = np.where(np.isnan(y), np.inf, y), np.where(np.isnan(y), -np.inf, y)
+    pick = sorted({i for part in parts for i in (part[low[part].argmin()], part[high[part].argmax()])})
+    return x[pick], y[pick]
+
+
+def _limit(ax, curves, must_show, share=0.95):
+    """Set the y axis to what matters; returns the highest first value where that is above the frame, else None.
+
+    A loss falls from 11 to 4 in a twentieth of a run and from 4 to 3 in the rest. Where the upper twentieth of the
+    values (or a spike) would take more than half of the height it is cut off, `must_show` excepted.
+    """
+    curves = [values[np.isfinite(values)] for values in curves]
+    curves = [values for values in curves if len(values)]
+    shown = [value for value in must_show if np.isfinite(value)]
+    if not curves:
+        return None
+    low = min([np.quantile(values, 0.002) for values in curves] + shown)
+    high = max([values.max() for values in curves] + shown)
+    body = max([np.quantile(values, share) for values in curves] + shown)
+    if body - low < 0.5 * (high - low):
+        high = body
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    ax.set_ylim(low - room if low else 0, high + room)
+    start = max(values[0] for values in curves)
+    return start if start > high + room else None
+
+
+def _reference_lines(ax, references):
+    """Draw a named horizontal line per reference; returns their heights."""
+    for name, value in references.items():
+        ax.axhline(value, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
+        ax.annotate(f"{name}  {value:g}", (0.015, value), xycoords=("axes fraction", "data"), xytext=(0, 2.5),
+                    textcoords="offset points", color=GREY, fontsize=8.5)
+    return list(references.values())
+
+
+def _label_ends(ax, ends, form):
+    """Write the last finite value of each (values, colour, weight) right of the axes, none upon another."""
+    ends = [end for end in ends if np.isfinite(last_finite(end[0]))]
+    low, high = ax.get_ylim()
+    height = ax.get_position().height * ax.figure.get_figheight()  # inches
+    gap = 0.145 / height                                           # a line of text, as a fraction of the axes
+    placed = -np.inf
+    for value, colour, weight in sorted((last_finite(values), *look) for values, *look in ends):
+        placed = max((value - low) / (high - low), placed + gap)
+        ax.annotate(form.format(value), (1.012, placed), xycoords="axes fraction", va="center", color=colour,
+                    weight=weight, fontsize=9)
+
+
+def _legend(ax, kinds, place, n_runs):
+    """Name the kinds of curves (label, line style, what was drawn of it); grey where colours stand for runs."""
+    from matplotlib.lines import Line2D
+    kinds = [(label, look if n_runs == 1 else {**look, "color": GREY}) for label, look, drawn in kinds if drawn]
+    ax.legend([Line2D([], [], **look) for _, look in kinds], [label for label, _ in kinds], loc=place, fontsize=8.5,
+              labelcolor=INK, facecolor="white", edgecolor="none", framealpha=0.85, borderaxespad=0.3)
+
+
+# -----------------------------------------------------------------------------
+# pieces of a figure
+
+def _figure(columns, heights, width=11.0, top=0.7):
+    """A Figure with rows of axes: columns[i] equal ones in row i, `heights` inches tall; empty rows take no room."""
+    from matplotlib.figure import Figure
+    left, right, between, bottom, below = 0.75, 0.75, 1.35, 0.6, 0.6  # inches
+    full = [(n, h) for n, h in zip(columns, heights) if n]
+    height = top + sum(h for _, h in full) + below * (len(full) - 1) + bottom
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
+    grid, y = [], height - top
+    for n, h in full:
+        w = (width - left - right - between * (n - 1)) / n
+        grid.append([figure.add_axes([(left + i * (w + between)) / width, (y - h) / height, w / width, h / height])
+                     for i in range(n)])
+        y -= h + below
+    return figure, grid
+
+
+def _axes(ax, title):
+    """Quiet axes: a light grid, no box, the title at the left in place of a turned label."""
+    ax.set_title(title, loc="left", fontsize=10, color=INK, weight="bold", pad=7)
+    ax.grid(color=LIGHT, lw=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=GREY, labelsize=8.5, length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color("#bbbbbb")
+
+
+def _head(figure, runs, styles, title):
+    """The title; under it the facts of a lone run, or the names of several in their colours."""
+    from matplotlib.lines import Line2D
+    left, height = figure.axes[0].get_position().x0, figure.get_figheight()
+    texts = [(title or (runs[0].name if len(runs) == 1 else ""), 0.32, dict(fontsize=15, weight="bold", color=INK))]
+    if len(runs) == 1:
+        texts.append((describe(runs[0]), 0.53, dict(fontsize=9.5, color=GREY)))
+    for text, inches, look in texts:
+        figure.text(left, 1 - inches / height, text, parse_math=False, **look)
+    if len(runs) > 1:
+        lines = [Line2D([], [], color=style.val, lw=3) for style in styles]
+        legend = figure.legend(lines, [run.name for run in runs], loc="center left", ncols=min(len(runs), 5),
+                               bbox_to_anchor=(left, 1 - (0.53 if title else 0.4) / height), frameon=False,
+                               fontsize=10, handlelength=1.2, borderpad=0, borderaxespad=0, columnspacing=1.8)
+        for label in legend.get_texts():
+            label.set(parse_math=False, color=INK)
+
+
+def describe(run):
+    """The facts of a run in a line: steps, tokens, hours, best validation loss; those that its log tells."""
+    last = max(run.series.values(), key=lambda s: s.steps[-1])
+    facts = [f"{run.last_step():,} steps"]
+    if np.isfinite(last.tokens[-1]):
+        facts.append(f"{human_count(last.tokens[-1])} tokens")
+    if np.isfinite(last.hours[-1]):
+        facts.append(f"{last.hours[-1]:.1f} hours" if last.hours[-1] >= 1 else f"{60 * last.hours[-1]:.1f} minutes")
+    if np.isfinite(run.best_val()[1]):
+        facts.append("best validation loss {1:.4f} at step {0:,}".format(*run.best_val()))
+    return "  ·  ".join(facts)
+
+
+def save_figure(figure, path):
+    """Write a figure as .png or .svg, by the suffix of the path, atomically. Raises UserError where that fails."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"cannot write {path}: the file's name must end in {' or '.join(FORMATS)}")
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        with atomic_write(path) as f:
+            figure.savefig(f, format=path.suffix.lower()[1:])
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    torn = lines.pop()  # "" after a complete last line; else the line that is being written right now
-    parse = _parse_json if path.suffix == ".jsonl" else _parse_columns
-    rows = [parse(line) for line in lines if line.strip()]
-    if path.suffix == ".jsonl":  # a number in columns may be cut short unseen, an object may not
-        rows += [row for row in [parse(torn)] if row]
-    good = [row for row in rows if row]
-    series = _collect(good, tokens_per_step if path.suffix == ".txt" else None)
-    if not series:
-        raise UserError(f"{path} holds no losses yet; wait for the run's first step, or name another folder")
-    return Run(folder.resolve().name, path, series, skipped=len(rows) - len(good))
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
 
 
-def _no_log(folder):
-    if not folder.exists():
-        return f"there is no folder {folder}; name the --log_dir of a run"
-    if not folder.is_dir():
-        return f"{folder} is a file; name the folder that holds metrics.jsonl or log.txt"
-    inside = sorted({p.parent.name for pattern in ("*/metrics.jsonl", "*/log.txt") for p in folder.glob(pattern)})
-    hint = f"; its folders {', '.join(inside[:5])} do" if inside else "; name the --log_dir of a run"
-    return f"{folder} holds no metrics.jsonl and no log.txt{hint}"
+# -----------------------------------------------------------------------------
+# figures of other scripts
+
+def draw_lr_finder(lrs, losses, smoothed, suggestions):
+    """A Figure of loss against learning rate (three arrays (n,)); marks each suggestion, name -> learning rate."""
+    figure, [[ax]] = _figure([1], [4.2], width=8.5, top=0.5)
+    _axes(ax, "loss by learning rate")
+    lrs, losses, smoothed = (np.asarray(a, dtype=float) for a in (lrs, losses, smoothed))
+    ax.plot(lrs, losses, ".", color=COLOURS[0], alpha=0.3, ms=4, mew=0, label="each step")
+    ax.plot(lrs, smoothed, color=COLOURS[0], lw=2, label="smoothed")
+    ax.set_xscale("log")
+    for (name, lr), colour, marker in zip(suggestions.items(), COLOURS[1:], "osD^vP"):
+        ax.axvline(lr, color=colour, lw=1, ls=(0, (4, 3)))
+        ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", ls="", zorder=5,
+                label=f"{name}: {lr:.2e}")
+    # The loss where the sweep diverges is of no interest, only that it does.
+    finite = smoothed[np.isfinite(smoothed)]
+    if len(finite):
+        start, low = finite[:max(1, len(finite) // 20)].mean(), finite.min()
+        room = (start - low) or 1.0
+        ax.set_ylim(low - 0.15 * room, start + 0.35 * room)
+    ax.set_xlabel("learning rate (log scale)", color=GREY, fontsize=9)
+    ax.legend(loc="lower left", fontsize=9, labelcolor=INK, frameon=True, facecolor="white", edgecolor="none")
+    return figure
 
 
-def _parse_json(line):
-    """A row {"step": int, name: value, ...}, or None for a line that is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and _is_step(row.get("step")) else None
-
-
-def _parse_columns(line):
-    """The row of `250 val 3.9123`, or None for a line of another form."""
-    try:
-        step, stream, value = line.split()
-        row = {"step": int(step), LOG_TXT_NAMES.get(stream, stream): float(value)}
-    except ValueError:
-        return None
-    return row if _is_step(row["step"]) else None
-
-
-def _is_step(value):
-    return type(value) is int and 0 <= value < 2**53
-
-
-def _collect(rows, tokens_per_step):
-    """The Series by name; tokens_per_step is None where the rows carry their tokens."""
-    steps = np.array([row["step"] for row in rows], dtype=np.int64)
-    tokens = np.array([_number(row.get("tokens")) for row in rows])
-    series = {}
-    for name in TRAINED + EVALUATED:
-        present = np.array([name in row for row in rows], dtype=bool)
-        if present.any():
-            values = np.array([_number(row[name]) for row in rows if name in row])
-            series[name] = _in_order(steps[present], tokens[present], values)
-            if tokens_per_step:
-                series[name].tokens = (series[name].steps + (name in TRAINED)) * float(tokens_per_step)
-    if "ms" in series:
-        ms = series["ms"]
-        clock = np.concatenate([[0.0], np.cumsum(np.nan_to_num(ms.values))]) / 3.6e6
-        for name, s in series.items():
-            s.hours = clock[np.searchsorted(ms.steps, s.steps, side="right" if name in TRAINED else "left")]
-    return series
-
-
-def _in_order(steps, tokens, values):
-    """A Series without the rows that a later row takes back: a step seen again cuts the log back to it."""
-    later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
-    keep = steps < later
-    return Series(steps[keep], tokens[keep], np.full(keep.sum(), np.nan), values[keep])
-
-
-def _number(value):
-    """A finite float, or NaN."""
-    try:
-        value = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return float("nan")
-    return value if np.isfinite(value) else float("nan")
-
-
-def smooth(values, half):
-    """The mean of each value and `half` neighbours on either side, (n,) -> (n,); NaN is left out and stays NaN.
-
-    Near the start the window shrinks on both sides alike, so that the steep first fall stays where it is; near
-    the end only its right side does, so that the last value is a mean and no single noisy step.
-    """
-    n = len(values)
-    finite = np.isfinite(values)
-    # Not a difference of cumulative sums: one enormous spike would cost every later value its digits.
-    window = np.ones(2 * half + 1)
-    sums = np.convolve(np.where(finite, values, 0.0), window)[half:half + n]
-    counts = np.convolve(finite, window)[half:half + n]
-    for i in range(min(half, n)):
-        start = slice(0, 2 * i + 1)
-        sums[i], counts[i] = values[start][finite[start]].sum(), finite[start].sum()
-    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
-
-
-def smooth_loss(run):
-    """The training losses (n,) as the curves show them: the mean of a 50th of the run around each step."""
-    values = run.series["loss"].values
-    return smooth(values, len(values) // 100)
+def draw_confusion(matrix, labels):
+    """A Figure of a confusion matrix: counts (n, n), rows true and columns predicted; colours are shares of a row."""
+    matrix = np.asarray(matrix)
+    n = len(labels)
+    side = float(np.clip(0.6 * n, 3.0, 9.0))
+    figure, [[ax]] = _figure([1], [side], width=side + 1.5, top=0.6)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if n <= 20:
+        for i, j in np.ndindex(n, n):
+            ax.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", fontsize=9,
+                    color="white" if shares[i, j] > 0.6 else INK)
+    ax.set_xticks(range(n), labels, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center", parse_math=False)
+    ax.set_yticks(range(n), labels, parse_math=False)
+    ax.set_xlabel("predicted")
+    ax.set_ylabel("true")
+    return figure

@@ -1,6 +1,5 @@
 """Going on with a run: which checkpoint, whether it is the same run, and the choices it was started with."""
 import os
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from checkpoint import CheckpointError, list_checkpoints, newest_valid, read_checkpoint
 from config import UserError, kept_fields
 from device import choose_dtype
-from plan import check_micro_batch_size, decay_start
+from plan import check_micro_batch_size
 
 TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
                     "resolved": dict, "data": str, "finished": bool}

@@ -9,30 +9,24 @@ Killed, preempted or crashed: the same command continues from the newest checkpo
 import contextlib
 import itertools
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import build_model, checkpoint_path, delete_old, open_model, save_checkpoint
+from assemble import assemble
+from checkpoint import checkpoint_path, delete_old, save_checkpoint
 from config import DeviceConfig, UserError, flag, parse_config, run_script
-from dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
-from device import attention_backend, choose_compile
+from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
 from files import FolderLock, human_bytes
-from hf_format import explain
 from inference import generate
 from metrics import RunLog
-from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab, parameter_groups
-from plan import CPU_TOKENS, MAX_STEPS, WARMUP_STEPS, Plan, decay_start, divisors, learning_rate_factor, make_plan
-from resume import adopt_choices, check_same_run, differences, find_checkpoint, is_finished
-from runtime import StopRequested, provenance, seed_everything, start
-from shards import ShardFolder
-from tokenizer import Tokenizer
+from model import GPT2_SIZES, IGNORED
+from plan import MAX_STEPS, WARMUP_STEPS, learning_rate_factor
+from runtime import StopRequested, seed_everything, start
 
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
-SLOW_STEP_S = 5           # a longer step is asked for a stop after each micro-batch
 
 
 @dataclass(kw_only=True)
@@ -63,6 +57,10 @@ class TrainConfig(DeviceConfig):
     warmup_steps: int | None = flag(None, f"steps of linear warm-up (default: {WARMUP_STEPS}, or a tenth of a shorter run)",
                                     group="schedule", low=0)
 
+    optimizer: str = flag("adamw", "adamw, or muon for the matrices inside the blocks and adamw for the rest", group="optimizer",
+                          choices=("adamw", "muon"), keep=True)
+    muon_lr: float = flag(0.02, "Muon's peak learning rate; follows the same schedule", group="optimizer", above=0, keep=True)
+    muon_weight_decay: float = flag(0.01, "Muon's", group="optimizer", low=0.0, keep=True)
     weight_decay: float = flag(0.1, "of matrices; vectors do not decay", group="optimizer", low=0.0, keep=True)
     beta1: float = flag(0.9, "AdamW's", group="optimizer", low=0.0, below=1.0, keep=True)
     beta2: float = flag(0.95, "AdamW's", group="optimizer", low=0.0, below=1.0, keep=True)
@@ -100,177 +98,10 @@ def main(argv=None):
         train(config, runtime)
 
 
-@dataclass
-class Run:
-    """What the loop works with."""
-    plan: Plan
-    folder: ShardFolder
-    tokenizer: Tokenizer
-    train_stream: TokenStream
-    val_stream: TokenStream
-    raw: GPT                          # the module itself: checkpoints, samples
-    provenance: dict
-    resolved: dict = field(default_factory=dict)   # what "auto" became
-    compiled: object = None           # raw, compiled or not: validation
-    ddp: object = None                # compiled, wrapped where there are several processes: training
-    optimizer: object = None
-    scaler: object = None
-    micro_batch_size: int = 0
-    first_step: int = 0
-    best_val_loss: float = float("inf")
-    val: tuple = (None, None)         # step and loss of the newest validation
-    save_failed: bool = False         # the newest checkpoint could not be written: try again at the next step
-    slow: bool = False                # a step lasts so long that a stop is looked for after each micro-batch
-
-
-def set_up(config, runtime):
-    """Everything that the loop needs, checked, before the first step; None where the run is finished already."""
-    folder = runtime.together(lambda: ShardFolder(config.data_dir))
-    tokenizer = runtime.together(folder.tokenizer)
-    runtime.together(lambda: folder.check_vocabulary(tokenizer.n_vocab))
-    checkpoint = runtime.from_main(lambda: find_checkpoint(config, runtime.print))
-    raw = make_model(config, runtime, tokenizer, checkpoint)
-    block_size = raw.config.block_size
-    train_stream, val_stream = TokenStream(folder.train, block_size), TokenStream(folder.val, block_size)
-    if config.eval_every:
-        n_val_windows(val_stream, config.val_tokens)
-    plan = make_plan(config, block_size, train_stream.n_windows, runtime.world_size)
-    run = Run(plan, folder, tokenizer, train_stream, val_stream, raw, provenance=provenance())
-    if checkpoint:
-        check_same_run(config, checkpoint, requested_shape(config), folder.fingerprint(), plan)
-        if is_finished(config, checkpoint, plan):
-            runtime.print(f"the run in {config.log_dir} is finished, at step {checkpoint['step']}; to train its model further: "
-                          f"--init_from {checkpoint_path(config.log_dir, checkpoint['step'])} --log_dir NEW")
-            return None
-        run.first_step, run.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
-    run.micro_batch_size = adopt_choices(config, runtime, checkpoint, plan.local_windows)
-    if not run.micro_batch_size:
-        run.micro_batch_size = next(d for d in divisors(plan.local_windows) if d == 1 or d * block_size <= CPU_TOKENS)
-    build(run, config, runtime, checkpoint)
-    describe(run, config, runtime, checkpoint)
-    warm_up(run, runtime)
-    return run
-
-
-def requested_shape(config):
-    """The shape that the flags ask for; None stands for what they leave to the weights of --init_from."""
-    named = GPT2_SIZES[config.model] if config.model else {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd")}
-    shape = dict(named, block_size=config.block_size)
-    if config.init_from == "scratch":
-        defaults = dict(GPT2_SIZES["gpt2"], block_size=1024)
-        shape = {name: defaults[name] if value is None else value for name, value in shape.items()}
-    return shape
-
-
-def make_model(config, runtime, tokenizer, checkpoint):
-    """The model on the CPU: the checkpoint's, or fresh, or from the weights that --init_from names."""
-    if checkpoint:
-        return build_model(checkpoint["config"], checkpoint["model"], f"the checkpoint in {config.log_dir}")
-    shape = requested_shape(config)
-    if config.init_from == "scratch":
-        seed_everything(config.seed, "initial weights")
-        return explain(lambda: GPT(GPTConfig(vocab_size=padded_vocab(tokenizer.n_vocab), dropout=config.dropout, **shape)), "flags")
-    stored = runtime.from_main(lambda: open_weights(config.init_from, tokenizer))
-    model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
-    if shape["block_size"] and shape["block_size"] < model.config.block_size:
-        model.crop_block_size(shape["block_size"])
-    for name, value in shape.items():
-        if value not in (None, getattr(model.config, name)):
-            raise UserError(f"--{name} {value}, but {config.init_from} has {getattr(model.config, name)}; leave the flag out")
-    return model
-
-
-def open_weights(source, tokenizer):
-    """Config and weights of a model to start from, as plain data. Raises UserError if its vocabulary is another one."""
-    opened = open_model(source)
-    if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
-        raise UserError(f"{source} speaks the vocabulary {opened.tokenizer.name!r}, the shards are in {tokenizer.name!r}")
-    if tokenizer.n_vocab > opened.model.config.vocab_size:
-        raise UserError(f"{source} has {opened.model.config.vocab_size} vocabulary rows, the shards need {tokenizer.n_vocab}")
-    return dict(config=opened.model.config_dict(), model=opened.model.state_dict())
-
-
-def build(run, config, runtime, checkpoint):
-    """Model on its device, compiled and wrapped; optimizer and scaler; their states from the checkpoint."""
-    shape = run.raw.config
-    attention = attention_backend(config.attention, runtime.device, runtime.dtype, shape.n_head, shape.n_embd // shape.n_head,
-                                  shape.block_size)
-    compile, notice = runtime.together(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
-    if notice:
-        runtime.print(notice)
-    run.raw.to(runtime.device).train()
-    run.compiled = torch.compile(run.raw, dynamic=False) if compile else run.raw
-    run.ddp = run.compiled
-    if runtime.world_size > 1:
-        run.ddp = DistributedDataParallel(run.compiled, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                          device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
-    run.optimizer = torch.optim.AdamW(parameter_groups(run.raw, config.weight_decay), lr=config.max_lr,
-                                      betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
-    run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype_name == "fp16")
-    if checkpoint:
-        restore(run, checkpoint)
-    run.resolved = dict(device=runtime.device.type, dtype=runtime.dtype_name, compile=compile, attention=attention,
-                        micro_batch_size=run.micro_batch_size, world_size=runtime.world_size, threads=torch.get_num_threads(),
-                        max_steps=run.plan.max_steps, warmup_steps=run.plan.warmup_steps, decay_start=decay_start(run.plan))
-
-
-def restore(run, checkpoint):
-    """Put the optimizer's and scaler's state back. Raises UserError for states that do not fit the model."""
-    try:
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        if run.scaler.is_enabled() and checkpoint["scaler"]:
-            run.scaler.load_state_dict(checkpoint["scaler"])
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's optimizer state does not fit the model ({error})") from error
-
-
-def warm_up(run, runtime):
-    """Two forward/backwards on dummy tokens through the final model, the first one synchronised.
-
-    Compiles, proves that the micro-batch fits, and lets DDP rebuild its buckets: after that the order of its sums
-    stays, so that a resumed run adds up as the first one did.
-    """
-    x = torch.zeros(run.micro_batch_size, run.raw.config.block_size, dtype=torch.long, device=runtime.device)
-    for sync in (True, False):
-        start_time = time.perf_counter()
-        with contextlib.nullcontext() if sync or runtime.world_size == 1 else run.ddp.no_sync():
-            with runtime.autocast():
-                loss = run.ddp(x, x)
-            run.scaler.scale(loss).backward()
-        loss.item()
-    run.optimizer.zero_grad(set_to_none=True)
-    seconds = (time.perf_counter() - start_time) * run.plan.local_windows / run.micro_batch_size
-    run.slow = runtime.sum(seconds)[0] / runtime.world_size > SLOW_STEP_S
-    runtime.poll()
-
-
-def describe(run, config, runtime, checkpoint):
-    """The banner: what this start will do."""
-    c, plan, resolved = run.raw.config, run.plan, run.resolved
-    accum = plan.local_windows // run.micro_batch_size
-    runtime.print_banner({
-        "model": f"GPT-2, {run.raw.n_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
-                 f"block_size {c.block_size}, vocabulary {c.vocab_size} ({run.tokenizer.name}, {run.tokenizer.n_vocab})",
-        "data": f"{config.data_dir}: {run.train_stream.n_tokens:,} train and {run.val_stream.n_tokens:,} val tokens in "
-                f"{len(run.folder.shards)} shards",
-        "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process(es) x {accum} micro-batches x "
-                f"{run.micro_batch_size} x {c.block_size}",
-        "length": f"{plan.max_steps} steps, {plan.epochs:.2f} epochs; {config.schedule} schedule, warm-up {plan.warmup_steps}",
-        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, attention {resolved['attention']}, compile "
-                   f"{'on' if resolved['compile'] else 'off'}, {resolved['threads']} threads, torch {torch.__version__}",
-        "files": f"{config.log_dir}: up to {config.keep_checkpoints} checkpoints of {human_bytes(16 * run.raw.n_params() * 0.75)}",
-    })
-    if checkpoint:
-        runtime.print(f"going on from step {run.first_step}")
-        changed = differences(checkpoint["resolved"], resolved)
-        if changed:
-            runtime.print(f"same tokens, not bitwise the same run: {', '.join(changed)}")
-
-
 def train(config, runtime):
     """At step k: evaluate, save, then train step k. The end, step max_steps, is evaluated and saved by the same lines."""
     lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else None)
-    run = set_up(config, runtime)
+    run = assemble(config, runtime)
     if run is None:
         return
     last_step, stop = run.plan.max_steps, False
@@ -349,11 +180,11 @@ def train_step(run, config, runtime, tokens, step):
 
 
 def set_learning_rate(run, config, step):
-    """Set the learning rate of a step in all parameter groups; returns it."""
-    lr = config.max_lr * learning_rate_factor(step, run.plan, config.schedule, config.min_lr / config.max_lr)
+    """Set the learning rates of a step, each group's peak times one factor; returns AdamW's."""
+    factor = learning_rate_factor(step, run.plan, config.schedule, config.min_lr / config.max_lr)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+        group["lr"] = group["peak_lr"] * factor
+    return config.max_lr * factor
 
 
 @torch.no_grad()

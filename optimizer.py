@@ -1,0 +1,122 @@
+"""AdamW, and Muon for the matrices inside the blocks (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/).
+
+Muon replaces a matrix' momentum by the nearest orthogonal matrix, found with five Newton-Schulz steps. Queries, keys
+and values share one matrix (c_attn) and are orthogonalised apart, as the author does. Every rank keeps all momenta, so
+checkpoints do not depend on the number of processes; the Newton-Schulz work is divided and the results gathered.
+"""
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+
+from model import parameter_groups
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)   # the quintic whose slope at 0 is steepest (the post above)
+
+
+def make_optimizer(model, config, runtime):
+    """The optimizer that --optimizer names; each parameter group carries its `peak_lr`. Covers every parameter once."""
+    matrices = []
+    if config.optimizer == "muon":
+        matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    rest = [dict(group, params=[p for p in group["params"] if not any(p is m for m in matrices)], peak_lr=config.max_lr)
+            for group in parameter_groups(model, config.weight_decay)]
+    adamw = torch.optim.AdamW([g for g in rest if g["params"]], lr=config.max_lr, betas=(config.beta1, config.beta2),
+                              eps=config.adam_eps, fused=True)
+    if not matrices:
+        return adamw
+    pieces = {p: 3 for name, p in model.named_parameters() if name.endswith("attn.c_attn.weight")}
+    muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.muon_weight_decay, pieces=pieces, dtype=runtime.dtype,
+                rank=runtime.rank, world_size=runtime.world_size)
+    for group in muon.param_groups:
+        group["peak_lr"] = config.muon_lr
+    return OptimizerPair(muon, adamw)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz steps, with decoupled weight decay; for matrices only.
+
+    Computes what torch.optim.Muon does (Nesterov, adjust_lr_fn="original": the rate times sqrt(max(1, rows /
+    columns))), but for all matrices of one shape at once. pieces: {parameter: into how many equal blocks of rows it is cut}.
+    Raises ValueError for a parameter that is no matrix.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01, ns_steps=5, pieces=None, dtype=torch.bfloat16,
+                 rank=0, world_size=1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+        if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon takes matrices only")
+        self._pieces = pieces or {}
+        self._dtype, self._rank, self._world_size = dtype, rank, world_size
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape = defaultdict(list)    # shape -> [(rows of the parameter, update)]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                n = self._pieces.get(p, 1)
+                for rows, piece in zip(p.chunk(n), update.chunk(n)):
+                    by_shape[piece.shape].append((rows, piece))
+            for (rows, columns), entries in by_shape.items():
+                updates = self._orthogonalize(torch.stack([piece for _, piece in entries]), group["ns_steps"])
+                for (target, _), update in zip(entries, updates):
+                    target.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _orthogonalize(self, batch, steps):
+        """newton_schulz of a batch (n, rows, columns), each rank doing its share."""
+        if self._world_size == 1:
+            return newton_schulz(batch, steps, self._dtype)
+        share = -(-len(batch) // self._world_size)
+        mine = batch[self._rank * share:(self._rank + 1) * share]
+        done = torch.zeros(share, *batch.shape[1:], dtype=self._dtype, device=batch.device)
+        if len(mine):
+            done[:len(mine)] = newton_schulz(mine, steps, self._dtype)
+        gathered = torch.empty(self._world_size * share, *batch.shape[1:], dtype=self._dtype, device=batch.device)
+        dist.all_gather_into_tensor(gathered, done)
+        return gathered[:len(batch)]
+
+
+def newton_schulz(batch, steps, dtype):
+    """Matrices (n, rows, columns), each with its singular values moved near 1: U V^T of its U S V^T, about."""
+    a, b, c = NEWTON_SCHULZ
+    x = batch.to(dtype)
+    if x.size(1) > x.size(2):
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)   # (aI + bG + cG^2) X
+    return x.mT if batch.size(1) > batch.size(2) else x
+
+
+class OptimizerPair:
+    """Two optimizers that step and are saved as one."""
+
+    def __init__(self, first, second):
+        self._both = (first, second)
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self._both for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self._both:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self._both:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self._both}
+
+    def load_state_dict(self, state):
+        for optimizer in self._both:
+            optimizer.load_state_dict(state[type(optimizer).__name__])

@@ -1,0 +1,68 @@
+"""Curves of one or more runs: loss, HellaSwag beside GPT-2 and GPT-3 124M, learning rate, gradient norm.
+
+    python plot.py logs                                         # writes logs/plot.png
+    python plot.py logs/adamw logs/muon --x hours --out compare.svg
+
+A run is a folder with metrics.jsonl, or with log.txt alone (ours or build-nanogpt's).
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from config import UserError, flag, parse_config, run_script
+from figures import X_LABELS, draw_runs, save_figure
+from history import last_finite, read_run
+
+
+@dataclass
+class PlotConfig:
+    runs: list[str] = flag([], "folders of runs: the --log_dir of each", group="what to draw", positional=True)
+    x: str = flag("steps", "the horizontal axis", group="what to draw", choices=tuple(X_LABELS))
+    reference: str = flag("auto", "OpenAI's models as lines; auto: 124M in HellaSwag; gpt2: the loss of GPT-2 124M on "
+                           "FineWeb-Edu besides", group="what to draw", choices=("auto", "gpt2", "none"))
+    title: str = flag("", "above the figure (default: the name of a single run)", group="what to draw")
+    tokens_per_step: int = flag(524288, "for runs that have log.txt alone, which does not say", group="what to draw",
+                                low=1)
+    out: str = flag("", "a .png or .svg file (default: plot.png in the first run's folder)", group="output")
+
+    def check(self):
+        if not self.runs:
+            raise UserError("name the folder of at least one run, for example: python plot.py logs")
+
+
+def main(argv=None):
+    config = parse_config(PlotConfig, argv, __doc__.splitlines()[0])
+    runs = [read_run(folder, config.tokens_per_step) for folder in dict.fromkeys(config.runs)]
+    figure = draw_runs(tell_apart(runs), config.x, config.title, config.reference)
+    out = Path(config.out or Path(config.runs[0]) / "plot.png")
+    save_figure(figure, out)
+    for run in runs:
+        print(summary(run))
+    print(f"wrote {out}")
+
+
+def tell_apart(runs):
+    """The runs; where names occur twice, each is the end of the run's path that no other run has."""
+    parts = [run.path.resolve().parent.parts for run in runs]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(runs) and depth < max(map(len, parts)):
+        depth += 1
+    return [replace(run, name="/".join(p[-depth:])) for run, p in zip(runs, parts)]
+
+
+def summary(run):
+    """One line: last step, training loss (smoothed), validation loss, best validation loss; those that were logged."""
+    facts = [f"step {run.last_step():,}"]
+    if "loss" in run.series:
+        facts.append(f"train {last_finite(run.series['loss'].smoothed()):.4f}")
+    if "val_loss" in run.series:
+        facts.append(f"val {last_finite(run.series['val_loss'].values):.4f}")
+        facts.append("best val {1:.4f} at step {0:,}".format(*run.best_val()))
+    if "hella_acc_norm" in run.series:
+        facts.append(f"HellaSwag {last_finite(run.series['hella_acc_norm'].values):.4f}")
+    if run.skipped:
+        facts.append(f"{run.skipped} unreadable lines left out")
+    return f"{run.path.parent}: {' | '.join(facts)}"
+
+
+if __name__ == "__main__":
+    run_script(main)
