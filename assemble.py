@@ -15,9 +15,11 @@ from dataloader import TokenStream, n_val_windows
 from device import attention_backend, choose_compile
 from files import human_bytes
 from hf_format import explain
+from memory import find_micro_batch_size
+from metrics import disk_bytes
 from model import GPT, GPT2_SIZES, GPTConfig, padded_vocab
 from optimizer import make_optimizer
-from plan import CPU_TOKENS, Plan, decay_start, divisors, make_plan
+from plan import Plan, decay_start, make_plan
 from resume import adopt_choices, check_same_run, differences, find_checkpoint, is_finished
 from runtime import provenance, seed_everything
 from shards import ShardFolder
@@ -43,9 +45,12 @@ class Run:
     scaler: object = None
     micro_batch_size: int = 0
     first_step: int = 0
+    last_step: int = 0                # max_steps, or sooner once stop_loss is reached
     best_val_loss: float = float("inf")
     val: tuple = (None, None)         # step and loss of the newest validation
     save_failed: bool = False         # the newest checkpoint could not be written: try again at the next step
+    bad_steps: int = 0                # in a row, whose update was skipped
+    scale_found: bool = False         # fp16: some update was made, so the loss scale is about right
     slow: bool = False                # a step lasts so long that a stop is looked for after each micro-batch
 
 
@@ -61,17 +66,18 @@ def assemble(config, runtime):
     if config.eval_every:
         n_val_windows(val_stream, config.val_tokens)
     plan = make_plan(config, block_size, train_stream.n_windows, runtime.world_size)
-    run = Run(plan, folder, tokenizer, train_stream, val_stream, raw, provenance=provenance())
+    run = Run(plan, folder, tokenizer, train_stream, val_stream, raw, provenance(), last_step=plan.max_steps)
     if checkpoint:
         check_same_run(config, checkpoint, requested_shape(config), folder.fingerprint(), plan)
         if is_finished(config, checkpoint, plan):
-            runtime.print(f"the run in {config.log_dir} is finished, at step {checkpoint['step']}; to train its model further: "
-                          f"--init_from {checkpoint_path(config.log_dir, checkpoint['step'])} --log_dir NEW")
+            runtime.print(f"the run in {config.log_dir} is finished, at step {checkpoint['step']}; to train its model "
+                          f"further: --init_from {checkpoint_path(config.log_dir, checkpoint['step'])} --log_dir NEW")
             return None
         run.first_step, run.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
     run.micro_batch_size = adopt_choices(config, runtime, checkpoint, plan.local_windows)
-    if not run.micro_batch_size:
-        run.micro_batch_size = next(d for d in divisors(plan.local_windows) if d == 1 or d * block_size <= CPU_TOKENS)
+    raw.to(runtime.device).train()
+    raw.recompute = config.recompute
+    run.micro_batch_size = find_micro_batch_size(raw, run.micro_batch_size, plan.local_windows, runtime)
     build(run, config, runtime, checkpoint)
     describe(run, config, runtime, checkpoint)
     warm_up(run, runtime)
@@ -80,7 +86,7 @@ def assemble(config, runtime):
 
 def requested_shape(config):
     """The shape that the flags ask for; None stands for what they leave to the weights of --init_from."""
-    named = GPT2_SIZES[config.model] if config.model else {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd")}
+    named = GPT2_SIZES.get(config.model) or {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd")}
     shape = dict(named, block_size=config.block_size)
     if config.init_from == "scratch":
         defaults = dict(GPT2_SIZES["gpt2"], block_size=1024)
@@ -95,14 +101,15 @@ def make_model(config, runtime, tokenizer, checkpoint):
     shape = requested_shape(config)
     if config.init_from == "scratch":
         seed_everything(config.seed, "initial weights")
-        return explain(lambda: GPT(GPTConfig(vocab_size=padded_vocab(tokenizer.n_vocab), dropout=config.dropout, **shape)), "flags")
+        vocab_size = padded_vocab(tokenizer.n_vocab)
+        return explain(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)), "flags")
     stored = runtime.from_main(lambda: open_weights(config.init_from, tokenizer))
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if shape["block_size"] and shape["block_size"] < model.config.block_size:
         model.crop_block_size(shape["block_size"])
     for name, value in shape.items():
         if value not in (None, getattr(model.config, name)):
-            raise UserError(f"--{name} {value}, but {config.init_from} has {getattr(model.config, name)}; leave the flag out")
+            raise UserError(f"--{name} {value}, but {config.init_from} has {getattr(model.config, name)}; leave it out")
     return model
 
 
@@ -110,33 +117,33 @@ def open_weights(source, tokenizer):
     """Config and weights of a model to start from, as plain data. Raises UserError if its vocabulary is another one."""
     opened = open_model(source)
     if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
-        raise UserError(f"{source} speaks the vocabulary {opened.tokenizer.name!r}, the shards are in {tokenizer.name!r}")
-    if tokenizer.n_vocab > opened.model.config.vocab_size:
-        raise UserError(f"{source} has {opened.model.config.vocab_size} vocabulary rows, the shards need {tokenizer.n_vocab}")
+        raise UserError(f"{source} speaks the vocabulary {opened.tokenizer.name}, the shards are in {tokenizer.name}")
+    rows = opened.model.config.vocab_size
+    if tokenizer.n_vocab > rows:
+        raise UserError(f"{source} has {rows} vocabulary rows, the shards need {tokenizer.n_vocab}")
     return dict(config=opened.model.config_dict(), model=opened.model.state_dict())
 
 
 def build(run, config, runtime, checkpoint):
     """Model on its device, compiled and wrapped; optimizer and scaler; their states from the checkpoint."""
     shape = run.raw.config
-    attention = attention_backend(config.attention, runtime.device, runtime.dtype, shape.n_head, shape.n_embd // shape.n_head,
-                                  shape.block_size)
+    attention = attention_backend(config.attention, runtime.device, runtime.dtype, shape)
     compile, notice = runtime.together(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
     if notice:
         runtime.print(notice)
-    run.raw.to(runtime.device).train()
     run.compiled = torch.compile(run.raw, dynamic=False) if compile else run.raw
     run.ddp = run.compiled
     if runtime.world_size > 1:
-        run.ddp = DistributedDataParallel(run.compiled, gradient_as_bucket_view=True, broadcast_buffers=False,
+        run.ddp = DistributedDataParallel(run.compiled, gradient_as_bucket_view=True,
                                           device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
     run.optimizer = make_optimizer(run.raw, config, runtime)
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype_name == "fp16")
     if checkpoint:
         restore(run, checkpoint)
     run.resolved = dict(device=runtime.device.type, dtype=runtime.dtype_name, compile=compile, attention=attention,
-                        micro_batch_size=run.micro_batch_size, world_size=runtime.world_size, threads=torch.get_num_threads(),
-                        max_steps=run.plan.max_steps, warmup_steps=run.plan.warmup_steps, decay_start=decay_start(run.plan))
+                        micro_batch_size=run.micro_batch_size, world_size=runtime.world_size,
+                        threads=torch.get_num_threads(), max_steps=run.plan.max_steps,
+                        warmup_steps=run.plan.warmup_steps, decay_start=decay_start(run.plan))
 
 
 def restore(run, checkpoint):
@@ -174,16 +181,18 @@ def describe(run, config, runtime, checkpoint):
     c, plan, resolved = run.raw.config, run.plan, run.resolved
     accum = plan.local_windows // run.micro_batch_size
     runtime.print_banner({
-        "model": f"GPT-2, {run.raw.n_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
-                 f"block_size {c.block_size}, vocabulary {c.vocab_size} ({run.tokenizer.name}, {run.tokenizer.n_vocab})",
+        "model": f"GPT-2, {run.raw.n_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels",
+        "tokens": f"block_size {c.block_size}, vocabulary {run.tokenizer.name} of {run.tokenizer.n_vocab:,} "
+                  f"(padded to {c.vocab_size:,})",
         "data": f"{config.data_dir}: {run.train_stream.n_tokens:,} train and {run.val_stream.n_tokens:,} val tokens in "
                 f"{len(run.folder.shards)} shards",
-        "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process(es) x {accum} micro-batches x "
-                f"{run.micro_batch_size} x {c.block_size}",
-        "length": f"{plan.max_steps} steps, {plan.epochs:.2f} epochs; {config.schedule} schedule, warm-up {plan.warmup_steps}",
-        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, attention {resolved['attention']}, compile "
-                   f"{'on' if resolved['compile'] else 'off'}, {resolved['threads']} threads, torch {torch.__version__}",
-        "files": f"{config.log_dir}: up to {config.keep_checkpoints} checkpoints of {human_bytes(16 * run.raw.n_params() * 0.75)}",
+        "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process{'es' * (runtime.world_size > 1)} x "
+                f"{accum} micro-batch{'es' * (accum > 1)} x {run.micro_batch_size} rows x {c.block_size}",
+        "length": f"{plan.max_steps:,} steps, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} schedule, "
+                  f"{plan.warmup_steps} steps of warm-up",
+        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, attention {resolved['attention']}, "
+                   f"compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
+        "disk": f"{human_bytes(disk_bytes(config, run.raw))} for {config.keep_checkpoints} checkpoints in {config.log_dir}",
     })
     if checkpoint:
         runtime.print(f"going on from step {run.first_step}")

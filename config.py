@@ -28,6 +28,10 @@ class UserError(Exception):
     """
 
 
+class RunFailed(UserError):
+    """A run that cannot go on, through no mistake in its flags: one line, exit status 1."""
+
+
 def flag(default=MISSING, help="", *, group="options", choices=None, low=None, high=None, above=None,
          below=None, keep=False, repeat=False, positional=False):
     """A dataclass field that is a command-line flag.
@@ -169,15 +173,19 @@ def run_script(main):
 
 
 def leave(error):
-    """Print the error on rank 0 and exit with status 2.
+    """Print the error on rank 0 and exit with status 2 (1 for a RunFailed).
 
     The other ranks stay until torchrun sees rank 0 end and signals them: the first exit makes torchrun
     kill the rest, and rank 0 might not have printed yet.
     """
+    status = 1 if isinstance(error, RunFailed) else 2
     if int(os.environ.get("RANK", 0)) != 0:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
         time.sleep(10)
-        os._exit(2)
+        os._exit(status)
     script = os.path.basename(sys.argv[0])
     print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(status)  # no interpreter exit: a living process group would abort it
+    sys.exit(status)

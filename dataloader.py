@@ -105,9 +105,9 @@ class TrainLoader:
     it had to wait. The thread reads uint16; the device widens.
     """
 
-    def __init__(self, order, windows_per_step, rank, world_size, device, first_step, last_step):
-        self._order, self._n, self._device = order, windows_per_step, device
-        self._rank, self._world_size = rank, world_size
+    def __init__(self, order, windows_per_step, runtime, first_step, last_step):
+        self._order, self._n, self._device = order, windows_per_step, runtime.device
+        self._rank, self._world_size = runtime.rank, runtime.world_size
         self._queue = queue.Queue(maxsize=2)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(first_step, last_step), daemon=True, name="loader")
@@ -162,18 +162,18 @@ def n_val_windows(stream, val_tokens):
     return min(stream.n_windows, max(1, val_tokens // stream.block_size))
 
 
-def val_batches(stream, n_windows, batch_size, rank, world_size, device):
+def val_batches(stream, n_windows, batch_size, runtime):
     """This rank's validation batches (x, y), each (batch_size, T) int64: always the same windows, in file order.
 
     The first n_windows are dealt out in batches; every rank gets the same number of batches of one shape, rows
     beyond the end having only IGNORED targets.
     """
-    per_round = batch_size * world_size
-    for first in range(rank * batch_size, -(-n_windows // per_round) * per_round, per_round):
+    per_round = batch_size * runtime.world_size
+    for first in range(runtime.rank * batch_size, -(-n_windows // per_round) * per_round, per_round):
         windows = np.arange(first, min(first + batch_size, n_windows))
         tokens = np.zeros((batch_size, stream.block_size + 1), dtype=np.int64)
         targets = np.full((batch_size, stream.block_size), IGNORED, dtype=np.int64)
         if len(windows):
             tokens[:len(windows)] = stream.read(windows)
             targets[:len(windows)] = tokens[:len(windows), 1:]
-        yield torch.from_numpy(tokens[:, :-1].copy()).to(device), torch.from_numpy(targets).to(device)
+        yield torch.from_numpy(tokens[:, :-1].copy()).to(runtime.device), torch.from_numpy(targets).to(runtime.device)

@@ -121,8 +121,8 @@ def enable_attention(backend):
         switch(backend in ("auto", name))
 
 
-def attention_backend(requested, device, dtype, n_head, head_size, block_size):
-    """The name of the backend that attention of this shape runs on, after enabling only what was requested.
+def attention_backend(requested, device, dtype, shape):
+    """The name of the backend that attention of a model's shape (a GPTConfig) runs on, after enabling only what was requested.
 
     Raises UserError for a backend that this device lacks.
     """
@@ -131,7 +131,8 @@ def attention_backend(requested, device, dtype, n_head, head_size, block_size):
         if requested not in ("auto", "math"):
             raise UserError(f"--attention {requested}: mps has no such backend; use auto or math")
         return "mps"
-    q = torch.zeros(1, n_head, block_size, head_size, device=device, dtype=dtype)
+    head_size = shape.n_embd // shape.n_head
+    q = torch.zeros(1, shape.n_head, shape.block_size, head_size, device=device, dtype=dtype)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of each reason against each backend

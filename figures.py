@@ -10,7 +10,7 @@ import numpy as np
 
 from config import UserError
 from files import atomic_write
-from history import human_count, last_finite
+from history import last_finite
 
 FORMATS = (".png", ".svg")
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}
@@ -18,7 +18,7 @@ X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of tr
 # OpenAI's 124M models as build-nanogpt quotes them: acc_norm by its hellaswag.py (GPT-3: the paper's Table H.1),
 # loss on the FineWeb-Edu validation shard (GPT-2's tokenizer; comparable with no other text or vocabulary).
 HELLASWAG_REFERENCES = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
-LOSS_REFERENCES = {"GPT-2 124M on FineWeb-Edu": 3.2924}
+LOSS_REFERENCES = {"GPT-2 124M": 3.2924}
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; their yellow is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -35,23 +35,30 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
     into HellaSwag, "gpt2" the loss of GPT-2 on FineWeb-Edu besides, "none" nothing.
     Raises UserError where a run's log does not hold `x`.
     """
+    end = 0.0
     for run in runs:
-        if not any(np.isfinite(s.along(x)).any() for s in run.series.values()):
+        along = np.concatenate([series.along(x) for series in run.series.values()])
+        if np.isnan(along).all():
             raise UserError(f"{run.path} does not tell the {x} of its steps; choose another --x")
+        end = max(end, np.nanmax(along))
+    end = end or 1.0  # a run that has only begun is at 0
     logged = {name for run in runs for name in run.series}
     panels = [[(_draw_loss, {"loss", "val_loss"}), (_draw_hellaswag, {"hella_acc", "hella_acc_norm"})],
               [(_draw_lr, {"lr"}), (_draw_grad_norm, {"grad_norm"})]]
     rows = [[draw for draw, names in row if names & logged] for row in panels]
-    figure, grid = _figure([len(row) for row in rows], heights=[3.7, 1.75], top=0.95)
+    columns = int(np.clip(100 // (max(len(run.name) for run in runs) + 7), 1, 6))  # of names above the figure
+    name_rows = -(-len(runs) // columns)
+    figure, grid = _figure([len(row) for row in rows], heights=[3.7, 1.75], top=0.73 + 0.22 * name_rows)
     styles = _styles(len(runs))
     for row, axes in zip(rows, grid):
         for draw, ax in zip(row, axes):
             draw(ax, runs, styles, x, reference)
-            ax.set_xlim(left=0)
+            ax.set_xlim(-0.012 * end, 1.012 * end)
+            ax.locator_params(axis="x", nbins=6)
             ax.xaxis.set_major_formatter(lambda value, _: human_count(value))
-    for ax in [axes for axes in grid if axes][-1]:
+    for ax in grid[-1]:
         ax.set_xlabel(X_LABELS[x], color=GREY, fontsize=9)
-    _head(figure, runs, styles, title)
+    _head(figure, runs, styles, title, columns)
     return figure
 
 
@@ -60,18 +67,18 @@ class _Style:
     """How one run looks: a lone run's curves differ in colour, several runs differ from each other."""
     train: str
     val: str
-    raw: bool         # behind the smoothed curve, the values as logged
-    strength: float   # opacity of the smoothed training loss; full where no other run's validation loss crosses it
+    raw: float        # opacity of the values as logged, behind the smoothed curve
+    strength: float   # opacity of the smoothed curve; full where no run's validation loss has the same colour
 
 
 def _styles(n):
     if n == 1:
-        return [_Style(COLOURS[0], COLOURS[1], raw=True, strength=1.0)]
+        return [_Style(COLOURS[0], COLOURS[1], raw=0.22, strength=1.0)]
     colours = COLOURS
-    if n > len(COLOURS):
+    if n > len(COLOURS):  # no palette has that many colours that stay apart; a scale at least keeps their order
         import matplotlib
-        colours = [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, n))]
-    return [_Style(colour, colour, raw=n <= 3, strength=0.6) for colour in colours[:n]]
+        colours = [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps["viridis"](np.linspace(0, 0.88, n))]
+    return [_Style(colour, colour, raw=0.12 if n <= 3 else 0, strength=0.6) for colour in colours[:n]]
 
 
 def _draw_loss(ax, runs, styles, x, reference):
@@ -91,11 +98,11 @@ def _draw_loss(ax, runs, styles, x, reference):
             val_ends.append((val.values, style.val, "bold"))
     # Both numbers of many runs would be a thicket; validation is the one that compares.
     ends = train_ends + val_ends if len(runs) == 1 else val_ends or train_ends
-    lines = _reference_lines(ax, LOSS_REFERENCES) if reference == "gpt2" else []
+    lines = _reference_lines(ax, LOSS_REFERENCES, above=False) if reference == "gpt2" else []
     start = _limit(ax, curves, lines + [last_finite(values) for values, _, _ in ends])
     if start is not None:
-        ax.text(0.05, 0.975, f"\u2191 from {start:.1f}", transform=ax.transAxes, va="top", color=GREY, fontsize=8.5)
-    _label_ends(ax, ends, "{:.3f}")
+        ax.text(0.085, 0.975, f"\u2191 from {start:.1f}", transform=ax.transAxes, va="top", color=GREY, fontsize=8.5)
+    _label_ends(ax, ends, "{:#.4g}")
     kinds = [("training, smoothed", dict(color=styles[0].train, alpha=styles[0].strength, lw=1.5), train_ends),
              ("validation", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), val_ends)]
     _legend(ax, kinds, "upper right", len(runs))
@@ -114,7 +121,7 @@ def _draw_hellaswag(ax, runs, styles, x, reference):
             norm = run.series["hella_acc_norm"]
             _draw_evaluated(ax, norm, style.val, x)
             norms.append((norm.values, style.val, "bold"))
-    lines = _reference_lines(ax, HELLASWAG_REFERENCES) if reference != "none" else []
+    lines = _reference_lines(ax, HELLASWAG_REFERENCES, above=True) if reference != "none" else []
     _limit(ax, [values for values, _, _ in norms + plains], lines, share=1.0)
     _label_ends(ax, norms + plains if len(runs) == 1 else norms or plains, "{:.4f}")
     kinds = [("acc_norm", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), norms),
@@ -127,9 +134,9 @@ def _draw_lr(ax, runs, styles, x, reference):
     for run, style in zip(runs, styles):
         if "lr" in run.series:
             lr = run.series["lr"]
-            ax.plot(lr.along(x), lr.values, color=style.train, lw=1.5)
+            ax.plot(*_thin(lr.along(x), lr.values), color=style.train, lw=1.5, alpha=style.strength)
     ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-"))
+    ax.yaxis.set_major_formatter(lambda value, _: human_rate(value))
 
 
 def _draw_grad_norm(ax, runs, styles, x, reference):
@@ -142,7 +149,8 @@ def _draw_grad_norm(ax, runs, styles, x, reference):
             curves.append(norm.values)
             ends.append((norm.smoothed(), style.train, "normal"))
     _limit(ax, curves, [0.0] + [last_finite(values) for values, _, _ in ends])
-    _label_ends(ax, ends, "{:.2f}")
+    if len(runs) <= 4:  # of more the norms lie upon each other
+        _label_ends(ax, ends, "{:.3g}")
 
 
 # -----------------------------------------------------------------------------
@@ -152,15 +160,14 @@ def _draw_trained(ax, series, style, x):
     """A quantity of every training step: faint as logged, and smoothed."""
     along = series.along(x)
     if style.raw:
-        ax.plot(*_thin(along, series.values), color=style.train, alpha=0.22, lw=0.6, zorder=2)
+        ax.plot(*_thin(along, series.values), color=style.train, alpha=style.raw, lw=0.6, zorder=2)
     ax.plot(*_thin(along, series.smoothed()), color=style.train, alpha=style.strength, lw=1.5, zorder=3)
 
 
 def _draw_evaluated(ax, series, colour, x, **look):
-    """A quantity of evaluations: a dot each while they can be told apart."""
-    marker = "o" if len(series.values) <= 50 else ""
-    ax.plot(series.along(x), series.values, **{**dict(color=colour, lw=1.5, marker=marker, ms=3.5, mec="white", mew=0.5,
-                                                      zorder=4), **look})
+    """A quantity of evaluations: a dot each."""
+    dots = dict(marker="o", ms=4, mec="white", mew=0.5) if len(series.values) <= 50 else dict(marker="o", ms=2.2)
+    ax.plot(series.along(x), series.values, **{**dict(color=colour, lw=1.5, zorder=4), **dots, **look})
 
 
 def _thin(x, y, bins=2000):
@@ -190,31 +197,33 @@ def _limit(ax, curves, must_show, share=0.95):
     if body - low < 0.5 * (high - low):
         high = body
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    ax.set_ylim(low - room if low else 0, high + room)
+    ax.set_ylim(low - room if low else 0, high + room)  # an axis from 0 stands on 0
     start = max(values[0] for values in curves)
     return start if start > high + room else None
 
 
-def _reference_lines(ax, references):
-    """Draw a named horizontal line per reference; returns their heights."""
+def _reference_lines(ax, references, above):
+    """Draw a named horizontal line per reference, the name on the side where curves come later; returns heights."""
     for name, value in references.items():
         ax.axhline(value, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
-        ax.annotate(f"{name}  {value:g}", (0.015, value), xycoords=("axes fraction", "data"), xytext=(0, 2.5),
-                    textcoords="offset points", color=GREY, fontsize=8.5)
+        ax.annotate(f"{name}  {value:g}", (0.015, value), xycoords=("axes fraction", "data"), color=GREY, fontsize=8.5,
+                    xytext=(0, 3 if above else -3), textcoords="offset points", va="bottom" if above else "top")
     return list(references.values())
 
 
 def _label_ends(ax, ends, form):
     """Write the last finite value of each (values, colour, weight) right of the axes, none upon another."""
-    ends = [end for end in ends if np.isfinite(last_finite(end[0]))]
+    ends = sorted((last_finite(values), colour, weight) for values, colour, weight in ends)
+    ends = [end for end in ends if np.isfinite(end[0])]
     low, high = ax.get_ylim()
-    height = ax.get_position().height * ax.figure.get_figheight()  # inches
-    gap = 0.145 / height                                           # a line of text, as a fraction of the axes
-    placed = -np.inf
-    for value, colour, weight in sorted((last_finite(values), *look) for values, *look in ends):
-        placed = max((value - low) / (high - low), placed + gap)
-        ax.annotate(form.format(value), (1.012, placed), xycoords="axes fraction", va="center", color=colour,
-                    weight=weight, fontsize=9)
+    line = 0.145 / (ax.get_position().height * ax.figure.get_figheight())  # inches of text, of the axes' height
+    stack = line * np.arange(len(ends))
+    wanted = np.array([(value - low) / (high - low) for value, _, _ in ends]) - stack
+    # Pushed up from below, and pushed down from above, they stand a line apart: so does the middle of the two.
+    places = (np.maximum.accumulate(wanted) + np.minimum.accumulate(wanted[::-1])[::-1]) / 2 + stack
+    for (value, colour, weight), place in zip(ends, places):
+        ax.annotate(form.format(value), (1, place), xycoords="axes fraction", xytext=(5, 0),
+                    textcoords="offset points", va="center", color=colour, weight=weight, fontsize=9)
 
 
 def _legend(ax, kinds, place, n_runs):
@@ -249,27 +258,27 @@ def _axes(ax, title):
     ax.set_title(title, loc="left", fontsize=10, color=INK, weight="bold", pad=7)
     ax.grid(color=LIGHT, lw=0.8)
     ax.set_axisbelow(True)
-    ax.tick_params(colors=GREY, labelsize=8.5, length=0)
+    ax.tick_params(colors=GREY, labelsize=8.5, length=0, which="both")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.spines["bottom"].set_color("#bbbbbb")
 
 
-def _head(figure, runs, styles, title):
+def _head(figure, runs, styles, title, columns):
     """The title; under it the facts of a lone run, or the names of several in their colours."""
     from matplotlib.lines import Line2D
     left, height = figure.axes[0].get_position().x0, figure.get_figheight()
-    texts = [(title or (runs[0].name if len(runs) == 1 else ""), 0.32, dict(fontsize=15, weight="bold", color=INK))]
+    if title or len(runs) == 1:
+        figure.text(left, 1 - 0.32 / height, shorten(title or runs[0].name, 70), fontsize=15, weight="bold", color=INK,
+                    parse_math=False)
     if len(runs) == 1:
-        texts.append((describe(runs[0]), 0.53, dict(fontsize=9.5, color=GREY)))
-    for text, inches, look in texts:
-        figure.text(left, 1 - inches / height, text, parse_math=False, **look)
-    if len(runs) > 1:
-        lines = [Line2D([], [], color=style.val, lw=3) for style in styles]
-        legend = figure.legend(lines, [run.name for run in runs], loc="center left", ncols=min(len(runs), 5),
-                               bbox_to_anchor=(left, 1 - (0.53 if title else 0.4) / height), frameon=False,
-                               fontsize=10, handlelength=1.2, borderpad=0, borderaxespad=0, columnspacing=1.8)
-        for label in legend.get_texts():
-            label.set(parse_math=False, color=INK)
+        figure.text(left, 1 - 0.53 / height, describe(runs[0]), fontsize=9.5, color=GREY)
+        return
+    legend = figure.legend([Line2D([], [], color=style.val, lw=3) for style in styles], [shorten(run.name, 90) for run in runs],
+                           loc="upper left", bbox_to_anchor=(left, 1 - (0.44 if title else 0.3) / height),
+                           ncols=columns, frameon=False, fontsize=10, labelcolor=INK, handlelength=1.2, borderpad=0,
+                           borderaxespad=0, columnspacing=1.8)
+    for name in legend.get_texts():
+        name.set_parse_math(False)
 
 
 def describe(run):
@@ -283,6 +292,25 @@ def describe(run):
     if np.isfinite(run.best_val()[1]):
         facts.append("best validation loss {1:.4f} at step {0:,}".format(*run.best_val()))
     return "  ·  ".join(facts)
+
+
+def shorten(text, length):
+    """The text, its end an ellipsis where it is longer than `length` characters."""
+    return text if len(text) <= length else text[:length - 1] + "\u2026"
+
+
+def human_count(n):
+    """A number for people: 950, 2.5k, 10B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{float(f'{n / size:.3g}'):g}{unit}"  # twice: 999.9 is 1000, not 1e+03
+    return f"{n:.3g}"
+
+
+def human_rate(rate):
+    """A learning rate for people: 6e-4, 1.5e-3."""
+    digits, power = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(power)}" if rate else "0"
 
 
 def save_figure(figure, path):
@@ -311,7 +339,7 @@ def draw_lr_finder(lrs, losses, smoothed, suggestions):
     for (name, lr), colour, marker in zip(suggestions.items(), COLOURS[1:], "osD^vP"):
         ax.axvline(lr, color=colour, lw=1, ls=(0, (4, 3)))
         ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", ls="", zorder=5,
-                label=f"{name}: {lr:.2e}")
+                label=f"{name}: {human_rate(lr)}")
     # The loss where the sweep diverges is of no interest, only that it does.
     finite = smoothed[np.isfinite(smoothed)]
     if len(finite):
@@ -325,18 +353,29 @@ def draw_lr_finder(lrs, losses, smoothed, suggestions):
 
 def draw_confusion(matrix, labels):
     """A Figure of a confusion matrix: counts (n, n), rows true and columns predicted; colours are shares of a row."""
+    from matplotlib.figure import Figure
     matrix = np.asarray(matrix)
     n = len(labels)
-    side = float(np.clip(0.6 * n, 3.0, 9.0))
-    figure, [[ax]] = _figure([1], [side], width=side + 1.5, top=0.6)
+    side = float(np.clip(0.55 * n, 3.0, 9.0)) + 1
+    figure = Figure(figsize=(side + 0.8, side), dpi=160, facecolor="white", layout="constrained")
+    ax = figure.subplots()
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    if n <= 20:
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if n <= 20:  # more counts are too small to read
         for i, j in np.ndindex(n, n):
-            ax.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", fontsize=9,
-                    color="white" if shares[i, j] > 0.6 else INK)
-    ax.set_xticks(range(n), labels, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center", parse_math=False)
-    ax.set_yticks(range(n), labels, parse_math=False)
-    ax.set_xlabel("predicted")
-    ax.set_ylabel("true")
+            ax.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color="white" if shares[i, j] > 0.6 else INK,
+                    fontsize=11 if n <= 5 else 8)
+    names = [shorten(str(label), 24) for label in labels]
+    size = 9 if n <= 20 else max(3, 240 / n)
+    ax.set_xticks(range(n), names, rotation=0 if n <= 4 else 45, ha="center" if n <= 4 else "right",
+                  rotation_mode="anchor", fontsize=size, parse_math=False)
+    ax.set_yticks(range(n), names, fontsize=size, parse_math=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("predicted", color=GREY)
+    ax.set_ylabel("true", color=GREY)
+    bar = figure.colorbar(image, ax=ax, fraction=0.04, format=lambda share, _: f"{share:.0%}")
+    bar.set_label("share of the true class", color=GREY)
+    bar.ax.tick_params(colors=GREY, labelsize=8.5, length=0)
+    bar.outline.set_visible(False)
     return figure

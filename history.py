@@ -38,6 +38,7 @@ class Run:
     skipped: int = 0           # lines that could not be read, a torn last line not counted
 
     def last_step(self):
+        """The last step that any row is about."""
         return int(max(s.steps[-1] for s in self.series.values()))
 
     def best_val(self):
@@ -56,23 +57,25 @@ def read_run(folder, tokens_per_step=524288):
     twice the later line counts. Raises UserError for a folder without a readable log.
     """
     folder = Path(folder)
-    path = next((p for p in (folder / "metrics.jsonl", folder / "log.txt") if p.is_file()), None)
-    if path is None:
-        raise UserError(_no_log(folder))
     try:
+        path = next((p for p in (folder / "metrics.jsonl", folder / "log.txt") if p.is_file()), None)
+        if path is None:
+            raise UserError(_no_log(folder))
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    torn = lines.pop()  # "" after a complete last line; else the line that is being written right now
-    parse = _parse_json if path.suffix == ".jsonl" else _parse_columns
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    torn = lines.pop()  # "" after a complete last line, else the line that is being written right now
+    is_json = path.suffix == ".jsonl"
+    parse = _parse_json if is_json else _parse_columns
     rows = [parse(line) for line in lines if line.strip()]
-    if path.suffix == ".jsonl":  # a number in columns may be cut short unseen, an object may not
-        rows += [row for row in [parse(torn)] if row]
     good = [row for row in rows if row]
-    series = _collect(good, tokens_per_step if path.suffix == ".txt" else None)
-    if not series:
+    skipped = len(rows) - len(good)
+    if is_json and parse(torn):  # complete but for its end of line; in columns a number may be cut short unseen
+        good.append(parse(torn))
+    series = _collect(good, None if is_json else tokens_per_step)
+    if not series.keys() & {"loss", *EVALUATED}:
         raise UserError(f"{path} holds no losses yet; wait for the run's first step, or name another folder")
-    return Run(folder.resolve().name, path, series, skipped=len(rows) - len(good))
+    return Run(folder.resolve().name, path, series, skipped)
 
 
 def _no_log(folder):
@@ -91,7 +94,7 @@ def _parse_json(line):
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and _is_step(row.get("step")) else None
+    return row if isinstance(row, dict) and _is_count(row.get("step")) else None
 
 
 def _parse_columns(line):
@@ -101,22 +104,22 @@ def _parse_columns(line):
         row = {"step": int(step), LOG_TXT_NAMES.get(stream, stream): float(value)}
     except ValueError:
         return None
-    return row if _is_step(row["step"]) else None
+    return row if _is_count(row["step"]) else None
 
 
-def _is_step(value):
+def _is_count(value):
     return type(value) is int and 0 <= value < 2**53
 
 
 def _collect(rows, tokens_per_step):
     """The Series by name; tokens_per_step is None where the rows carry their tokens."""
     steps = np.array([row["step"] for row in rows], dtype=np.int64)
-    tokens = np.array([_number(row.get("tokens")) for row in rows])
+    tokens = _floats([row.get("tokens") for row in rows])
     series = {}
     for name in TRAINED + EVALUATED:
         present = np.array([name in row for row in rows], dtype=bool)
         if present.any():
-            values = np.array([_number(row[name]) for row in rows if name in row])
+            values = _floats([row[name] for row in rows if name in row])
             series[name] = _in_order(steps[present], tokens[present], values)
             if tokens_per_step:
                 series[name].tokens = (series[name].steps + (name in TRAINED)) * float(tokens_per_step)
@@ -135,13 +138,10 @@ def _in_order(steps, tokens, values):
     return Series(steps[keep], tokens[keep], np.full(keep.sum(), np.nan), values[keep])
 
 
-def _number(value):
-    """A finite float, or NaN."""
-    try:
-        value = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return float("nan")
-    return value if np.isfinite(value) else float("nan")
+def _floats(values):
+    """A float64 array (n,); NaN for infinity, null and whatever else is no number."""
+    numbers = np.array([v if type(v) is float or _is_count(v) else None for v in values], dtype=float)
+    return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
 def smooth(values, half):
@@ -166,11 +166,3 @@ def last_finite(values):
     """The last finite value, or NaN."""
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if len(finite) else float("nan")
-
-
-def human_count(n):
-    """A number for people: 950, 2.5k, 10B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.4g}{unit}"
-    return f"{n:.4g}"

@@ -12,42 +12,57 @@ from pathlib import Path
 
 import torch
 
-from files import atomic_write
+from files import atomic_write, human_bytes
+from plan import make_plan
 
 
 class RunLog:
     """The log of a run: rank 0 writes and prints, the other ranks' logs do nothing."""
 
-    def __init__(self, runtime, log_dir, first_step, max_steps, tokens_per_step, flops_per_token):
-        """Cut the files of an earlier start back to `first_step`, and append from there."""
-        self._runtime, self._tokens_per_step = runtime, tokens_per_step
-        self.max_steps = max_steps
-        self._flops_per_token = flops_per_token
+    def __init__(self, runtime, log_dir, run):
+        """Cut the files of an earlier start back to run.first_step, and append from there."""
+        self._runtime, self._run = runtime, run
+        self._tokens_per_step = run.plan.tokens_per_step
+        self._flops_per_token = run.raw.flops_per_token()
         self._recent_ms = deque(maxlen=50)
-        self._pauses = defaultdict(list)      # kind -> [every, seconds of each pause ...]
+        self._pauses = defaultdict(list)      # (kind, every) -> seconds of each pause
+        self.steps_done = 0
         if runtime.is_main:
             log_dir = Path(log_dir)
-            cut_back(log_dir / "log.txt", first_step, lambda line: int(line.split()[0]))
-            cut_back(log_dir / "metrics.jsonl", first_step, lambda line: int(json.loads(line)["step"]))
+            cut_back(log_dir / "log.txt", run.first_step, lambda line: int(line.split()[0]))
+            cut_back(log_dir / "metrics.jsonl", run.first_step, lambda line: int(json.loads(line)["step"]))
             self._text = open(log_dir / "log.txt", "a", encoding="utf-8", buffering=1)
             self._json = open(log_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
 
-    def train(self, step, loss, lr, grad_norm, seconds, data_wait_s, note=""):
-        """Log one optimizer step: loss in nats, its duration in seconds, the part of it spent waiting for data."""
+    def start_clock(self):
+        """The step that `train` logs next begins now: evaluation and saving are outside the clock."""
+        self._clock = time.perf_counter()
+
+    def train(self, step, result, lr, data_wait_s):
+        """Log one optimizer step (a StepResult) and the part of its time spent waiting for data."""
+        seconds = time.perf_counter() - self._clock
         self._recent_ms.append(1000 * seconds)
+        self.steps_done += 1
         if not self._runtime.is_main:
             return
         tok_per_sec = self._tokens_per_step / seconds
         peak = self._runtime.hardware.peak_flops()
         mfu = tok_per_sec * self._flops_per_token / (peak * self._runtime.world_size) if peak else None
-        self._text.write(f"{step} train {loss:.6f}\n")
-        self._row(step, (step + 1) * self._tokens_per_step, loss=loss, lr=lr, grad_norm=grad_norm, ms=1000 * seconds,
-                  tok_per_sec=tok_per_sec, mfu=mfu, data_wait_ms=1000 * data_wait_s, peak_mem_gb=peak_memory_gb(self._runtime))
-        parts = [f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}", f"loss {loss:.4f}", f"lr {lr:.2e}",
-                 f"norm {grad_norm:.3f}", f"{1000 * seconds:.0f} ms", f"{tok_per_sec:,.0f} tok/s"]
+        self._text.write(f"{step} train {result.loss:.6f}\n")
+        self._row(step, (step + 1) * self._tokens_per_step, loss=result.loss, lr=lr, grad_norm=result.grad_norm,
+                  ms=1000 * seconds, tok_per_sec=tok_per_sec, mfu=mfu, data_wait_ms=1000 * data_wait_s,
+                  peak_mem_gb=peak_memory_gb(self._runtime))
+        parts = [f"step {step:>{len(str(self._run.last_step))}}/{self._run.last_step}", f"loss {result.loss:.4f}",
+                 f"lr {lr:.2e}", f"norm {result.grad_norm:.3f}", f"{1000 * seconds:.0f} ms", f"{tok_per_sec:,.0f} tok/s"]
         parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
-        parts += [f"eta {self.eta(step)}"] + ([note] if note else [])
-        print(" | ".join(parts), flush=True)
+        print(" | ".join([*parts, f"eta {self.eta(step)}"]), flush=True)
+
+    def skipped(self, step, reason, windows):
+        """Log that a step's update was skipped, and the windows of the train split that it read."""
+        if self._runtime.is_main:
+            self._row(step, (step + 1) * self._tokens_per_step, skipped=reason, windows=windows.tolist())
+            print(f"step {step}: update skipped on all ranks, {reason} (windows {windows[0]}, {windows[-1]} and "
+                  f"{len(windows) - 2} others: metrics.jsonl)", flush=True)
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
@@ -89,10 +104,29 @@ class RunLog:
 
     def eta(self, step):
         """The time left after this step, evaluations and saves included, as 5h31m."""
-        left = self.max_steps - step - 1
+        left = self._run.last_step - step - 1
         seconds = left * sum(self._recent_ms) / len(self._recent_ms) / 1000
         seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._pauses.items() if every)
         return human_time(seconds)
+
+    def forecast(self, config, val_tokens):
+        """What the full run takes, from two steps and one evaluation over val_tokens of its tokens."""
+        plan, mean = make_plan(config, self._run.raw.config.block_size, self._run.train_stream.n_windows,
+                               self._runtime.world_size), lambda times: sum(times) / len(times)
+        step_s = self._recent_ms[-1] / 1000
+        every = dict(validation=config.eval_every, samples=config.sample_every, checkpoint=config.checkpoint_every)
+        pauses = {kind: mean(times) * (config.val_tokens / val_tokens if kind == "validation" else 1)
+                  for (kind, _), times in self._pauses.items()}
+        total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)
+                                              for kind, s in pauses.items())
+        return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "
+                f"run of {plan.max_steps} steps takes about {human_time(total)} and "
+                f"{human_bytes(disk_bytes(config, self._run.raw))} of disk. Nothing was kept.")
+
+
+def disk_bytes(config, model):
+    """The disk that a run's checkpoints need: weights and AdamW's two moments, one of them while it is replaced."""
+    return model.n_params() * 4 * (3 * (config.keep_checkpoints + 1) + 2)
 
 
 def cut_back(path, first_step, step_of):

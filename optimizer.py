@@ -57,7 +57,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -79,7 +81,7 @@ class Muon(torch.optim.Optimizer):
         if len(mine):
             done[:len(mine)] = newton_schulz(mine, steps, self._dtype)
         gathered = torch.empty(self._world_size * share, *batch.shape[1:], dtype=self._dtype, device=batch.device)
-        dist.all_gather_into_tensor(gathered, done)
+        dist.all_gather(list(gathered.chunk(self._world_size)), done)
         return gathered[:len(batch)]
 
 

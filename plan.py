@@ -7,7 +7,6 @@ from config import UserError
 MAX_STEPS = 19073          # 10B tokens in steps of 524,288
 WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
 DECAY_FRACTION = 0.3       # of a wsd run: the linear decay at its end
-CPU_TOKENS = 4096          # tokens a micro-batch on a CPU: more only costs memory
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class PlotConfig:
 
 def main(argv=None):
     config = parse_config(PlotConfig, argv, __doc__.splitlines()[0])
-    runs = [read_run(folder, config.tokens_per_step) for folder in dict.fromkeys(config.runs)]
+    folders = {Path(folder).resolve(): folder for folder in config.runs}  # one named twice is drawn once
+    runs = [read_run(folder, config.tokens_per_step) for folder in folders.values()]
     figure = draw_runs(tell_apart(runs), config.x, config.title, config.reference)
     out = Path(config.out or Path(config.runs[0]) / "plot.png")
     save_figure(figure, out)
@@ -42,7 +43,7 @@ def main(argv=None):
 
 def tell_apart(runs):
     """The runs; where names occur twice, each is the end of the run's path that no other run has."""
-    parts = [run.path.resolve().parent.parts for run in runs]
+    parts = [run.path.parent.resolve().parts for run in runs]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(runs) and depth < max(map(len, parts)):
         depth += 1
@@ -60,7 +61,7 @@ def summary(run):
     if "hella_acc_norm" in run.series:
         facts.append(f"HellaSwag {last_finite(run.series['hella_acc_norm'].values):.4f}")
     if run.skipped:
-        facts.append(f"{run.skipped} unreadable lines left out")
+        facts.append(f"{run.skipped} unreadable line{'s' * (run.skipped > 1)} left out")
     return f"{run.path.parent}: {' | '.join(facts)}"
 
 

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import os
 import platform
+import shlex
 import signal
 import socket
 import subprocess
@@ -72,6 +73,14 @@ class Runtime:
         tensor = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device) for v in values])
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def minimum(self, value):
+        """The smallest of the ranks' numbers."""
+        if self.world_size == 1:
+            return float(value)
+        tensor = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor.item()
 
     def poll(self):
         """Raise StopRequested on every rank if any rank was signalled. Every rank must call it."""
@@ -170,7 +179,7 @@ def start(config):
     _catch_signals(runtime)
     if getattr(config, "deterministic", False):
         set_deterministic()
-    torch.set_float32_matmul_precision("high")  # TF32 where a card has it: fp32 products of bf16 runs' few fp32 matrices
+    torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for what stays fp32 in a bf16 run
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
@@ -228,17 +237,24 @@ def seed_from(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
+def command_line():
+    """The command that started this process, as typed; under torchrun the part that torchrun ran."""
+    return " ".join(["torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python", *map(shlex.quote, sys.argv)])
+
+
 def provenance():
     """Where this process' results come from: commit, versions, command; plain strings."""
     here = Path(__file__).parent
 
     def git(*words):
         try:
-            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True,
+                                  timeout=10).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
-    return dict(git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
-                torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
+    return dict(git_commit=git("rev-parse", "HEAD"),
+                git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")), torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-                host=socket.gethostname(), time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                host=socket.gethostname(),
+                time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 argv=" ".join(sys.argv))

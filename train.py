@@ -7,8 +7,9 @@
 Killed, preempted or crashed: the same command continues from the newest checkpoint in --log_dir.
 """
 import contextlib
-import itertools
-import time
+import math
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,17 +17,18 @@ import torch
 
 from assemble import assemble
 from checkpoint import checkpoint_path, delete_old, save_checkpoint
-from config import DeviceConfig, UserError, flag, parse_config, run_script
+from config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
 from files import FolderLock, human_bytes
 from inference import generate
 from metrics import RunLog
 from model import GPT2_SIZES, IGNORED
 from plan import MAX_STEPS, WARMUP_STEPS, learning_rate_factor
-from runtime import StopRequested, seed_everything, start
+from runtime import StopRequested, command_line, seed_everything, start
 
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
+MAX_BAD_STEPS = 10         # skipped in a row: then the run stops
 
 
 @dataclass(kw_only=True)
@@ -40,26 +42,27 @@ class TrainConfig(DeviceConfig):
     n_embd: int | None = flag(None, "channels", group="model", low=1)
     block_size: int | None = flag(None, "tokens that the model sees at once (default: 1024)", group="model", low=1)
     dropout: float = flag(0.0, "dropout probability", group="model", low=0.0, below=1.0, keep=True)
-    init_from: str = flag("scratch", "scratch, a GPT-2 name, a Hugging Face folder, or FILE.pt: where the weights begin",
+    init_from: str = flag("scratch", "where the weights begin: scratch, a GPT-2 name, a Hugging Face folder, FILE.pt",
                           group="model")
 
-    total_batch_size: int = flag(524288, "tokens per optimizer step, over all processes", group="batch", low=1, keep=True)
-    micro_batch_size: int = flag(0, "rows per forward pass of a process; 0: the largest that fits", group="batch", low=0)
+    total_batch_size: int = flag(524288, "tokens per optimizer step, all processes together", group="batch", low=1,
+                                 keep=True)
+    micro_batch_size: int = flag(0, "rows per forward pass of a process; 0: as many as fit", group="batch", low=0)
 
     max_steps: int | None = flag(None, f"optimizer steps (default: {MAX_STEPS})", group="length", low=0)
-    num_epochs: float | None = flag(None, "passes over the train split, instead of --max_steps", group="length", above=0)
+    num_epochs: float | None = flag(None, "passes over the train split, instead of max_steps", group="length", above=0)
     stop_loss: float = flag(0.0, "stop once a step's training loss is below this; 0: never", group="length", low=0.0)
 
     schedule: str = flag("cosine", "cosine to min_lr, or warm-up, stable, linear decay", group="schedule",
                          choices=("cosine", "wsd"), keep=True)
     max_lr: float = flag(6e-4, "peak learning rate", group="schedule", above=0, keep=True)
     min_lr: float = flag(6e-5, "learning rate at the end", group="schedule", low=0.0, keep=True)
-    warmup_steps: int | None = flag(None, f"steps of linear warm-up (default: {WARMUP_STEPS}, or a tenth of a shorter run)",
-                                    group="schedule", low=0)
+    warmup_steps: int | None = flag(None, f"steps of linear warm-up (default: {WARMUP_STEPS}, or a tenth of a short "
+                                    "run)", group="schedule", low=0)
 
-    optimizer: str = flag("adamw", "adamw, or muon for the matrices inside the blocks and adamw for the rest", group="optimizer",
-                          choices=("adamw", "muon"), keep=True)
-    muon_lr: float = flag(0.02, "Muon's peak learning rate; follows the same schedule", group="optimizer", above=0, keep=True)
+    optimizer: str = flag("adamw", "adamw, or muon for the matrices inside the blocks and adamw for the rest",
+                          group="optimizer", choices=("adamw", "muon"), keep=True)
+    muon_lr: float = flag(0.02, "Muon's peak learning rate, on the same schedule", group="optimizer", above=0, keep=True)
     muon_weight_decay: float = flag(0.01, "Muon's", group="optimizer", low=0.0, keep=True)
     weight_decay: float = flag(0.1, "of matrices; vectors do not decay", group="optimizer", low=0.0, keep=True)
     beta1: float = flag(0.9, "AdamW's", group="optimizer", low=0.0, below=1.0, keep=True)
@@ -74,13 +77,19 @@ class TrainConfig(DeviceConfig):
     log_dir: str = flag("logs", "folder of checkpoints and logs", group="checkpoints")
     checkpoint_every: int = flag(1000, "steps between checkpoints; 0: only at the end", group="checkpoints", low=0)
     keep_checkpoints: int = flag(3, "how many of the newest stay", group="checkpoints", low=1)
-    resume: str = flag("auto", "auto: go on from the newest checkpoint in log_dir; never; or FILE.pt", group="checkpoints")
+    resume: str = flag("auto", "auto: go on from the newest checkpoint in log_dir; never; or FILE.pt",
+                       group="checkpoints")
 
-    compile: str = flag("auto", "torch.compile; auto: on CUDA where it works", group="system", choices=("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile; auto: on CUDA where it works", group="system",
+                        choices=("auto", "on", "off"))
     attention: str = flag("auto", "backend of scaled_dot_product_attention", group="system",
                           choices=("auto", "flash", "cudnn", "efficient", "math"))
     seed: int = flag(1337, "of initial weights, data order, dropout", group="system", low=0, keep=True)
+    recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time",
+                           group="system")
     deterministic: bool = flag(False, "bitwise repeatable on a GPU too, and slower", group="system")
+    dry_run: bool = flag(False, "try two steps, an evaluation, a save and a load; say what the full run takes",
+                         group="system")
 
     def check(self):
         shape = [n for n in ("n_layer", "n_head", "n_embd") if getattr(self, n) is not None]
@@ -95,54 +104,63 @@ class TrainConfig(DeviceConfig):
 def main(argv=None):
     config = parse_config(TrainConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime:
-        train(config, runtime)
+        if config.dry_run:
+            dry_run(config, runtime)
+        else:
+            train(config, runtime)
 
 
 def train(config, runtime):
-    """At step k: evaluate, save, then train step k. The end, step max_steps, is evaluated and saved by the same lines."""
+    """At step k: evaluate, save, then train step k; the end is evaluated and saved by the same lines.
+
+    Returns the RunLog, None where the run was finished already. A stop that was asked for saves state k, untrained.
+    """
     lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else None)
     run = assemble(config, runtime)
     if run is None:
-        return
-    last_step, stop = run.plan.max_steps, False
-    log = RunLog(runtime, config.log_dir, run.first_step, last_step, run.plan.tokens_per_step, run.raw.flops_per_token())
-    loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime.rank, runtime.world_size,
-                         runtime.device, run.first_step, last_step)
+        return None
+    log = RunLog(runtime, config.log_dir, run)
+    loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, run.first_step,
+                         run.last_step)
+    step, stop = run.first_step, False
     try:
-        for step in itertools.count(run.first_step):
+        while True:
             if stop:
                 raise StopRequested
-            last = step == last_step
+            last = step == run.last_step
             if due(step, config.eval_every, last):
                 with log.pause("validation", config.eval_every):
                     validate(run, config, runtime, log, step)
             if due(step, config.sample_every, last):
                 with log.pause("samples", config.sample_every):
-                    log.samples(step, write_samples(run, runtime, config.seed, step))
+                    log.samples(step, write_samples(run, config, runtime, step))
             if last or (step > run.first_step and (due(step, config.checkpoint_every, last) or run.save_failed)):
                 with log.pause("checkpoint", config.checkpoint_every):
                     save(run, config, runtime, step, finished=last)
             if last:
                 break
-            start_time = time.perf_counter()
+            log.start_clock()
             tokens, data_wait_s = loader.next_step()
             lr = set_learning_rate(run, config, step)
-            loss, grad_norm, stop = train_step(run, config, runtime, tokens, step)
-            log.train(step, loss, lr, grad_norm, time.perf_counter() - start_time, data_wait_s)
+            result = train_step(run, config, runtime, tokens, step)
+            log.train(step, result, lr, data_wait_s)
+            check_finite(run, log, result, step, loader)
             if step == run.first_step:
                 runtime.first_step_done()
-            if loss < config.stop_loss:
-                last_step = log.max_steps = step + 1
-        runtime.print(f"finished at step {step}: {checkpoint_path(config.log_dir, step)}\n"
-                      f"next: python plot.py {config.log_dir}   or   python inference.py "
-                      f"--checkpoint {checkpoint_path(config.log_dir, step)} --prompt \"...\"")
+            if result.finite and result.loss < config.stop_loss:
+                run.last_step = step + 1
+            step, stop = step + 1, result.stop
+        runtime.print(f"finished: {checkpoint_path(config.log_dir, step)}\nnext: python plot.py {config.log_dir}\n"
+                      f"      python inference.py --checkpoint {checkpoint_path(config.log_dir, step)} --prompt \"...\"")
     except StopRequested:
-        save(run, config, runtime, step)
-        runtime.print(f"stopped before step {step}, which is saved; the same command continues")
+        if step > run.first_step:
+            save(run, config, runtime, step)
+        runtime.print(f"stopped before step {step}, nothing is lost; the same command continues:\n{command_line()}")
     finally:
         loader.close()
         log.close()
-    del lock
+        del lock
+    return log
 
 
 def due(step, every, last):
@@ -150,33 +168,40 @@ def due(step, every, last):
     return every > 0 and (step % every == 0 or last)
 
 
-def train_step(run, config, runtime, tokens, step):
-    """One optimizer step on this rank's rows, tokens (local_windows, T + 1).
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave."""
+    loss: float        # mean over all ranks' tokens, nats
+    grad_norm: float   # of the mean gradient, before clipping
+    finite: bool       # False: loss or gradient was inf or NaN, and the update was skipped, on all ranks
+    stop: bool         # some rank was asked to stop
 
-    Returns (loss, grad_norm, stop): the mean loss over all ranks' tokens, the norm of the mean gradient before
-    clipping, whether any rank was asked to stop.
-    """
+
+def train_step(run, config, runtime, tokens, step):
+    """One optimizer step on this rank's rows, tokens (local_windows, T + 1)."""
     seed_everything(config.seed, "step", step, runtime.rank)                           # dropout
     micro_batches = tokens.split(run.micro_batch_size)
     loss = 0.0
     for i, rows in enumerate(micro_batches):
         x, y = rows[:, :-1], rows[:, 1:]                                               # (B, T) each
         final = i + 1 == len(micro_batches)
-        # Forward and backward both inside no_sync: DDP decides in the forward pass whether gradients will be reduced.
+        # Forward and backward both inside no_sync: DDP decides in the forward pass whether gradients are reduced.
         with contextlib.nullcontext() if final or runtime.world_size == 1 else run.ddp.no_sync():
             with runtime.autocast():
                 micro_loss = run.ddp(x, y) / len(micro_batches)
             run.scaler.scale(micro_loss).backward()
         loss = loss + micro_loss.detach()
         if run.slow and not final:
-            runtime.poll()                                                             # abandons the step on all ranks
+            runtime.poll()                                                             # a stop abandons the step
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.raw.parameters(), config.grad_clip or float("inf"))
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(run.raw.parameters(), config.grad_clip or math.inf))
     loss_sum, signals = runtime.sum(loss, bool(runtime.stop_signal))
-    run.scaler.step(run.optimizer)
+    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)                      # the same on all ranks
+    if finite:
+        run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return loss_sum / runtime.world_size, float(grad_norm), signals > 0
+    return StepResult(loss_sum / runtime.world_size, grad_norm, finite, signals > 0)
 
 
 def set_learning_rate(run, config, step):
@@ -187,13 +212,30 @@ def set_learning_rate(run, config, step):
     return config.max_lr * factor
 
 
+def check_finite(run, log, result, step, loader):
+    """Count skipped steps. Raises RunFailed after MAX_BAD_STEPS in a row: the weights are past saving.
+
+    The first steps of fp16, in which the GradScaler looks for its scale, do not count.
+    """
+    if result.finite:
+        run.bad_steps, run.scale_found = 0, True
+        return
+    searching = run.scaler.is_enabled() and not run.scale_found and run.scaler.get_scale() >= 1
+    run.bad_steps += 0 if searching else 1
+    log.skipped(step, "the loss scale is too high, halved" if searching else "loss or gradient is not finite",
+                loader.windows_of_step(step))
+    if run.bad_steps >= MAX_BAD_STEPS:
+        raise RunFailed(f"{MAX_BAD_STEPS} steps in a row gave no finite gradient; the checkpoints are as they were. Go "
+                        "back to one and try a smaller --max_lr, --dtype bf16 or fp32, --attention math, another --seed")
+
+
 @torch.no_grad()
 def validate(run, config, runtime, log, step):
     """Log the mean loss over the first val_tokens of the val split, and keep the best model so far."""
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
     loss, count = torch.zeros((), device=runtime.device), 0
     run.raw.eval()
-    for x, y in val_batches(run.val_stream, n_windows, run.micro_batch_size, runtime.rank, runtime.world_size, runtime.device):
+    for x, y in val_batches(run.val_stream, n_windows, run.micro_batch_size, runtime):
         with runtime.autocast():
             loss = loss + run.compiled(x, y, reduction="sum")
         count += int((y != IGNORED).sum())
@@ -205,16 +247,16 @@ def validate(run, config, runtime, log, step):
     if loss / count < run.best_val_loss:
         run.best_val_loss = loss / count
         if step > 0:
-            write_checkpoint(run, runtime, Path(config.log_dir) / "model_best.pt", model_entries(run, step))
+            write_checkpoint(runtime, Path(config.log_dir) / "model_best.pt", model_entries(run, step))
 
 
-def write_samples(run, runtime, seed, step):
+def write_samples(run, config, runtime, step):
     """Texts that the model writes at this step, on rank 0; the others have nothing to wait for."""
     if not runtime.is_main:
         return []
     run.raw.eval()
     with runtime.autocast():
-        texts, _ = generate(run.raw, run.tokenizer, SAMPLE_PROMPTS, max_tokens=SAMPLE_TOKENS, seed=(seed, step))
+        texts, _ = generate(run.raw, run.tokenizer, SAMPLE_PROMPTS, max_tokens=SAMPLE_TOKENS, seed=(config.seed, step))
     run.raw.train()
     return texts
 
@@ -227,16 +269,18 @@ def model_entries(run, step):
 
 def save(run, config, runtime, step, finished=False):
     """Write model_{step}.pt with all that a run goes on from; keep the newest few."""
-    path = checkpoint_path(config.log_dir, step)
-    run.save_failed = not write_checkpoint(run, runtime, path, dict(
+    run.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, step), dict(
         model_entries(run, step), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
         best_val_loss=run.best_val_loss, train_config=asdict(config), resolved=run.resolved,
         data=run.folder.fingerprint(), finished=finished, provenance=run.provenance))
     if runtime.is_main and not run.save_failed:
         delete_old(config.log_dir, config.keep_checkpoints)
+    if finished and run.save_failed:
+        raise RunFailed(f"the last checkpoint could not be written; make room on the disk of {config.log_dir} and run "
+                        "the same command: it repeats the steps since the newest checkpoint")
 
 
-def write_checkpoint(run, runtime, path, entries):
+def write_checkpoint(runtime, path, entries):
     """Write a checkpoint on rank 0; whether it worked, on every rank. A full disk must not end the run."""
     problem = ""
     if runtime.is_main:
@@ -245,8 +289,24 @@ def write_checkpoint(run, runtime, path, entries):
             print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
         except OSError as error:
             problem = str(error)
-            print(f"warning: {path} not written, training goes on, the older ones are intact: {problem}", flush=True)
+            print(f"warning: not written, training goes on, the older checkpoints are intact: {problem}", flush=True)
     return runtime.sum(bool(problem))[0] == 0
+
+
+def dry_run(config, runtime):
+    """Two steps, an evaluation, a save and a load in a temporary folder: what the full run would take."""
+    folder = runtime.from_main(lambda: tempfile.mkdtemp(prefix="dry_run_"))
+    try:
+        small = replace(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
+                        log_dir=folder, checkpoint_every=1, dry_run=False,
+                        val_tokens=min(config.val_tokens, config.total_batch_size))
+        log = train(small, runtime)
+        train(small, runtime)                                                          # loads what the first one saved
+        if log and log.steps_done == 2:
+            runtime.print(log.forecast(config, small.val_tokens))
+    finally:
+        if runtime.is_main:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

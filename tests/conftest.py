@@ -1,0 +1,95 @@
+"""Fixtures that the tests share: shard folders, tiny models of transformers, scripts run as a user runs them."""
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"      # before torch is imported: two xdist workers share two cores
+os.environ["HF_HUB_OFFLINE"] = "1"       # no test may reach the hub
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    """run(script, *flags, cwd=ROOT, env={}, input=None, timeout=120) -> (rc, stdout, stderr), in an empty HOME.
+
+    script: a file of the repository, or "-c" with code as the first flag. env is added to the environment.
+    """
+    def run_script(script, *flags, cwd=ROOT, env=None, input=None, timeout=120):
+        command = [sys.executable, script if script.startswith("-") else str(ROOT / script), *map(str, flags)]
+        result = subprocess.run(command, cwd=cwd, env=script_env(tmp_path_factory.mktemp("home"), env), input=input,
+                                capture_output=True, text=True, timeout=timeout)
+        return result.returncode, result.stdout, result.stderr
+    return run_script
+
+
+def script_env(home, more=None):
+    """The environment of a script under test: an empty HOME, this repository's modules, nothing of torchrun's."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    """make_shards(train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, name="shards") -> a folder.
+
+    Random tokens of a vocabulary of single bytes and end-of-text (257), or below `vocab` where that is given;
+    `tokens` instead: the whole stream, val shards first. With a complete manifest and the tokenizer's files,
+    as prepare_text.py leaves a folder: train.py trains on it.
+    """
+    def make(train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, name="shards"):
+        from shards import Manifest, save_shard
+        from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+        folder = tmp_path / name
+        folder.mkdir()
+        (gpt2_tokenizer() if vocab > 257 else Tokenizer([], "bytes")).save(folder)
+        tokenizer = load_tokenizer(folder)
+        manifest = Manifest("test", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
+        sizes = [*((n, "val") for n in val_sizes), *((n, "train") for n in train_sizes)]
+        if tokens is None:
+            tokens = np.random.default_rng(seed).integers(0, vocab, sum(n for n, _ in sizes))
+        start = 0
+        for i, (n, split) in enumerate(sizes):
+            manifest.shards.append(save_shard(folder, "test", split, i, np.asarray(tokens[start:start + n], dtype="<u2")))
+            start += n
+        manifest.save(folder)
+        return folder
+    return make
+
+
+@pytest.fixture
+def tiny_gpt2():
+    """tiny_gpt2(**GPT2Config fields) -> a GPT2LMHeadModel of transformers in eval mode, its weights all random.
+
+    Biases and LayerNorms too, so that a forgotten one shows. Defaults: 2 layers, 3 heads, 24 channels, 32 positions,
+    65 tokens, no dropout.
+    """
+    def make(seed=0, scale=0.2, **options):
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+        shape = dict(n_layer=2, n_head=3, n_embd=24, n_positions=32, vocab_size=65, embd_pdrop=0.0, attn_pdrop=0.0,
+                     resid_pdrop=0.0, bos_token_id=0, eos_token_id=None)
+        model = GPT2LMHeadModel(GPT2Config(**{**shape, **options}))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                around = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+                parameter.copy_(around + scale * torch.randn(parameter.shape, generator=generator))
+        return model.eval()
+    return make
+
+
+@pytest.fixture
+def gpt_nano():
+    """The folder of a small trained GPT-2 in Hugging Face format (untied head, 11 positions, 3 tokens)."""
+    folder = SHARED_DATA / "gpt_nano"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not on this machine")
+    return folder
