@@ -84,28 +84,28 @@ def _styles(n):
 def _draw_loss(ax, runs, styles, x, reference):
     """Training loss as logged (faint) and smoothed, validation loss with a dot per evaluation."""
     _axes(ax, "loss")
-    curves, train_ends, val_ends = [], [], []
+    curves, ends = [], []
     for run, style in zip(runs, styles):
+        own = []
         if "loss" in run.series:
             train = run.series["loss"]
             _draw_trained(ax, train, style, x)
             curves.append(train.values)
-            train_ends.append((train.smoothed(), style.train, "normal"))
+            own.append((train.smoothed(), style.train, "normal"))
         if "val_loss" in run.series:
             val = run.series["val_loss"]
             _draw_evaluated(ax, val, style.val, x)
             curves.append(val.values)
-            val_ends.append((val.values, style.val, "bold"))
-    # Both numbers of many runs would be a thicket; validation is the one that compares.
-    ends = train_ends + val_ends if len(runs) == 1 else val_ends or train_ends
+            own.append((val.values, style.val, "bold"))
+        ends += own if len(runs) == 1 else own[-1:]  # both numbers of many runs would be a thicket
     lines = _reference_lines(ax, LOSS_REFERENCES, above=False) if reference == "gpt2" else []
     start = _limit(ax, curves, lines + [last_finite(values) for values, _, _ in ends])
     if start is not None:
         ax.text(0.085, 0.975, f"\u2191 from {start:.1f}", transform=ax.transAxes, va="top", color=GREY, fontsize=8.5)
     _label_ends(ax, ends, "{:#.4g}")
-    kinds = [("training, smoothed", dict(color=styles[0].train, alpha=styles[0].strength, lw=1.5), train_ends),
-             ("validation", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), val_ends)]
-    _legend(ax, kinds, "upper right", len(runs))
+    kinds = [("training, smoothed", dict(color=styles[0].train, alpha=styles[0].strength, lw=1.5), "loss"),
+             ("validation", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), "val_loss")]
+    _legend(ax, runs, kinds, "upper right")
 
 
 def _draw_hellaswag(ax, runs, styles, x, reference):
@@ -124,9 +124,9 @@ def _draw_hellaswag(ax, runs, styles, x, reference):
     lines = _reference_lines(ax, HELLASWAG_REFERENCES, above=True) if reference != "none" else []
     _limit(ax, [values for values, _, _ in norms + plains], lines, share=1.0)
     _label_ends(ax, norms + plains if len(runs) == 1 else norms or plains, "{:.4f}")
-    kinds = [("acc_norm", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), norms),
-             ("acc", dict(color=styles[0].train, lw=1.5, ls="--", alpha=styles[0].strength), plains)]
-    _legend(ax, kinds, "lower right", len(runs))
+    kinds = [("acc_norm", dict(color=styles[0].val, lw=1.5, marker="o", ms=4), "hella_acc_norm"),
+             ("acc", dict(color=styles[0].train, lw=1.5, ls="--", alpha=styles[0].strength), "hella_acc")]
+    _legend(ax, runs, kinds, "lower right")
 
 
 def _draw_lr(ax, runs, styles, x, reference):
@@ -226,10 +226,11 @@ def _label_ends(ax, ends, form):
                     textcoords="offset points", va="center", color=colour, weight=weight, fontsize=9)
 
 
-def _legend(ax, kinds, place, n_runs):
-    """Name the kinds of curves (label, line style, what was drawn of it); grey where colours stand for runs."""
+def _legend(ax, runs, kinds, place):
+    """Name the kinds of curves (label, line style, name of the series); grey where colours stand for runs."""
     from matplotlib.lines import Line2D
-    kinds = [(label, look if n_runs == 1 else {**look, "color": GREY}) for label, look, drawn in kinds if drawn]
+    kinds = [(label, look if len(runs) == 1 else {**look, "color": GREY}) for label, look, name in kinds
+             if any(name in run.series for run in runs)]
     ax.legend([Line2D([], [], **look) for _, look in kinds], [label for label, _ in kinds], loc=place, fontsize=8.5,
               labelcolor=INK, facecolor="white", edgecolor="none", framealpha=0.85, borderaxespad=0.3)
 
@@ -273,10 +274,10 @@ def _head(figure, runs, styles, title, columns):
     if len(runs) == 1:
         figure.text(left, 1 - 0.53 / height, describe(runs[0]), fontsize=9.5, color=GREY)
         return
-    legend = figure.legend([Line2D([], [], color=style.val, lw=3) for style in styles], [shorten(run.name, 90) for run in runs],
-                           loc="upper left", bbox_to_anchor=(left, 1 - (0.44 if title else 0.3) / height),
-                           ncols=columns, frameon=False, fontsize=10, labelcolor=INK, handlelength=1.2, borderpad=0,
-                           borderaxespad=0, columnspacing=1.8)
+    lines = [Line2D([], [], color=style.val, lw=3) for style in styles]
+    legend = figure.legend(lines, [shorten(run.name, 90) for run in runs], loc="upper left", ncols=columns,
+                           bbox_to_anchor=(left, 1 - (0.44 if title else 0.3) / height), frameon=False, fontsize=10,
+                           labelcolor=INK, handlelength=1.2, borderpad=0, borderaxespad=0, columnspacing=1.8)
     for name in legend.get_texts():
         name.set_parse_math(False)
 

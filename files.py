@@ -61,7 +61,7 @@ def read_json(path, kind=dict):
 
 
 class FolderLock:
-    """An exclusive lock on FOLDER/.lock, held until close() or the end of the process, however it ends."""
+    """An exclusive lock on FOLDER/.lock, held until the end of the `with` or of the process, however it ends."""
 
     def __init__(self, folder, wait_s):
         """Wait up to `wait_s` seconds for the lock. Raises UserError when another process keeps it."""
@@ -82,7 +82,10 @@ class FolderLock:
                     raise UserError(f"another run is using {folder} (it holds {path}); stop it or choose another folder")
                 time.sleep(0.2)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self._file.close()
 
 

@@ -3,7 +3,6 @@
 Theirs differ from ours in four places: Conv1D stores matrices transposed (in, out); keys may lack the prefix
 "transformer."; causal masks are stored as buffers; the tied output layer is left out.
 """
-import contextlib
 from pathlib import Path
 
 import torch
@@ -41,24 +40,25 @@ def read_pretrained(name_or_folder):
 
 def _has_own_head(state):
     """Whether the file stores an output layer that differs from the token embedding."""
-    head = state.get("lm_head.weight")
-    return head is not None and not torch.equal(head, state["transformer.wte.weight"])
+    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    return head is not None and (embedding is None or not torch.equal(head, embedding))
 
 
 def _download(name):
     """The local folder of a model on the hub: its config and its weights, nothing else. Raises UserError."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
         path = hf_hub_download(name, "config.json")
-        with contextlib.suppress(EntryNotFoundError):
+        try:
             hf_hub_download(name, "model.safetensors")
-            return Path(path).parent
-        hf_hub_download(name, "pytorch_model.bin")
+        except EntryNotFoundError:
+            hf_hub_download(name, "pytorch_model.bin")
         return Path(path).parent
-    except (HFValidationError, EntryNotFoundError) as error:
-        raise UserError(f"{name} is neither a folder nor a model with weights on the Hugging Face hub") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        unreached = isinstance(error, LocalEntryNotFoundError)  # an EntryNotFoundError too: no network, not in the cache
+        if isinstance(error, (HFValidationError, EntryNotFoundError)) and not unreached:
+            raise UserError(f"{name} is neither a folder nor a model with weights on the Hugging Face hub") from error
         raise UserError(f"cannot get {name} from the Hugging Face hub ({type(error).__name__}); check the name and the "
                         "network, or give a folder with config.json and model.safetensors") from error
 
@@ -79,8 +79,8 @@ def read_config(path):
             raise UserError(f"{path}: activation_function {activation!r} is not supported")
         return dict(block_size=stored.get("n_positions", stored.get("n_ctx", 1024)), vocab_size=stored["vocab_size"],
                     n_layer=stored["n_layer"], n_head=stored["n_head"], n_embd=n_embd, dropout=0.0, bias=True,
-                    tie_word_embeddings=stored.get("tie_word_embeddings", True), activation=ACTIVATION_NAMES[activation],
-                    layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5))
+                    tie_word_embeddings=stored.get("tie_word_embeddings", True),
+                    activation=ACTIVATION_NAMES[activation], layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the config of a GPT-2 model ({error})") from error
 
@@ -93,14 +93,17 @@ def _read_weights(folder):
             from safetensors.torch import load_file
             return load_file(safetensors)
         if pickled.exists():
-            return torch.load(pickled, map_location="cpu", weights_only=True)
+            weights = torch.load(pickled, map_location="cpu", weights_only=True)
+            if not isinstance(weights, dict):
+                raise TypeError(f"pytorch_model.bin holds a {type(weights).__name__}, not a dict of weights")
+            return weights
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
         raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
 def our_state(theirs):
-    """A state dict in Hugging Face's names and layout, in ours, fp32. Raises UserError if the values are not tensors."""
+    """A state dict in Hugging Face's names and layout, in ours, fp32. Raises UserError for values that are no tensors."""
     state = {}
     for key, tensor in theirs.items():
         if key.endswith((".attn.bias", ".attn.masked_bias")):

@@ -94,7 +94,7 @@ def _parse_json(line):
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and _is_count(row.get("step")) else None
+    return row if isinstance(row, dict) and _is_step(row.get("step")) else None
 
 
 def _parse_columns(line):
@@ -104,10 +104,10 @@ def _parse_columns(line):
         row = {"step": int(step), LOG_TXT_NAMES.get(stream, stream): float(value)}
     except ValueError:
         return None
-    return row if _is_count(row["step"]) else None
+    return row if _is_step(row["step"]) else None
 
 
-def _is_count(value):
+def _is_step(value):
     return type(value) is int and 0 <= value < 2**53
 
 
@@ -139,9 +139,8 @@ def _in_order(steps, tokens, values):
 
 
 def _floats(values):
-    """A float64 array (n,); NaN for infinity, null and whatever else is no number."""
-    numbers = np.array([v if type(v) is float or _is_count(v) else None for v in values], dtype=float)
-    return np.where(np.isfinite(numbers), numbers, np.nan)
+    """A float64 array (n,); NaN for NaN, infinity, null and whatever else is no number."""
+    return np.array([v if type(v) in (int, float) and abs(v) < 1e300 else None for v in values], dtype=float)
 
 
 def smooth(values, half):

@@ -215,6 +215,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{'unknown' if key not in expected else 'missing'} weight {key}")
             if state[key].shape != expected[key].shape:
                 raise ValueError(f"weight {key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}")
+            if not state[key].is_floating_point():
+                raise ValueError(f"weight {key} holds {str(state[key].dtype)[6:]}, not floating-point numbers")
         model.load_state_dict(state, assign=True)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.transformer.wte.weight

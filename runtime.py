@@ -176,7 +176,7 @@ def start(config):
     hardware = probe(device)
     runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware))
     die_with_launcher()
-    _catch_signals(runtime)
+    previous = _catch_signals(runtime)
     if getattr(config, "deterministic", False):
         set_deterministic()
     torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for what stays fp32 in a bf16 run
@@ -188,7 +188,7 @@ def start(config):
                                 device_id=device if device.type == "cuda" else None)
     try:
         yield runtime
-    except (UserError, SystemExit, KeyboardInterrupt):
+    except (UserError, SystemExit):
         raise
     except BaseException:
         if world_size == 1:
@@ -196,6 +196,9 @@ def start(config):
         # A dead rank must not wait for its peers on the way out: torchrun sees it end and stops the rest.
         print(f"rank {rank} on {socket.gethostname()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
     if world_size > 1:
         gc.unfreeze()
         gc.collect()  # a DDP object that outlives the process group aborts the interpreter's exit
@@ -217,14 +220,16 @@ def die_with_launcher():
 
 
 def _catch_signals(runtime):
-    """Turn the stop signals into a flag that the ranks agree on; a second SIGINT ends at once."""
+    """Turn the stop signals into a flag that the ranks agree on; a second SIGINT ends at once.
+
+    Returns the handlers that were there before, {signal: handler}.
+    """
     def handler(number, frame):
         if number == signal.SIGINT and runtime.stop_signal:
             os._exit(130)
         runtime.stop_signal = signal.Signals(number).name
-    for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def seed_everything(*key):

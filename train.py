@@ -6,10 +6,10 @@
 
 Killed, preempted or crashed: the same command continues from the newest checkpoint in --log_dir.
 """
-import contextlib
 import math
 import shutil
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -111,14 +111,18 @@ def main(argv=None):
 
 
 def train(config, runtime):
+    """One run, from its first step or from where it was left; its RunLog, None where it was finished already."""
+    lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else nullcontext())
+    with lock:
+        run = assemble(config, runtime)
+        return loop(run, config, runtime) if run else None
+
+
+def loop(run, config, runtime):
     """At step k: evaluate, save, then train step k; the end is evaluated and saved by the same lines.
 
-    Returns the RunLog, None where the run was finished already. A stop that was asked for saves state k, untrained.
+    A stop that was asked for saves state k, untrained. Returns the RunLog.
     """
-    lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else None)
-    run = assemble(config, runtime)
-    if run is None:
-        return None
     log = RunLog(runtime, config.log_dir, run)
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, run.first_step,
                          run.last_step)
@@ -159,7 +163,6 @@ def train(config, runtime):
     finally:
         loader.close()
         log.close()
-        del lock
     return log
 
 
@@ -186,7 +189,7 @@ def train_step(run, config, runtime, tokens, step):
         x, y = rows[:, :-1], rows[:, 1:]                                               # (B, T) each
         final = i + 1 == len(micro_batches)
         # Forward and backward both inside no_sync: DDP decides in the forward pass whether gradients are reduced.
-        with contextlib.nullcontext() if final or runtime.world_size == 1 else run.ddp.no_sync():
+        with nullcontext() if final or runtime.world_size == 1 else run.ddp.no_sync():
             with runtime.autocast():
                 micro_loss = run.ddp(x, y) / len(micro_batches)
             run.scaler.scale(micro_loss).backward()

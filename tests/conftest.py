@@ -57,7 +57,8 @@ def make_shards(tmp_path):
             tokens = np.random.default_rng(seed).integers(0, vocab, sum(n for n, _ in sizes))
         start = 0
         for i, (n, split) in enumerate(sizes):
-            manifest.shards.append(save_shard(folder, "test", split, i, np.asarray(tokens[start:start + n], dtype="<u2")))
+            part = np.asarray(tokens[start:start + n], dtype="<u2")
+            manifest.shards.append(save_shard(folder, "test", split, i, part))
             start += n
         manifest.save(folder)
         return folder
@@ -84,6 +85,27 @@ def tiny_gpt2():
                 parameter.copy_(around + scale * torch.randn(parameter.shape, generator=generator))
         return model.eval()
     return make
+
+
+def in_our_layout(theirs, name, tensor):
+    """A tensor shaped like parameter `name` of a transformers model, as nn.Linear stores it: Conv1D's transposed."""
+    from transformers.pytorch_utils import Conv1D
+    is_conv = isinstance(theirs.get_submodule(name.rpartition(".")[0]), Conv1D)
+    return tensor.t() if is_conv and tensor.dim() == 2 else tensor
+
+
+def as_ours(theirs, activation="gelu_tanh"):
+    """A GPT of ours in eval mode with the weights of a GPT2LMHeadModel, copied without hf_format."""
+    import torch
+
+    from model import GPT, GPTConfig
+    c = theirs.config
+    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, activation=activation,
+                          tie_word_embeddings=c.tie_word_embeddings, layer_norm_eps=c.layer_norm_epsilon))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(in_our_layout(theirs, name, theirs.get_parameter(name)))
+    return model.eval()
 
 
 @pytest.fixture

@@ -1,0 +1,202 @@
+"""The training loop against an independent one, over processes and micro-batches, and what it says to mistakes."""
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from config import UserError
+from conftest import ROOT
+from model import GPT
+
+TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
+        "--sample_every", 0, "--eval_every", 0, "--checkpoint_every", 0)
+
+
+def torchrun(run, n, *flags, **options):
+    """train.py under torchrun with n processes."""
+    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / "train.py", *flags, **options)
+
+
+def losses(log_dir):
+    """The training losses that a run logged."""
+    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def brute_force_windows(folder, block_size, seed, windows_per_step, n_steps):
+    """The token windows of each step, from the contract in words: int64 (n_steps, windows_per_step, block_size + 1)."""
+    def permuted(n, *key):
+        raw = np.random.Philox(key=int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")).random_raw(n)
+        return sorted(range(n), key=lambda i: (raw[i], i))
+    shards = [np.load(p) for p in sorted(folder.glob("*_train_*.npy"))]
+    stream, starts = np.concatenate(shards).astype(np.int64), np.cumsum([0, *map(len, shards)])
+    n_windows = (len(stream) - 1) // block_size
+    owner = [int(np.searchsorted(starts, k * block_size, side="right")) - 1 for k in range(n_windows)]
+    order, epoch = [], 0
+    while len(order) < windows_per_step * n_steps:
+        for shard in permuted(len(shards), seed, epoch):
+            mine = [k for k in range(n_windows) if owner[k] == shard]
+            order += [mine[i] for i in permuted(len(mine), seed, epoch, shard)]
+        epoch += 1
+    rows = [stream[k * block_size:(k + 1) * block_size + 1] for k in order[:windows_per_step * n_steps]]
+    return np.stack(rows).reshape(n_steps, windows_per_step, block_size + 1)
+
+
+def transformers_twin(path):
+    """A GPT2LMHeadModel of transformers with the weights of our checkpoint."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    checkpoint = torch.load(path, weights_only=True)
+    c = checkpoint["config"]
+    twin = GPT2LMHeadModel(GPT2Config(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
+                                      n_positions=c["block_size"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                                      bos_token_id=0, eos_token_id=0))
+    matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    twin.load_state_dict({k: v.t() if k.endswith(matrices) else v for k, v in checkpoint["model"].items()})
+    return twin
+
+
+def test_thirty_steps_equal_a_plain_loop_with_transformers_and_torch(run, make_shards, tmp_path):
+    folder = make_shards([700, 900, 10, 1200])
+    flags = (*TINY, "--data_dir", folder, "--total_batch_size", 128, "--micro_batch_size", 2, "--max_lr", 3e-3,
+             "--min_lr", 3e-4, "--warmup_steps", 5)
+    assert run("train.py", *flags, "--max_steps", 0, "--log_dir", tmp_path / "start")[0] == 0
+    rc, out, err = run("train.py", *flags, "--max_steps", 30, "--log_dir", tmp_path / "run")
+    assert rc == 0, err
+
+    twin = transformers_twin(tmp_path / "start" / "model_00000.pt").train()
+    decay = [p for p in twin.parameters() if p.dim() >= 2]
+    rest = [p for p in twin.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
+                                  betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    expected = []
+    for step, windows in enumerate(brute_force_windows(folder, 16, 1337, 8, 30)):
+        progress = (step - 5) / 25
+        lr = 3e-3 * (step + 1) / 5 if step < 5 else 3e-4 + (3e-3 - 3e-4) * (1 + math.cos(math.pi * progress)) / 2
+        batch = torch.from_numpy(windows)
+        logits = twin(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert np.allclose(losses(tmp_path / "run"), expected, atol=1e-4), out
+    assert expected[-1] < expected[0] - 0.05          # the comparison is of a loop that learns
+
+
+def test_two_processes_give_the_losses_of_one(run, make_shards, tmp_path):
+    flags = (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 256, "--max_steps", 8, "--max_lr", 3e-3)
+    rc, _, err = run("train.py", *flags, "--micro_batch_size", 4, "--log_dir", tmp_path / "one")
+    assert rc == 0, err
+    rc, _, err = torchrun(run, 2, *flags, "--micro_batch_size", 2, "--log_dir", tmp_path / "two")
+    assert rc == 0, err
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)
+    assert len(losses(tmp_path / "two")) == 8
+
+
+def test_micro_batch_size_changes_neither_losses_nor_tokens(run, make_shards, tmp_path):
+    folder, found = make_shards([3000]), []
+    for size in (1, 4, 8):
+        rc, _, err = run("train.py", *TINY, "--data_dir", folder, "--total_batch_size", 128, "--max_steps", 6,
+                         "--micro_batch_size", size, "--log_dir", tmp_path / str(size))
+        assert rc == 0, err
+        found.append(losses(tmp_path / str(size)))
+    assert np.allclose(found[0], found[1], atol=1e-5) and np.allclose(found[0], found[2], atol=1e-5)
+
+
+def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):
+    folder, log_dir = make_shards([3000], val_sizes=[400]), tmp_path / "logs"
+    rc, out, err = run("train.py", *TINY[:-6], "--data_dir", folder, "--total_batch_size", 64, "--max_steps", 10,
+                       "--eval_every", 5, "--sample_every", 10, "--checkpoint_every", 3, "--keep_checkpoints", 2,
+                       "--log_dir", log_dir)
+    assert rc == 0, err
+    assert sorted(p.name for p in log_dir.glob("*.pt")) == ["model_00009.pt", "model_00010.pt", "model_best.pt"]
+    text = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
+    assert [(int(a), b) for a, b, _ in text if b != "train"] == [(0, "val"), (5, "val"), (10, "val")]
+    assert [int(a) for a, b, _ in text if b == "train"] == list(range(10))
+    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [r for r in rows if "loss" in r]
+    assert set(trained[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms",
+                               "peak_mem_gb"}
+    assert trained[-1]["tokens"] == 640 and trained[-1]["mfu"] is None
+    checkpoint = torch.load(log_dir / "model_00010.pt", weights_only=True)
+    assert checkpoint["step"] == 10 and checkpoint["finished"] and checkpoint["tokenizer"]["name"] != "gpt2"
+    assert not any("_orig_mod" in k or "module." in k for k in checkpoint["model"])
+    assert checkpoint["val_loss"] == pytest.approx([r["val_loss"] for r in rows if "val_loss" in r][-1])
+    best = torch.load(log_dir / "model_best.pt", weights_only=True)
+    assert set(best) == {"model", "config", "tokenizer", "step", "val_loss"}
+    assert GPT.from_state(best["config"], best["model"]).config.vocab_size == 320    # 257 padded to a multiple of 64
+    assert "eta" in out and "tok/s" in out and "10/10" not in out and "finished" in out
+
+
+BAD = {
+    "no shards": (["--data_dir", "nowhere"], "make them with prepare_fineweb.py"),
+    "not divisible": (["--total_batch_size", 100], "use 96 or 112"),
+    "unknown flag": (["--max_step", 5], "did you mean --max_steps?"),
+    "abbreviated flag": (["--learn", 5], "unknown argument --learn"),
+    "not a number": (["--max_lr", "fast"], "--max_lr"),
+    "not finite": (["--max_lr", "nan"], "--max_lr"),
+    "micro-batch": (["--micro_batch_size", 3], "use one of 4, 2, 1, or 0"),
+    "heads": (["--n_head", 3], "n_embd (16) must be a multiple of n_head (3)"),
+    "shape twice": (["--model", "gpt2"], "exclude each other"),
+    "warm-up": (["--warmup_steps", 50], "longer than the run"),
+    "two lengths": (["--num_epochs", 1], "exclude each other"),
+    "attention": (["--attention", "cudnn"], "--attention auto"),
+    "val too short": (["--eval_every", 1, "--block_size", 64], "--val_fraction"),
+    "no weights": (["--init_from", "nothing.pt"], "no checkpoint nothing.pt"),
+    "no file to resume": (["--resume", "nothing.pt"], "no checkpoint nothing.pt"),
+    "no GPU": (["--device", "cuda"], "--device auto"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_that_says_what_to_do(make_shards, tmp_path, monkeypatch, case):
+    flags, expected = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        train.main(list(map(str, [*TINY, "--data_dir", make_shards([200], val_sizes=[32]), "--total_batch_size", 64,
+                                  "--max_steps", 2, "--log_dir", tmp_path / "logs", *flags])))
+    assert expected in str(caught.value)
+    assert not list(tmp_path.glob("logs/model_*"))
+
+
+def test_a_mistake_exits_with_status_2_and_no_traceback(run, make_shards, tmp_path):
+    rc, out, err = run("train.py", *TINY, "--data_dir", make_shards([200]), "--total_batch_size", 100)
+    assert rc == 2 and err.startswith("train.py: error: --total_batch_size 100") and len(err.splitlines()) == 1
+
+
+def test_a_mistake_under_torchrun_is_said_once(run, make_shards, tmp_path):
+    rc, out, err = torchrun(run, 2, *TINY, "--data_dir", make_shards([200]), "--total_batch_size", 48, "--log_dir",
+                            tmp_path / "logs", timeout=60)
+    assert rc != 0
+    assert (out + err).count("train.py: error:") == 1 and "use 32 or 64" in err
+
+
+def test_a_log_dir_of_another_run_is_left_alone(run, make_shards, tmp_path):
+    flags = (*TINY, "--data_dir", make_shards([900]), "--total_batch_size", 64, "--max_steps", 2, "--log_dir", tmp_path / "logs")
+    assert run("train.py", *flags)[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "logs").iterdir()}
+    for more, expected in ((["--max_lr", 1e-3], "--max_lr 0.001 (it has 0.0006)"), (["--n_embd", 32], "n_embd 32 (it has 16)"),
+                           (["--resume", "never"], "choose another --log_dir"), (["--max_steps", 3], "--init_from")):
+        with pytest.raises(UserError) as caught:
+            train.main(list(map(str, [*flags, *more])))
+        assert expected in str(caught.value)
+    with pytest.raises(UserError, match="other token shards"):
+        train.main(list(map(str, [*flags, "--data_dir", make_shards([901], name="other")])))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "logs").iterdir()} == before
+    rc, out, _ = run("train.py", *flags)
+    assert rc == 0 and "finished" in out                # the same command: nothing left to do
+
+
+def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
+    rc, out, err = run("train.py", *TINY[:-6], "--data_dir", make_shards([900], val_sizes=[100]), "--total_batch_size", 64,
+                       "--max_steps", 50, "--log_dir", tmp_path / "logs", "--dry_run", env={"TMPDIR": str(tmp_path)})
+    assert rc == 0, err
+    assert "full run of 50 steps takes about" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["shards"]
