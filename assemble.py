@@ -173,7 +173,6 @@ def warm_up(run, runtime):
     run.optimizer.zero_grad(set_to_none=True)
     seconds = (time.perf_counter() - start_time) * run.plan.local_windows / run.micro_batch_size
     run.slow = runtime.sum(seconds)[0] / runtime.world_size > SLOW_STEP_S
-    runtime.poll()
 
 
 def describe(run, config, runtime, checkpoint):

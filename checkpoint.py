@@ -94,8 +94,8 @@ def newest_valid(log_dir, check, notice=print):
 
 
 def delete_old(log_dir, keep):
-    """Keep the `keep` newest numbered checkpoints of a folder."""
-    for _, path in list_checkpoints(log_dir)[keep:]:
+    """Keep the `keep` newest numbered checkpoints of a folder, and nothing that a killed save left half-written."""
+    for path in [*(p for _, p in list_checkpoints(log_dir)[keep:]), *Path(log_dir).glob("model_*.pt.tmp")]:
         path.unlink(missing_ok=True)
 
 

@@ -74,9 +74,12 @@ def _value_type(annotation):
 
 
 def _read_float(text):
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 
@@ -108,12 +111,12 @@ def make_parser(cls, description=None):
             many = typing.get_origin(hints[f.name]) is list
             group.add_argument(f.name, nargs="*" if many else None, help=help_text, metavar=f.name.upper())
             continue
-        options = dict(default=argparse.SUPPRESS, help=help_text)
+        options = dict(default=argparse.SUPPRESS, help=help_text, required=f.default is f.default_factory is MISSING)
         if kind is bool:
             options["action"] = "store_true"
         else:
             options["type"] = _read_float if kind is float else kind
-            options["metavar"] = "|".join(m["choices"]) if m["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
+            options["metavar"] = "|".join(map(str, m["choices"])) if m["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
             if m["repeat"]:
                 options["action"] = "append"
             if f.default not in (MISSING, None, ""):
@@ -129,7 +132,7 @@ def parse_config(cls, argv=None, description=None):
     for whatever the dataclass' own `check()` (facts across fields) refuses.
     """
     parser = make_parser(cls, description)
-    known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    known, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         word = unknown[0].split("=")[0]
         near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields(cls)], n=1)

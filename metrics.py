@@ -6,6 +6,7 @@ metrics.jsonl  one JSON object a line: a row per step (training) and a row per e
 import contextlib
 import json
 import math
+import os
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -31,8 +32,7 @@ class RunLog:
             log_dir = Path(log_dir)
             cut_back(log_dir / "log.txt", run.first_step, lambda line: int(line.split()[0]))
             cut_back(log_dir / "metrics.jsonl", run.first_step, lambda line: int(json.loads(line)["step"]))
-            self._text = open(log_dir / "log.txt", "a", encoding="utf-8", buffering=1)
-            self._json = open(log_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self._text, self._json = AppendFile(log_dir / "log.txt"), AppendFile(log_dir / "metrics.jsonl")
 
     def start_clock(self):
         """The step that `train` logs next begins now: evaluation and saving are outside the clock."""
@@ -127,6 +127,27 @@ class RunLog:
 def disk_bytes(config, model):
     """The disk that a run's checkpoints need: weights and AdamW's two moments, one of them while it is replaced."""
     return model.n_params() * 4 * (3 * (config.keep_checkpoints + 1) + 2)
+
+
+class AppendFile:
+    """A file that lines are added to; what a full disk refuses is kept and tried again with the next line."""
+
+    def __init__(self, path):
+        self._path, self._pending, self._warned = path, b"", False
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, line):
+        self._pending += line.encode("utf-8")
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending):]
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: cannot write {self._path} ({error.strerror}); trying again with each line", flush=True)
+            self._warned = True
+
+    def close(self):
+        os.close(self._descriptor)
 
 
 def cut_back(path, first_step, step_of):

@@ -14,6 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import UserError
+from config import RunFailed, UserError
 from device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
 STEADY_TIMEOUT_S = 600   # after it: longer than the longest thing that rank 0 does alone (a save)
+START_GRACE_S = 3        # after a signal during set-up, in which it may still end by itself
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -43,6 +46,7 @@ class Runtime:
     hardware: Hardware
     dtype_name: str            # "bf16", "fp16" or "fp32"
     stop_signal: str = ""      # the signal that this process received, if any
+    starting: bool = True      # until the loop begins: nothing to save yet, and compilation may take minutes
 
     @property
     def is_main(self):
@@ -126,6 +130,11 @@ class Runtime:
         dist.broadcast(moving, src=0)
         return tensor if self.is_main else moving.cpu()
 
+    def started(self):
+        """The set-up is over on all ranks: from here on a stop saves. Raises StopRequested if one was asked for."""
+        self.poll()
+        self.starting = False
+
     def first_step_done(self):
         """Shorten the time-outs to their steady length and take the garbage collector out of the loop's way."""
         if self.world_size > 1:
@@ -186,9 +195,15 @@ def start(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(seconds=START_TIMEOUT_S),
                                 device_id=device if device.type == "cuda" else None)
+    threading.Thread(target=_watch_start, args=(runtime,), daemon=True, name="start watch").start()
     try:
         yield runtime
-    except (UserError, SystemExit):
+    except SystemExit:
+        raise
+    except UserError as error:
+        if world_size > 1 and not runtime.starting and not isinstance(error, RunFailed):
+            print(f"error on {socket.gethostname()}, rank {rank}: {error}", file=sys.stderr, flush=True)
+            os._exit(2)  # only this rank knows: torchrun sees it end and stops the rest
         raise
     except BaseException:
         if world_size == 1:
@@ -230,6 +245,27 @@ def _catch_signals(runtime):
         runtime.stop_signal = signal.Signals(number).name
     numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
     return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _watch_start(runtime):
+    """While the run starts, end all ranks with status 0 some seconds after any of them was asked to stop.
+
+    The main threads may be inside a compilation for minutes, where no rank can be asked to agree; so the word goes
+    round through the store that torchrun's processes met at.
+    """
+    store, key = None, f"stop {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if runtime.world_size > 1:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    asked = None
+    while runtime.starting:
+        time.sleep(0.3)
+        if runtime.stop_signal and store is not None and asked is None:
+            store.set(key, runtime.stop_signal)
+        if asked is None and (runtime.stop_signal or (store is not None and store.check([key]))):
+            asked = time.monotonic()
+        if asked is not None and runtime.starting and time.monotonic() - asked > START_GRACE_S:
+            runtime.print("stopped before the first step; there was nothing to save")
+            os._exit(0)
 
 
 def seed_everything(*key):

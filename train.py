@@ -114,7 +114,12 @@ def train(config, runtime):
     """One run, from its first step or from where it was left; its RunLog, None where it was finished already."""
     lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else nullcontext())
     with lock:
-        run = assemble(config, runtime)
+        try:
+            run = assemble(config, runtime)
+            runtime.started()
+        except StopRequested:
+            runtime.print("stopped before the first step; there was nothing to save")
+            return None
         return loop(run, config, runtime) if run else None
 
 
@@ -138,7 +143,7 @@ def loop(run, config, runtime):
             if due(step, config.sample_every, last):
                 with log.pause("samples", config.sample_every):
                     log.samples(step, write_samples(run, config, runtime, step))
-            if last or (step > run.first_step and (due(step, config.checkpoint_every, last) or run.save_failed)):
+            if last or (step > run.first_step and (due(step, config.checkpoint_every) or (run.save_failed and step % 10 == 0))):
                 with log.pause("checkpoint", config.checkpoint_every):
                     save(run, config, runtime, step, finished=last)
             if last:
@@ -166,7 +171,7 @@ def loop(run, config, runtime):
     return log
 
 
-def due(step, every, last):
+def due(step, every, last=False):
     """Whether something that happens every so many steps, and at the last one, happens now; every = 0: never."""
     return every > 0 and (step % every == 0 or last)
 

@@ -5,6 +5,7 @@ os.environ["OMP_NUM_THREADS"] = "1"      # before torch is imported: two xdist w
 os.environ["HF_HUB_OFFLINE"] = "1"       # no test may reach the hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,25 @@ def make_shards(tmp_path):
         manifest.save(folder)
         return folder
     return make
+
+
+def brute_force_order(sizes, block_size, seed, n_positions):
+    """The window numbers at global positions 0..n_positions - 1, by the words of DESIGN.md ("Data order") alone.
+
+    sizes: tokens of the train shards in file order.
+    """
+    def permuted(items, *key):
+        key = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")
+        raw = np.random.Philox(key=key).random_raw(len(items)).tolist()
+        return [item for _, _, item in sorted((r, i, item) for i, (r, item) in enumerate(zip(raw, items)))]
+    owner = [shard for shard, n in enumerate(sizes) for _ in range(n)]           # of each token
+    windows = range((sum(sizes) - 1) // block_size)
+    order, epoch = [], 0
+    while len(order) < n_positions:
+        for shard in permuted(range(len(sizes)), seed, epoch):
+            order += permuted([k for k in windows if owner[k * block_size] == shard], seed, epoch, shard)
+        epoch += 1
+    return order[:n_positions]
 
 
 @pytest.fixture

@@ -1,0 +1,205 @@
+"""config.py: flags of every type, mistakes answered in one line, errors once and with status 2 on every rank."""
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from conftest import ROOT, script_env
+
+import config
+from config import DeviceConfig, UserError, flag, kept_fields, parse_config
+
+
+@dataclass(kw_only=True)
+class Flags(DeviceConfig):
+    source: str = flag(help="needed", group="data")
+    steps: int = flag(100, "how many steps", group="length", low=0, high=1000, keep=True)
+    epochs: float | None = flag(None, "passes, 100% of the data each", group="length", above=0)
+    layers: int | None = flag(None, "layers", group="model", low=1)
+    dropout: float = flag(0.0, "probability", group="model", low=0.0, below=1.0, keep=True)
+    kind: str = flag("cosine", "shape", group="model", choices=("cosine", "wsd"))
+    copies: int = flag(1, "copies", group="model", choices=(1, 2))
+    prompt: list[str] = flag([], "text; may be given several times", group="text", repeat=True)
+    verbose: bool = flag(False, "say more", group="text")
+
+    def check(self):
+        if self.epochs and self.layers:
+            raise UserError("--epochs and --layers exclude each other")
+
+
+@dataclass
+class Files:
+    files: list[str] = flag([], "what to read", positional=True)
+    out: str = flag("x", "where to write")
+
+
+@dataclass
+class OneFile:
+    file: str = flag(help="what to read", positional=True)
+
+
+def parsed(*words, cls=Flags):
+    return parse_config(cls, [*(["--source", "s"] if cls is Flags else []), *words])
+
+
+def refusal(*words, cls=Flags):
+    with pytest.raises(UserError) as caught:
+        parsed(*words, cls=cls)
+    return str(caught.value)
+
+
+def test_without_flags_every_field_has_its_default_and_derived_ones_are_none():
+    assert parsed() == Flags(source="s", steps=100, epochs=None, layers=None, dropout=0.0, kind="cosine", copies=1,
+                             prompt=[], verbose=False, device="auto", dtype="auto")
+
+
+@pytest.mark.parametrize("words, name, value", [
+    (["--steps", "7"], "steps", 7), (["--steps=7"], "steps", 7), (["--steps", "0"], "steps", 0),
+    (["--steps", "1000"], "steps", 1000), (["--epochs", "2"], "epochs", 2.0), (["--epochs", "1e-3"], "epochs", 0.001),
+    (["--layers", "3"], "layers", 3), (["--dropout", "0.5"], "dropout", 0.5), (["--dropout", "0"], "dropout", 0.0),
+    (["--kind", "wsd"], "kind", "wsd"), (["--copies", "2"], "copies", 2), (["--verbose"], "verbose", True),
+    (["--prompt", "a b"], "prompt", ["a b"]), (["--prompt", "a", "--prompt", ""], "prompt", ["a", ""]),
+    (["--dtype", "bf16"], "dtype", "bf16"), (["--source", "two"], "source", "two"),
+])
+def test_a_flag_sets_its_field_in_its_type(words, name, value):
+    got = getattr(parsed(*words), name)
+    assert got == value and type(got) is type(value)
+
+
+def test_lists_are_not_shared_between_configs():
+    parsed().prompt.append("leaked")
+    assert parsed().prompt == []
+
+
+@pytest.mark.parametrize("words, expected", [
+    ([], []), (["a"], ["a"]), (["a", "b"], ["a", "b"]), (["--out", "o", "a"], ["a"]), (["a", "--out", "o"], ["a"]),
+    (["a", "--out", "o", "b"], ["a", "b"]),
+], ids=str)
+def test_words_that_are_no_flags_are_positional_wherever_they_stand(words, expected):
+    assert parsed(*words, cls=Files).files == expected
+
+
+def test_one_positional_word_is_needed_and_no_more():
+    assert parsed("a", cls=OneFile).file == "a"
+    assert "required: FILE" in refusal(cls=OneFile)
+    assert "unknown argument b" in refusal("a", "b", cls=OneFile)
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--step", "7"], "unknown argument --step; did you mean --steps?"),
+    (["--ste=7"], "unknown argument --ste=7; did you mean --steps?"),
+    (["--layer", "7"], "did you mean --layers?"), (["--Dropout", "0.1"], "did you mean --dropout?"),
+    (["--n-layers", "7"], "did you mean --layers?"), (["--verb"], "did you mean --verbose?"),
+    (["--zzzz", "7"], "unknown argument --zzzz ("), (["-steps", "7"], "unknown argument -steps ("),
+    (["stray"], "unknown argument stray ("),
+])
+def test_an_unknown_or_abbreviated_flag_is_refused_with_the_nearest_one(words, expected):
+    assert expected in refusal(*words) and "--help lists the flags" in refusal(*words)
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--steps", "many"], "--steps: invalid int value: 'many'"), (["--steps", "1.5"], "--steps: invalid int value: '1.5'"),
+    (["--steps", ""], "--steps: invalid int value: ''"), (["--steps"], "--steps: expected one argument"),
+    (["--steps", "-1"], "--steps must be >= 0, but is -1"), (["--steps", "1001"], "--steps must be <= 1000, but is 1001"),
+    (["--epochs", "0"], "--epochs must be > 0, but is 0.0"), (["--dropout", "1"], "--dropout must be < 1.0, but is 1.0"),
+    (["--dropout", "x"], "--dropout: 'x' is not a finite number"), (["--layers", "0"], "--layers must be >= 1"),
+    (["--kind", "step"], "--kind must be one of cosine, wsd, but is 'step'"),
+    (["--copies", "3"], "--copies must be one of 1, 2, but is 3"),
+    (["--verbose=1"], "--verbose: ignored explicit argument '1'"),
+    (["--epochs", "1", "--layers", "1"], "--epochs and --layers exclude each other"),
+])
+def test_a_wrong_value_is_refused_with_what_would_be_right(words, expected):
+    assert expected in refusal(*words)
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf", "infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("name", ["dropout", "epochs"])
+def test_nan_and_infinity_are_no_numbers(name, text):
+    assert f"--{name}: '{text}' is not a finite number" in refusal(f"--{name}={text}")
+
+
+def test_a_flag_without_default_is_required():
+    with pytest.raises(UserError, match="required: --source"):
+        parse_config(Flags, [])
+
+
+def test_replace_checks_what_it_changes():
+    changed = config.replace(parsed(), steps=5)
+    assert changed.steps == 5 and changed.source == "s"
+    with pytest.raises(UserError, match="--steps must be <= 1000"):
+        config.replace(parsed(), steps=1001)
+    with pytest.raises(UserError, match="exclude each other"):
+        config.replace(parsed(), epochs=1.0, layers=1)
+
+
+def test_the_fields_that_a_resumed_run_keeps_are_those_marked():
+    assert kept_fields(Flags) == ["steps", "dropout"]
+
+
+def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(run):
+    code = "import sys; sys.argv[0] = 'thing.py'; import test_config as t; t.config.parse_config(t.Flags, ['--help'], 'Does it.')"
+    rc, out, err = run("-c", code, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "100"})
+    assert (rc, err) == (0, "")
+    assert out.startswith("usage: thing.py [-h]") and "\nDoes it.\n" in out
+    assert max(map(len, out.splitlines())) <= 100
+    groups = out.split("\n\n")
+    for title, flags in {"system": ("--device TEXT", "--dtype auto|bf16|fp16|fp32"), "data": ("--source TEXT",),
+                         "length": ("--steps N", "--epochs X"), "text": ("--prompt TEXT", "--verbose"),
+                         "model": ("--layers N", "--dropout X", "--kind cosine|wsd", "--copies 1|2")}.items():
+        [group] = [g for g in groups if g.startswith(f"{title}:")]
+        assert all(f"\n  {flag} " in f"{group} " for flag in flags)
+        assert group.count("\n  --") == len(flags)
+    assert "how many steps (default: 100)" in out and "passes, 100% of the data each\n" in out   # None shows no default
+    assert "needed\n" in out and "shape (default: cosine)" in out
+
+
+SCRIPT = """
+import sys, time
+from config import RunFailed, UserError, run_script
+def main():
+    print("started", flush=True)
+    raise {error}
+run_script(main)
+"""
+
+
+def test_a_user_error_is_one_line_and_status_2_and_a_failed_run_status_1(run):
+    rc, out, err = run("-c", SCRIPT.format(error="UserError('two\\nlines,   one error')"))
+    assert (rc, out, err) == (2, "started\n", "-c: error: two lines, one error\n")
+    rc, _, err = run("-c", SCRIPT.format(error="RunFailed('it diverged')"))
+    assert (rc, err) == (1, "-c: error: it diverged\n")
+
+
+def test_rank_0_of_several_prints_and_exits_with_status_2(run):
+    rc, _, err = run("-c", SCRIPT.format(error="UserError('no shards')"), env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert (rc, err) == (2, "-c: error: no shards\n")
+
+
+def test_other_ranks_print_nothing_wait_for_torchruns_signal_and_exit_with_status_2(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(error="UserError('no shards')")], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=script_env(tmp_path, {"RANK": "1"}))
+    assert process.stdout.readline() == "started\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)                                           # rank 0 must be able to print first
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (2, "", "")
+
+
+def test_other_errors_keep_their_traceback_and_ctrl_c_is_quiet(run):
+    rc, _, err = run("-c", SCRIPT.format(error="ValueError('a bug')"))
+    assert rc == 1 and "Traceback" in err and err.endswith("ValueError: a bug\n")
+    rc, _, err = run("-c", SCRIPT.format(error="KeyboardInterrupt"))
+    assert (rc, err) == (130, "")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    code = "from config import run_script\ndef main():\n    while True: print('x' * 4096)\nrun_script(main)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=script_env(tmp_path))
+    os.read(process.stdout.fileno(), 100)
+    process.stdout.close()
+    assert process.wait(10) == 0 and process.stderr.read() == b""
+    process.stderr.close()
