@@ -5,12 +5,13 @@ read with weights_only=True. `open_model` reads ours, Hugging Face's folders and
 """
 import re
 import shutil
+import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-import hf_format
 from config import UserError
 from files import atomic_write, human_bytes
 from model import GPT, GPTConfig
@@ -21,6 +22,10 @@ CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
 
 class CheckpointError(UserError):
     """A file that is no checkpoint, or a damaged one."""
+
+
+class _ForeignConfig:
+    """Stands in for build-nanogpt's pickled __main__.GPTConfig: takes its fields and none of its code."""
 
 
 def checkpoint_path(log_dir, step):
@@ -55,17 +60,33 @@ def checkpoint_bytes(value):
 def read_checkpoint(path, **options):
     """The dict in a checkpoint file, on the CPU. Raises CheckpointError in one line for whatever is wrong."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
+        open(path, "rb").close()
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged zip, a pickle that asks for code: torch raises many kinds
-        why = "it asks to run code" if "weights_only" in str(error).lower() else "it is damaged"
+    try:
+        _check_sums(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
+            warnings.simplefilter("ignore")  # of a pickle protocol, about to be an error of ours
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # a damaged zip, a pickle that asks for code: torch raises many kinds, OSError too
+        why = "it asks to run code" if "GLOBAL" in str(error) else "it is damaged"
         raise CheckpointError(f"{path} cannot be loaded as a checkpoint: {why} or not one ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    if isinstance(checkpoint.get("config"), _ForeignConfig):
+        checkpoint["config"] = vars(checkpoint["config"])
     return checkpoint
+
+
+def _check_sums(path):
+    """Raise ValueError if a part of a file of torch.save differs from its checksum: torch.load does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} differs from its checksum")
 
 
 def list_checkpoints(log_dir):

@@ -1,5 +1,6 @@
 """What the hardware can do, and what "auto" therefore means for device, dtype, compile and attention."""
 import os
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -10,13 +11,14 @@ from config import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Dense bf16 (fp16 before Ampere) peak in TFLOP/s, from the vendors' data sheets. The first name that the card's
-# name contains counts, so longer names stand first. A card that is not here has no MFU rather than a wrong one.
+# Dense bf16 (fp16 before Ampere) peak in TFLOP/s, from the vendors' data sheets. The first name that stands
+# in the card's name as whole words counts, so longer names stand first. A card that is not here has no MFU rather
+# than a wrong one.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A800": 312, "H800": 989,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "RTX A6000": 155,
-    "RTX 6000 Ada": 364, "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 3080": 60,
-    "V100": 125, "T4": 65,
+    "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10G": 70,
+    "A10": 125, "RTX A6000": 155, "RTX 6000 Ada": 364, "RTX 5090": 210, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71,
+    "RTX 3080": 60, "V100": 125, "T4": 65,
 }
 
 
@@ -30,7 +32,10 @@ class Hardware:
 
     def peak_flops(self):
         """Dense 16-bit floating-point operations per second, or None for a card we do not know."""
-        known = [tflops for name, tflops in PEAK_TFLOPS.items() if name in self.name] if self.type == "cuda" else []
+        if self.type != "cuda":
+            return None
+        known = [tflops for name, tflops in PEAK_TFLOPS.items()
+                 if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", self.name)]
         return known[0] * 1e12 if known else None
 
 

@@ -89,9 +89,11 @@ def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, temperatur
             return
         full = [i for i, row in enumerate(rows) if len(row) == block_size]
         for i in full:
-            rows[i] = rows[i][-(block_size // 2):]
-        if full:
+            rows[i] = rows[i][block_size - block_size // 2:]
+        if full and block_size > 1:
             read_prompts(model, cache, full, [rows[i] for i in full])
+        elif full:
+            cache.lengths.zero_()
         for row, token in zip(rows, step):
             row.append(token)
         logits = model(tokens[:, None], cache=cache)[:, 0]

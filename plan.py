@@ -1,6 +1,7 @@
 """The arithmetic of a run, without torch: steps, batches, learning rates."""
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from config import UserError
 
@@ -34,9 +35,10 @@ def make_plan(config, block_size, n_windows, world_size):
     n = total // block_size
     max_steps = config.max_steps if config.max_steps is not None else MAX_STEPS
     if config.num_epochs is not None:
-        max_steps = math.floor(config.num_epochs * n_windows / n)
+        exact = Fraction(str(config.num_epochs)) * n_windows  # as typed: in floating point 0.29 of 100 is less than 29
+        max_steps = math.floor(exact / n)
         if max_steps < 1:
-            largest = math.floor(config.num_epochs * n_windows / world_size) * unit
+            largest = math.floor(exact / world_size) * unit
             raise UserError(f"--num_epochs {config.num_epochs:g} of {n_windows * block_size:,} tokens holds no step of {total:,} tokens; "
                             + (f"the largest --total_batch_size is {largest}" if largest else "use more text or more epochs"))
     warmup_steps = config.warmup_steps

@@ -8,8 +8,9 @@ file sizes, the manifest against the files, and `verify` holds every token again
 import dataclasses
 import hashlib
 import io
+import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +52,24 @@ def load_manifest(folder):
     if not path.exists():
         return None
     stored = read_json(path)
-    hints = {f.name: f.type for f in dataclasses.fields(Manifest)}
-    required = {f.name for f in dataclasses.fields(Manifest)
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     if stored.get("format") != FORMAT_VERSION:
-        raise UserError(f"{path} has format {stored.get('format')!r}, this code reads {FORMAT_VERSION}; make the shards again")
-    wrong = [k for k, v in stored.items() if k not in hints or type(v) is not hints[k]] + list(required - set(stored))
-    row_types = {"file": str, "split": str, "tokens": int, "sha256": str}
-    wrong += [f"shards[{i}]" for i, row in enumerate(stored.get("shards", []) if not wrong else [])
-              if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != row_types
-              or row["tokens"] < 0 or row["split"] not in ("train", "val") or Path(row["file"]).name != row["file"]]
+        raise UserError(f"{path} has format {stored.get('format')!r}, this code reads {FORMAT_VERSION}; "
+                        "make the shards again")
+    known = {f.name: f for f in dataclasses.fields(Manifest)}
+    required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    wrong = [k for k, v in stored.items() if k not in known or type(v) is not known[k].type]
+    wrong += required - set(stored)
+    if not wrong:
+        wrong = [f"shards[{i}]" for i, row in enumerate(stored.get("shards", [])) if not _is_shard_row(row)]
     if wrong:
         raise UserError(f"{path} is damaged (entry {wrong[0]!r}); make the shards again")
     return Manifest(**stored)
+
+
+def _is_shard_row(row):
+    types = {"file": str, "split": str, "tokens": int, "sha256": str}
+    return (isinstance(row, dict) and {k: type(v) for k, v in row.items()} == types
+            and row["tokens"] > 0 and row["split"] in ("train", "val") and bool(_SHARD_NAME.fullmatch(row["file"])))
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,9 @@ def open_shard(path):
 def _read_npy_header(f, path):
     try:
         version = np.lib.format.read_magic(f)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, _, dtype = read_header(f)
-    except (ValueError, KeyError, EOFError, TypeError, SyntaxError) as error:
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[version](f)
+    except Exception as error:      # whatever the parser says of a foreign header
         raise UserError(f"shard {path} is not a NumPy .npy file; make it again") from error
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
         raise UserError(f"shard {path} holds {dtype} of shape {shape}, not a row of uint16 tokens")
@@ -139,81 +145,115 @@ def _read_bin_header(f, path):
 
 
 class ShardFolder:
-    """A folder of shards, checked: every file's header, the manifest against the files, one data set only."""
+    """A folder of shards, checked: every file's header, the manifest against the files, one data set only.
+
+    manifest is None in peers' folders. train and val are the shards of each split in file order.
+    """
 
     def __init__(self, folder, need_complete=True):
         """Raises UserError naming what is missing or damaged and how to mend it."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"no shards: {folder} does not exist; make them with prepare_fineweb.py or prepare_text.py, "
-                            "or name their folder with --data_dir")
+            raise UserError(f"no shards: {folder} does not exist; make them with prepare_fineweb.py or "
+                            "prepare_text.py, or name their folder with --data_dir")
         self.manifest = load_manifest(folder)
         if need_complete and self.manifest and not self.manifest.complete:
             raise UserError(f"{folder} is incomplete: run the same prepare command again, it continues")
-        names = sorted(p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name))
+        names = [p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name)]
         if self.manifest:
-            listed = [row["file"] for row in self.manifest.shards]
-            missing, extra = sorted(set(listed) - set(names)), sorted(set(names) - set(listed))
-            if missing or (extra and need_complete):
-                raise UserError(f"{folder}: shard {(missing or extra)[0]} is "
-                                f"{'missing' if missing else 'not in manifest.json'}; make the shards again")
-            names = sorted(listed)
+            names = self._listed_names(set(names))
         if not names:
-            raise UserError(f"no shards in {folder} (NAME_train_000001.npy or .bin); make them with prepare_fineweb.py "
-                            "or prepare_text.py")
-        self._check_names(names)
-        self.shards = [open_shard(self.folder / name) for name in names]
-        for shard, row in zip(self.shards, sorted(self.manifest.shards, key=lambda r: r["file"]) if self.manifest else ()):
-            if (shard.split, shard.n_tokens) != (row["split"], row["tokens"]):
-                raise UserError(f"shard {shard.path} holds {shard.n_tokens:,} tokens, manifest.json says {row['tokens']:,}; "
-                                "make the shards again")
+            raise UserError(f"no shards in {folder} (NAME_train_000001.npy or .bin); make them with "
+                            "prepare_fineweb.py or prepare_text.py")
+        self._check_names([_SHARD_NAME.fullmatch(name) for name in names])
+        self.shards = [open_shard(self.folder / name) for name in sorted(names, key=_file_order)]
         self.train = [s for s in self.shards if s.split == "train"]
         self.val = [s for s in self.shards if s.split == "val"]
+        if self.manifest:
+            self._check_rows()
 
-    def _check_names(self, names):
-        parts = [_SHARD_NAME.fullmatch(name) for name in names]
-        prefixes = sorted({p["name"] for p in parts})
+    def _listed_names(self, present):
+        listed = {row["file"] for row in self.manifest.shards}
+        if listed - present:
+            raise UserError(f"{self.folder}: shard {min(listed - present)} is missing; make the shards again")
+        if present - listed and self.manifest.complete:
+            raise UserError(f"{self.folder}: shard {min(present - listed)} is not in manifest.json; move it away")
+        return listed
+
+    def _check_rows(self):
+        rows = {row["file"]: row for row in self.manifest.shards}
+        for shard in self.shards:
+            row = rows[shard.path.name]
+            if (shard.split, shard.n_tokens) != (row["split"], row["tokens"]):
+                raise UserError(f"shard {shard.path} holds {shard.n_tokens:,} tokens, manifest.json says "
+                                f"{row['tokens']:,}; make the shards again")
+
+    def _check_names(self, matches):
+        prefixes = sorted({m["name"] for m in matches})
         if len(prefixes) > 1:
-            raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each a folder of its own")
-        suffixes = {Path(name).suffix for name in names}
-        if len(suffixes) > 1:
+            raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each a "
+                            "folder of its own")
+        if len({Path(m.string).suffix for m in matches}) > 1:
             raise UserError(f"{self.folder} mixes .npy and .bin shards; keep one kind")
-        indices = sorted(int(p["index"]) for p in parts if p["index"] is not None)
-        for index, following in zip(indices, indices[1:]):
-            if following != index + 1:
-                raise UserError(f"{self.folder}: shard {index + 1:06d} is missing between {index:06d} and {following:06d}"
-                                if following > index else f"{self.folder}: two shards have the number {index:06d}")
+        numbers = {split: sorted(int(m["index"]) for m in matches if m["split"] == split and m["index"])
+                   for split in ("train", "val")}
+        if not set(numbers["train"]) & set(numbers["val"]):     # ours and most peers' count through both splits
+            numbers = {"train or val": sorted(numbers["train"] + numbers["val"])}
+        for split, indices in numbers.items():
+            for index, following in itertools.pairwise(indices):
+                if following != index + 1:
+                    what = f"is missing before {following:06d}" if following > index else "is there twice"
+                    raise UserError(f"{self.folder}: {split} shard {min(index + 1, following):06d} {what}")
 
     def tokenizer(self):
-        """The tokenizer of these shards (its files lie beside them; GPT-2's else). Raises UserError if they disagree."""
+        """The tokenizer of these shards: its files lie beside them; GPT-2's where there are none.
+
+        Raises UserError where the manifest names another one.
+        """
         tokenizer = load_tokenizer(self.folder)
-        if self.manifest and (tokenizer.name, tokenizer.n_vocab) != (self.manifest.tokenizer, self.manifest.vocab_size):
-            raise UserError(f"{self.folder}: the shards were made with the vocabulary {self.manifest.tokenizer!r}, the files "
-                            f"beside them are {tokenizer.name!r}; make the shards again")
+        m = self.manifest
+        if m and (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) != (m.tokenizer, m.vocab_size, m.eot):
+            raise UserError(f"{self.folder}: the shards were made with the vocabulary {m.tokenizer!r}, but vocab.bpe "
+                            f"beside them gives {tokenizer.name!r}; bring the right file or make the shards again")
         return tokenizer
 
     def fingerprint(self):
         """A hash of the (name, split, tokens) rows: the same shards in another place have the same."""
         return hashlib.sha256(repr([s.row() for s in self.shards]).encode()).hexdigest()
 
-    def check_vocabulary(self, n_vocab, sample=65536):
-        """Raise UserError if a token of the first `sample` of any shard lies outside the vocabulary."""
+    def check_vocabulary(self, n_vocab, sample=8192, places=4):
+        """Raise UserError if a sampled token lies outside the vocabulary: `sample` tokens at `places` of each shard."""
         for shard in self.shards:
             tokens = np.empty(min(sample, shard.n_tokens), dtype="<u2")
             with shard.open() as file:
-                shard.read_tokens(file, 0, tokens)
-            _check_largest(shard, tokens, n_vocab)
+                for start in np.linspace(0, shard.n_tokens - len(tokens), places, dtype=np.int64).tolist():
+                    shard.read_tokens(file, start, tokens)
+                    _check_largest(shard, tokens, n_vocab)
 
-    def verify(self, n_vocab, progress=iter):
-        """Read every token: hashes against the manifest, ids against the vocabulary. Raises UserError at the first fault."""
-        expected = {row["file"]: row["sha256"] for row in self.manifest.shards} if self.manifest else {}
-        for shard in progress(self.shards):
-            tokens = np.empty(shard.n_tokens, dtype="<u2")
+    def verify(self, n_vocab, progress=lambda n_bytes: None):
+        """Read every token: ids against the vocabulary, files against the manifest's hashes where there is one.
+
+        progress is called with the number of bytes after each piece. Raises UserError at the first fault.
+        """
+        hashes = {row["file"]: row["sha256"] for row in self.manifest.shards} if self.manifest else {}
+        buffer = np.empty(1 << 22, dtype="<u2")
+        for shard in self.shards:
             with shard.open() as file:
-                shard.read_tokens(file, 0, tokens)
-            _check_largest(shard, tokens, n_vocab)
-            if expected and hashlib.sha256(shard.path.read_bytes()).hexdigest() != expected[shard.path.name]:
-                raise UserError(f"shard {shard.path} differs from its hash in manifest.json; delete the folder and make it again")
+                digest = hashlib.sha256(file.read(shard.header_bytes))
+                for start in range(0, shard.n_tokens, len(buffer)):
+                    tokens = buffer[:min(len(buffer), shard.n_tokens - start)]
+                    shard.read_tokens(file, start, tokens)
+                    digest.update(tokens)
+                    _check_largest(shard, tokens, n_vocab)
+                    progress(tokens.nbytes)
+            if digest.hexdigest() != hashes.get(shard.path.name, digest.hexdigest()):
+                raise UserError(f"shard {shard.path} differs from its hash in manifest.json; delete {self.folder} "
+                                "and make it again")
+
+
+def _file_order(name):
+    m = _SHARD_NAME.fullmatch(name)
+    return m["split"], int(m["index"] or 0), name
 
 
 def _check_largest(shard, tokens, n_vocab):
@@ -222,14 +262,32 @@ def _check_largest(shard, tokens, n_vocab):
                         "its tokenizer is another one")
 
 
+def permutation(n, *key):
+    """A permutation of range(n), a pure function of (n, key) that no NumPy release may change.
+
+    Sorts the raw output of the Philox generator (Salmon et al. 2011), whose stream NumPy guarantees.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    random = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
+    return np.argsort(random, kind="stable")
+
+
 def save_shard(folder, name, split, index, tokens):
-    """Write one shard atomically; its manifest row {file, split, tokens, sha256}."""
-    buffer = io.BytesIO()
-    np.save(buffer, tokens.astype("<u2", copy=False), allow_pickle=False)
+    """Write one shard atomically; its manifest row {file, split, tokens, sha256}. Raises UserError on a full disk."""
+    tokens = np.ascontiguousarray(tokens, dtype="<u2")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
     file = f"{name}_{split}_{index:06d}.npy"
-    with atomic_write(Path(folder) / file) as f:
-        f.write(buffer.getbuffer())
-    return dict(file=file, split=split, tokens=len(tokens), sha256=hashlib.sha256(buffer.getbuffer()).hexdigest())
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(tokens)
+    try:
+        with atomic_write(Path(folder) / file) as f:
+            f.write(header.getvalue())
+            f.write(tokens)
+    except OSError as error:
+        raise UserError(f"cannot write {Path(folder) / file}: {error.strerror}; "
+                        "make room and run the same command again") from error
+    return dict(file=file, split=split, tokens=len(tokens), sha256=digest.hexdigest())
 
 
 class ShardWriter:
@@ -246,20 +304,22 @@ class ShardWriter:
         self._filled = 0
 
     def append(self, tokens, position):
-        """Add one document (uint16, end-of-text first) that stands at `position` (a dict) in the source.
+        """Add tokens (uint16) that the source holds from `position` (a dict) on.
 
-        When a shard is full it is written, and then the manifest, whose position says how much of which document
-        the finished shards hold ("skip"): what a continued run begins with.
+        When a shard is full it is written, and then the manifest, whose position says where the next one begins:
+        "skip" tokens after `position`. A continued run begins there.
         """
         start = 0
         while start < len(tokens):
             size = self._sizes[min(len(self.manifest.shards), 1)]
             n = min(len(tokens) - start, size - self._filled)
-            self._buffer[self._filled:self._filled + n] = tokens[start:start + n]
+            part = tokens[start:start + n]
+            self._buffer[self._filled:self._filled + n] = part
+            self.manifest.rows += int(np.count_nonzero(part == self.manifest.eot))
             self._filled += n
             start += n
             if self._filled == size:
-                self._flush({**position, "skip": start})
+                self._flush({**position, "skip": position.get("skip", 0) + start})
 
     def _flush(self, position):
         index = len(self.manifest.shards)
@@ -269,9 +329,10 @@ class ShardWriter:
         self.manifest.save(self.folder)
         self._filled = 0
 
-    def finish(self, position):
+    def finish(self):
         """Write the last, shorter shard and mark the manifest complete."""
-        if self._filled:
-            self._flush(position)
         self.manifest.complete = True
-        self.manifest.save(self.folder)
+        if self._filled:
+            self._flush({})
+        else:
+            self.manifest.save(self.folder)

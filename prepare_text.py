@@ -1,0 +1,204 @@
+"""Your own text to token shards: .txt, .md, .jsonl, .csv, .tsv, .parquet files and directories of them.
+
+    python prepare_text.py book.txt --out data/book
+    python prepare_text.py stories/ --separator '<|endoftext|>' --train_tokenizer 8192 --out data/stories
+    python prepare_text.py --demo --train_tokenizer 4096 --out data/demo
+
+Everything is read and checked before anything is written. Documents are shuffled by the seed; some go to validation.
+"""
+import hashlib
+import itertools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError, flag, parse_config, run_script
+from documents import find_files, read_documents
+from encode import available_cpus, encode_tasks, in_batches
+from files import FolderLock, human_bytes
+from python_docs import python_documents
+from shards import MANIFEST, Manifest, ShardFolder, ShardWriter, load_manifest, permutation
+from tokenizer import gpt2_tokenizer, train_tokenizer
+
+POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save
+
+
+@dataclass(kw_only=True)
+class Config:
+    paths: list[str] = flag([], "files and directories, in this order", group="text", positional=True)
+    demo: bool = flag(False, "the documentation inside CPython instead of files", group="text")
+    separator: str = flag("", r"what stands between the documents of a .txt (\n and \t are understood); "
+                          "without it a file is one document", group="text")
+    text_column: str = flag("text", "the column of .jsonl, .csv, .tsv and .parquet that holds the text", group="text")
+    train_tokenizer: int | None = flag(None, "train a byte-pair vocabulary of N entries on this text (default: GPT-2's "
+                                       "50,257)", group="tokens", low=257, high=65535)
+    out: str = flag("", "the folder to make, such as data/NAME (required)", group="tokens")
+    val_fraction: float = flag(0.05, "share of the tokens kept for validation", group="tokens", above=0, below=1)
+    shard_tokens: int = flag(100_000_000, "tokens in a shard", group="tokens", low=1, high=2_000_000_000)
+    seed: int = flag(1337, "of the order of the documents", group="tokens", low=0)
+
+    def check(self):
+        if self.demo == bool(self.paths):
+            raise UserError("--demo brings its own text; drop the files" if self.demo else
+                            "name the files and directories to read, or --demo")
+        if not self.out:
+            raise UserError("say where the shards go: --out data/NAME")
+        self.separator = self.separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+class Corpus:
+    """All documents of a command; iterating reads them again from the start as (text, starts) pairs.
+
+    Documents of whitespace alone are left out.
+    """
+
+    def __init__(self, config):
+        self._config = config
+        self.files = [] if config.demo else find_files(config.paths)
+        self._demo = list(python_documents()) if config.demo else []
+
+    def __iter__(self):
+        c = self._config
+        files = (read_documents(path, c.text_column, c.separator) for path in self.files)
+        for text, starts in itertools.chain(((text, True) for text in self._demo), *files):
+            if not starts or (text and not text.isspace()):
+                yield text, starts
+
+    def survey(self):
+        """(documents, bytes, sha256 of them all); reads everything, so that every fault shows. Raises UserError."""
+        n_documents, n_bytes, digest = 0, 0, hashlib.sha256()
+        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            for text, starts in self:
+                data = text.encode("utf-8")
+                digest.update(b"\xff" if starts else b"")      # a byte that UTF-8 never holds
+                digest.update(data)
+                n_documents += starts
+                n_bytes += len(data)
+                bar.update(len(data))
+        if not n_documents:
+            raise UserError(f"there is no text in {', '.join(map(str, self.files[:3]))}")
+        return n_documents, n_bytes, digest.hexdigest()
+
+
+def tokenise(corpus, n_bytes, tokenizer, file):
+    """Write the corpus' tokens into an open file; (all tokens, a uint16 array that stays there; documents' starts)."""
+    num_proc = available_cpus() if n_bytes > POOL_BYTES else 0
+    tasks = ((None, iter_batch, batch) for batch in in_batches(corpus))
+    n_tokens, starts = 0, []
+    with tqdm(desc="tokenising", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for _, tokens, size in encode_tasks(tasks, tokenizer, num_proc):
+            starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
+            n_tokens += len(tokens)
+            file.write(tokens)
+            bar.update(size)
+    file.flush()
+    return np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
+
+
+def iter_batch(batch):
+    """How a worker reads a task whose texts travel with it."""
+    return batch
+
+
+def split_documents(lengths, order, val_fraction):
+    """(val, train): the documents of each split, in seeded order; val is empty where no document fits.
+
+    Documents go to val until it holds val_fraction of the tokens; one that would make it twice that is left to train.
+    """
+    target = val_fraction * lengths.sum()
+    val, n_val = [], 0
+    for document in order:
+        if n_val >= target:
+            break
+        if n_val + lengths[document] <= 2 * target:
+            val.append(document)
+            n_val += int(lengths[document])
+    return np.array(val, dtype=np.int64), order[~np.isin(order, val)]
+
+
+def write_shards(folder, manifest, tokens, starts, config):
+    """Cut the tokens (all documents as read) into a val shard and train shards in seeded order."""
+    ends = np.append(starts[1:], len(tokens))
+    order = permutation(len(starts), config.seed, "documents")
+    val, train = split_documents(ends - starts, order, config.val_fraction)
+    documents = np.concatenate([val, train])
+    if len(val):
+        n_val = int((ends - starts)[val].sum())
+    else:       # no document fits: val is the tail of what would be train
+        n_val = max(1, int(config.val_fraction * len(tokens)))
+        starts, ends = cut_tail(starts[train], ends[train], n_val)
+        documents = np.arange(len(starts))
+    writer = ShardWriter(folder, folder.resolve().name, manifest, n_val, config.shard_tokens)
+    for d in tqdm(documents, desc="writing", unit="doc", unit_scale=True, disable=None, leave=False):
+        writer.append(tokens[starts[d]:ends[d]], {})
+    writer.finish()
+
+
+def cut_tail(starts, ends, n_tail):
+    """The same pieces (starts, ends) in another order: the last n_tail tokens first, the piece at the border cut."""
+    before = np.cumsum(ends - starts) - (ends - starts)         # tokens in front of each piece
+    border = before[-1] + ends[-1] - starts[-1] - n_tail
+    i = int(np.searchsorted(before, border, side="right")) - 1  # the piece that holds the border
+    cut = starts[i] + border - before[i]
+    pieces = [(cut, ends[i]), *zip(starts[i + 1:], ends[i + 1:]), *zip(starts[:i], ends[:i]), (starts[i], cut)]
+    return np.array([p for p in pieces if p[0] < p[1]]).T
+
+
+def already_made(folder, wanted):
+    """Whether `folder` holds what the manifest `wanted` describes. Raises UserError where it holds something else."""
+    if not folder.exists() or not any(p.name not in (".lock", MANIFEST + ".tmp") for p in folder.iterdir()):
+        return False
+    found = load_manifest(folder)
+    if found is None:
+        raise UserError(f"{folder} holds other files; choose another --out")
+    same = (found.source, found.seed, found.settings) == (wanted.source, wanted.seed, wanted.settings)
+    if not same:
+        differing = [k for k in wanted.settings if found.settings.get(k) != wanted.settings[k]]
+        differing += ["seed"] * (found.seed != wanted.seed)
+        raise UserError(f"{folder} holds shards of another command (differing: {', '.join(differing) or 'source'}); "
+                        f"choose another --out, or delete {folder}")
+    return found.complete
+
+
+def main(argv=None):
+    config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
+    folder = Path(config.out)
+    corpus = Corpus(config)
+    n_documents, n_bytes, digest = corpus.survey()
+    manifest = Manifest(source="CPython documentation" if config.demo else "text", tokenizer="", vocab_size=0, eot=0,
+                        seed=config.seed, settings=dict(
+                            text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
+                            shard_tokens=config.shard_tokens))
+    if already_made(folder, manifest):
+        print(f"{folder} already holds the shards of this command")
+        return report(folder)
+    if config.train_tokenizer:
+        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
+        tokenizer = train_tokenizer((text for text, _ in corpus), config.train_tokenizer)
+    else:
+        tokenizer = gpt2_tokenizer()
+    manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
+    with FolderLock(folder, wait_s=0), tempfile.TemporaryFile(dir=folder) as file:   # nameless: kill -9 leaves none
+        manifest.save(folder)           # incomplete as yet: a killed run is recognised and done again
+        tokenizer.save(folder)
+        write_shards(folder, manifest, *tokenise(corpus, n_bytes, tokenizer, file), config)
+    print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
+    return report(folder)
+
+
+def report(folder):
+    """Print what the folder holds and the next command."""
+    shards = ShardFolder(folder)
+    m = shards.manifest
+    for name, split in (("train", shards.train), ("val", shards.val)):
+        plural = "s" if len(split) != 1 else ""
+        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
+    print(f"  vocabulary {m.tokenizer}, {m.vocab_size:,} entries")
+    print(f"next: python train.py --data_dir {folder} --log_dir logs/{folder.resolve().name}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,67 @@
+"""train.py, with one accident built in. Run as train.py is run; the environment variable ACCIDENT says which:
+
+    WHAT:WHERE:STEP[:RANK]   WHAT  kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk)
+                             WHERE step (before its update), save (half the file is written), validate, sample, start
+
+With a STEP the accident happens at that step; with a RANK on that rank only. ACCIDENT_ONCE names a file that marks
+that it has happened: later starts are undisturbed.
+"""
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import assemble
+import checkpoint
+import config
+import train
+
+what, where, at, *only_rank = os.environ.get("ACCIDENT", "none:none:0").split(":")
+once = os.environ.get("ACCIDENT_ONCE")
+mine = not only_rank or only_rank[0] == os.environ.get("RANK", "0")
+if once and Path(once).exists():
+    mine = False
+
+
+def accident():
+    """Let it happen, on the ranks and in the start that it is meant for."""
+    if not mine:
+        return
+    if once:
+        Path(once).touch()
+    if what == "error":
+        raise ValueError("an accident in the code")
+    signals = dict(kill=signal.SIGKILL, term=signal.SIGTERM, int=signal.SIGINT, usr1=signal.SIGUSR1)
+    os.kill(os.getpid(), signals[what])
+    time.sleep(0.1)
+
+
+def before(function, step_of, place):
+    """The function, preceded by the accident when its step has come."""
+    def wrapped(*args, **kwargs):
+        if place == where and step_of(*args, **kwargs) == int(at):
+            accident()
+        return function(*args, **kwargs)
+    return wrapped
+
+
+def half_a_save(path, entries):
+    """A save in whose middle the accident happens, or that finds the disk full until STEP."""
+    if what == "full" and entries["step"] < int(at) and mine:
+        raise OSError(28, "No space left on device")
+    if where == "save" and what != "full" and entries["step"] == int(at):
+        Path(f"{path}.tmp").write_bytes(b"PK\x03\x04 half of a file")
+        accident()
+    return checkpoint.save_checkpoint(path, entries)
+
+
+train.train_step = before(train.train_step, lambda run, config, runtime, tokens, step: step, "step")
+train.save_checkpoint = half_a_save
+train.write_samples = before(train.write_samples, lambda run, config, runtime, step: step, "sample")
+train.validate = before(train.validate, lambda run, config, runtime, log, step: step, "validate")
+assemble.build = before(assemble.build, lambda *_: 0, "start")
+
+if __name__ == "__main__":
+    sys.argv[0] = "train.py"
+    config.run_script(train.main)

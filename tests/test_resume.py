@@ -1,0 +1,247 @@
+"""A run that is killed, stopped or starved goes on as if nothing had happened: bitwise, with real processes."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, script_env
+
+CHAOS = str(ROOT / "tests" / "chaos.py")
+# 18 windows of 16 tokens, 8 a step: an epoch ends inside every third batch, and shards end everywhere.
+SIZES = [100, 150, 40]
+STEPS = 12
+FLAGS = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--total_batch_size", 128,
+         "--max_steps", STEPS, "--max_lr", 3e-3, "--eval_every", 5, "--val_tokens", 96, "--checkpoint_every", 4,
+         "--sample_every", 6, "--micro_batch_size", 1)
+
+
+def command(n, *flags):
+    """The command line of chaos.py in n processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
+    return [*launcher, CHAOS, *FLAGS, *flags]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """straight(run, folder, n, *flags) -> the log_dir of an undisturbed run; equal ones run once."""
+    done = {}
+
+    def undisturbed(run, folder, n, *flags):
+        if (n, flags) not in done:
+            log_dir = tmp_path_factory.mktemp("straight")
+            rc, _, err = run(*command(n, *flags, "--data_dir", folder, "--log_dir", log_dir))
+            assert rc == 0, err
+            done[n, flags] = log_dir
+        return done[n, flags]
+    return undisturbed
+
+
+def state_of(path):
+    """What must be bitwise equal in two checkpoints, flat: {place: tensor or value}."""
+    flat = {}
+
+    def walk(value, place):
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(v, f"{place}/{k}")
+        elif isinstance(value, (list, tuple)):
+            for i, v in enumerate(value):
+                walk(v, f"{place}/{i}")
+        else:
+            flat[place] = value
+    checkpoint = torch.load(path, weights_only=True)
+    walk({k: checkpoint[k] for k in ("model", "optimizer", "scaler", "step", "val_loss", "best_val_loss", "finished")}, "")
+    return flat
+
+
+def assert_same_end(one, other, step=STEPS):
+    a, b = (state_of(folder / f"model_{step:05d}.pt") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for place, value in a.items():
+        same = torch.equal(value, b[place]) if isinstance(value, torch.Tensor) else value == b[place]
+        assert same, place
+
+
+def assert_same_logs(one, other):
+    """Equal log.txt, and every step and evaluation once in metrics.jsonl, with equal numbers."""
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    rows = []
+    for folder in (one, other):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows.append([{k: r.get(k) for k in ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "samples")} for r in lines])
+    assert rows[0] == rows[1]
+
+
+KILLED = [  # processes, flags, accident: pairwise over processes, dtype, dropout, optimizer, place and kind of cut
+    (1, ("--dtype", "fp32"), "kill:step:7"),
+    (1, ("--dtype", "bf16", "--dropout", 0.2), "kill:save:8"),
+    (1, ("--dtype", "fp16", "--dropout", 0.2), "kill:validate:10"),
+    (1, ("--dtype", "bf16", "--optimizer", "muon"), "kill:step:11"),
+    (2, ("--dtype", "fp32", "--dropout", 0.2), "kill:step:6:0"),
+    (2, ("--dtype", "bf16"), "kill:step:9:1"),
+    (2, ("--dtype", "fp16"), "kill:save:8:0"),
+    (2, ("--dtype", "fp32", "--optimizer", "muon"), "kill:validate:5:1"),
+    (4, ("--dtype", "fp32"), "kill:save:12:0"),
+    (4, ("--dtype", "bf16", "--dropout", 0.2), "kill:step:5:2"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, flags, accident", KILLED)
+def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(run, make_shards, tmp_path, straight, n, flags, accident):
+    folder = make_shards(SIZES, val_sizes=[120])
+    reference = straight(run, folder, n, *flags)
+    flags = (*flags, "--data_dir", folder)
+    rc, _, _ = run(*command(n, *flags, "--log_dir", tmp_path / "killed"), env={"ACCIDENT": accident})
+    assert rc != 0 and not (tmp_path / "killed" / "model_00012.pt").exists()
+    rc, out, err = run(*command(n, *flags, "--log_dir", tmp_path / "killed"))
+    assert rc == 0, err
+    assert_same_end(reference, tmp_path / "killed")
+    assert_same_logs(reference, tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+STOPPED = [  # processes, accident, the step whose state is saved (None: nothing was there to save)
+    (1, "usr1:validate:5", 5), (1, "int:sample:6", 7), (1, "term:start:0", None), (2, "term:step:7:1", 8),
+    (2, "int:start:0:1", None),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, accident, saved", STOPPED)
+def test_a_stopped_run_saves_exits_0_and_goes_on_bitwise(run, make_shards, tmp_path, straight, n, accident, saved):
+    folder = make_shards(SIZES, val_sizes=[120])
+    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, n, "--dtype", "fp32")
+    rc, out, err = run(*command(n, *flags, "--log_dir", tmp_path / "stopped"), env={"ACCIDENT": accident})
+    assert rc == 0 and "stopped before" in out, err
+    files = [p.name for p in (tmp_path / "stopped").glob("model_0*.pt")]
+    assert max(files, default=None) == (f"model_{saved:05d}.pt" if saved else None)
+    assert run(*command(n, *flags, "--log_dir", tmp_path / "stopped"))[0] == 0
+    assert_same_end(reference, tmp_path / "stopped")
+    assert_same_logs(reference, tmp_path / "stopped")
+
+
+def start(tmp_path, *arguments, **env):
+    """A process in the background, its output in a file."""
+    log = open(tmp_path / f"out_{time.monotonic_ns()}", "w+")
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+                               env=script_env(tmp_path, env))
+    process.log = log
+    return process
+
+
+def wait_for(folder, pattern, seconds=60):
+    """Wait until a file matches."""
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern} in {folder}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_shards, tmp_path):
+    flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--max_steps", 2000)
+    logs = tmp_path / "logs"
+    launched = start(tmp_path, *command(2, *flags, "--log_dir", logs))
+    wait_for(logs, "model_00004.pt")
+    launched.send_signal(signal.SIGTERM)
+    launched.wait(timeout=40)
+    launched.log.seek(0)
+    saved = re.search(r"stopped before step (\d+)", launched.log.read())
+    assert saved and (logs / f"model_{int(saved[1]):05d}.pt").exists()
+
+    launched = start(tmp_path, *command(2, *flags, "--log_dir", logs))
+    wait_for(logs, f"model_{(int(saved[1]) // 4 + 3) * 4:05d}.pt")
+    workers = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    launched.kill()
+    again = start(tmp_path, *command(2, *flags, "--log_dir", logs))         # at once: waits for the lock, continues
+    launched.wait()
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline, "the workers outlived their launcher"
+        time.sleep(0.1)
+    time.sleep(8)
+    again.send_signal(signal.SIGINT)
+    again.wait(timeout=40)
+    again.log.seek(0)
+    assert "going on from step" in again.log.read()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker_and_the_end_is_the_same(run, make_shards, tmp_path, straight):
+    folder = make_shards(SIZES, val_sizes=[120])
+    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, 2, "--dtype", "fp32")
+    restarting = command(2, *flags, "--log_dir", tmp_path / "restarted")
+    restarting.insert(3, "--max_restarts=3")
+    rc, _, err = run(*restarting, env={"ACCIDENT": "kill:step:6:1", "ACCIDENT_ONCE": str(tmp_path / "happened")})
+    assert rc == 0 and (tmp_path / "happened").exists(), err
+    assert_same_end(reference, tmp_path / "restarted")
+    assert_same_logs(reference, tmp_path / "restarted")
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_all_with_its_traceback(run, make_shards, tmp_path):
+    begun = time.monotonic()
+    rc, _, err = run(*command(2, "--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs"),
+                     env={"ACCIDENT": "error:step:3:1"})
+    assert rc != 0 and "rank 1" in err and "an accident in the code" in err and "Traceback" in err
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_or_micro_batch_sees_the_same_tokens(run, make_shards, tmp_path, straight):
+    folder = make_shards(SIZES, val_sizes=[120])
+    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, 1, "--dtype", "fp32")
+    assert run(*command(4, *flags, "--log_dir", tmp_path / "moved"), env={"ACCIDENT": "term:step:5"})[0] == 0
+    rc, out, err = run(*command(2, *flags, "--log_dir", tmp_path / "moved"), env={"ACCIDENT": "term:step:8"})
+    assert rc == 0 and "world_size 2 instead of 4" in out, err
+    rc, out, err = run(*command(1, *flags, "--micro_batch_size", 4, "--log_dir", tmp_path / "moved"))
+    assert rc == 0 and "micro_batch_size 4 instead of 1" in out and "not bitwise" in out, err
+    both = (reference, tmp_path / "moved")
+    ends = [torch.load(folder / "model_00012.pt", weights_only=True) for folder in both]
+    assert abs(ends[0]["val_loss"] - ends[1]["val_loss"]) < 1e-5
+    texts = [[line.split() for line in (folder / "log.txt").read_text().splitlines()] for folder in both]
+    assert [t[:2] for t in texts[0]] == [t[:2] for t in texts[1]]
+    assert max(abs(float(a[2]) - float(b[2])) for a, b in zip(*texts)) < 1e-4
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_change_training(run, make_shards, tmp_path):
+    flags = ("--dtype", "fp32", "--dropout", 0.2, "--data_dir", make_shards(SIZES, val_sizes=[120]))
+    assert run(*command(1, *flags, "--eval_every", 1, "--sample_every", 1, "--log_dir", tmp_path / "often"))[0] == 0
+    assert run(*command(1, *flags, "--eval_every", 50, "--sample_every", 0, "--log_dir", tmp_path / "rarely"))[0] == 0
+    ends = [state_of(tmp_path / name / "model_00012.pt") for name in ("often", "rarely")]
+    places = [p for p in ends[0] if p.startswith(("/model", "/optimizer"))]
+    assert all(torch.equal(torch.as_tensor(ends[0][p]), torch.as_tensor(ends[1][p])) for p in places if
+               not isinstance(ends[0][p], (str, type(None))))
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(run, make_shards, tmp_path, straight):
+    folder = make_shards(SIZES, val_sizes=[120])
+    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, 1, "--dtype", "fp32")
+    run(*command(1, *flags, "--log_dir", tmp_path / "torn"), env={"ACCIDENT": "kill:step:10"})
+    newest = tmp_path / "torn" / "model_00008.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with open(tmp_path / "torn" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 10, "tok')                                   # a line that the kill tore
+    rc, out, err = run(*command(1, *flags, "--log_dir", tmp_path / "torn"))
+    assert rc == 0 and "skipping" in out and "going on from step 4" in out, err
+    assert_same_end(reference, tmp_path / "torn")
+    assert_same_logs(reference, tmp_path / "torn")
+
+
+@pytest.mark.slow
+def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(run, make_shards, tmp_path):
+    flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs",
+             "--eval_every", 0)
+    rc, out, err = run(*command(1, *flags), env={"ACCIDENT": "full:save:9"})
+    assert rc == 0 and out.count("not written, training goes on") == 2, err   # at 4 and 8; tried again at 10
+    assert [p.name for p in sorted((tmp_path / "logs").glob("*.pt"))] == ["model_00010.pt", "model_00012.pt"]

