@@ -187,11 +187,11 @@ def describe(run, config, runtime, checkpoint):
                 f"{len(run.folder.shards)} shards",
         "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process{'es' * (runtime.world_size > 1)} x "
                 f"{accum} micro-batch{'es' * (accum > 1)} x {run.micro_batch_size} rows x {c.block_size}",
-        "length": f"{plan.max_steps:,} steps, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} schedule, "
-                  f"{plan.warmup_steps} steps of warm-up",
-        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, attention {resolved['attention']}, "
+        "length": f"{plan.max_steps:,} steps, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} schedule "
+                  f"with {plan.warmup_steps} steps of warm-up",
+        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, {resolved['attention']} attention, "
                    f"compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
-        "disk": f"{human_bytes(disk_bytes(config, run.raw))} for {config.keep_checkpoints} checkpoints in {config.log_dir}",
+        "disk": f"{human_bytes(disk_bytes(config, run.raw))} in {config.log_dir} for {config.keep_checkpoints} checkpoints",
     })
     if checkpoint:
         runtime.print(f"going on from step {run.first_step}")

@@ -110,7 +110,7 @@ class TrainLoader:
         self._rank, self._world_size = runtime.rank, runtime.world_size
         self._queue = queue.Queue(maxsize=2)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, args=(first_step, last_step), daemon=True, name="loader")
+        self._thread = threading.Thread(target=self._read_ahead, args=(first_step, last_step), daemon=True)
         self._thread.start()
 
     def _local(self, step):
@@ -157,8 +157,8 @@ class TrainLoader:
 def n_val_windows(stream, val_tokens):
     """How many windows validation reads, the first ones. Raises UserError where the split holds none."""
     if stream.n_windows < 1:
-        raise UserError(f"the val split holds no full window of {stream.block_size} tokens: make the shards with a larger "
-                        "--val_fraction, train with a smaller --block_size, or switch validation off with --eval_every 0")
+        raise UserError(f"the val split holds no full window of {stream.block_size} tokens: make the shards with a "
+                        "larger --val_fraction, or train with a smaller --block_size, or with --eval_every 0")
     return min(stream.n_windows, max(1, val_tokens // stream.block_size))
 
 

@@ -99,7 +99,8 @@ def choose_compile(requested, hardware, device):
     if problem is None:
         return True, None
     if requested == "on":
-        raise UserError(f"--compile on: a compiled function does not run here ({problem}); install a C compiler, or use --compile off")
+        raise UserError(f"--compile on: a compiled function does not run here ({problem}); install a C compiler, or use "
+                        "--compile off")
     return False, f"torch.compile is off: a compiled function does not run here ({problem})"
 
 
@@ -127,7 +128,7 @@ def enable_attention(backend):
 
 
 def attention_backend(requested, device, dtype, shape):
-    """The name of the backend that attention of a model's shape (a GPTConfig) runs on, after enabling only what was requested.
+    """The backend that attention of a model's shape (a GPTConfig) runs on, once only what was requested is enabled.
 
     Raises UserError for a backend that this device lacks.
     """

@@ -112,7 +112,7 @@ def require_columns(columns, present, where):
     for column in columns:
         if column not in present:
             hint = "; name the right one with --text_column" if len(columns) == 1 else ""
-            raise UserError(f"{where} has no column {column!r} (it has {', '.join(map(str, present)) or 'none'}){hint}")
+            raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present)) or 'none'}{hint}")
 
 
 def parse_json_line(line, where, columns):
@@ -120,13 +120,13 @@ def parse_json_line(line, where, columns):
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error})") from error
+        raise UserError(f"{where}: not valid JSON ({error})") from error
     return _pick(row, where, columns)
 
 
 def _pick(row, where, columns):
     if not isinstance(row, dict):
-        raise UserError(f"{where} must be a JSON object, but is a {type(row).__name__}")
+        raise UserError(f"{where}: must be a JSON object, but is a {type(row).__name__}")
     require_columns(columns, row, where)
     return [_mend(row[c]) if isinstance(row[c], str) else row[c] for c in columns]
 
@@ -144,7 +144,7 @@ def _read_jsonl(path, columns):
     with _open_text(path) as f:
         for number, line in enumerate(f, 1):
             if line.strip():
-                where = f"{path}, line {number},"
+                where = f"{path}, line {number}"
                 yield where, parse_json_line(line, where, columns)
 
 
@@ -155,11 +155,11 @@ def _read_json(path, columns):
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON ({error})") from error
+            raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} must hold a JSON list of objects, but holds a {type(rows).__name__}")
     for i, row in enumerate(rows):
-        where = f"{path}, item {i},"
+        where = f"{path}, item {i}"
         yield where, _pick(row, where, columns)
 
 
@@ -172,14 +172,14 @@ def _read_csv(path, columns, **dialect):
             require_columns(columns, header, path)
             indices = [header.index(c) for c in columns]
             for row in reader:
-                where = f"{path}, line {reader.line_num},"
+                where = f"{path}, line {reader.line_num}"
                 if row and len(row) != len(header):
-                    raise UserError(f"{where} has {len(row)} cells, the header {len(header)}; quote cells that hold "
+                    raise UserError(f"{where}: {len(row)} cells, but {len(header)} in the header; quote cells that hold "
                                     "a separator")
                 if row:
                     yield where, [row[i] for i in indices]
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}, is not valid CSV ({error})") from error
+            raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
 
 
 def _read_tsv(path, columns):

@@ -53,7 +53,8 @@ class RunLog:
                   ms=1000 * seconds, tok_per_sec=tok_per_sec, mfu=mfu, data_wait_ms=1000 * data_wait_s,
                   peak_mem_gb=peak_memory_gb(self._runtime))
         parts = [f"step {step:>{len(str(self._run.last_step))}}/{self._run.last_step}", f"loss {result.loss:.4f}",
-                 f"lr {lr:.2e}", f"norm {result.grad_norm:.3f}", f"{1000 * seconds:.0f} ms", f"{tok_per_sec:,.0f} tok/s"]
+                 f"lr {lr:.2e}", f"norm {result.grad_norm:.3f}", f"{1000 * seconds:.0f} ms",
+                 f"{tok_per_sec:,.0f} tok/s"]
         parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
         print(" | ".join([*parts, f"eta {self.eta(step)}"]), flush=True)
 
@@ -119,8 +120,8 @@ class RunLog:
                   for (kind, _), times in self._pauses.items()}
         total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)
                                               for kind, s in pauses.items())
-        return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "
-                f"run of {plan.max_steps} steps takes about {human_time(total)} and "
+        return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; "
+                f"the full run of {plan.max_steps} steps takes about {human_time(total)} and "
                 f"{human_bytes(disk_bytes(config, self._run.raw))} of disk. Nothing was kept.")
 
 

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz steps, with decoupled weight decay; for matrices only.
 
     Computes what torch.optim.Muon does (Nesterov, adjust_lr_fn="original": the rate times sqrt(max(1, rows /
-    columns))), but for all matrices of one shape at once. pieces: {parameter: into how many equal blocks of rows it is cut}.
+    columns))), but for all matrices of one shape at once. pieces: {parameter: number of equal blocks of its rows}.
     Raises ValueError for a parameter that is no matrix.
     """
 

@@ -28,10 +28,11 @@ def make_plan(config, block_size, n_windows, world_size):
     if total % unit:
         below, above = total // unit * unit, (total // unit + 1) * unit
         nearest = " or ".join(f"{v:,}".replace(",", "") for v in (below, above) if v)
-        raise UserError(f"--total_batch_size {total} is not a multiple of block_size x processes = {block_size} x {world_size}; "
-                        f"use {nearest}")
+        raise UserError(f"--total_batch_size {total} is not a multiple of block_size x processes = {block_size} x "
+                        f"{world_size}; use {nearest}")
     if n_windows < 1:
-        raise UserError(f"the train split holds no full window of {block_size} tokens; use more text or a smaller --block_size")
+        raise UserError(f"the train split holds no full window of {block_size} tokens; use more text, or a smaller "
+                        "--block_size")
     n = total // block_size
     max_steps = config.max_steps if config.max_steps is not None else MAX_STEPS
     if config.num_epochs is not None:
@@ -39,8 +40,9 @@ def make_plan(config, block_size, n_windows, world_size):
         max_steps = math.floor(exact / n)
         if max_steps < 1:
             largest = math.floor(exact / world_size) * unit
-            raise UserError(f"--num_epochs {config.num_epochs:g} of {n_windows * block_size:,} tokens holds no step of {total:,} tokens; "
-                            + (f"the largest --total_batch_size is {largest}" if largest else "use more text or more epochs"))
+            advice = f"the largest --total_batch_size is {largest}" if largest else "use more text or more epochs"
+            raise UserError(f"--num_epochs {config.num_epochs:g} of {n_windows * block_size:,} tokens holds no step of "
+                            f"{total:,} tokens; {advice}")
     warmup_steps = config.warmup_steps
     if warmup_steps is None:
         warmup_steps = min(WARMUP_STEPS, max_steps // 10)
@@ -80,5 +82,5 @@ def check_micro_batch_size(micro_batch_size, local_windows):
     """Raise UserError unless the micro-batches make up a rank's share of the step exactly."""
     if local_windows % micro_batch_size:
         valid = ", ".join(map(str, divisors(local_windows)[:12]))
-        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a process has per "
-                        f"step (total_batch_size / block_size / processes); use one of {valid}, or 0")
+        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a process "
+                        f"has per step (total_batch_size / block_size / processes); use one of {valid}, or 0")

@@ -20,7 +20,7 @@ from documents import find_files, read_documents
 from encode import available_cpus, encode_tasks, in_batches
 from files import FolderLock, human_bytes
 from python_docs import python_documents
-from shards import MANIFEST, Manifest, ShardFolder, ShardWriter, load_manifest, permutation
+from shards import MANIFEST, Manifest, ShardFolder, ShardWriter, load_manifest, permutation, writing_to
 from tokenizer import gpt2_tokenizer, train_tokenizer
 
 POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save
@@ -181,10 +181,11 @@ def main(argv=None):
     else:
         tokenizer = gpt2_tokenizer()
     manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
-    with FolderLock(folder, wait_s=0), tempfile.TemporaryFile(dir=folder) as file:   # nameless: kill -9 leaves none
+    with FolderLock(folder, wait_s=0), writing_to(folder):
         manifest.save(folder)           # incomplete as yet: a killed run is recognised and done again
         tokenizer.save(folder)
-        write_shards(folder, manifest, *tokenise(corpus, n_bytes, tokenizer, file), config)
+        with tempfile.TemporaryFile(dir=folder) as file:    # nameless: a killed run leaves none
+            write_shards(folder, manifest, *tokenise(corpus, n_bytes, tokenizer, file), config)
     print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
     return report(folder)
 

@@ -1,4 +1,5 @@
 """Going on with a run: which checkpoint, whether it is the same run, and the choices it was started with."""
+import contextlib
 import os
 from pathlib import Path
 
@@ -55,21 +56,21 @@ def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
     if plan.warmup_steps != checkpoint["resolved"].get("warmup_steps"):
         differing.append(f"--warmup_steps {plan.warmup_steps} (it has {checkpoint['resolved'].get('warmup_steps')})")
     if differing:
-        raise UserError(f"{config.log_dir} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. Use its flags to "
-                        "continue it, or another --log_dir to start a new run")
+        raise UserError(f"{config.log_dir} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. Use "
+                        "its flags to continue it, or another --log_dir to start a new run")
     _check_length(config, checkpoint, plan)
 
 
 def _check_length(config, checkpoint, plan):
     """A run keeps its length, for the schedule depends on it; a wsd run may grow before its decay has begun."""
-    old = checkpoint["resolved"].get("max_steps")
+    old, step = checkpoint["resolved"].get("max_steps"), checkpoint["step"]
     if plan.max_steps == old:
         return
-    may_grow = config.schedule == "wsd" and plan.max_steps > old and checkpoint["step"] <= checkpoint["resolved"]["decay_start"]
-    if not may_grow:
-        raise UserError(f"{config.log_dir} holds a run of {old} steps, now asked for {plan.max_steps}: its learning rates depend on "
-                        f"its length. To train its model further: --init_from {config.log_dir}/model_{checkpoint['step']:05d}.pt "
-                        "--log_dir NEW")
+    decaying = step > checkpoint["resolved"].get("decay_start", 0)
+    if config.schedule != "wsd" or plan.max_steps < old or decaying:
+        raise UserError(f"{config.log_dir} holds a run of {old} steps, now asked for {plan.max_steps}: its learning rates "
+                        f"depend on its length. To train its model further: --init_from "
+                        f"{config.log_dir}/model_{step:05d}.pt --log_dir NEW")
 
 
 def is_finished(config, checkpoint, plan):
@@ -85,11 +86,10 @@ def adopt_choices(config, runtime, checkpoint, local_windows):
     """
     stored = checkpoint["resolved"] if checkpoint else {}
     if config.dtype == "auto" and "dtype" in stored and stored.get("device") == runtime.device.type:
-        try:
+        with contextlib.suppress(UserError):  # the notice of `differences` says it
             runtime.dtype_name = choose_dtype(stored["dtype"], runtime.hardware)
-        except UserError:
-            pass  # the notice of `differences` says it
-    if runtime.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and stored.get("world_size") == runtime.world_size:
+    same_processes = stored.get("world_size") == runtime.world_size
+    if runtime.device.type == "cpu" and same_processes and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(stored.get("threads", torch.get_num_threads()), os.cpu_count()))
     size = config.micro_batch_size or stored.get("micro_batch_size", 0)
     if size:
@@ -103,6 +103,6 @@ def adopt_choices(config, runtime, checkpoint, local_windows):
 
 
 def differences(stored, resolved):
-    """What was resolved otherwise than when the run began, as "dtype bf16 instead of fp32"; equal: bitwise the same run."""
-    return [f"{k} {v} instead of {stored[k]}" for k, v in resolved.items() if k in stored and stored[k] != v and k != "max_steps"
-            and k != "decay_start"]
+    """What was resolved otherwise than when the run began, as "dtype bf16 instead of fp32"; none: bitwise the same."""
+    return [f"{k} {v} instead of {stored[k]}" for k, v in resolved.items()
+            if stored.get(k, v) != v and k not in ("max_steps", "decay_start")]

@@ -294,7 +294,8 @@ def provenance():
         except (OSError, subprocess.TimeoutExpired):
             return ""
     return dict(git_commit=git("rev-parse", "HEAD"),
-                git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")), torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
+                git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+                torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
                 host=socket.gethostname(),
                 time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

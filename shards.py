@@ -5,6 +5,7 @@ layout, whose shards are read unchanged). llm.c's and modded-nanogpt's .bin file
 (magic 20240520, version 1, token count), then uint16 tokens. Nothing read is trusted: headers are held against
 file sizes, the manifest against the files, and `verify` holds every token against the hashes.
 """
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -22,7 +23,7 @@ from tokenizer import load_tokenizer
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4
-_SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
+_SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
 
 
 @dataclass
@@ -272,21 +273,27 @@ def permutation(n, *key):
     return np.argsort(random, kind="stable")
 
 
+@contextlib.contextmanager
+def writing_to(folder):
+    """What goes wrong while the files of a folder are written (a full disk) becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}; make room there and run the same "
+                        "command again") from error
+
+
 def save_shard(folder, name, split, index, tokens):
-    """Write one shard atomically; its manifest row {file, split, tokens, sha256}. Raises UserError on a full disk."""
+    """Write one shard atomically; its manifest row {file, split, tokens, sha256}."""
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
     file = f"{name}_{split}_{index:06d}.npy"
     digest = hashlib.sha256(header.getvalue())
     digest.update(tokens)
-    try:
-        with atomic_write(Path(folder) / file) as f:
-            f.write(header.getvalue())
-            f.write(tokens)
-    except OSError as error:
-        raise UserError(f"cannot write {Path(folder) / file}: {error.strerror}; "
-                        "make room and run the same command again") from error
+    with atomic_write(Path(folder) / file) as f:
+        f.write(header.getvalue())
+        f.write(tokens)
     return dict(file=file, split=split, tokens=len(tokens), sha256=digest.hexdigest())
 
 

@@ -29,6 +29,7 @@ from runtime import StopRequested, command_line, seed_everything, start
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
 MAX_BAD_STEPS = 10         # skipped in a row: then the run stops
+RETRY_STEPS = 10           # between tries to write a checkpoint that a full disk refused
 
 
 @dataclass(kw_only=True)
@@ -62,7 +63,7 @@ class TrainConfig(DeviceConfig):
 
     optimizer: str = flag("adamw", "adamw, or muon for the matrices inside the blocks and adamw for the rest",
                           group="optimizer", choices=("adamw", "muon"), keep=True)
-    muon_lr: float = flag(0.02, "Muon's peak learning rate, on the same schedule", group="optimizer", above=0, keep=True)
+    muon_lr: float = flag(0.02, "Muon's peak learning rate, same schedule", group="optimizer", above=0, keep=True)
     muon_weight_decay: float = flag(0.01, "Muon's", group="optimizer", low=0.0, keep=True)
     weight_decay: float = flag(0.1, "of matrices; vectors do not decay", group="optimizer", low=0.0, keep=True)
     beta1: float = flag(0.9, "AdamW's", group="optimizer", low=0.0, below=1.0, keep=True)
@@ -143,7 +144,7 @@ def loop(run, config, runtime):
             if due(step, config.sample_every, last):
                 with log.pause("samples", config.sample_every):
                     log.samples(step, write_samples(run, config, runtime, step))
-            if last or (step > run.first_step and (due(step, config.checkpoint_every) or (run.save_failed and step % 10 == 0))):
+            if last or (step > run.first_step and save_due(run, config, step)):
                 with log.pause("checkpoint", config.checkpoint_every):
                     save(run, config, runtime, step, finished=last)
             if last:
@@ -159,8 +160,9 @@ def loop(run, config, runtime):
             if result.finite and result.loss < config.stop_loss:
                 run.last_step = step + 1
             step, stop = step + 1, result.stop
-        runtime.print(f"finished: {checkpoint_path(config.log_dir, step)}\nnext: python plot.py {config.log_dir}\n"
-                      f"      python inference.py --checkpoint {checkpoint_path(config.log_dir, step)} --prompt \"...\"")
+        path = checkpoint_path(config.log_dir, step)
+        runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
+                      f"      python inference.py --checkpoint {path} --prompt \"...\"")
     except StopRequested:
         if step > run.first_step:
             save(run, config, runtime, step)
@@ -174,6 +176,11 @@ def loop(run, config, runtime):
 def due(step, every, last=False):
     """Whether something that happens every so many steps, and at the last one, happens now; every = 0: never."""
     return every > 0 and (step % every == 0 or last)
+
+
+def save_due(run, config, step):
+    """Whether a checkpoint is due, or one that a full disk refused is to be tried again."""
+    return due(step, config.checkpoint_every) or (run.save_failed and step % RETRY_STEPS == 0)
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ def check_finite(run, log, result, step, loader):
                 loader.windows_of_step(step))
     if run.bad_steps >= MAX_BAD_STEPS:
         raise RunFailed(f"{MAX_BAD_STEPS} steps in a row gave no finite gradient; the checkpoints are as they were. Go "
-                        "back to one and try a smaller --max_lr, --dtype bf16 or fp32, --attention math, another --seed")
+                        "back to one and try a smaller --max_lr, --dtype bf16 or fp32, --attention math, or --seed")
 
 
 @torch.no_grad()

@@ -89,10 +89,10 @@ def brute_force_order(sizes, block_size, seed, n_positions):
 def tiny_gpt2():
     """tiny_gpt2(**GPT2Config fields) -> a GPT2LMHeadModel of transformers in eval mode, its weights all random.
 
-    Biases and LayerNorms too, so that a forgotten one shows. Defaults: 2 layers, 3 heads, 24 channels, 32 positions,
-    65 tokens, no dropout.
+    Biases and LayerNorms too, so that a forgotten one shows; matrices so large that every path matters and greedy text
+    wanders. Defaults: 2 layers, 3 heads, 24 channels, 32 positions, 65 tokens, no dropout.
     """
-    def make(seed=0, scale=0.2, **options):
+    def make(seed=0, **options):
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
         shape = dict(n_layer=2, n_head=3, n_embd=24, n_positions=32, vocab_size=65, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -100,9 +100,13 @@ def tiny_gpt2():
         model = GPT2LMHeadModel(GPT2Config(**{**shape, **options}))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                around = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
-                parameter.copy_(around + scale * torch.randn(parameter.shape, generator=generator))
+            for name, p in model.named_parameters():
+                random = torch.randn(p.shape, generator=generator)
+                if p.dim() == 1:
+                    p.add_(0.1 * random)
+                else:
+                    p.copy_(random if name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))
+                            else 2 * random / p.size(0) ** 0.5)
         return model.eval()
     return make
 

@@ -1,0 +1,310 @@
+"""prepare_text.py and documents.py: the shards hold the text, split by the rule of DESIGN.md, or nothing is written."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED_DATA, script_env
+
+import documents
+import encode
+import prepare_text
+from config import UserError
+from documents import find_files, read_documents, read_rows
+from shards import ShardFolder, permutation
+from tokenizer import gpt2_tokenizer, load_tokenizer
+
+EOT = 50256
+STORIES = [f"Story {i}. " + "Once upon a time, ü 😀\n" * (i % 7) + f"The end of {i}" for i in range(40)]
+
+
+def stream(folder, split):
+    return np.concatenate([np.load(s.path) for s in getattr(ShardFolder(folder), split)]).tolist()
+
+
+def split_at_eot(tokens, eot=EOT):
+    starts = [i for i, t in enumerate(tokens) if t == eot]
+    return [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)])]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+
+
+def write_parquet(path, **columns):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "stories.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(STORIES)))
+    return path
+
+
+# --- the split
+
+
+def brute_force_split(lengths, order, val_fraction):
+    """DESIGN.md's words, a document at a time, with fractions of integers."""
+    total, val, train, full = sum(lengths), [], [], False
+    for d in order:
+        held = sum(lengths[i] for i in val)
+        full = full or held >= val_fraction * total
+        fits = held + lengths[d] <= 2 * val_fraction * total
+        (val if not full and fits else train).append(d)
+    return val, train
+
+
+@pytest.mark.parametrize("val_fraction", [0.01, 0.05, 0.3, 0.9])
+def test_documents_are_split_and_ordered_by_the_rule(jsonl, tmp_path, val_fraction):
+    prepare_text.main([str(jsonl), "--out", str(tmp_path / "out"), "--seed", "7", "--val_fraction", str(val_fraction)])
+    ids = [[EOT, *gpt2_tokenizer().encode(t)] for t in STORIES]
+    order = permutation(len(ids), 7, "documents").tolist()
+    val, train = brute_force_split([len(d) for d in ids], order, val_fraction)
+    assert val
+    assert split_at_eot(stream(tmp_path / "out", "val")) == [ids[d] for d in val]
+    assert split_at_eot(stream(tmp_path / "out", "train")) == [ids[d] for d in train]
+
+
+@pytest.mark.parametrize("shard_tokens", [37, 1000])
+def test_where_no_document_fits_the_tail_is_cut_off(tmp_path, shard_tokens):
+    texts = ["one two three four " * 30, "five six seven eight nine " * 40]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    prepare_text.main([str(tmp_path / "0.txt"), str(tmp_path / "1.txt"), "--out", str(tmp_path / "out"),
+                       "--shard_tokens", str(shard_tokens)])
+    ids = [[EOT, *gpt2_tokenizer().encode(t)] for t in texts]
+    whole = [token for d in permutation(2, 1337, "documents") for token in ids[d]]
+    n_val = int(0.05 * len(whole))
+    assert stream(tmp_path / "out", "val") == whole[-n_val:]
+    assert stream(tmp_path / "out", "train") == whole[:-n_val]
+    assert len(ShardFolder(tmp_path / "out").val) == 1
+    assert {s.n_tokens for s in ShardFolder(tmp_path / "out").train[:-1]} <= {shard_tokens}
+
+
+@pytest.mark.parametrize("n", range(1, 14))
+def test_a_tail_may_hold_several_documents(n):
+    starts, ends = np.array([10, 0, 5]), np.array([14, 5, 10])      # three pieces of 4, 5 and 5 tokens
+    original = [t for a, b in zip(starts, ends) for t in range(a, b)]
+    cut = [t for a, b in zip(*prepare_text.cut_tail(starts, ends, n)) for t in range(a, b)]
+    assert cut == original[-n:] + original[:-n]
+
+
+# --- the readers
+
+
+def test_every_format_gives_the_same_shards(jsonl, tmp_path):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for suffix, dialect in (("csv", "excel"), ("tsv", None)):
+        with open(folder / f"a.{suffix}", "w", newline="") as f:
+            texts = STORIES if dialect else [t.replace("\n", " ") for t in STORIES]
+            writer = csv.writer(f, "excel") if dialect else csv.writer(f, "excel-tab", quoting=csv.QUOTE_NONE)
+            writer.writerows([("id", "body"), *enumerate(texts)])
+    write_parquet(folder / "a.parquet", id=list(range(len(STORIES))), body=STORIES)
+    (folder / "a.json").write_text(json.dumps([{"body": t} for t in STORIES]))
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + "<|endoftext|>".join(STORIES).encode())
+    prepare_text.main([str(jsonl), "--out", str(tmp_path / "jsonl")])
+    expected = contents(tmp_path / "jsonl")
+    for name in ("a.csv", "a.parquet", "a.json", "a.txt"):
+        out = tmp_path / name / "jsonl"        # the last part names the shards
+        prepare_text.main([str(folder / name), "--out", str(out), "--text_column", "body",
+                           "--separator", "<|endoftext|>"])
+        assert contents(out) == expected, name
+    assert [t for (t,) in read_rows(folder / "a.tsv", ["body"])] == [t.replace("\n", " ") for t in STORIES]
+
+
+def test_directories_are_read_in_sorted_order(tmp_path):
+    for name in ("b/2.txt", "a/z.md", "a/1.txt", ".hidden/x.txt", "b/picture.png", "b/.x.txt", "c/settings.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [str(p.relative_to(tmp_path)) for p in find_files([tmp_path])] == ["a/1.txt", "a/z.md", "b/2.txt"]
+
+
+@pytest.mark.parametrize("separator", ["", "\n\n", "<|endoftext|>", "d d", "x\n"])
+@pytest.mark.parametrize("part_chars", [7, 100])
+def test_long_text_comes_in_parts_with_the_ids_of_the_whole(tmp_path, monkeypatch, separator, part_chars):
+    monkeypatch.setattr(documents, "PART_CHARS", part_chars)
+    text = "Some words\n\n\nand  more words, don't split 'em<|endoftext|>\n\n  x\n日本 語\u00a0 d d d 12 34\n" * 9 + "end"
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    parts = list(read_documents(path, separator=separator))
+    whole, ids, t = [], [], gpt2_tokenizer()
+    for part, starts in parts:
+        if starts:
+            whole.append("")
+            ids.append([])
+        whole[-1] += part
+        ids[-1] += t.encode(part)
+    expected = text.split(separator) if separator else [text]
+    assert [w for w in whole if w] == [e for e in expected if e]
+    assert ids == [t.encode(w) for w in whole]
+    assert separator or len(parts) > 3
+
+
+def test_parts_are_one_document_in_the_shards(tmp_path, monkeypatch):
+    text = "A long book with many words in it.\n" * 2000
+    (tmp_path / "book.txt").write_text(text)
+    for name, part_chars in (("a", 1 << 20), ("b", 500)):
+        monkeypatch.setattr(documents, "PART_CHARS", part_chars)
+        prepare_text.main([str(tmp_path / "book.txt"), "--out", str(tmp_path / name / "x")])
+    assert contents(tmp_path / "a/x").keys() == contents(tmp_path / "b/x").keys()
+    for split in ("val", "train"):
+        assert stream(tmp_path / "a/x", split) == stream(tmp_path / "b/x", split)
+    assert stream(tmp_path / "a/x", "train").count(EOT) == 1
+
+
+def test_odd_rows_are_text_all_the_same(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\\ud800b", "n": 1}\r\n\r\n{"text": null}\n{"text": 3}\n'
+                     b'{"text": " \\n"}\n{"text": "x"}')
+    assert [t for (t,) in read_rows(path, ["text"])] == ["a\ufffdb", "", "3", " \n", "x"]
+    prepare_text.main([str(path), "--out", str(tmp_path / "out")])
+    tokens = stream(tmp_path / "out", "train") + stream(tmp_path / "out", "val")
+    assert tokens.count(EOT) == 3           # blank documents are left out
+
+
+# --- sameness
+
+
+def test_the_pool_makes_the_same_bytes(jsonl, tmp_path, monkeypatch):
+    prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x")])
+    monkeypatch.setattr(prepare_text, "POOL_BYTES", 0)
+    monkeypatch.setattr(prepare_text, "available_cpus", lambda: 2)
+    monkeypatch.setattr(encode, "TASK_CHARS", 300)
+    prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x")])
+    assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
+
+
+def test_the_same_command_again_does_nothing_and_another_one_is_refused(jsonl, tmp_path, capsys):
+    command = [str(jsonl), "--out", str(tmp_path / "out")]
+    prepare_text.main(command)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    prepare_text.main(command)
+    assert "already holds" in capsys.readouterr().out
+    for more, named in ((["--seed", "1"], "seed"), (["--val_fraction", "0.1"], "val_fraction"),
+                        (["--train_tokenizer", "300"], "train_tokenizer"), (["--shard_tokens", "50"], "shard_tokens")):
+        with pytest.raises(UserError, match=f"differing: {named}"):
+            prepare_text.main(command + more)
+    jsonl.write_text(jsonl.read_text().replace("Once", "Twice"))
+    with pytest.raises(UserError, match="differing: text"):
+        prepare_text.main(command)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_of_other_things_is_left_alone(jsonl, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.docx").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files; choose another --out"):
+        prepare_text.main([str(jsonl), "--out", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == {"thesis.docx": b"years of work"}
+
+
+def test_killed_at_any_moment_the_same_command_makes_the_same_shards(jsonl, tmp_path):
+    flags = [str(jsonl), "--train_tokenizer", "300", "--shard_tokens", "50"]
+    prepare_text.main([*flags, "--out", str(tmp_path / "a" / "x")])
+    out = tmp_path / "b" / "x"
+    for n_files in (1, 4, 20):
+        process = subprocess.Popen([sys.executable, str(ROOT / "prepare_text.py"), *flags, "--out", str(out)],
+                                   env=script_env(tmp_path), stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (out.exists() and len(list(out.iterdir())) >= n_files):
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    prepare_text.main([*flags, "--out", str(out)])
+    assert contents(out) == contents(tmp_path / "a" / "x")
+
+
+# --- the demo, and real text
+
+
+def test_demo_is_documentation_in_a_vocabulary_of_its_own(tmp_path, run):
+    rc, out, err = run("prepare_text.py", "--demo", "--train_tokenizer", 1000, "--out", tmp_path / "demo")
+    assert (rc, err) == (0, "") and f"python train.py --data_dir {tmp_path / 'demo'}" in out
+    folder = ShardFolder(tmp_path / "demo")
+    tokenizer = folder.tokenizer()
+    assert tokenizer.n_vocab == 1000 and folder.manifest.complete and folder.manifest.rows > 300
+    folder.verify(1000)
+    train = stream(tmp_path / "demo", "train")
+    n_val = folder.val[0].n_tokens
+    assert 0.05 <= n_val / (n_val + len(train)) <= 0.1 and len(train) > 400_000
+    text = tokenizer.decode(train)
+    assert 'The "with" statement' in text and "Help on module json.decoder:" in text
+
+
+def test_tinyshakespeare(tmp_path):
+    path = SHARED_DATA / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
+    prepare_text.main([str(path), "--out", str(tmp_path / "out")])
+    tokens = stream(tmp_path / "out", "train") + stream(tmp_path / "out", "val")
+    assert tokens[0] == EOT and tokens[1:] == gpt2_tokenizer().encode(path.read_text())
+    assert load_tokenizer(tmp_path / "out").name == "gpt2"
+
+
+# --- bad input: a line, and nothing on the disk
+
+
+BAD = {
+    "empty.txt": (b"", "there is no text"),
+    "blank.txt": (b" \n\t\n", "there is no text"),
+    "program.txt": (b"\x7fELF\x02\x01\x01\x00\x00", r"program\.txt is a binary file"),
+    "latin.txt": ("caf\u00e9 ".encode("latin-1"), r"latin\.txt is not UTF-8 text \(it holds the byte 0xe9\)"),
+    "cut.txt": ("é".encode()[:1], r"cut\.txt is not UTF-8"),
+    "image.png": (b"\x89PNG", r"image\.png: it must end in one of"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": "b"\n', r"bad\.jsonl, line 2: not valid JSON"),
+    "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl, line 1: not valid JSON"),
+    "list.jsonl": (b'["a"]\n', r"list\.jsonl, line 1: must be a JSON object, but is a list"),
+    "key.jsonl": (b'{"text": "a"}\n{"body": "b"}\n',
+                  r"key\.jsonl, line 2: no column 'text' among body.*--text_column"),
+    "type.jsonl": (b'{"text": ["a"]}\n', r"type\.jsonl, line 1: column 'text' holds a list"),
+    "column.csv": (b"id,body\n1,a\n", r"column\.csv: no column 'text' among id, body"),
+    "cells.csv": (b"id,text\n1,Hello, world\n", r"cells\.csv, line 2: 3 cells, but 2 in the header"),
+    "none.csv": (b"", r"none\.csv: no column 'text' among none"),
+    "fake.parquet": (b"PAR1 not really", r"fake\.parquet is not a readable parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare_text.main([str(tmp_path / name), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_page_of_a_parquet_file_is_found_before_anything_is_written(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, text=[f"some text number {i}" for i in range(5000)])
+    data = bytearray(path.read_bytes())
+    data[100:2000] = bytes(1900)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        prepare_text.main([str(path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "name the files and directories to read, or --demo"),
+    (["nothing.txt", "--out", "x"], "nothing.txt does not exist"),
+    (["--demo"], "say where the shards go: --out data/NAME"),
+    (["--demo", "a.txt", "--out", "x"], "drop the files"),
+    (["--demo", "--out", "x", "--val_fraction", "1"], "--val_fraction must be < 1"),
+    (["--demo", "--out", "x", "--train_tokenizer", "256"], "--train_tokenizer must be >= 257"),
+    (["--demo", "--out", "x", "--shards", "3"], "unknown argument --shards"),
+    (["--demo", "--out", "x", "--val", "0.1"], "unknown argument --val"),
+    ([".", "--out", "x"], "no text under ."),
+])
+def test_wrong_commands_are_refused(tmp_path, run, flags, message):
+    rc, out, err = run("prepare_text.py", *flags, cwd=tmp_path)
+    assert rc == 2 and out == "" and message in err
+    assert err.count("\n") == 1 and list(tmp_path.iterdir()) == []
