@@ -1,6 +1,6 @@
 """Everything that a run needs before its first step: data, plan, model, optimizer, from flags or a checkpoint.
 
-`assemble(config, runtime)` makes the Run that train.py's loop works with.
+`assemble(config, runtime)` makes the Run that train.py's loop works with, `warm_up(run, runtime)` compiles it.
 """
 import contextlib
 import time
@@ -39,6 +39,7 @@ class Run:
     raw: GPT                          # the module itself: checkpoints, samples
     provenance: dict
     resolved: dict = field(default_factory=dict)   # what "auto" became
+    hellaswag: object = None          # the prepared questions, where it is asked for
     compiled: object = None           # raw, compiled or not: validation
     ddp: object = None                # compiled, wrapped where there are several processes: training
     optimizer: object = None
@@ -55,7 +56,7 @@ class Run:
 
 
 def assemble(config, runtime):
-    """Everything that the loop needs, checked, before the first step; None where the run is finished already."""
+    """Everything that the loop needs, checked; None where the run is finished already. `warm_up` comes next."""
     folder = runtime.together(lambda: ShardFolder(config.data_dir))
     tokenizer = runtime.together(folder.tokenizer)
     runtime.together(lambda: folder.check_vocabulary(tokenizer.n_vocab))
@@ -80,7 +81,6 @@ def assemble(config, runtime):
     run.micro_batch_size = find_micro_batch_size(raw, run.micro_batch_size, plan.local_windows, runtime)
     build(run, config, runtime, checkpoint)
     describe(run, config, runtime, checkpoint)
-    warm_up(run, runtime)
     return run
 
 

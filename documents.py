@@ -3,8 +3,10 @@
 `read_documents` gives the text of a corpus, `read_rows` some columns of a table. What cannot be read is a UserError
 that names the file and the line.
 """
+import codecs
 import contextlib
 import csv
+import functools
 import json
 import re
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 from config import UserError
 
 PART_CHARS = 1 << 20       # a longer document comes in parts of about this many characters
+PIECE_BYTES = 1 << 22      # what plan_reads makes a piece of
+LARGE_GROUP = 1 << 25      # a row group of more bytes is too much for a worker's memory
 _SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -174,8 +178,8 @@ def _read_csv(path, columns, **dialect):
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if row and len(row) != len(header):
-                    raise UserError(f"{where}: {len(row)} cells, but {len(header)} in the header; quote cells that hold "
-                                    "a separator")
+                    raise UserError(f"{where}: {len(row)} cells, but {len(header)} in the header; quote cells that "
+                                    "hold a separator")
                 if row:
                     yield where, [row[i] for i in indices]
         except csv.Error as error:
@@ -188,31 +192,141 @@ def _read_tsv(path, columns):
 
 def _read_parquet(path, columns):
     file = open_parquet(path, columns)
-    try:
+    with _parquet_errors(path):
         for batch in file.iter_batches(batch_size=1024, columns=columns, use_threads=False):
             for values in zip(*(column.to_pylist() for column in batch.columns)):
                 yield path, values
-    except (OSError, ValueError) as error:      # pyarrow's errors are one or the other
-        raise damaged(path, error) from error
 
 
 def open_parquet(path, columns):
     """A pyarrow ParquetFile that has the columns; it holds little of a column in memory. Raises UserError."""
     import pyarrow.parquet
-    try:
+    with _parquet_errors(path):
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
     require_columns(columns, file.schema_arrow.names, path)
     return file
 
 
-def damaged(path, error):
-    """The UserError for a parquet file that pyarrow cannot read."""
-    return UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0][:200]})")
+@contextlib.contextmanager
+def _parquet_errors(path):
+    try:
+        yield
+    except (OSError, ValueError) as error:      # pyarrow's errors are one or the other
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"{path} is not a readable parquet file ({reason})") from error
 
 
 # None: plain text, no columns.
 _FORMATS = {".txt": None, ".md": None, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
             ".parquet": _read_parquet}
 _IN_DIRECTORIES = [suffix for suffix in _FORMATS if suffix != ".json"]   # stray .json files are settings, not text
+
+
+# Large files in pieces: a plan in one process, the reading in others.
+
+
+def plan_reads(path, column, start=0):
+    """Yield (start, share, read, *args) for the pieces of a .parquet or .jsonl file, from `start` on, in order.
+
+    start: where the piece begins (a row of a parquet file, a byte of a .jsonl file), with which a later call goes on.
+    share: of the file before it, 0 to 1. read(*args), in any process, yields the piece's documents (text, True).
+    Row groups of more than LARGE_GROUP are read here and their text travels; all else is read where it is needed.
+    Raises UserError.
+    """
+    return (_plan_parquet if Path(path).suffix == ".parquet" else _plan_jsonl)(str(path), column, start)
+
+
+def _plan_jsonl(path, column, start):
+    try:
+        size = Path(path).stat().st_size
+        with open(path, "rb") as f:
+            while start < size:
+                f.seek(start + PIECE_BYTES)
+                f.readline()
+                stop = min(f.tell(), size)
+                yield start, start / size, read_lines, path, column, start, stop
+                start = stop
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_lines(path, column, start, stop):
+    """Yield (text, True) for the lines of a .jsonl file between two bytes. Raises UserError."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(start)
+            data = f.read(stop - start)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    for line in data.removeprefix(codecs.BOM_UTF8 if start == 0 else b"").split(b"\n"):
+        where = f"{path}, byte {start:,}"
+        start += len(line) + 1
+        if line.strip():
+            (text,) = parse_json_line(line, where, [column])
+            yield text if type(text) is str else _to_text(text, where, column), True
+
+
+def _plan_parquet(path, column, start):
+    file = open_parquet(path, [column])
+    kind = str(file.schema_arrow.field(column).type)
+    if "string" not in kind or kind.startswith(("list", "struct", "map")):
+        raise UserError(f"{path}: column {column!r} holds {kind}, not text")
+    n_rows = file.metadata.num_rows
+    run, run_start, run_bytes = [], 0, 0        # consecutive row groups that are read as one piece
+    for group, first, stop, size in _row_groups(file.metadata, column):
+        if stop <= start:
+            continue
+        read_here = first < start or size > LARGE_GROUP
+        if run and (read_here or run_bytes >= PIECE_BYTES):
+            yield run_start, run_start / n_rows, read_row_groups, path, column, run
+            run = []
+        if read_here:
+            batch_rows = max(1, (stop - first) * PIECE_BYTES // max(size, 1))
+            for row, texts in _batches(file, path, column, group, first, start, batch_rows):
+                yield row, row / n_rows, iter_texts, texts
+            continue
+        if not run:
+            run_start, run_bytes = first, 0
+        run.append(group)
+        run_bytes += size
+    if run:
+        yield run_start, run_start / n_rows, read_row_groups, path, column, run
+
+
+def _row_groups(metadata, column):
+    """Yield (row group, its first row, the row after its last, bytes of the column uncompressed)."""
+    first = 0
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        chunks = (group.column(j) for j in range(group.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
+        yield i, first, first + group.num_rows, size
+        first += group.num_rows
+
+
+def _batches(file, path, column, group, first, start, batch_rows):
+    """Yield (row, texts) for the rows of a row group from `start` on."""
+    with _parquet_errors(path):
+        for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[column], use_threads=False):
+            if first + len(batch) > start:
+                begin = max(first, start)
+                yield begin, batch.column(0).slice(begin - first).to_pylist()
+            first += len(batch)
+
+
+def read_row_groups(path, column, groups):
+    """Yield (text, True) for the rows of some row groups of a parquet file. Raises UserError."""
+    with _parquet_errors(path):
+        for chunk in _open_parquet_again(path, column).read_row_groups(groups, [column], use_threads=False)[0].chunks:
+            yield from iter_texts(chunk.to_pylist())
+
+
+@functools.lru_cache(maxsize=1)
+def _open_parquet_again(path, column):
+    """The open file of the piece before: a footer of thousands of row groups takes a while to parse."""
+    return open_parquet(path, [column])
+
+
+def iter_texts(texts):
+    """Yield (text, True) for each text of a list; a null is an empty document."""
+    return ((text or "", True) for text in texts)

@@ -72,12 +72,12 @@ class RunLog:
             self._row(step, step * self._tokens_per_step, val_loss=loss)
             print(f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", flush=True)
 
-    def hellaswag(self, step, acc, acc_norm, n):
-        """Log HellaSwag's accuracies over n items."""
+    def hellaswag(self, step, score):
+        """Log a HellaSwagScore."""
         if self._runtime.is_main:
-            self._text.write(f"{step} hella {acc_norm:.4f}\n")
-            self._row(step, step * self._tokens_per_step, hella_acc=acc, hella_acc_norm=acc_norm)
-            print(f"step {step}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} over {n:,} items", flush=True)
+            self._text.write(f"{step} hella {score.acc_norm:.4f}\n")
+            self._row(step, step * self._tokens_per_step, hella_acc=score.acc, hella_acc_norm=score.acc_norm)
+            print(f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over {score.n:,} items", flush=True)
 
     def samples(self, step, texts):
         """Log texts that the model wrote."""
@@ -115,7 +115,8 @@ class RunLog:
         plan, mean = make_plan(config, self._run.raw.config.block_size, self._run.train_stream.n_windows,
                                self._runtime.world_size), lambda times: sum(times) / len(times)
         step_s = self._recent_ms[-1] / 1000
-        every = dict(validation=config.eval_every, samples=config.sample_every, checkpoint=config.checkpoint_every)
+        every = dict(validation=config.eval_every, HellaSwag=config.hellaswag_every, samples=config.sample_every,
+                     checkpoint=config.checkpoint_every)
         pauses = {kind: mean(times) * (config.val_tokens / val_tokens if kind == "validation" else 1)
                   for (kind, _), times in self._pauses.items()}
         total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)

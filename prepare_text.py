@@ -20,7 +20,7 @@ from documents import find_files, read_documents
 from encode import available_cpus, encode_tasks, in_batches
 from files import FolderLock, human_bytes
 from python_docs import python_documents
-from shards import MANIFEST, Manifest, ShardFolder, ShardWriter, load_manifest, permutation, writing_to
+from shards import Manifest, ShardWriter, matching_manifest, permutation, print_shards, writing_to
 from tokenizer import gpt2_tokenizer, train_tokenizer
 
 POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save
@@ -147,22 +147,6 @@ def cut_tail(starts, ends, n_tail):
     return np.array([p for p in pieces if p[0] < p[1]]).T
 
 
-def already_made(folder, wanted):
-    """Whether `folder` holds what the manifest `wanted` describes. Raises UserError where it holds something else."""
-    if not folder.exists() or not any(p.name not in (".lock", MANIFEST + ".tmp") for p in folder.iterdir()):
-        return False
-    found = load_manifest(folder)
-    if found is None:
-        raise UserError(f"{folder} holds other files; choose another --out")
-    same = (found.source, found.seed, found.settings) == (wanted.source, wanted.seed, wanted.settings)
-    if not same:
-        differing = [k for k in wanted.settings if found.settings.get(k) != wanted.settings[k]]
-        differing += ["seed"] * (found.seed != wanted.seed)
-        raise UserError(f"{folder} holds shards of another command (differing: {', '.join(differing) or 'source'}); "
-                        f"choose another --out, or delete {folder}")
-    return found.complete
-
-
 def main(argv=None):
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
@@ -172,9 +156,10 @@ def main(argv=None):
                         seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
-    if already_made(folder, manifest):
+    found = matching_manifest(folder, manifest)
+    if found and found.complete:
         print(f"{folder} already holds the shards of this command")
-        return report(folder)
+        return print_shards(folder)
     if config.train_tokenizer:
         print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
         tokenizer = train_tokenizer((text for text, _ in corpus), config.train_tokenizer)
@@ -187,18 +172,7 @@ def main(argv=None):
         with tempfile.TemporaryFile(dir=folder) as file:    # nameless: a killed run leaves none
             write_shards(folder, manifest, *tokenise(corpus, n_bytes, tokenizer, file), config)
     print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
-    return report(folder)
-
-
-def report(folder):
-    """Print what the folder holds and the next command."""
-    shards = ShardFolder(folder)
-    m = shards.manifest
-    for name, split in (("train", shards.train), ("val", shards.val)):
-        plural = "s" if len(split) != 1 else ""
-        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
-    print(f"  vocabulary {m.tokenizer}, {m.vocab_size:,} entries")
-    print(f"next: python train.py --data_dir {folder} --log_dir logs/{folder.resolve().name}")
+    return print_shards(folder)
 
 
 if __name__ == "__main__":

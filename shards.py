@@ -23,6 +23,7 @@ from tokenizer import load_tokenizer
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4
+FILE_TYPES = {"path": str, "size": int, "sha256": str}
 _SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
 
 
@@ -36,6 +37,7 @@ class Manifest:
     seed: int = 0              # of the document order
     revision: str = ""         # commit of a hub data set
     settings: dict = field(default_factory=dict)   # flags that a continued prepare must keep
+    files: list = field(default_factory=list)      # source files {path, size, sha256} that position counts
     shards: list = field(default_factory=list)     # rows {file, split, tokens, sha256}
     rows: int = 0              # documents consumed
     position: dict = field(default_factory=dict)   # where in the source the next shard begins
@@ -62,14 +64,19 @@ def load_manifest(folder):
     wrong += required - set(stored)
     if not wrong:
         wrong = [f"shards[{i}]" for i, row in enumerate(stored.get("shards", [])) if not _is_shard_row(row)]
+        wrong += [f"files[{i}]" for i, row in enumerate(stored.get("files", [])) if _types(row) != FILE_TYPES]
+        wrong += [k for k, v in stored.get("position", {}).items() if type(v) is not int or v < 0]
     if wrong:
         raise UserError(f"{path} is damaged (entry {wrong[0]!r}); make the shards again")
     return Manifest(**stored)
 
 
+def _types(row):
+    return {k: type(v) for k, v in row.items()} if isinstance(row, dict) else None
+
+
 def _is_shard_row(row):
-    types = {"file": str, "split": str, "tokens": int, "sha256": str}
-    return (isinstance(row, dict) and {k: type(v) for k, v in row.items()} == types
+    return (_types(row) == {"file": str, "split": str, "tokens": int, "sha256": str}
             and row["tokens"] > 0 and row["split"] in ("train", "val") and bool(_SHARD_NAME.fullmatch(row["file"])))
 
 
@@ -271,6 +278,39 @@ def permutation(n, *key):
     digest = hashlib.sha256(repr(key).encode()).digest()
     random = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
     return np.argsort(random, kind="stable")
+
+
+def matching_manifest(folder, wanted):
+    """The manifest of `folder` if the command that made it is that of the manifest `wanted`; None for a new folder.
+
+    A folder without a finished shard is as good as new. Raises UserError where the folder holds something else.
+    """
+    folder = Path(folder)
+    found = load_manifest(folder)
+    if found is None:
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.suffix != ".tmp"] \
+            if folder.is_dir() else []
+        if others:
+            raise UserError(f"{folder} holds other files ({others[0]}); choose another --out")
+        return None
+    if not found.shards and not found.complete:
+        return None
+    differing = [k for k, v in {**wanted.settings, "seed": wanted.seed}.items()
+                 if {**found.settings, "seed": found.seed}.get(k) != v]
+    if differing or found.source != wanted.source:
+        raise UserError(f"{folder} holds shards of another command (differing: {', '.join(differing) or 'source'}); "
+                        f"choose another --out, or delete {folder}")
+    return found
+
+
+def print_shards(folder):
+    """Print what a finished folder holds and the command that trains on it."""
+    shards = ShardFolder(folder)
+    for name, split in (("train", shards.train), ("val", shards.val)):
+        plural = "s" if len(split) != 1 else ""
+        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
+    print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
+    print(f"next: python train.py --data_dir {folder} --log_dir logs/{Path(folder).resolve().name}")
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from assemble import assemble
+from assemble import assemble, warm_up
 from checkpoint import checkpoint_path, delete_old, save_checkpoint
 from config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
 from files import FolderLock, human_bytes
+from hellaswag import evaluate_hellaswag, prepare_hellaswag
 from inference import generate
 from metrics import RunLog
 from model import GPT2_SIZES, IGNORED
@@ -73,6 +74,7 @@ class TrainConfig(DeviceConfig):
 
     eval_every: int = flag(250, "steps between validations; 0: never", group="evaluation", low=0)
     val_tokens: int = flag(10485760, "tokens of a validation, always the same ones", group="evaluation", low=1)
+    hellaswag_every: int = flag(250, "steps between HellaSwags; 0: never", group="evaluation", low=0)
     sample_every: int = flag(250, "steps between samples; 0: never", group="evaluation", low=0)
 
     log_dir: str = flag("logs", "folder of checkpoints and logs", group="checkpoints")
@@ -115,13 +117,18 @@ def train(config, runtime):
     """One run, from its first step or from where it was left; its RunLog, None where it was finished already."""
     lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else nullcontext())
     with lock:
+        run = assemble(config, runtime)
+        if run is None:
+            return None
         try:
-            run = assemble(config, runtime)
+            if config.hellaswag_every:
+                run.hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw.config.block_size)
+            warm_up(run, runtime)
             runtime.started()
         except StopRequested:
             runtime.print("stopped before the first step; there was nothing to save")
             return None
-        return loop(run, config, runtime) if run else None
+        return loop(run, config, runtime)
 
 
 def loop(run, config, runtime):
@@ -141,6 +148,9 @@ def loop(run, config, runtime):
             if due(step, config.eval_every, last):
                 with log.pause("validation", config.eval_every):
                     validate(run, config, runtime, log, step)
+            if due(step, config.hellaswag_every, last):
+                with log.pause("HellaSwag", config.hellaswag_every), runtime.autocast():
+                    log.hellaswag(step, evaluate_hellaswag(run.raw, run.hellaswag, runtime))
             if due(step, config.sample_every, last):
                 with log.pause("samples", config.sample_every):
                     log.samples(step, write_samples(run, config, runtime, step))

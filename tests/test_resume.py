@@ -18,7 +18,7 @@ SIZES = [100, 150, 40]
 STEPS = 12
 FLAGS = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--total_batch_size", 128,
          "--max_steps", STEPS, "--max_lr", 3e-3, "--eval_every", 5, "--val_tokens", 96, "--checkpoint_every", 4,
-         "--sample_every", 6, "--micro_batch_size", 1)
+         "--sample_every", 6, "--hellaswag_every", 0, "--micro_batch_size", 1)
 
 
 def command(n, *flags):

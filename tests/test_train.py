@@ -13,7 +13,7 @@ from conftest import ROOT
 from model import GPT
 
 TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
-        "--sample_every", 0, "--eval_every", 0, "--checkpoint_every", 0)
+        "--hellaswag_every", 0, "--sample_every", 0, "--eval_every", 0, "--checkpoint_every", 0)
 
 
 def torchrun(run, n, *flags, **options):

@@ -1,0 +1,137 @@
+"""HellaSwag, ours against one example at a time, on the same model and examples in one process.
+
+    python -m bench.hellaswag                          # all 10,042 on a GPU, 96 spread over them on a CPU
+    python -m bench.hellaswag --limit 32 --repeats 5
+
+One at a time is build-nanogpt's way: for each example a forward pass of its four rows, all logits, .item(). Its
+autocast context is opened once around all examples, which favours it: build-nanogpt casts the weights each time.
+"""
+import datetime
+import os
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from checkpoint import open_model
+from config import DeviceConfig, UserError, flag, parse_config, run_script
+from files import write_json
+from hellaswag import DATA_FILE, evaluate_hellaswag, find_hellaswag, load_hellaswag, tokenize
+from model import GPT, GPT2_SIZES, GPTConfig
+from runtime import provenance, start
+from tokenizer import gpt2_tokenizer
+
+
+@dataclass(kw_only=True)
+class BenchConfig(DeviceConfig):
+    model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
+    checkpoint: str = flag("", "instead of random weights: a file, a Hugging Face folder or a name")
+    data: str = flag("", f"JSON-lines file (default: {DATA_FILE}, downloaded once)")
+    limit: int | None = flag(None, "examples, spread evenly over the file; 0: all (default: 96 on a CPU, else all)", low=0)
+    repeats: int = flag(3, "how often each way runs, in turns; the medians count", low=1)
+    batch_tokens: int = flag(0, "see hellaswag.py", low=0)
+    out: str = flag("bench/results/hellaswag.json", "where the result goes")
+
+
+def main(argv=None):
+    config = parse_config(BenchConfig, argv, __doc__.split("\n\n")[0])
+    with start(config) as runtime:
+        if runtime.world_size > 1:
+            raise UserError("this compares two ways on one device; run it without torchrun")
+        model, tokenizer = make_model(config, runtime.device)
+        examples = spread(load_hellaswag(config.data or find_hellaswag()), config.limit, runtime.device)
+        prepared = tokenize(examples, tokenizer, model.config.block_size, "karpathy")
+        runtime.started()
+        write_json(config.out, compare({
+            "packed": lambda: packed(model, prepared, runtime, config.batch_tokens),
+            "one at a time": lambda: one_at_a_time(model, examples, tokenizer, runtime),
+        }, len(examples), config, runtime))
+        print(f"wrote {config.out}")
+
+
+def make_model(config, device):
+    """The model to score, and its tokenizer."""
+    if config.checkpoint:
+        opened = open_model(config.checkpoint)
+        return opened.model.to(device).eval(), opened.tokenizer
+    torch.manual_seed(0)
+    with device:
+        return GPT(GPTConfig(**GPT2_SIZES[config.model])).eval(), gpt2_tokenizer()
+
+
+def spread(examples, limit, device):
+    """`limit` examples, evenly over the list: the file begins with short ones."""
+    if limit is None:
+        limit = 96 if device.type == "cpu" else 0
+    limit = min(limit or len(examples), len(examples))
+    return [examples[i * len(examples) // limit] for i in range(limit)]
+
+
+def packed(model, prepared, runtime, batch_tokens):
+    """Ours: (acc, acc_norm)."""
+    score = evaluate_hellaswag(model, prepared, runtime, batch_tokens)
+    return score.acc, score.acc_norm
+
+
+@torch.no_grad()
+def one_at_a_time(model, examples, tokenizer, runtime):
+    """build-nanogpt's way: (acc, acc_norm)."""
+    right = right_norm = 0
+    with runtime.autocast():
+        for example in examples:
+            context = tokenizer.encode(example.context)
+            endings = [tokenizer.encode(" " + ending) for ending in example.endings]
+            T = len(context) + max(map(len, endings))
+            tokens, scored = torch.zeros((2, 4, T), dtype=torch.long)
+            for k, ending in enumerate(endings):
+                tokens[k, :len(context) + len(ending)] = torch.tensor(context + ending)
+                scored[k, len(context):len(context) + len(ending)] = 1
+            tokens, scored = tokens.to(runtime.device), scored.to(runtime.device)
+            logits = model(tokens)                                                     # (4, T, V)
+            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+            losses = losses.view(4, T - 1) * scored[:, 1:]
+            sums = losses.sum(1)
+            right += sums.argmin().item() == example.label
+            right_norm += (sums / scored[:, 1:].sum(1)).argmin().item() == example.label
+    return right / len(examples), right_norm / len(examples)
+
+
+def compare(ways, n, config, runtime):
+    """Time each way in turns; the record of the comparison, which is printed too."""
+    on_gpu = runtime.device.type == "cuda"
+    seconds, scores = {name: [] for name in ways}, {}
+    for name, way in ways.items() if on_gpu else ():
+        way()                                                                          # kernels load, caches fill
+    for repeat in range(config.repeats):
+        for name, way in list(ways.items())[::1 if repeat % 2 == 0 else -1]:
+            begin = time.perf_counter()
+            scores[name] = way()
+            seconds[name].append(time.perf_counter() - begin)
+            print(f"{name:>14}  {seconds[name][-1]:8.2f} s  {n / seconds[name][-1]:8.1f} examples/s  acc, acc_norm "
+                  f"{scores[name][0]:.4f}, {scores[name][1]:.4f}", flush=True)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = medians["one at a time"] / medians["packed"]
+    print(f"packed is {ratio:.2f} times as fast (medians of {config.repeats})")
+    return dict(date=datetime.date.today().isoformat(), hardware=hardware_name(runtime), threads=torch.get_num_threads(),
+                load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, dtype=runtime.dtype_name,
+                versions=dict(torch=torch.__version__, python=platform.python_version()),
+                git_commit=provenance()["git_commit"], flags=asdict(config), examples=n, seconds=seconds,
+                median_seconds=medians, ratio=ratio, scores=scores)
+
+
+def hardware_name(runtime):
+    """The GPU's name, or the CPU's where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if runtime.device.type == "cpu" and info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return f"{names[0]}, {os.cpu_count()} cores"
+    return runtime.hardware.name
+
+
+if __name__ == "__main__":
+    run_script(main)

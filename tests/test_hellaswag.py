@@ -1,0 +1,510 @@
+"""hellaswag.py and choices.py: the scores of references that share no code with them, whatever the batch; errors."""
+import json
+import lzma
+import math
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED_DATA, as_ours, script_env
+from torch.nn import functional as F
+
+import hellaswag
+from choices import ending_losses, make_batches, make_rows
+from config import UserError
+from device import Hardware
+from hellaswag import (
+    evaluate_hellaswag,
+    find_hellaswag,
+    load_hellaswag,
+    main,
+    prepare_hellaswag,
+    read_example,
+    split_context,
+    tokenize,
+)
+from model import GPT, GPTConfig
+from runtime import Runtime, StopRequested
+from tokenizer import Tokenizer, gpt2_tokenizer
+
+ROWS = ROOT / "tests" / "data" / "hellaswag_20.jsonl"
+REAL = SHARED_DATA / "hellaswag_val.jsonl.xz"
+GOOD = dict(activity_label="Topic", ctx="He sits. she", ctx_a="He sits.", ctx_b="she",
+            endings=["a one.", "b two.", "c three.", "d four."], label=1)
+
+
+def runtime(dtype="fp32"):
+    """The Runtime of a process of its own on the CPU."""
+    return Runtime(0, 0, 1, torch.device("cpu"), Hardware("cpu"), dtype)
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    return Tokenizer([], "bytes")
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    """gpt(block_size=..., vocab_size=...) -> a small model of ours whose losses lie far apart; bytes by default."""
+    def make(block_size=1024, vocab_size=320, dropout=0.0):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(block_size, vocab_size, n_layer=2, n_head=2, n_embd=16, dropout=dropout)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3 * torch.randn(p.shape))
+        return model
+    return make
+
+
+# -----------------------------------------------------------------------------
+# references
+
+class Unigram(torch.nn.Module):
+    """A stub whose loss of a byte is known: 1 bit for a space, 2 for an "a", 3 for a "b", 4 for a "c"."""
+    def __init__(self):
+        super().__init__()
+        self.config = GPTConfig(block_size=32, vocab_size=257)
+        shares = torch.full((257,), (1 - 15 / 16) / 253)
+        for byte, bits in zip(" abc", (1, 2, 3, 4)):
+            shares[Tokenizer([], "bytes").encode(byte)] = 0.5 ** bits
+        self.logits = shares.log()
+
+    def hidden(self, idx, positions, attn_mask):
+        return torch.zeros(*idx.shape, 1)
+
+    def lm_head(self, hidden):
+        return self.logits.expand(len(hidden), -1)
+
+
+def test_scores_of_a_stub_model_are_those_worked_out_by_hand(bytes_tokenizer):
+    def score(label, style):
+        line = json.dumps({**GOOD, "endings": ["ccc", "aaaaaaa", "aaaa aaaa", "b b"], "label": label}).encode()
+        prepared = tokenize([read_example(line, style, "here")], bytes_tokenizer, 32, style)
+        losses, mine = ending_losses(Unigram(), prepared.questions, 4, runtime())
+        assert mine.tolist() == [0]
+        # in bits, the space before the ending included
+        np.testing.assert_allclose(losses[0] / math.log(2), [1 + 12, 1 + 14, 1 + 17, 1 + 7], rtol=1e-6)
+        result = evaluate_hellaswag(Unigram(), prepared, runtime())
+        return result.acc, result.acc_norm
+    # Smallest sum: 8 bits, ending 3. Per token (space included): 13/4, 15/8, 18/10, 8/4: ending 2 at 1.8 bits.
+    assert [score(k, "karpathy") for k in range(4)] == [(0, 0), (0, 0), (0, 1), (1, 0)]
+    # Per character (without the space): 13/3, 15/7 = 2.14, 18/9 = 2, 8/3: ending 2 again; by hand, not by tokens.
+    assert [score(k, "lm_eval") for k in range(4)] == [(0, 0), (0, 0), (0, 1), (1, 0)]
+
+
+def test_characters_and_tokens_normalise_differently(bytes_tokenizer):
+    """"é" is one character and two bytes: 12 bits and some per byte, so the two styles choose different endings."""
+    line = json.dumps({**GOOD, "endings": ["éé", "cccc", "cc", "c"], "label": 0}, ensure_ascii=False).encode()
+    scores = []
+    for style in hellaswag.STYLES:
+        prepared = tokenize([read_example(line, style, "here")], bytes_tokenizer, 32, style)
+        scores.append(prepared.lengths.tolist())
+    assert scores == [[[5, 5, 3, 2]], [[2, 4, 2, 1]]]
+
+
+@torch.no_grad()
+def brute_force(model, examples, tokenizer, style):
+    """The summed loss of each ending (n, 4), one row at a time, full logits, context cut from the left where needed."""
+    losses = np.zeros((len(examples), 4))
+    for i, example in enumerate(examples):
+        for k, ending in enumerate(example.endings):
+            context = tokenizer.encode(example.context.rstrip() if style == "lm_eval" else example.context)
+            tail = tokenizer.encode(" " + ending)
+            if style == "lm_eval":
+                tail = tokenizer.encode(example.context + " " + ending)[len(context):]
+            window = torch.tensor([(context + tail)[-(model.config.block_size + 1):]])
+            loss = F.cross_entropy(model(window[:, :-1])[0], window[0, 1:], reduction="none")
+            losses[i, k] = loss[-len(tail):].double().sum()
+    return losses
+
+
+@pytest.mark.parametrize("style", hellaswag.STYLES)
+@pytest.mark.parametrize("block_size", [1024, 509, 100, 24])     # bytes: packed; some packed; all cut; endings cut too
+def test_packed_rows_score_as_one_row_at_a_time(gpt, bytes_tokenizer, style, block_size):
+    model, examples = gpt(block_size), load_hellaswag(ROWS, style)
+    prepared = tokenize(examples, bytes_tokenizer, block_size, style)
+    rows_per_question = {len(rows) for rows in prepared.questions}
+    assert rows_per_question == {1024: {1}, 509: {1, 4}, 100: {4}, 24: {4}}[block_size]
+    assert (prepared.n_cut > 0) == (block_size <= 100)
+    losses, mine = ending_losses(model, prepared.questions, 4, runtime())
+    expected = brute_force(model, examples, bytes_tokenizer, style)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    assert sorted(mine) == list(range(20))
+    score = evaluate_hellaswag(model, prepared, runtime())
+    labels = np.array([e.label for e in examples])
+    assert score.acc == np.mean(expected.argmin(1) == labels)
+    assert score.acc_norm == np.mean((expected / prepared.lengths).argmin(1) == labels)
+    assert score.n == 20 and score.n_cut == prepared.n_cut
+
+
+def test_a_context_is_cut_from_the_left_as_far_as_each_ending_needs():
+    context, endings = list(range(100, 110)), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+    rows = make_rows(context, endings, 6)
+    assert [row.tokens.tolist() for row in rows] == [
+        [106, 107, 108, 109, 1, 2], [104, 105, 106, 107, 108, 109], [5, 6, 7, 8, 9, 10], [105, 106, 107, 108, 109, 12]]
+    assert [row.targets.tolist() for row in rows] == [[1, 2, 3], [4], [6, 7, 8, 9, 10, 11], [12, 13]]
+    assert [row.places.tolist() for row in rows] == [[3, 4, 5], [5], [0, 1, 2, 3, 4, 5], [4, 5]]
+    assert [row.owners.tolist() for row in rows] == [[k] * n for k, n in enumerate([3, 1, 6, 2])]
+    packed, = make_rows(context[:4], endings, 14)
+    assert packed.tokens.tolist() == [100, 101, 102, 103, 1, 2, 5, 6, 7, 8, 9, 10, 12]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 4]
+    assert len(make_rows(context[:4], endings, 12)) == 4
+
+
+@torch.no_grad()
+def transformers_score(model, tokenizer, path):
+    """(acc, acc_norm) in karpathy style by a plain loop around transformers' model and tokenizer."""
+    right = right_norm = n = 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        sums, means = [], []
+        for ending in item["endings"]:
+            context = tokenizer(item["ctx"])["input_ids"]
+            tail = tokenizer(" " + ending)["input_ids"]
+            logits = model(torch.tensor([context + tail])).logits[0].double()
+            losses = -logits.log_softmax(-1)[range(len(context) - 1, len(context) + len(tail) - 1), tail]
+            sums.append(losses.sum())
+            means.append(losses.mean())
+        right += int(torch.stack(sums).argmin()) == item["label"]
+        right_norm += int(torch.stack(means).argmin()) == item["label"]
+        n += 1
+    return right / n, right_norm / n
+
+
+@pytest.fixture
+def their_model(tiny_gpt2):
+    return tiny_gpt2(scale=0.3, vocab_size=50257, n_positions=256)
+
+
+@pytest.fixture
+def their_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+    gpt2_tokenizer().save(tmp_path / "theirs")
+    (tmp_path / "theirs" / "encoder.json").rename(tmp_path / "theirs" / "vocab.json")
+    (tmp_path / "theirs" / "vocab.bpe").rename(tmp_path / "theirs" / "merges.txt")
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert len(tokenizer) == 50257
+    return tokenizer
+
+
+@pytest.mark.slow
+def test_a_hugging_face_folder_scores_as_transformers_does(their_model, their_tokenizer, tmp_path, capsys):
+    their_model.save_pretrained(tmp_path / "model")
+    main(["--checkpoint", str(tmp_path / "model"), "--data", str(ROWS), "--json", str(tmp_path / "out.json"),
+          "--device", "cpu", "--dtype", "fp32"])
+    result = json.loads((tmp_path / "out.json").read_text())
+    expected = transformers_score(their_model, their_tokenizer, ROWS)
+    assert (result["acc"], result["acc_norm"]) == expected
+    assert (result["n"], result["style"], result["dtype"], result["n_cut"]) == (20, "karpathy", "fp32", 0)
+    assert result["acc_stderr"] == pytest.approx(math.sqrt(expected[0] * (1 - expected[0]) / 19))
+    out = capsys.readouterr().out
+    assert f"this model   {expected[0]:.4f} ± {result['acc_stderr']:.4f}  {expected[1]:.4f}" in out
+    assert "GPT-2 124M   0.2859           0.2955" in out and "20 examples (published numbers: 10,042)" in out
+
+
+@pytest.mark.slow
+def test_lm_eval_style_is_that_of_the_harness_itself(their_model, their_tokenizer, tmp_path):
+    """lm-evaluation-harness on the same rows and weights: the same losses, predictions and scores."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-extras.txt)")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+    task = ConfigurableTask(config=dict(
+        task="hellaswag_20", dataset_path="json", output_type="multiple_choice", validation_split="validation",
+        dataset_kwargs=dict(data_files=dict(validation=str(ROWS)), cache_dir=str(tmp_path)),
+        # the rest is lm_eval/tasks/hellaswag/hellaswag.yaml
+        process_docs=process_docs, doc_to_text="{{query}}", doc_to_target="{{label}}", doc_to_choice="choices",
+        metric_list=[dict(metric="acc", aggregation="mean"), dict(metric="acc_norm", aggregation="mean")]))
+    harness = HFLM(pretrained=their_model, tokenizer=their_tokenizer, batch_size=4, device="cpu")
+    results = simple_evaluate(model=harness, tasks=[task], bootstrap_iters=0, log_samples=True)
+    samples = sorted(results["samples"]["hellaswag_20"], key=lambda s: s["doc_id"])
+
+    examples = load_hellaswag(ROWS, "lm_eval")
+    assert [e.context for e in examples] == [s["arguments"][0][0] for s in samples]
+    assert [[" " + c for c in e.endings] for e in examples] == [[a[1] for a in s["arguments"]] for s in samples]
+    assert any(e.context != e.context.rstrip() for e in examples)       # a space that has to move is among them
+    prepared = tokenize(examples, gpt2_tokenizer(), 256, "lm_eval")
+    losses, _ = ending_losses(as_ours(their_model), prepared.questions, 4, runtime())
+    np.testing.assert_allclose(-losses, [[r[0] for r in s["filtered_resps"]] for s in samples], rtol=2e-5)
+    labels = np.array([e.label for e in examples])
+    assert (losses.argmin(1) == labels).tolist() == [s["acc"] for s in samples]
+    assert ((losses / prepared.lengths).argmin(1) == labels).tolist() == [s["acc_norm"] for s in samples]
+    score = evaluate_hellaswag(as_ours(their_model), prepared, runtime())
+    assert score.acc == results["results"]["hellaswag_20"]["acc,none"]
+    assert score.acc_norm == results["results"]["hellaswag_20"]["acc_norm,none"]
+
+
+# -----------------------------------------------------------------------------
+# what must not matter
+
+def real_rows(folder, n):
+    """A file of the first n items of HellaSwag's own validation split."""
+    if not REAL.exists():
+        pytest.skip(f"{REAL} is not on this machine")
+    path = folder / "real.jsonl"
+    with lzma.open(REAL, "rt", encoding="utf-8") as f:
+        path.write_text("".join(line for line, _ in zip(f, range(n))), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", hellaswag.STYLES)
+def test_neither_batch_nor_order_changes_the_score_of_real_examples(gpt, bytes_tokenizer, tmp_path, style):
+    examples = load_hellaswag(real_rows(tmp_path, 120), style)
+    model = gpt(640)
+    scores = set()
+    for batch_tokens in (1, 900, 20_000):
+        for order in (1, -1):
+            prepared = tokenize(examples[::order], bytes_tokenizer, 640, style)
+            score = evaluate_hellaswag(model, prepared, runtime(), batch_tokens)
+            scores.add((score.acc, score.acc_norm))
+    assert len(scores) == 1 and score.n == 120
+    assert evaluate_hellaswag(model, prepared, runtime("bf16")).acc == pytest.approx(score.acc, abs=0.05)
+
+
+@pytest.mark.slow
+def test_all_of_hellaswag_is_read_in_both_styles_into_few_shapes(tmp_path):
+    path = real_rows(tmp_path, 10042)
+    for style in hellaswag.STYLES:
+        prepared = tokenize(load_hellaswag(path, style), gpt2_tokenizer(), 1024, style)
+        batches = list(make_batches(prepared.questions, 1024, 8192, 1))
+        assert len(prepared.questions) == 10042 and prepared.n_cut == 0
+        assert sorted(i for _, members in batches for i in members) == list(range(10042))
+        assert all(T % 32 == 0 and T * len(members) <= 8192 for T, members in batches)
+        assert len({(T, len(members)) for T, members in batches}) <= 25
+        assert [T for T, _ in batches] == sorted((T for T, _ in batches), reverse=True)
+
+
+RANKS_SCRIPT = """
+import json, sys
+import torch
+from dataclasses import dataclass
+from config import DeviceConfig, UserError
+from hellaswag import evaluate_hellaswag, load_hellaswag, prepare_hellaswag
+from runtime import start
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+torch.manual_seed(3)
+model = GPT(GPTConfig(640, 320, n_layer=1, n_head=2, n_embd=16)).train()
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(0.3 * torch.randn(p.shape))
+results = []
+with start(DeviceConfig(device="cpu", dtype="fp32")) as runtime:
+    for limit, batch_tokens in ((0, 0), (0, 700), (1, 0), (3, 1)):
+        prepared = prepare_hellaswag(runtime, Tokenizer([], "bytes"), 640, path=sys.argv[1], limit=limit)
+        score = evaluate_hellaswag(model, prepared, runtime, batch_tokens)
+        results.append([score.acc, score.acc_norm, score.n])
+    try:
+        prepare_hellaswag(runtime, Tokenizer([], "bytes"), 640, path="nowhere.jsonl")
+    except UserError as error:
+        results.append(str(error))
+    results.append(model.training)
+    if runtime.rank == runtime.world_size - 1:
+        with open(sys.argv[2], "w") as f:
+            json.dump(results, f)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_get_the_score_of_one(tmp_path):
+    """One of them without an example now and then; the last rank's word, which has to have it from the others."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS_SCRIPT)
+    results = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        out = tmp_path / f"{len(launcher)}.json"
+        done = subprocess.run([sys.executable, *launcher, str(script), str(ROWS), str(out)], cwd=ROOT, text=True,
+                              env=script_env(tmp_path), capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads(out.read_text()))
+    assert results[0] == results[1]
+    assert [r[2] for r in results[0][:4]] == [20, 20, 1, 3] and results[0][5] is True
+    assert "cannot read nowhere.jsonl" in results[0][4]
+
+
+# -----------------------------------------------------------------------------
+# as a guest of training
+
+def test_the_models_mode_stays_and_dropout_is_off(gpt, bytes_tokenizer):
+    model = gpt(640, dropout=0.5)
+    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
+    expected = evaluate_hellaswag(model, prepared, runtime())
+    assert evaluate_hellaswag(model.train(), prepared, runtime()) == expected
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_a_signal_stops_it_after_a_batch(gpt, bytes_tokenizer):
+    model = gpt(640).train()
+    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
+    signalled = runtime()
+    signalled.stop_signal = "SIGTERM"
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(StopRequested):
+        evaluate_hellaswag(model, prepared, signalled, batch_tokens=1)
+    assert len(calls) == 1 and model.training
+
+
+def test_it_neither_recompiles_nor_is_compiled_in_a_compiled_run(gpt, bytes_tokenizer):
+    raw = gpt(640).train()
+    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
+    expected = evaluate_hellaswag(raw, prepared, runtime())
+    graphs = []
+    compiled = torch.compile(raw, dynamic=False, backend=lambda module, _: graphs.append(1) or module.forward)
+    x = torch.randint(0, 256, (2, 64))
+    compiled(x, x).backward()
+    before = len(graphs)
+    assert before and evaluate_hellaswag(raw, prepared, runtime()) == expected
+    compiled(x, x).backward()
+    assert len(graphs) == before
+
+
+def test_a_run_confined_to_one_attention_backend_stays_so(gpt, bytes_tokenizer):
+    from device import enable_attention
+    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
+    expected = evaluate_hellaswag(gpt(640), prepared, runtime())
+    try:
+        enable_attention("cudnn")   # which no CPU has
+        score = evaluate_hellaswag(gpt(640), prepared, runtime())
+        assert (score.acc, score.acc_norm) == (expected.acc, expected.acc_norm)
+        assert not torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        enable_attention("auto")
+
+
+def test_a_model_of_nans_is_never_right(gpt, bytes_tokenizer):
+    model = gpt(640)
+    torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
+    score = evaluate_hellaswag(model, tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy"), runtime())
+    assert (score.acc, score.acc_norm, score.n) == (0, 0, 20)
+
+
+def test_importing_brings_in_neither_datasets_nor_any_extra(run):
+    code = ("import sys, hellaswag\n"
+            "print({'datasets', 'transformers', 'huggingface_hub', 'pyarrow', 'lm_eval'} & set(sys.modules))")
+    assert run("-c", code)[:2] == (0, "set()\n")
+
+
+# -----------------------------------------------------------------------------
+# the data
+
+@pytest.mark.parametrize("ctx, ctx_a, ctx_b", [
+    ("A man is sitting on a roof. he", "A man is sitting on a roof.", "he"),
+    ("He waits! Then it rains. the Dog", "He waits! Then it rains.", "the Dog"),
+    ('"Stop!" the man', '"Stop!"', "the man"),
+    ("A man is sitting on a roof. He", "A man is sitting on a roof. He", ""),
+    ("Two sentences. That end here.", "Two sentences. That end here.", ""),
+    ("no sentence end at all", "no sentence end at all", ""),
+    ("It costs 3.50 a piece", "It costs 3.50 a piece", ""),
+    ("", "", ""),
+])
+def test_the_parts_of_a_context_are_found_again(ctx, ctx_a, ctx_b):
+    assert split_context(ctx) == (ctx_a, ctx_b)
+
+
+def test_rows_without_parts_render_as_those_with_them():
+    for line in ROWS.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        if item["ctx_b"][:1].islower():
+            whole = read_example(line, "lm_eval", "")
+            del item["ctx_a"], item["ctx_b"]
+            assert read_example(json.dumps(item), "lm_eval", "") == whole
+
+
+def test_the_two_styles_render_as_their_authors_do():
+    line = json.dumps(dict(
+        activity_label="Pets", label="2", ctx="[header] How to [title] Wait. [step] Sit  down. THE cat",
+        ctx_a="[header] How to [title] Wait. [step] Sit  down.", ctx_b="THE cat",
+        endings=["[substeps] One [x] two.", "b", "c", "d [title] e"]))
+    karpathy, lm_eval = (read_example(line, style, "") for style in hellaswag.STYLES)
+    assert karpathy.context == "[header] How to [title] Wait. [step] Sit  down. THE cat"
+    assert karpathy.endings == ("[substeps] One [x] two.", "b", "c", "d [title] e") and karpathy.label == 2
+    assert lm_eval.context == "Pets: How to. Wait. Sit down. The cat"
+    assert lm_eval.endings == (" One two.", "b", "c", "d. e")
+
+
+@pytest.mark.parametrize("style, change, complaint", [
+    ("karpathy", dict(ctx=None), "'ctx' is missing or not a text"),
+    ("karpathy", dict(ctx="  "), "the context is empty"),
+    ("karpathy", dict(endings=["a", "b", "c"]), "'endings' must be a list of 4 texts"),
+    ("karpathy", dict(endings=["a", "b", "c", 4]), "'endings' must be a list of 4 texts"),
+    ("karpathy", dict(endings="abcd"), "'endings' must be a list of 4 texts"),
+    ("karpathy", dict(endings=["a", "b", " ", "d"]), "ending 2 is empty"),
+    ("lm_eval", dict(endings=["a", "[title]", "c", "d"]), "ending 1 is empty"),
+    ("karpathy", dict(label=4), "'label' must be 0 to 3, but is 4"),
+    ("karpathy", dict(label=-1), "'label' must be 0 to 3, but is -1"),
+    ("karpathy", dict(label=True), "'label' must be 0 to 3, but is True"),
+    ("karpathy", dict(label=""), "'label' must be 0 to 3, but is ''"),
+    ("lm_eval", dict(activity_label=None), "'activity_label' is missing or not a text"),
+    ("lm_eval", dict(ctx_b=7), "'ctx_b' is missing or not a text"),
+])
+def test_a_bad_example_is_refused_by_its_line(tmp_path, style, change, complaint):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(json.dumps(item) for item in (GOOD, GOOD, {**GOOD, **change})) + "\n")
+    with pytest.raises(UserError) as caught:
+        load_hellaswag(path, style)
+    assert str(caught.value) == f"{path}, line 3: {complaint}"
+    assert len(load_hellaswag(path, style, limit=2)) == 2
+
+
+@pytest.mark.parametrize("data, complaint", [
+    (b"", "line 1: the file is empty"),
+    (b"\n \n", "line 1: the file is empty"),
+    (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:40], "line 2: not valid JSON; if the file was cut"),
+    (b"\xff\xfe{}\n", "line 1: not valid JSON"),
+    (b"[1, 2]\n", "line 1: a JSON list, not an example"),
+    (b"[" * 100_000, "line 1: not valid JSON"),
+])
+def test_a_damaged_file_is_refused_by_its_line(tmp_path, data, complaint):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=complaint):
+        load_hellaswag(path)
+
+
+def test_a_mistake_is_one_line_and_status_2(run, tmp_path):
+    rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", ROWS, "--device", "cpu")
+    assert (rc, out) == (2, "") and err == f"hellaswag.py: error: no checkpoint {tmp_path / 'none.pt'}\n"
+
+
+def fake_hub(monkeypatch, load):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+
+
+def test_the_data_set_is_downloaded_once_and_whole(tmp_path, monkeypatch, capsys):
+    calls = []
+    rows = [{**GOOD, "ind": i, "label": "3", "ctx": "Ça va. elle"} for i in range(5)]
+    fake_hub(monkeypatch, lambda name, split: calls.append((name, split)) or rows)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="5 examples came, not 10042"):
+        find_hellaswag()
+    assert not any(p.is_file() for p in tmp_path.rglob("*"))
+    monkeypatch.setattr(hellaswag, "N_EXAMPLES", 5)
+    main(["--download", "--device", "cpu"])
+    main(["--download", "--device", "cpu"])
+    assert calls == [("Rowan/hellaswag", "validation")] * 2
+    assert "next: python hellaswag.py" in capsys.readouterr().out
+    prepared = prepare_hellaswag(runtime(), Tokenizer([], "bytes"), 128)
+    assert prepared.labels.tolist() == [3] * 5 and [p.name for p in tmp_path.rglob("*.*")] == ["hellaswag_val.jsonl"]
+
+
+def test_a_failed_download_names_both_ways_out(tmp_path, monkeypatch):
+    def fail(name, split):
+        raise ConnectionError("no route\nto the hub")
+    fake_hub(monkeypatch, fail)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        prepare_hellaswag(runtime(), Tokenizer([], "bytes"), 128)
+    message = str(caught.value)
+    assert "\n" not in message and "ConnectionError: no route to the hub" in message
+    assert "python hellaswag.py --download" in message and "--hellaswag_every 0" in message
+    monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
+    with pytest.raises(UserError, match="--hellaswag_every 0"):
+        find_hellaswag()

@@ -1,0 +1,347 @@
+"""prepare_fineweb.py: the same bytes for any workers, after any kill and through any fault of the network."""
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, SHARED_DATA, script_env
+from fake_hub import COMMIT, CONVERTED, serve
+
+import documents
+import hub
+import prepare_fineweb
+from config import UserError
+from documents import plan_reads
+from encode import encode_tasks
+from prepare_fineweb import Config, fetch_ahead
+from shards import ShardFolder, load_manifest
+from tokenizer import gpt2_tokenizer
+
+EOT = 50256
+EDU = "HuggingFaceFW/fineweb-edu"
+
+
+def some_texts(n, seed=0):
+    rng = np.random.default_rng(seed)
+    words = ["the", "of", "data", "model", "learn,", "17", "is\n\nwhich", "é", "日本", "<|endoftext|>", "don't ", "Loss"]
+    return [" ".join(rng.choice(words, rng.integers(0, 300))) for _ in range(n)]
+
+
+def parquet_bytes(texts, row_group_size=10, **columns):
+    sink = pa.BufferOutputStream()
+    table = pa.table({"id": range(len(texts)), "text": texts, **columns})
+    pyarrow.parquet.write_table(table, sink, row_group_size=row_group_size)
+    return sink.getvalue().to_pybytes()
+
+
+def build_nanogpt(texts, shard_tokens, val_tokens=None):
+    """{file name: tokens} as build-nanogpt's fineweb.py cuts them: each document after 50256, shards filled in order."""
+    shards, shard = [], []
+    for text in texts:
+        for token in [EOT, *gpt2_tokenizer().encode(text)]:
+            shard.append(token)
+            if len(shard) == (shard_tokens if shards or not val_tokens else val_tokens):
+                shards.append(shard)
+                shard = []
+    shards += [shard] if shard else []
+    return {f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy": tokens for i, tokens in enumerate(shards)}
+
+
+def loaded(folder):
+    return {p.name: np.load(p).tolist() for p in sorted(Path(folder).glob("*.npy"))}
+
+
+def loaded_names(folder):
+    return sorted(p.name for p in Path(folder).glob("*.npy"))
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.name != ".lock"
+            and p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of three parquet files, and their texts in order."""
+    folder, texts = tmp_path_factory.mktemp("corpus"), some_texts(250)
+    for i, (a, b) in enumerate(itertools.pairwise([0, 100, 101, 250])):
+        (folder / f"{i:03d}.parquet").write_bytes(parquet_bytes(texts[a:b]))
+    return folder, texts
+
+
+def prepare(out, *flags):
+    prepare_fineweb.main(["--out", str(out), *map(str, flags)])
+
+
+# --- the tokens
+
+
+@pytest.mark.parametrize("shard_tokens", [1000, 7777, 40_000])
+def test_tokens_are_build_nanogpts(corpus, tmp_path, shard_tokens):
+    folder, texts = corpus
+    prepare(tmp_path / "out", "--data_files", f"{folder}/*.parquet", "--shard_tokens", shard_tokens, "--num_proc", 0)
+    assert loaded(tmp_path / "out") == build_nanogpt(texts, shard_tokens)
+    manifest = ShardFolder(tmp_path / "out").manifest
+    assert manifest.complete and manifest.rows == len(texts)
+    assert not [name for name in contents(tmp_path / "out") if name.endswith(".tmp")]
+
+
+def test_max_tokens_ends_the_stream_and_shrinks_the_validation_shard(corpus, tmp_path):
+    folder, texts = corpus
+    prepare(tmp_path / "out", "--data_files", f"{folder}/*.parquet", "--max_tokens", 12_345, "--num_proc", 0)
+    ours, theirs = loaded(tmp_path / "out"), build_nanogpt(texts, 10**9, 1234)
+    assert [len(v) for v in ours.values()] == [12_345 - 1234, 1234]
+    for name, tokens in ours.items():
+        assert tokens == theirs[name][:len(tokens)]
+
+
+def test_the_genuine_sample_through_parquet(tmp_path):
+    path = SHARED_DATA / "fineweb_edu_sample.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
+    texts = [json.loads(line)["text"] for line in path.open()]
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(texts))
+    for name, files in (("parquet", tmp_path / "a.parquet"), ("jsonl", path)):
+        prepare(tmp_path / name, "--data_files", files, "--shard_tokens", 50_000, "--num_proc", 0)
+        assert loaded(tmp_path / name) == build_nanogpt(texts, 50_000)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2, 5])
+def test_any_number_of_workers_makes_the_same_bytes(corpus, tmp_path, num_proc):
+    flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000]
+    prepare(tmp_path / "0", *flags, "--num_proc", 0)
+    prepare(tmp_path / "n", *flags, "--num_proc", num_proc)
+    assert contents(tmp_path / "0") == contents(tmp_path / "n")
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
+def test_any_start_method_makes_the_same_tokens(run, start_method):
+    code = f"""if True:
+        from encode import encode_tasks
+        from documents import iter_texts
+        from tokenizer import gpt2_tokenizer
+        tasks = [(i, iter_texts, [f"text {{i}} {{j}}" for j in range(i)]) for i in range(20)]
+        def show(n):
+            results = encode_tasks(tasks, gpt2_tokenizer(), n, {start_method!r})
+            return [(i, tokens.tolist(), size) for i, tokens, size in results]
+        assert show(2) == show(0)
+        print(len(show(2)))"""
+    rc, out, err = run("-c", code)
+    assert (rc, out) == (0, "20\n"), err
+
+
+def test_work_in_flight_is_bounded_however_slow_the_consumer():
+    planned = []
+
+    def tasks():
+        for i in range(100):
+            planned.append(i)
+            yield i, documents.iter_texts, ["text"] * 10
+    results = encode_tasks(tasks(), gpt2_tokenizer(), 2)
+    for i, _ in enumerate(results):
+        assert len(planned) <= i + 1 + 3 * 2
+        if i == 30:
+            results.close()
+    assert len(planned) < 40
+
+
+def test_workers_do_not_import_torch(run):
+    code = ("import prepare_fineweb, prepare_text, sys\n"
+            "print({'torch', 'datasets', 'pyarrow', 'huggingface_hub', 'tokenizers'} & set(sys.modules))")
+    assert run("-c", code)[1] == "set()\n"
+
+
+# --- reading in pieces
+
+
+@pytest.mark.parametrize("row_group_size", [1, 7, 100])
+@pytest.mark.parametrize("limits", [(1, 1 << 30), (3000, 1 << 30), (1 << 30, 1 << 30), (2000, 0), (500, 3000)])
+def test_pieces_are_the_file_from_any_row(tmp_path, monkeypatch, row_group_size, limits):
+    monkeypatch.setattr(documents, "PIECE_BYTES", limits[0])
+    monkeypatch.setattr(documents, "LARGE_GROUP", limits[1])
+    texts = [*some_texts(40, 3), None, ""]
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet_bytes(texts, row_group_size))
+    for start in (0, 1, 6, 7, 8, 41, 42):
+        pieces = [(begin, share, list(read(*args))) for begin, share, read, *args in plan_reads(path, "text", start)]
+        assert [t for *_, piece in pieces for t in piece] == [(t or "", True) for t in texts[start:]]
+        at = start
+        for begin, share, piece in pieces:
+            assert begin == at and share == begin / 42
+            at += len(piece)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 100, 5000, 1 << 20])
+def test_pieces_of_json_lines(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+    texts = some_texts(30, 4)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps({"text": t}) for t in texts).encode() + b"\n\n")
+    pieces = [(begin, list(read(*args))) for begin, _, read, *args in plan_reads(path, "text")]
+    assert [t for _, piece in pieces for t in piece] == [(t, True) for t in texts]
+    for i, (begin, _) in enumerate(pieces):
+        again = [t for _, _, read, *args in plan_reads(path, "text", begin) for t in read(*args)]
+        assert again == [t for _, piece in pieces[i:] for t in piece]
+
+
+# --- killed and continued
+
+
+def children(pid):
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def kill_at(command, env, when):
+    """Start a command and SIGKILL it as soon as when(); whether it was still running. Its workers must end too."""
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not when():
+        time.sleep(0.002)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    killed = process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{w}/cmdline").exists() and Path(f"/proc/{w}/cmdline").read_bytes() for w in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.01)
+    return killed
+
+
+@pytest.mark.parametrize("num_proc", [0, 2])
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
+    flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", "1000", "--num_proc", str(num_proc)]
+    prepare(tmp_path / "straight", *flags)
+    out, kills = tmp_path / "killed", 0
+    command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags, "--out", str(out)]
+    for n_shards in (0, 3, 11, 12):
+        kills += kill_at(command, script_env(tmp_path), lambda n=n_shards: out.exists() and len(loaded_names(out)) >= n)
+        shards = load_manifest(out).shards if (out / "manifest.json").exists() else []
+        on_disk = loaded(out)
+        assert [len(on_disk[row["file"]]) for row in shards] == [1000] * len(shards)    # none half written
+    assert kills >= 3
+    prepare(out, *flags)
+    assert contents(out) == contents(tmp_path / "straight")
+
+
+def test_one_run_at_a_time(corpus, tmp_path):
+    from files import FolderLock
+    with FolderLock(tmp_path / "out", 0), pytest.raises(UserError, match="another run is using"):
+        prepare(tmp_path / "out", "--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0)
+
+
+def test_other_settings_are_refused_by_name(corpus, tmp_path):
+    flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0]
+    prepare(tmp_path / "out", *flags)
+    before = contents(tmp_path / "out")
+    for more, named in ((["--shard_tokens", 2000], "shard_tokens"), (["--max_tokens", 5000], "max_tokens"),
+                        (["--dataset", "a/b", "--name", "c"], "dataset, name"), (["--text_column", "id"], "text_column")):
+        with pytest.raises(UserError, match=rf"differing: {named}\)"):
+            prepare(tmp_path / "out", *flags, *more)
+    assert contents(tmp_path / "out") == before
+
+
+def test_local_files_that_changed_are_refused(corpus, tmp_path):
+    shutil.copytree(corpus[0], tmp_path / "files")
+    flags = ["--data_files", f"{tmp_path}/files/*.parquet", "--shard_tokens", 1000, "--num_proc", 0]
+    prepare(tmp_path / "out", *flags)
+    manifest = load_manifest(tmp_path / "out")
+    manifest.complete = False
+    manifest.save(tmp_path / "out")
+    (tmp_path / "files" / "003.parquet").write_bytes(parquet_bytes(["more"]))
+    with pytest.raises(UserError, match="the files behind --data_files .* changed"):
+        prepare(tmp_path / "out", *flags)
+
+
+def test_verify(corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare(out, "--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000, "--num_proc", 0)
+    prepare(out, "--verify")
+    assert "hashes, sizes and token ids are right" in capsys.readouterr().out
+    path = out / "edufineweb_train_000002.npy"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"edufineweb_train_000002\.npy differs from its hash"):
+        prepare(out, "--verify")
+
+
+# --- the rest
+
+
+def test_only_one_file_is_fetched_ahead():
+    fetched = []
+    paths = fetch_ahead(lambda f: fetched.append(f) or f, list("abcd"), read_ahead=True)
+    for i, path in enumerate(paths):
+        time.sleep(0.05)
+        assert path == "abcd"[i] and fetched == list("abcd"[:i + 2])
+    fetched.clear()
+    for i, _ in enumerate(fetch_ahead(lambda f: fetched.append(f) or f, list("abcd"), read_ahead=False)):
+        time.sleep(0.05)
+        assert fetched == list("abcd"[:i + 1])
+
+
+def test_defaults_name_the_folder_and_the_shards():
+    def made(**flags):
+        config = Config(**flags)
+        config.check()
+        return config.out, config.prefix(), config.val_tokens()
+    assert made() == ("data/edu_fineweb10B", "edufineweb", 100_000_000)
+    assert made(data_files="x/*.parquet", max_tokens=10**7) == ("data/edu_fineweb10B", "edufineweb", 10**6)
+    assert made(name="CC-MAIN-2024-10")[0] == "data/edufineweb_CC-MAIN-2024-10"
+    assert made(dataset="Skylion007/openwebtext")[:2] == ("data/openwebtext", "openwebtext")
+
+
+@pytest.mark.parametrize("pattern", ["a/*", "**/sub/*.jsonl", "data-?.parquet", "./x/**"])
+def test_patterns_of_cards(pattern):
+    paths = {"a/b": ["a/*"], "a/b/c": [], "sub/x.jsonl": ["**/sub/*.jsonl"], "y/z/sub/x.jsonl": ["**/sub/*.jsonl"],
+             "data-1.parquet": ["data-?.parquet"], "data-12.parquet": [], "x/y/z": ["./x/**"], "data-/.parquet": []}
+    assert {p for p in paths if hub._glob(pattern).fullmatch(p)} == {p for p, matches in paths.items() if pattern in matches}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data_files", "nothing/*.parquet"], "--data_files nothing/*.parquet: no file matches"),
+    (["--data_files", "*.txt"], "a.txt is neither .parquet nor .jsonl"),
+    (["--data_files", "fake.parquet"], "fake.parquet is not a readable parquet file"),
+    (["--data_files", "bad.jsonl"], "bad.jsonl, byte 14: not valid JSON"),
+    (["--max_tokens", "5"], "--max_tokens must be >= 20"),
+    (["--num_proc", "-1"], "--num_proc must be >= 0"),
+    (["--verify", "--out", "none"], "no shards: none does not exist"),
+    (["--max_token", "100"], "unknown argument --max_token; did you mean --max_tokens?"),
+])
+def test_wrong_commands_are_one_line(tmp_path, run, flags, message):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "fake.parquet").write_text("PAR1")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    rc, _, err = run("prepare_fineweb.py", *flags, cwd=tmp_path)
+    assert rc == 2 and message in err and err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_damaged_row_group_keeps_what_is_done(corpus, tmp_path):
+    shutil.copytree(corpus[0], tmp_path / "files")
+    path, flags = tmp_path / "files" / "002.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]
+    good = path.read_bytes()
+    path.write_bytes(good[:len(good) // 3] + bytes(2000) + good[len(good) // 3 + 2000:])
+    with pytest.raises(UserError, match=r"002\.parquet is not a readable parquet file"):
+        prepare(tmp_path / "out", *flags, "--num_proc", 2)
+    assert len(list((tmp_path / "out").glob("*.npy"))) > 3
+    path.write_bytes(good)
+    prepare(tmp_path / "out", *flags, "--num_proc", 2)
+    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 1000)
+
+
+def test_a_worker_that_is_killed_is_one_line(tmp_path):
+    read = os._exit
+    with pytest.raises(UserError, match="a tokenising process was killed"):
+        list(encode_tasks([(0, read, 9)], gpt2_tokenizer(), 1))
