@@ -14,8 +14,8 @@ from pathlib import Path
 from config import UserError
 
 PART_CHARS = 1 << 20       # a longer document comes in parts of about this many characters
-PIECE_BYTES = 1 << 22      # what plan_reads makes a piece of
-LARGE_GROUP = 1 << 25      # a row group of more bytes is too much for a worker's memory
+PIECE_BYTES = 1 << 21      # what plan_reads makes a piece of
+LARGE_GROUP = 1 << 24      # a row group of more bytes is too much for a worker's memory
 _SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -201,6 +201,7 @@ def _read_parquet(path, columns):
 def open_parquet(path, columns):
     """A pyarrow ParquetFile that has the columns; it holds little of a column in memory. Raises UserError."""
     import pyarrow.parquet
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())       # the default one keeps what is freed: 30 MB a worker
     with _parquet_errors(path):
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     require_columns(columns, file.schema_arrow.names, path)
@@ -317,8 +318,9 @@ def _batches(file, path, column, group, first, start, batch_rows):
 def read_row_groups(path, column, groups):
     """Yield (text, True) for the rows of some row groups of a parquet file. Raises UserError."""
     with _parquet_errors(path):
-        for chunk in _open_parquet_again(path, column).read_row_groups(groups, [column], use_threads=False)[0].chunks:
-            yield from iter_texts(chunk.to_pylist())
+        file = _open_parquet_again(path, column)
+        for batch in file.iter_batches(256, row_groups=groups, columns=[column], use_threads=False):
+            yield from iter_texts(batch.column(0).to_pylist())
 
 
 @functools.lru_cache(maxsize=1)

@@ -202,8 +202,8 @@ def write_tokens(config, manifest, sources, tokenizer):
         bar.total = done
     if done <= config.val_tokens():
         raise UserError(f"the source ends after {done:,} tokens, inside the validation shard of "
-                        f"{config.val_tokens():,}; give a smaller --shard_tokens, or a --max_tokens, a tenth of which is "
-                        "validation")
+                        f"{config.val_tokens():,}; give a smaller --shard_tokens, or a --max_tokens, a tenth of which "
+                        "is validation")
     writer.finish()
 
 

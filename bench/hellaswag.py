@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ class BenchConfig(DeviceConfig):
     model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
     checkpoint: str = flag("", "instead of random weights: a file, a Hugging Face folder or a name")
     data: str = flag("", f"JSON-lines file (default: {DATA_FILE}, downloaded once)")
-    limit: int | None = flag(None, "examples, spread evenly over the file; 0: all (default: 96 on a CPU, else all)", low=0)
+    limit: int | None = flag(None, "examples, spread evenly over the file; 0: all (default: all, 96 on a CPU)", low=0)
     repeats: int = flag(3, "how often each way runs, in turns; the medians count", low=1)
     batch_tokens: int = flag(0, "see hellaswag.py", low=0)
     out: str = flag("bench/results/hellaswag.json", "where the result goes")
@@ -102,25 +102,28 @@ def one_at_a_time(model, examples, tokenizer, runtime):
 
 def compare(ways, n, config, runtime):
     """Time each way in turns; the record of the comparison, which is printed too."""
-    on_gpu = runtime.device.type == "cuda"
-    seconds, scores = {name: [] for name in ways}, {}
-    for name, way in ways.items() if on_gpu else ():
+    seconds, cpu_seconds, scores = ({name: [] for name in ways} for _ in range(3))
+    for way in ways.values():
         way()                                                                          # kernels load, caches fill
     for repeat in range(config.repeats):
         for name, way in list(ways.items())[::1 if repeat % 2 == 0 else -1]:
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             scores[name] = way()
             seconds[name].append(time.perf_counter() - begin)
+            cpu_seconds[name].append(time.process_time() - cpu_begin)
             print(f"{name:>14}  {seconds[name][-1]:8.2f} s  {n / seconds[name][-1]:8.1f} examples/s  acc, acc_norm "
                   f"{scores[name][0]:.4f}, {scores[name][1]:.4f}", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    cpu_medians = {name: statistics.median(values) for name, values in cpu_seconds.items()}
     ratio = medians["one at a time"] / medians["packed"]
-    print(f"packed is {ratio:.2f} times as fast (medians of {config.repeats})")
-    return dict(date=datetime.date.today().isoformat(), hardware=hardware_name(runtime), threads=torch.get_num_threads(),
-                load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, dtype=runtime.dtype_name,
+    cpu_ratio = cpu_medians["one at a time"] / cpu_medians["packed"]
+    print(f"packed is {ratio:.2f} times as fast by the clock, {cpu_ratio:.2f} times by CPU time (medians)")
+    return dict(date=datetime.date.today().isoformat(), hardware=hardware_name(runtime), dtype=runtime.dtype_name,
+                threads=torch.get_num_threads(), load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
                 versions=dict(torch=torch.__version__, python=platform.python_version()),
-                git_commit=provenance()["git_commit"], flags=asdict(config), examples=n, seconds=seconds,
-                median_seconds=medians, ratio=ratio, scores=scores)
+                git_commit=provenance()["git_commit"], model=config.checkpoint or f"{config.model}, random weights",
+                examples=n, batch_tokens=config.batch_tokens, scores=scores, ratio=ratio, cpu_ratio=cpu_ratio,
+                median_seconds=medians, median_cpu_seconds=cpu_medians, seconds=seconds, cpu_seconds=cpu_seconds)
 
 
 def hardware_name(runtime):

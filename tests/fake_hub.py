@@ -1,4 +1,4 @@
-"""A small server that plays the part of the Hugging Face hub that prepare_fineweb.py talks to, with faults on request."""
+"""A server that plays the part of the Hugging Face hub that hub.py talks to, with faults on request."""
 import contextlib
 import hashlib
 import http.server

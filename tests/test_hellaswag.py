@@ -275,8 +275,8 @@ def test_all_of_hellaswag_is_read_in_both_styles_into_few_shapes(tmp_path):
         batches = list(make_batches(prepared.questions, 1024, 8192, 1))
         assert len(prepared.questions) == 10042 and prepared.n_cut == 0
         assert sorted(i for _, members in batches for i in members) == list(range(10042))
-        assert all(T % 32 == 0 and T * len(members) <= 8192 for T, members in batches)
-        assert len({(T, len(members)) for T, members in batches}) <= 25
+        assert all(T % 16 == 0 and T * len(members) <= 8192 for T, members in batches)
+        assert len({(T, len(members)) for T, members in batches}) <= 36
         assert [T for T, _ in batches] == sorted((T for T, _ in batches), reverse=True)
 
 

@@ -160,9 +160,12 @@ def test_a_row_ends_before_end_of_text_and_the_batch_with_its_last_row(model):
     assert written(model, prompts[:1], eot=eot)[0] == free[0][:ends[0]] + [None]
 
 
-def test_generating_leaves_gradients_switched_on_between_tokens(model):
+def test_gradients_are_off_inside_and_on_between_the_tokens(model):
+    inside = []
+    model.transformer.ln_f.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
     for _ in generate_ids(model, [[1]], n_vocab=65, max_tokens=3):
         assert torch.is_grad_enabled()
+    assert inside == [False] * 3
 
 
 def test_samples_under_bf16_autocast_come_from_an_fp32_model(model):

@@ -1,0 +1,136 @@
+"""Kill a training run again and again, at random moments, and see whether it ends as if nothing had happened.
+
+    python -m bench.chaos --kills 20
+
+For 2 and for 4 CPU processes: one undisturbed run, then the same command, killed --kills times with SIGKILL (a worker,
+the launcher, or the whole process group, by turns) after random times, many of them during saves, and started again
+until it ends. Passes where parameters, optimizer and logs are bitwise those of the undisturbed run. Writes
+bench/results/chaos.json.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.common import machine, write_results
+from config import flag, parse_config, run_script
+from shards import Manifest, save_shard
+from tokenizer import Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+STEPS = 400
+FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 128, "--block_size", 32, "--device", "cpu", "--total_batch_size", 512,
+         "--max_steps", STEPS, "--eval_every", 7, "--val_tokens", 512, "--checkpoint_every", 3, "--sample_every", 50,
+         "--hellaswag_every", 0, "--micro_batch_size", 2, "--dropout", 0.1)
+
+
+@dataclass(kw_only=True)
+class ChaosConfig:
+    kills: int = flag(20, "kills of each run", low=1)
+    seed: int = flag(0, "of the kills' times and targets", low=0)
+
+
+def main(argv=None):
+    config = parse_config(ChaosConfig, argv, __doc__.split("\n\n")[0])
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(Path(folder) / "data")
+        for processes in (2, 4):
+            rows.append(torment(Path(folder), data, processes, config))
+            print(json.dumps(rows[-1]), flush=True)
+    write_results("chaos", dict(machine=machine(), seed=config.seed, steps=STEPS, rows=rows))
+    if not all(row["bitwise_equal"] and row["logs_equal"] for row in rows):
+        sys.exit(1)
+
+
+def make_data(folder):
+    """Shards of random bytes: three for training, whose ends fall inside batches and epochs."""
+    folder.mkdir()
+    Tokenizer([], "bytes").save(folder)
+    tokenizer = load_tokenizer(folder)
+    manifest = Manifest("random bytes", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
+    random_tokens = np.random.default_rng(0)
+    for i, n in enumerate((2000, 5000, 7001, 3333)):
+        manifest.shards.append(save_shard(folder, "bytes", "train" if i else "val", i, random_tokens.integers(0, 257, n)))
+    manifest.save(folder)
+    return folder
+
+
+def torment(folder, data, processes, config):
+    """The undisturbed run, the killed one, and how they compare: a row of the results."""
+    straight, killed = folder / f"straight_{processes}", folder / f"killed_{processes}"
+    launch(data, straight, processes).wait()
+    dice, done, begun = random.Random(config.seed), [], time.monotonic()
+    while not (killed / f"model_{STEPS:05d}.pt").exists():
+        process = launch(data, killed, processes)
+        if len(done) < config.kills:
+            done.append(kill_later(process, killed, dice, ("worker", "launcher", "group")[len(done) % 3]))
+            process.wait()
+        elif process.wait() != 0:
+            raise RuntimeError(f"an undisturbed start failed, see {killed}.log")
+    ends = [torch.load(f / f"model_{STEPS:05d}.pt", weights_only=True) for f in (straight, killed)]
+    logs = [(f / "log.txt").read_text() for f in (straight, killed)]
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    return dict(processes=processes, kills=len(done), targets={t: sum(target == t for target, _ in done) for t, _ in done},
+                during_a_save=sum(saving for _, saving in done), seconds=round(time.monotonic() - begun),
+                bitwise_equal=all(equal(ends[0][k], ends[1][k]) for k in ("model", "optimizer", "best_val_loss", "val_loss")),
+                logs_equal=logs[0] == logs[1] and steps == list(range(STEPS)))
+
+
+def launch(data, log_dir, processes):
+    """train.py under torchrun, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               ROOT / "train.py", *FLAGS, "--data_dir", data, "--log_dir", log_dir]
+    log = open(f"{log_dir}.log", "a")
+    return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def kill_later(process, log_dir, dice, target):
+    """Kill the target some time after the run has begun to train: (target, whether a save was under way)."""
+    newest = max(log_dir.glob("model_0*.pt"), default=None)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and max(log_dir.glob("model_0*.pt"), default=None) == newest:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the run made no checkpoint in two minutes, see {log_dir}.log")
+        time.sleep(0.005)
+    time.sleep(dice.uniform(0, 1.0))
+    if dice.random() < 0.5:  # half of the kills hit a save
+        patience = time.monotonic() + 2
+        while time.monotonic() < patience and not list(log_dir.glob("*.tmp")):
+            pass
+    saving = bool(list(log_dir.glob("*.tmp")))
+    if process.poll() is None:
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if target == "worker" and workers:
+            os.kill(int(dice.choice(workers)), signal.SIGKILL)
+        elif target == "group":
+            for pid in [*map(int, workers), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+        else:
+            process.kill()
+    return target, saving
+
+
+def equal(a, b):
+    """Whether two trees of plain data and tensors are bitwise equal."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+if __name__ == "__main__":
+    run_script(main)

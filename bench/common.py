@@ -1,0 +1,36 @@
+"""What every benchmark says about itself, and where its results go."""
+import datetime
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+from files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine():
+    """Hardware and versions, as plain strings: without them a figure says nothing."""
+    import numpy
+    import torch
+    model = ""
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        model = names[0] if names else ""
+    return dict(date=datetime.date.today().isoformat(), cpu=f"{model or platform.processor()} x {os.cpu_count()}",
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "", python=platform.python_version(),
+                torch=str(torch.__version__), numpy=numpy.__version__, system=platform.platform())
+
+
+def spread(values):
+    """The median, and with it the spread: (median, smallest, largest)."""
+    return statistics.median(values), min(values), max(values)
+
+
+def write_results(name, result):
+    """Write bench/results/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, result)
+    print(f"wrote {path}: {json.dumps(result)[:200]}")

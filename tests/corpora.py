@@ -1,0 +1,79 @@
+"""For the tests of the prepare scripts: corpora, what build-nanogpt would make of them, commands that are killed."""
+import itertools
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from tokenizer import gpt2_tokenizer
+
+EOT = 50256
+
+
+def some_texts(n, seed=0):
+    rng = np.random.default_rng(seed)
+    words = ["the", "of", "data", "model", "learn,", "17", "is\n\nwhich", "é", "日本", "<|endoftext|>", "Loss"]
+    return [" ".join(rng.choice(words, rng.integers(0, 300))) for _ in range(n)]
+
+
+def parquet_bytes(texts, row_group_size=10, **columns):
+    sink = pa.BufferOutputStream()
+    table = pa.table({"id": range(len(texts)), "text": texts, **columns})
+    pyarrow.parquet.write_table(table, sink, row_group_size=row_group_size)
+    return sink.getvalue().to_pybytes()
+
+
+def write_corpus(folder):
+    """Three parquet files in a folder; their texts in order."""
+    texts = some_texts(250)
+    for i, (a, b) in enumerate(itertools.pairwise([0, 100, 101, 250])):
+        (folder / f"{i:03d}.parquet").write_bytes(parquet_bytes(texts[a:b]))
+    return texts
+
+
+def build_nanogpt(texts, shard_tokens, val_tokens=None):
+    """{file: tokens} as build-nanogpt's fineweb.py cuts them: each document after 50256, shards filled in order."""
+    shards, shard = [], []
+    for text in texts:
+        for token in [EOT, *gpt2_tokenizer().encode(text)]:
+            shard.append(token)
+            if len(shard) == (shard_tokens if shards or not val_tokens else val_tokens):
+                shards.append(shard)
+                shard = []
+    shards += [shard] if shard else []
+    return {f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy": tokens for i, tokens in enumerate(shards)}
+
+
+def loaded(folder):
+    return {p.name: np.load(p).tolist() for p in sorted(Path(folder).glob("*.npy"))}
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.name != ".lock"
+            and p.is_file()}
+
+
+def children(pid):
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def kill_at(command, env, when):
+    """Start a command and SIGKILL it as soon as when(); whether it was still running. Its workers must end too."""
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not when():
+        time.sleep(0.002)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    killed = process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{w}/cmdline").exists() and Path(f"/proc/{w}/cmdline").read_bytes() for w in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.01)
+    return killed

@@ -1,0 +1,225 @@
+"""hub.py, and prepare_fineweb.py on it, against a server on this machine that plays the hub with faults."""
+import hashlib
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, script_env
+from corpora import build_nanogpt, kill_at, loaded, parquet_bytes, write_corpus
+from fake_hub import COMMIT, CONVERTED, serve
+
+import hub
+from config import UserError
+from shards import load_manifest
+
+EDU = "HuggingFaceFW/fineweb-edu"
+IMPATIENT = "import config, hub, prepare_fineweb; hub.FIRST_PAUSE_S = 0.1; config.run_script(prepare_fineweb.main)"
+CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
+           {"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]}]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of three parquet files, and their texts in order."""
+    folder = tmp_path_factory.mktemp("corpus")
+    return folder, write_corpus(folder)
+
+
+@pytest.fixture
+def edu(corpus):
+    files = {f"sample/10BT/{p.name}": p.read_bytes() for p in sorted(corpus[0].iterdir())}
+    other = {"data/CC-MAIN-2024-10/000.parquet": parquet_bytes(["other"] * 50)}
+    return {EDU: {"files": {**files, **other}, "configs": CONFIGS}}
+
+
+@pytest.fixture
+def prepare_from(tmp_path):
+    """prepare_from(server, *flags) -> (rc, stdout, stderr), with pauses a tenth as long."""
+    def call(server, *flags):
+        result = subprocess.run([sys.executable, "-c", IMPATIENT, *map(str, flags)], env=hub_env(tmp_path, server),
+                                text=True, capture_output=True, timeout=100)
+        return result.returncode, result.stdout, result.stderr
+    return call
+
+
+def hub_env(home, server):
+    return script_env(home, {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+                             "HF_HUB_ETAG_TIMEOUT": "1", "PYTHONWARNINGS": "ignore"})
+
+
+def test_the_hubs_files_are_downloaded_and_deleted(corpus, edu, prepare_from, tmp_path):
+    with serve(edu) as server:
+        rc, out, err = prepare_from(server, "--shard_tokens", 20_000, "--out", tmp_path / "out", "--num_proc", 2)
+    assert rc == 0, err
+    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.revision == COMMIT
+    assert [f["path"] for f in manifest.files] == [f"sample/10BT/00{i}.parquet" for i in range(3)]
+    assert {p.suffix for p in (tmp_path / "out").iterdir() if p.name != ".lock"} == {".npy", ".json", ".bpe"}
+    assert [p for m, p in server.requests if m == "GET" and "resolve" in p] == [
+        f"/datasets/{EDU}/resolve/{COMMIT}/sample/10BT/00{i}.parquet" for i in range(3)]
+    assert "at commit 0123456789ab: 3 files" in out and "next: python train.py" in out
+
+
+def test_keep_downloads(corpus, edu, prepare_from, tmp_path):
+    with serve(edu) as server:
+        rc, _, err = prepare_from(server, "--shard_tokens", 20_000, "--out", tmp_path, "--num_proc", 0,
+                                  "--keep_downloads")
+    assert rc == 0, err
+    for path in corpus[0].iterdir():
+        assert (tmp_path / "downloads/sample/10BT" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_faults_of_the_network_are_outlived(corpus, edu, prepare_from, tmp_path):
+    faults = [("GET", f"/api/datasets/{EDU}", 503), ("POST", "paths-info", 500), ("GET", "000.parquet", 502),
+              ("GET", "001.parquet", "damage"), ("GET", "001.parquet", (500, {"Retry-After": "1"})),
+              ("GET", "002.parquet", "cut"), ("GET", "002.parquet", "hang")]
+    with serve(edu, faults) as server:
+        started = time.monotonic()
+        rc, _, err = prepare_from(server, "--shard_tokens", 20_000, "--out", tmp_path / "out", "--num_proc", 0)
+        assert server.faults == []
+    assert rc == 0, err
+    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
+    assert "HTTP 503; next try in" in err and "the file arrived damaged; next try in" in err
+    assert "HTTP 500; next try in 1.0 s" in err and time.monotonic() - started > 1      # Retry-After beats 0.1 s
+    assert "Traceback" not in err
+
+
+def test_rate_limits_are_waited_out(edu, prepare_from, tmp_path):
+    with serve(edu, [("GET", f"/api/datasets/{EDU}", (429, {"Retry-After": "1.5"}))]) as server:
+        rc, _, err = prepare_from(server, "--max_tokens", 2000, "--out", tmp_path / "out", "--num_proc", 0)
+    assert rc == 0 and err.count("HTTP 429; next try in 1.5 s") == 1, err
+
+
+def test_patience_ends(edu, prepare_from, tmp_path):
+    with serve(edu, [("GET", f"/api/datasets/{EDU}", 503)] * 99) as server:
+        rc, _, err = prepare_from(server, "--out", tmp_path / "out")
+    assert rc == 2 and "cannot get HuggingFaceFW/fineweb-edu from the hub (HTTP 503); check the network" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_while_it_downloads_it_continues_at_the_same_commit(corpus, edu, prepare_from, tmp_path):
+    flags = ["--shard_tokens", "5000", "--out", str(tmp_path / "out"), "--num_proc", "0"]
+    with serve(edu, [("GET", "002.parquet", "hang")]) as server:
+        command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
+        asked = lambda: any("002.parquet" in p for m, p in server.requests if m == "GET") \
+            and (tmp_path / "out/edufineweb_train_000001.npy").exists()
+        assert kill_at(command, hub_env(tmp_path, server), asked)
+        server.requests.clear()
+        rc, out, err = prepare_from(server, *flags)
+        assert rc == 0 and "continuing after shard" in out, err
+        assert not [p for _, p in server.requests if p.startswith("/api/datasets")]      # the manifest knows
+    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 5000)
+    assert not list((tmp_path / "out").glob("downloads"))
+
+
+LAYOUTS = {     # files, card, name -> what is read
+    "a card": (["a/train-0.parquet", "a/test-0.parquet", "b/train-0.parquet"], [
+        {"config_name": "a", "data_files": [{"split": s, "path": f"a/{s}-*"} for s in ("train", "test")]},
+        {"config_name": "b", "data_files": "b/**"}], "a", ["a/train-0.parquet"]),
+    "patterns": (["b/2.parquet", "b/c/1.parquet", "x.parquet"], [
+        {"config_name": "a", "data_files": "x.parquet"}, {"config_name": "b", "data_files": ["b/*", "b/c/*.parquet"]}],
+        "b", ["b/2.parquet", "b/c/1.parquet"]),
+    "one configuration": (["deep/er/0.parquet"], [{"config_name": "only", "data_files": ["deep/**/*.parquet"]}], None,
+                          ["deep/er/0.parquet"]),
+    "a default": (["a.parquet", "b.parquet"], [
+        {"config_name": "a", "data_files": "a.parquet"},
+        {"config_name": "b", "data_files": "b.parquet", "default": True}], None, ["b.parquet"]),
+    "no card": (["data/train-0.parquet", "data/test-0.parquet"], None, None, ["data/train-0.parquet"]),
+    "no split": (["0.parquet", "1.parquet", "validation.parquet"], None, None, ["0.parquet", "1.parquet"]),
+    "folders": (["en/train.parquet", "de/train.parquet"], None, "de", ["de/train.parquet"]),
+    "jsonl": (["train.jsonl", "train.csv"], None, None, ["train.jsonl"]),
+    "outside": (["../../train.parquet", "train.parquet"], None, None, ["train.parquet"]),
+}
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """ask(server) lets this process talk to that hub."""
+    def call(server):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return call
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_data_sets(layout, ask):
+    paths, configs, name, expected = LAYOUTS[layout]
+    dataset = {"files": dict.fromkeys(paths, b"data"), **({"configs": configs} if configs else {})}
+    with serve({"someone/corpus": dataset}) as server:
+        ask(server)
+        commit, files = hub.resolve_dataset("someone/corpus", name)
+    assert commit == COMMIT and [f.path for f in files] == expected
+    assert all((f.size, f.sha256) == (4, hashlib.sha256(b"data").hexdigest()) for f in files)
+
+
+def test_other_formats_come_from_the_hubs_conversion(ask):
+    converted = {f"{config}/{split}/0000.parquet": b"" for config in ("default", "b") for split in ("train", "test")}
+    with serve({"someone/corpus": {"files": {"train.csv.gz": b""}, "converted": converted}}) as server:
+        ask(server)
+        for name, folder in ((None, "default"), ("b", "b")):
+            commit, files = hub.resolve_dataset("someone/corpus", name)
+            assert commit == CONVERTED and [f.path for f in files] == [f"{folder}/train/0000.parquet"]
+
+
+HUB_ERRORS = {
+    "missing": ("no/such", None, "there is no data set no/such on the hub, or it is private"),
+    "gated": ("some/gated", None, "some/gated is gated: accept its terms"),
+    "configuration": (EDU, "sample-1BT", "no configuration 'sample-1BT'; choose one with --name: default, sample-10BT"),
+    "configurations": ("some/several", None, "several configurations; choose one with --name: de, en"),
+    "formats": ("some/images", None, "some/images has no parquet or jsonl files"),
+    "identifier": ("a b", None, "there is no data set a b"),
+    "disabled": ("some/disabled", None, r"the hub refuses some/disabled \(HTTP 403\)"),
+}
+
+
+@pytest.mark.parametrize("case", HUB_ERRORS)
+def test_lasting_faults_are_told_at_once(edu, ask, case):
+    dataset, name, message = HUB_ERRORS[case]
+    several = [{"config_name": n, "data_files": "*"} for n in ("en", "de")]
+    others = {"some/gated": {"error": (403, "GatedRepo")}, "some/images": {"files": {"a.png": b"png"}},
+              "some/disabled": {"error": (403, "")}, "some/several": {"files": {"a.parquet": b""}, "configs": several}}
+    with serve({**edu, **others}) as server:
+        ask(server)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=message):
+            hub.resolve_dataset(dataset, name)
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--text_column", "content"], "no column 'content' among id, text; name the right one with --text_column"),
+    (["--text_column", "id"], "column 'id' holds int64, not text"),
+    (["--shard_tokens", "10000000"], "inside the validation shard of 10,000,000; give a smaller --shard_tokens"),
+    (["--name", "none"], "no configuration 'none'")])
+def test_errors_are_one_line(edu, prepare_from, tmp_path, flags, message):
+    with serve(edu) as server:
+        rc, _, err = prepare_from(server, *flags, "--num_proc", 0, "--out", tmp_path / "out")
+    assert rc == 2 and message in err and err.count("\n") == 1, err
+    assert not list((tmp_path / "out").glob("*.npy"))
+
+
+def test_after_an_error_at_the_start_another_command_may_use_the_folder(corpus, edu, prepare_from, tmp_path):
+    with serve(edu) as server:
+        assert prepare_from(server, "--shard_tokens", 10**7, "--num_proc", 0, "--out", tmp_path / "out")[0] == 2
+        rc, _, err = prepare_from(server, "--shard_tokens", 20_000, "--num_proc", 0, "--out", tmp_path / "out")
+    assert rc == 0, err
+    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
+
+
+def test_without_a_network_it_says_so(run, tmp_path):
+    rc, _, err = run("-c", IMPATIENT, "--out", tmp_path / "out",
+                     env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    assert rc == 2 and "cannot get HuggingFaceFW/fineweb-edu from the hub (" in err.splitlines()[-1]
+    rc, _, err = run("prepare_fineweb.py", "--out", tmp_path / "out", env={"HF_HUB_OFFLINE": "1"})
+    assert rc == 2 and err.count("\n") == 1
+    assert "HF_HUB_OFFLINE is set; unset it, or bring files with --data_files" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["a/*", "**/sub/*.jsonl", "data-?.parquet", "./x/**"])
+def test_patterns_of_cards(pattern):
+    paths = {"a/b": ["a/*"], "a/b/c": [], "sub/x.jsonl": ["**/sub/*.jsonl"], "y/z/sub/x.jsonl": ["**/sub/*.jsonl"],
+             "data-1.parquet": ["data-?.parquet"], "data-12.parquet": [], "x/y/z": ["./x/**"], "data-/.parquet": []}
+    assert [p for p in paths if hub._glob(pattern).fullmatch(p)] == [p for p in paths if pattern in paths[p]]
