@@ -3,8 +3,10 @@
 `assemble(config, runtime)` makes the Run that train.py's loop works with, `warm_up(run, runtime)` compiles it.
 """
 import contextlib
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +23,7 @@ from model import GPT, GPT2_SIZES, GPTConfig, padded_vocab
 from optimizer import make_optimizer
 from plan import Plan, decay_start, make_plan
 from resume import adopt_choices, check_same_run, differences, find_checkpoint, is_finished
-from runtime import provenance, seed_everything
+from runtime import code_hash, provenance, seed_everything
 from shards import ShardFolder
 from tokenizer import Tokenizer
 
@@ -60,6 +62,9 @@ def assemble(config, runtime):
     folder = runtime.together(lambda: ShardFolder(config.data_dir))
     tokenizer = runtime.together(folder.tokenizer)
     runtime.together(lambda: folder.check_vocabulary(tokenizer.n_vocab))
+    runtime.agree("flags", asdict(config))
+    runtime.agree("code", code_hash())
+    runtime.agree("token shards", folder.fingerprint())
     checkpoint = runtime.from_main(lambda: find_checkpoint(config, runtime.print))
     raw = make_model(config, runtime, tokenizer, checkpoint)
     block_size = raw.config.block_size
@@ -79,6 +84,7 @@ def assemble(config, runtime):
     raw.to(runtime.device).train()
     raw.recompute = config.recompute
     run.micro_batch_size = find_micro_batch_size(raw, run.micro_batch_size, plan.local_windows, runtime)
+    runtime.together(lambda: check_disk(config, run, runtime))
     build(run, config, runtime, checkpoint)
     describe(run, config, runtime, checkpoint)
     return run
@@ -144,6 +150,16 @@ def build(run, config, runtime, checkpoint):
                         micro_batch_size=run.micro_batch_size, world_size=runtime.world_size,
                         threads=torch.get_num_threads(), max_steps=run.plan.max_steps,
                         warmup_steps=run.plan.warmup_steps, decay_start=decay_start(run.plan))
+
+
+def check_disk(config, run, runtime):
+    """Raise UserError, on rank 0, if the checkpoints of the run will not fit on the disk."""
+    if runtime.is_main:
+        free = shutil.disk_usage(config.log_dir).free
+        needed = disk_bytes(config, run.raw) - sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
+        if free < needed:
+            raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has {human_bytes(free)}; "
+                            "make room, choose another --log_dir, or fewer --keep_checkpoints")
 
 
 def restore(run, checkpoint):

@@ -34,7 +34,7 @@ def checkpoint_path(log_dir, step):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint (a dict of plain data) atomically. Raises OSError, a full disk too; `path` is then as before."""
+    """Write a checkpoint (a dict of plain data) atomically. Raises OSError (a full disk), `path` being as before."""
     needed = checkpoint_bytes(checkpoint)
     free = shutil.disk_usage(Path(path).parent).free
     if free < needed:
@@ -47,14 +47,19 @@ def save_checkpoint(path, checkpoint):
 
 
 def checkpoint_bytes(value):
-    """The bytes that a value takes in a checkpoint, near enough: its tensors and a little for the rest."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size() + 128
-    if isinstance(value, dict):
-        return 64 + sum(checkpoint_bytes(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return 64 + sum(checkpoint_bytes(v) for v in value)
-    return 64 + (len(value) if isinstance(value, str) else 0)
+    """The bytes that a value takes in a checkpoint, near enough: its tensors, shared ones once, and a little more."""
+    storages, other = {}, 0
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes() + 256
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend(item)
+        other += len(item) if isinstance(item, str) else 64
+    return sum(storages.values()) + other
 
 
 def read_checkpoint(path, **options):

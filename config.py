@@ -102,7 +102,7 @@ def make_parser(cls, description=None):
     parser = _Parser(prog=prog, description=description, formatter_class=_Help, allow_abbrev=False)
     groups = {}
     hints = typing.get_type_hints(cls)
-    for f in fields(cls):
+    for f in sorted(fields(cls), key=lambda f: f.metadata["group"] == "system"):  # inherited, but least looked for
         m, kind = f.metadata, _value_type(hints[f.name])
         group = groups.setdefault(m["group"], None) or parser.add_argument_group(m["group"])
         groups[m["group"]] = group
@@ -116,7 +116,8 @@ def make_parser(cls, description=None):
             options["action"] = "store_true"
         else:
             options["type"] = _read_float if kind is float else kind
-            options["metavar"] = "|".join(map(str, m["choices"])) if m["choices"] else {int: "N", float: "X"}.get(kind, "TEXT")
+            plain = {int: "N", float: "X"}.get(kind, "TEXT")
+            options["metavar"] = "|".join(map(str, m["choices"])) if m["choices"] else plain
             if m["repeat"]:
                 options["action"] = "append"
             if f.default not in (MISSING, None, ""):

@@ -6,7 +6,6 @@ windows permuted within their shard. Step s takes global positions [s n, (s + 1)
 epoch g // W. Rank r takes its slice of the n windows. So 1, 2, 4 or 8 processes see the same tokens at the same
 step, and the only state of the loader is the step number.
 """
-import hashlib
 import queue
 import threading
 import time
@@ -17,16 +16,7 @@ import torch
 
 from config import UserError
 from model import IGNORED
-
-
-def permutation(n, *key):
-    """A permutation of range(n), a pure function of (n, key) that no NumPy release may change.
-
-    Sorts the raw output of the Philox generator (Salmon et al. 2011), whose stream NumPy guarantees.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    random = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
-    return np.argsort(random, kind="stable")
+from shards import permutation
 
 
 class TokenStream:

@@ -110,6 +110,15 @@ class Runtime:
             raise UserError(problem)
         return result
 
+    def agree(self, what, value):
+        """Raise UserError on all ranks, naming the first that differs, unless all have rank 0's value."""
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, (value, socket.gethostname()))
+            for rank, (other, host) in enumerate(values):
+                if other != values[0][0]:
+                    raise UserError(f"rank {rank} on {host} has other {what} than rank 0 on {values[0][1]}; make them equal")
+
     def from_main(self, action):
         """What action() gives on rank 0, on every rank: plain data and tensors, so that only rank 0 needs the file.
 
@@ -281,6 +290,14 @@ def seed_from(*key):
 def command_line():
     """The command that started this process, as typed; under torchrun the part that torchrun ran."""
     return " ".join(["torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python", *map(shlex.quote, sys.argv)])
+
+
+def code_hash():
+    """A hash of the scripts of this repository: ranks on several machines must run the same."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def provenance():

@@ -7,6 +7,7 @@ the launcher, or the whole process group, by turns) after random times, many of 
 until it ends. Passes where parameters, optimizer and logs are bitwise those of the undisturbed run. Writes
 bench/results/chaos.json.
 """
+import contextlib
 import json
 import os
 import random
@@ -27,8 +28,8 @@ from shards import Manifest, save_shard
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-STEPS = 400
-FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 128, "--block_size", 32, "--device", "cpu", "--total_batch_size", 512,
+STEPS = 200
+FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", 32, "--device", "cpu", "--total_batch_size", 512,
          "--max_steps", STEPS, "--eval_every", 7, "--val_tokens", 512, "--checkpoint_every", 3, "--sample_every", 50,
          "--hellaswag_every", 0, "--micro_batch_size", 2, "--dropout", 0.1)
 
@@ -103,21 +104,14 @@ def kill_later(process, log_dir, dice, target):
         if time.monotonic() > deadline:
             raise RuntimeError(f"the run made no checkpoint in two minutes, see {log_dir}.log")
         time.sleep(0.005)
+    workers = [int(p) for p in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()]
     time.sleep(dice.uniform(0, 1.0))
-    if dice.random() < 0.5:  # half of the kills hit a save
-        patience = time.monotonic() + 2
-        while time.monotonic() < patience and not list(log_dir.glob("*.tmp")):
-            pass
-    saving = bool(list(log_dir.glob("*.tmp")))
-    if process.poll() is None:
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        if target == "worker" and workers:
-            os.kill(int(dice.choice(workers)), signal.SIGKILL)
-        elif target == "group":
-            for pid in [*map(int, workers), process.pid]:
-                os.kill(pid, signal.SIGKILL)
-        else:
-            process.kill()
+    patience = time.monotonic() + (3 if dice.random() < 0.5 else 0)  # half of the kills wait for a save
+    while not (saving := any(log_dir.glob("*.tmp"))) and time.monotonic() < patience:
+        pass
+    for pid in dict(worker=[dice.choice(workers)], launcher=[process.pid], group=[*workers, process.pid])[target]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     return target, saving
 
 

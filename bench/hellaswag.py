@@ -113,10 +113,10 @@ def compare(ways, n, config, runtime):
             cpu_seconds[name].append(time.process_time() - cpu_begin)
             print(f"{name:>14}  {seconds[name][-1]:8.2f} s  {n / seconds[name][-1]:8.1f} examples/s  acc, acc_norm "
                   f"{scores[name][0]:.4f}, {scores[name][1]:.4f}", flush=True)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    cpu_medians = {name: statistics.median(values) for name, values in cpu_seconds.items()}
-    ratio = medians["one at a time"] / medians["packed"]
-    cpu_ratio = cpu_medians["one at a time"] / cpu_medians["packed"]
+    # The median of the rounds' ratios: the two ways of a round meet the same load of the machine, more or less.
+    ratio, cpu_ratio = (statistics.median(slow / fast for slow, fast in zip(s["one at a time"], s["packed"]))
+                        for s in (seconds, cpu_seconds))
+    medians, cpu_medians = ({name: statistics.median(s[name]) for name in ways} for s in (seconds, cpu_seconds))
     print(f"packed is {ratio:.2f} times as fast by the clock, {cpu_ratio:.2f} times by CPU time (medians)")
     return dict(date=datetime.date.today().isoformat(), hardware=hardware_name(runtime), dtype=runtime.dtype_name,
                 threads=torch.get_num_threads(), load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -8,7 +8,6 @@ under 1.5 GB and 0.2 GB, whatever the size of the row groups.
 """
 import contextlib
 import hashlib
-import os
 import random
 import subprocess
 import sys

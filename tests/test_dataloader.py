@@ -8,9 +8,9 @@ import torch
 from conftest import brute_force_order
 
 from config import UserError
-from dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, permutation, val_batches
+from dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from model import IGNORED
-from shards import ShardFolder
+from shards import ShardFolder, permutation
 
 CORPORA = [  # (tokens of the train shards, block_size)
     pytest.param((100,), 16, id="one shard"),
