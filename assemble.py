@@ -5,7 +5,7 @@
 import contextlib
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -72,6 +72,8 @@ def assemble(config, runtime):
     if config.eval_every:
         n_val_windows(val_stream, config.val_tokens)
     plan = make_plan(config, block_size, train_stream.n_windows, runtime.world_size)
+    if checkpoint and config.warmup_steps is None:  # derived from the length, which a wsd run may change
+        plan = replace(plan, warmup_steps=checkpoint["resolved"].get("warmup_steps", plan.warmup_steps))
     run = Run(plan, folder, tokenizer, train_stream, val_stream, raw, provenance(), last_step=plan.max_steps)
     if checkpoint:
         check_same_run(config, checkpoint, requested_shape(config), folder.fingerprint(), plan)

@@ -70,6 +70,9 @@ def _with_sizes(dataset, commit, paths):
         ask = functools.partial(HfApi().get_paths_info, dataset, paths[i:i + 500], revision=commit, repo_type="dataset")
         for f in _patiently(ask, dataset):
             found[f.path] = SourceFile(f.path, f.size, f.lfs.sha256 if f.lfs else "")
+    missing = [p for p in paths if p not in found]
+    if missing:
+        raise UserError(f"the hub lists {missing[0]} in {dataset} but does not have it")
     return [found[p] for p in paths]
 
 
@@ -151,7 +154,8 @@ def _patiently(call, what, attempts=ATTEMPTS):
             if attempt + 1 == attempts:
                 raise UserError(f"cannot get {what} from the hub ({reason}); check the network and run the same "
                                 "command again, it continues") from error
-            pause = max(min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25), _retry_after(response))
+            pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)
+            pause = max(pause, _retry_after(response))
             print(f"{what}: {reason}; next try in {pause:.1f} s", file=sys.stderr, flush=True)
             time.sleep(pause)
 

@@ -9,6 +9,7 @@
 One source file at a time, of which only the text column is read. Killed at any moment, the same command continues:
 the manifest says where the next shard begins in the source.
 """
+import concurrent.futures
 import contextlib
 import dataclasses
 import glob
@@ -93,11 +94,15 @@ def find_sources(config, manifest):
         files = [dataclasses.asdict(f) for f in local_files(config.data_files)]
         if manifest.files not in ([], files):
             raise UserError(f"the files behind --data_files {config.data_files} changed since {config.out} was begun; "
-                            f"restore them or choose another --out")
+                            "restore them or choose another --out")
         manifest.files = files
+        for f in files:
+            next(plan_reads(f["path"], config.text_column), None)       # is it parquet, has it the column?
     elif not manifest.files:
         manifest.revision, files = resolve_dataset(config.dataset, config.name)
         manifest.files = [dataclasses.asdict(f) for f in files]
+    if set(manifest.position) != {"file", "start", "skip"} or manifest.position["file"] >= len(manifest.files):
+        raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out}, begin again")
 
 
 def local_files(pattern):
@@ -111,27 +116,25 @@ def local_files(pattern):
 
 
 def fetch_ahead(fetch, files, read_ahead):
-    """Yield fetch(file) for each file, the next one being fetched meanwhile by a thread that never delays the exit."""
-    def start(file):
-        box = {}
+    """Yield fetch(file) for each file; with read_ahead the next one is fetched meanwhile."""
+    following = _in_thread(fetch, files[0])
+    for i, file in enumerate(files):
+        path = (following or _in_thread(fetch, file)).result()
+        following = _in_thread(fetch, files[i + 1]) if read_ahead and i + 1 < len(files) else None
+        yield path
 
-        def work():
-            try:
-                box["path"] = fetch(file)
-            except BaseException as error:
-                box["error"] = error
-        thread = threading.Thread(target=work, daemon=True, name="download")
-        thread.start()
-        return thread, box
-    following = start(files[0])
-    for i in range(len(files)):
-        thread, box = following or start(files[i])
-        while thread.is_alive():
-            thread.join(0.2)        # a join without limit would not hear Ctrl-C on every system
-        if "error" in box:
-            raise box["error"]
-        following = start(files[i + 1]) if read_ahead and i + 1 < len(files) else None
-        yield box["path"]
+
+def _in_thread(call, argument):
+    """A Future of call(argument), worked on by a thread that does not delay the end of the process."""
+    future = concurrent.futures.Future()
+
+    def work():
+        try:
+            future.set_result(call(argument))
+        except BaseException as error:
+            future.set_exception(error)
+    threading.Thread(target=work, daemon=True, name="download").start()
+    return future
 
 
 class Sources:

@@ -3,11 +3,10 @@
     python -m bench.tokenize [--data FILE]
 
 The methods take turns and the medians count: MB of text per second, of the clock and of CPU time (parent and workers
-together). Pools are timed twice, with the text and with next to none, and the difference counts: what starting the
-workers costs is a row of its own. Every method must give the same tokens.
+together). Each turn times a part of the text and all of it; the difference gives the speed, and what is left of the
+part's time is the start of the workers. Every method must give the same tokens.
 """
 import contextlib
-import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +14,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -26,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 import prepare_fineweb
+from bench.common import machine, write_results
 from config import UserError, flag, parse_config, run_script
 from documents import find_files, plan_reads, read_documents
 from encode import encode_tasks
-from files import write_json
 from python_docs import python_documents
 from shards import permutation
 from tokenizer import gpt2_tokenizer
@@ -41,7 +39,6 @@ class Config:
     megabytes: int = flag(40, "how much text; repeated, with the documents in another order, until it is enough", low=1)
     repeats: int = flag(5, "rounds", low=1)
     workers: int = flag(2, "processes and threads of the parallel methods", low=1)
-    out: str = flag("bench/results/tokenize.json", "where the figures go")
 
 
 def make_documents(config):
@@ -145,14 +142,13 @@ def hugging_face_batch(bench):
     return [encoding.ids for encoding in _hugging_face_tokenizer().encode_batch_fast(bench.documents)]
 
 
-# method -> (its name in the table, whether it starts processes)
 METHODS = {
-    tiktoken_one_thread: ("tiktoken encode_ordinary, 1 thread, lists", False),
-    ours_one_process: ("ours, 1 process, parquet to uint16", False),
-    ours_pipeline: ("ours, {n} workers, parquet to shards on disk", True),
-    build_nanogpt: ("build-nanogpt's pool, {n} workers, memory to uint16", True),
-    tiktoken_batch: ("tiktoken encode_ordinary_batch, {n} threads, lists", False),
-    hugging_face_batch: ("tokenizers encode_batch_fast, {n} threads, lists", False),
+    tiktoken_one_thread: "tiktoken encode_ordinary, 1 thread, to lists",
+    ours_one_process: "ours, 1 process, from parquet to uint16",
+    ours_pipeline: "ours, {n} workers, from parquet to shards on the disk",
+    build_nanogpt: "build-nanogpt's pool, {n} workers, to uint16",
+    tiktoken_batch: "tiktoken encode_ordinary_batch, {n} threads, to lists",
+    hugging_face_batch: "tokenizers encode_batch_fast, {n} threads, to lists",
 }
 
 
@@ -175,66 +171,65 @@ def cpu_seconds():
 
 
 def timed(method, bench):
+    """(seconds of the clock, of CPU time, tokens)."""
     wall, cpu = time.perf_counter(), cpu_seconds()
     tokens = method(bench)
     return time.perf_counter() - wall, cpu_seconds() - cpu, tokens
 
 
-def measure(config, whole, little):
-    """[{method, wall_s, cpu_s, start_wall_s, start_cpu_s}], one row a method and round."""
-    rows, expected = [], None
-    for method in METHODS:
-        method(little)          # loads what it needs once
+def measure(config, little, whole):
+    """One row a method and round: MB/s, MB per CPU second, CPU seconds of the start."""
+    rows, megabytes = [], (whole.n_bytes() - little.n_bytes()) / 1e6
+    hashes = {hash_tokens(method(little)) for method in METHODS}        # also loads what each needs once
+    if len(hashes) > 1:
+        raise UserError("the methods give different tokens")
     for round_ in range(config.repeats):
-        for method, (name, starts_processes) in METHODS.items():
-            start_wall, start_cpu = timed(method, little)[:2] if starts_processes else (0.0, 0.0)
+        for method, name in METHODS.items():
+            wall_little, cpu_little, _ = timed(method, little)
             wall, cpu, tokens = timed(method, whole)
-            expected = expected or hash_tokens(tokens)
-            if round_ == 0 and hash_tokens(tokens) != expected:
-                raise UserError(f"{method.__name__} gives other tokens than the method before it")
-            rows.append(dict(method=method.__name__, wall_s=wall - start_wall, cpu_s=cpu - start_cpu,
-                             start_wall_s=start_wall, start_cpu_s=start_cpu))
-            print(f"round {round_ + 1}: {name.format(n=config.workers)}: {wall:.2f} s, {cpu:.2f} CPU s", flush=True)
+            if round_ == 0:
+                hashes.add(hash_tokens(tokens))
+            per_megabyte = (cpu - cpu_little) / megabytes
+            rows.append(dict(method=method.__name__, mb_per_s=megabytes / (wall - wall_little),
+                             mb_per_cpu_s=1 / per_megabyte,
+                             start_cpu_s=cpu_little - per_megabyte * little.n_bytes() / 1e6))
+            print(f"round {round_ + 1}: {rows[-1]['mb_per_cpu_s']:5.1f} MB per CPU second, "
+                  f"{name.format(n=config.workers)}", flush=True)
+    if len(hashes) > 2:
+        raise UserError("the methods give different tokens")
     return rows
-
-
-def summarise(rows, megabytes):
-    """{method: {figure: median}}."""
-    medians = {}
-    for method in METHODS:
-        own = [row for row in rows if row["method"] == method.__name__]
-        medians[method.__name__] = {
-            "mb_per_s": statistics.median(megabytes / row["wall_s"] for row in own),
-            "mb_per_cpu_s": statistics.median(megabytes / row["cpu_s"] for row in own),
-            "start_cpu_s": statistics.median(row["start_cpu_s"] for row in own)}
-    return medians
 
 
 def main(argv=None):
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     os.environ["RAYON_NUM_THREADS"] = str(config.workers)      # tokenizers' threads
     documents = make_documents(config)
+    n_little = int(len(documents) * min(0.5, 5 * config.workers / config.megabytes))   # a piece for every worker
     with tempfile.TemporaryDirectory() as folder:
+        little = make_bench(documents[:n_little], folder, config.workers, "little.parquet")
         whole = make_bench(documents, folder, config.workers, "whole.parquet")
-        little = make_bench(documents[:2 * config.workers], folder, config.workers, "little.parquet")
-        megabytes = (whole.n_bytes() - little.n_bytes()) / 1e6
-        print(f"{whole.n_bytes() / 1e6:.1f} MB in {len(documents):,} documents")
-        rows = measure(config, whole, little)
-    medians = summarise(rows, megabytes)
-    per_core = {name: figures["mb_per_cpu_s"] for name, figures in medians.items()}
-    ratios = {f"{ours} / {theirs}": per_core[ours] / per_core[theirs] for ours in ("ours_one_process", "ours_pipeline")
-              for theirs in ("build_nanogpt", "tiktoken_one_thread", "tiktoken_batch", "hugging_face_batch")}
-    versions = {name: importlib.metadata.version(name) for name in ("tiktoken", "tokenizers", "pyarrow", "numpy")}
-    write_json(config.out, dict(
-        date=datetime.date.today().isoformat(), machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        versions={"python": platform.python_version(), **versions}, megabytes=megabytes, documents=len(documents),
-        workers=config.workers, rows=rows, medians=medians, ratios=ratios))
+        print(f"{whole.n_bytes() / 1e6:.1f} MB in {len(documents):,} documents, "
+              f"{little.n_bytes() / 1e6:.1f} MB in the part")
+        rows = measure(config, little, whole)
+        figures = ("mb_per_s", "mb_per_cpu_s", "start_cpu_s")
+        medians = {m.__name__: {f: statistics.median(r[f] for r in rows if r["method"] == m.__name__) for f in figures}
+                   for m in METHODS}
+        per_core = {name: row["mb_per_cpu_s"] for name, row in medians.items()}
+        ratios = {f"{ours} / {other}": per_core[ours] / per_core[other] for other in per_core
+                  for ours in ("ours_one_process", "ours_pipeline") if other != ours}
+        versions = {name: importlib.metadata.version(name) for name in ("tiktoken", "tokenizers", "pyarrow")}
+        print_table(medians, per_core["build_nanogpt"], config.workers)
+        write_results("tokenize", dict(machine=machine(), versions=versions, megabytes=whole.n_bytes() / 1e6,
+                                       workers=config.workers, medians=medians, ratios=ratios, rows=rows))
+
+
+def print_table(medians, reference, workers):
     print("\n| method | MB/s | MB per CPU second | against build-nanogpt | start, CPU s |\n|---|---|---|---|---|")
-    for method, (name, _) in METHODS.items():
+    for method, name in METHODS.items():
         m = medians[method.__name__]
-        print(f"| {name.format(n=config.workers)} | {m['mb_per_s']:.1f} | {m['mb_per_cpu_s']:.1f} | "
-              f"{m['mb_per_cpu_s'] / per_core['build_nanogpt']:.2f}x | {m['start_cpu_s']:.1f} |")
-    print(f"\nwritten: {config.out}")
+        print(f"| {name.format(n=workers)} | {m['mb_per_s']:.1f} | {m['mb_per_cpu_s']:.1f} | "
+              f"{m['mb_per_cpu_s'] / reference:.2f}x | {m['start_cpu_s']:.1f} |")
+    print()
 
 
 if __name__ == "__main__":

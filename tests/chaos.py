@@ -1,6 +1,7 @@
 """train.py, with one accident built in. Run as train.py is run; the environment variable ACCIDENT says which:
 
-    WHAT:WHERE:STEP[:RANK]   WHAT  kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk)
+    WHAT:WHERE:STEP[:RANK]   WHAT  kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk),
+                                   inf (a gradient of that step), infs (from that step on)
                              WHERE step (before its update), save (half the file is written), validate, sample, start
 
 With a STEP the accident happens at that step; with a RANK on that rank only. ACCIDENT_ONCE names a file that marks
@@ -30,6 +31,8 @@ def accident():
         return
     if once:
         Path(once).touch()
+    if what in ("inf", "infs"):
+        return
     if what == "error":
         raise ValueError("an accident in the code")
     signals = dict(kill=signal.SIGKILL, term=signal.SIGTERM, int=signal.SIGINT, usr1=signal.SIGUSR1)
@@ -56,6 +59,22 @@ def half_a_save(path, entries):
     return checkpoint.save_checkpoint(path, entries)
 
 
+def poisoned(train_step):
+    """train_step with an infinite gradient where that is the accident; all ranks compare their weights after it."""
+    def wrapped(run, config, runtime, tokens, step):
+        hook = None
+        if mine and (step == int(at) and what == "inf" or step >= int(at) and what == "infs"):
+            hook = run.raw.transformer.ln_f.weight.register_hook(lambda grad: grad * float("inf"))
+        result = train_step(run, config, runtime, tokens, step)
+        if hook:
+            hook.remove()
+        runtime.agree("weights", [p.double().sum().item() for p in run.raw.parameters()])
+        return result
+    return wrapped
+
+
+if what in ("inf", "infs"):
+    train.train_step = poisoned(train.train_step)
 train.train_step = before(train.train_step, lambda run, config, runtime, tokens, step: step, "step")
 train.save_checkpoint = half_a_save
 train.write_samples = before(train.write_samples, lambda run, config, runtime, step: step, "sample")

@@ -1,10 +1,9 @@
-"""hellaswag.py and choices.py: the scores of references that share no code with them, whatever the batch; errors."""
+"""hellaswag.py and choices.py: the scores of references that share no code with them, whatever the batch."""
 import json
 import lzma
 import math
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -14,16 +13,12 @@ from torch.nn import functional as F
 
 import hellaswag
 from choices import ending_losses, make_batches, make_rows
-from config import UserError
 from device import Hardware
 from hellaswag import (
     evaluate_hellaswag,
-    find_hellaswag,
     load_hellaswag,
     main,
-    prepare_hellaswag,
     read_example,
-    split_context,
     tokenize,
 )
 from model import GPT, GPTConfig
@@ -390,121 +385,3 @@ def test_importing_brings_in_neither_datasets_nor_any_extra(run):
     code = ("import sys, hellaswag\n"
             "print({'datasets', 'transformers', 'huggingface_hub', 'pyarrow', 'lm_eval'} & set(sys.modules))")
     assert run("-c", code)[:2] == (0, "set()\n")
-
-
-# -----------------------------------------------------------------------------
-# the data
-
-@pytest.mark.parametrize("ctx, ctx_a, ctx_b", [
-    ("A man is sitting on a roof. he", "A man is sitting on a roof.", "he"),
-    ("He waits! Then it rains. the Dog", "He waits! Then it rains.", "the Dog"),
-    ('"Stop!" the man', '"Stop!"', "the man"),
-    ("A man is sitting on a roof. He", "A man is sitting on a roof. He", ""),
-    ("Two sentences. That end here.", "Two sentences. That end here.", ""),
-    ("no sentence end at all", "no sentence end at all", ""),
-    ("It costs 3.50 a piece", "It costs 3.50 a piece", ""),
-    ("", "", ""),
-])
-def test_the_parts_of_a_context_are_found_again(ctx, ctx_a, ctx_b):
-    assert split_context(ctx) == (ctx_a, ctx_b)
-
-
-def test_rows_without_parts_render_as_those_with_them():
-    for line in ROWS.read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
-        if item["ctx_b"][:1].islower():
-            whole = read_example(line, "lm_eval", "")
-            del item["ctx_a"], item["ctx_b"]
-            assert read_example(json.dumps(item), "lm_eval", "") == whole
-
-
-def test_the_two_styles_render_as_their_authors_do():
-    line = json.dumps(dict(
-        activity_label="Pets", label="2", ctx="[header] How to [title] Wait. [step] Sit  down. THE cat",
-        ctx_a="[header] How to [title] Wait. [step] Sit  down.", ctx_b="THE cat",
-        endings=["[substeps] One [x] two.", "b", "c", "d [title] e"]))
-    karpathy, lm_eval = (read_example(line, style, "") for style in hellaswag.STYLES)
-    assert karpathy.context == "[header] How to [title] Wait. [step] Sit  down. THE cat"
-    assert karpathy.endings == ("[substeps] One [x] two.", "b", "c", "d [title] e") and karpathy.label == 2
-    assert lm_eval.context == "Pets: How to. Wait. Sit down. The cat"
-    assert lm_eval.endings == (" One two.", "b", "c", "d. e")
-
-
-@pytest.mark.parametrize("style, change, complaint", [
-    ("karpathy", dict(ctx=None), "'ctx' is missing or not a text"),
-    ("karpathy", dict(ctx="  "), "the context is empty"),
-    ("karpathy", dict(endings=["a", "b", "c"]), "'endings' must be a list of 4 texts"),
-    ("karpathy", dict(endings=["a", "b", "c", 4]), "'endings' must be a list of 4 texts"),
-    ("karpathy", dict(endings="abcd"), "'endings' must be a list of 4 texts"),
-    ("karpathy", dict(endings=["a", "b", " ", "d"]), "ending 2 is empty"),
-    ("lm_eval", dict(endings=["a", "[title]", "c", "d"]), "ending 1 is empty"),
-    ("karpathy", dict(label=4), "'label' must be 0 to 3, but is 4"),
-    ("karpathy", dict(label=-1), "'label' must be 0 to 3, but is -1"),
-    ("karpathy", dict(label=True), "'label' must be 0 to 3, but is True"),
-    ("karpathy", dict(label=""), "'label' must be 0 to 3, but is ''"),
-    ("lm_eval", dict(activity_label=None), "'activity_label' is missing or not a text"),
-    ("lm_eval", dict(ctx_b=7), "'ctx_b' is missing or not a text"),
-])
-def test_a_bad_example_is_refused_by_its_line(tmp_path, style, change, complaint):
-    path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join(json.dumps(item) for item in (GOOD, GOOD, {**GOOD, **change})) + "\n")
-    with pytest.raises(UserError) as caught:
-        load_hellaswag(path, style)
-    assert str(caught.value) == f"{path}, line 3: {complaint}"
-    assert len(load_hellaswag(path, style, limit=2)) == 2
-
-
-@pytest.mark.parametrize("data, complaint", [
-    (b"", "line 1: the file is empty"),
-    (b"\n \n", "line 1: the file is empty"),
-    (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:40], "line 2: not valid JSON; if the file was cut"),
-    (b"\xff\xfe{}\n", "line 1: not valid JSON"),
-    (b"[1, 2]\n", "line 1: a JSON list, not an example"),
-    (b"[" * 100_000, "line 1: not valid JSON"),
-])
-def test_a_damaged_file_is_refused_by_its_line(tmp_path, data, complaint):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=complaint):
-        load_hellaswag(path)
-
-
-def test_a_mistake_is_one_line_and_status_2(run, tmp_path):
-    rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", ROWS, "--device", "cpu")
-    assert (rc, out) == (2, "") and err == f"hellaswag.py: error: no checkpoint {tmp_path / 'none.pt'}\n"
-
-
-def fake_hub(monkeypatch, load):
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-
-
-def test_the_data_set_is_downloaded_once_and_whole(tmp_path, monkeypatch, capsys):
-    calls = []
-    rows = [{**GOOD, "ind": i, "label": "3", "ctx": "Ça va. elle"} for i in range(5)]
-    fake_hub(monkeypatch, lambda name, split: calls.append((name, split)) or rows)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="5 examples came, not 10042"):
-        find_hellaswag()
-    assert not any(p.is_file() for p in tmp_path.rglob("*"))
-    monkeypatch.setattr(hellaswag, "N_EXAMPLES", 5)
-    main(["--download", "--device", "cpu"])
-    main(["--download", "--device", "cpu"])
-    assert calls == [("Rowan/hellaswag", "validation")] * 2
-    assert "next: python hellaswag.py" in capsys.readouterr().out
-    prepared = prepare_hellaswag(runtime(), Tokenizer([], "bytes"), 128)
-    assert prepared.labels.tolist() == [3] * 5 and [p.name for p in tmp_path.rglob("*.*")] == ["hellaswag_val.jsonl"]
-
-
-def test_a_failed_download_names_both_ways_out(tmp_path, monkeypatch):
-    def fail(name, split):
-        raise ConnectionError("no route\nto the hub")
-    fake_hub(monkeypatch, fail)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        prepare_hellaswag(runtime(), Tokenizer([], "bytes"), 128)
-    message = str(caught.value)
-    assert "\n" not in message and "ConnectionError: no route to the hub" in message
-    assert "python hellaswag.py --download" in message and "--hellaswag_every 0" in message
-    monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
-    with pytest.raises(UserError, match="--hellaswag_every 0"):
-        find_hellaswag()

@@ -246,6 +246,7 @@ def test_wrong_commands_are_one_line(tmp_path, run, flags, message):
     rc, _, err = run("prepare_fineweb.py", *flags, cwd=tmp_path)
     assert rc == 2 and message in err and err.count("\n") == 1
     assert not list(tmp_path.rglob("*.npy"))
+    assert "jsonl" in message or not (tmp_path / "data").exists()
 
 
 def test_a_damaged_row_group_keeps_what_is_done(corpus, tmp_path):

@@ -1,0 +1,118 @@
+"""What the loop does beside the ordinary step: gradients that are not finite, lengths, starting weights, compile."""
+import json
+
+import pytest
+import torch
+
+import train
+from config import UserError
+from test_resume import SIZES, command
+from test_train import TINY, losses, torchrun
+
+
+def rows_of(log_dir):
+    return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run, make_shards, tmp_path):
+    rc, out, err = run(*command(2, "--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
+                                tmp_path / "logs"), env={"ACCIDENT": "inf:step:6:1"})     # chaos.py compares the ranks' weights
+    assert rc == 0 and "step 6: update skipped on all ranks" in out, err
+    skipped = [r for r in rows_of(tmp_path / "logs") if "skipped" in r]
+    assert [r["step"] for r in skipped] == [6] and len(skipped[0]["windows"]) == 8
+    model = torch.load(tmp_path / "logs" / "model_00012.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(v).all() for v in model.values())
+
+
+def test_ten_in_a_row_stop_with_advice_and_leave_the_checkpoints(run, make_shards, tmp_path):
+    rc, out, err = run(*command(1, "--dtype", "fp32", "--max_steps", 40, "--data_dir", make_shards(SIZES, val_sizes=[120]),
+                                "--log_dir", tmp_path / "logs", "--checkpoint_every", 100), env={"ACCIDENT": "infs:step:6"})
+    assert rc == 1 and "--max_lr" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert max(r["step"] for r in rows_of(tmp_path / "logs")) == 15
+    assert [p.name for p in (tmp_path / "logs").glob("model_0*.pt")] == []
+
+
+def start(make_shards, tmp_path, *flags, log_dir="logs", sizes=(3000,)):
+    """Run train.py's main in this process."""
+    folder = tmp_path / "shards" if (tmp_path / "shards").exists() else make_shards(list(sizes), val_sizes=[400])
+    train.main(list(map(str, [*TINY, "--data_dir", folder, "--total_batch_size", 64, "--log_dir", tmp_path / log_dir, *flags])))
+    return tmp_path / log_dir
+
+
+def test_stop_loss_ends_the_run_evaluated_and_saved(make_shards, tmp_path, capsys):
+    log_dir = start(make_shards, tmp_path, "--max_steps", 200, "--max_lr", 1e-2, "--stop_loss", 5.5, "--eval_every", 100)
+    values = losses(log_dir)
+    assert values[-1] < 5.5 and all(v >= 5.5 for v in values[:-1]) and 1 < len(values) < 200
+    checkpoint = torch.load(log_dir / f"model_{len(values):05d}.pt", weights_only=True)
+    assert checkpoint["finished"] and checkpoint["val_loss"] is not None
+    start(make_shards, tmp_path, "--max_steps", 200, "--max_lr", 1e-2, "--stop_loss", 5.5, "--eval_every", 100)
+    assert "is finished" in capsys.readouterr().out
+    start(make_shards, tmp_path, "--max_steps", 200, "--max_lr", 1e-2, "--stop_loss", 5.4, "--eval_every", 100)
+    assert len(losses(log_dir)) > len(values)                    # a lower stop_loss goes on
+
+
+def test_num_epochs_is_that_many_passes(make_shards, tmp_path):
+    log_dir = start(make_shards, tmp_path, "--num_epochs", 1, sizes=(1000,))
+    assert len(losses(log_dir)) == (999 // 16) // 4              # 62 windows, 4 a step
+
+
+def test_a_wsd_run_may_grow_before_its_decay_and_not_after(make_shards, tmp_path, run):
+    flags = ("--dtype", "fp32", "--schedule", "wsd", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
+    assert run(*command(1, *flags), env={"ACCIDENT": "term:step:5"})[0] == 0
+    rc, out, err = run(*command(1, *flags, "--max_steps", 30), env={"ACCIDENT": "term:step:25"})
+    assert rc == 0 and "going on from step 6" in out, err
+    rc, _, err = run(*command(1, *flags, "--max_steps", 60))
+    assert rc == 2 and "--init_from" in err
+
+
+def test_init_from_takes_weights_and_shape_and_starts_afresh(make_shards, tmp_path, tiny_gpt2, capsys):
+    log_dir = start(make_shards, tmp_path, "--max_steps", 20, "--max_lr", 1e-2, "--eval_every", 20)
+    source = log_dir / "model_00020.pt"
+    again = start(make_shards, tmp_path, "--max_steps", 5, "--eval_every", 5, "--init_from", source, log_dir="more",)
+    assert rows_of(again)[0]["val_loss"] == pytest.approx(rows_of(log_dir)[-1]["val_loss"], abs=1e-6)
+    assert rows_of(again)[1]["step"] == 0                         # a schedule and a count of its own
+    cropped = start(make_shards, tmp_path, "--max_steps", 1, "--init_from", source, "--block_size", 8, log_dir="cropped")
+    assert torch.load(cropped / "model_00001.pt", weights_only=True)["config"]["block_size"] == 8
+    with pytest.raises(UserError, match="n_embd 32"):
+        start(make_shards, tmp_path, "--init_from", source, "--n_embd", 32, log_dir="other")
+    tiny_gpt2(vocab_size=257, n_embd=16, n_head=2, n_positions=16).save_pretrained(tmp_path / "hf")
+    flags = [f for f in map(str, TINY)]
+    shape = flags.index("--n_layer")
+    train.main([*flags[:shape], *flags[shape + 8:], "--data_dir", str(tmp_path / "shards"), "--total_batch_size", "64",
+                "--max_steps", "1", "--init_from", str(tmp_path / "hf"), "--log_dir", str(tmp_path / "from_hf")])
+    assert torch.load(tmp_path / "from_hf" / "model_00001.pt", weights_only=True)["config"]["vocab_size"] == 257
+
+
+def test_recompute_gives_the_same_losses(make_shards, tmp_path):
+    plain = losses(start(make_shards, tmp_path, "--max_steps", 4, "--dropout", 0.1))
+    assert losses(start(make_shards, tmp_path, "--max_steps", 4, "--dropout", 0.1, "--recompute", log_dir="again")) == plain
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards, tmp_path):
+    import torch._dynamo
+    flags = ("--max_steps", 6, "--eval_every", 3, "--sample_every", 3, "--micro_batch_size", 2)
+    eager = losses(start(make_shards, tmp_path, *flags))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = losses(start(make_shards, tmp_path, *flags, "--compile", "on", log_dir="compiled"))
+    assert compiled == pytest.approx(eager, abs=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4     # probe, training, validation
+    saved = torch.load(tmp_path / "compiled" / "model_00006.pt", weights_only=True)["model"]
+    assert not any(k.startswith("_orig_mod") for k in saved)
+
+
+def test_compile_on_without_a_compiler_is_one_line(run, make_shards, tmp_path):
+    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([900]), "--total_batch_size", 64, "--max_steps", 1,
+                     "--compile", "on", "--log_dir", tmp_path / "logs",
+                     env={"PATH": str(tmp_path), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert rc == 2 and "--compile off" in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_muon_is_the_same_on_one_and_two_processes(run, make_shards, tmp_path):
+    flags = (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 256, "--max_steps", 8, "--optimizer", "muon",
+             "--micro_batch_size", 4)
+    assert run("train.py", *flags, "--log_dir", tmp_path / "one")[0] == 0
+    rc, _, err = torchrun(run, 2, *flags, "--log_dir", tmp_path / "two")
+    assert rc == 0, err
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-4)
