@@ -5,6 +5,7 @@ reads them itself, so that the parent only joins uint16 arrays. Workers never im
 """
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -62,7 +63,8 @@ def encode_tasks(tasks, tokenizer, num_proc, start_method="spawn"):
     in_flight = collections.deque()
     try:
         for label, read, *args in tasks:
-            in_flight.append((label, executor.submit(_encode, read, *args)))
+            with _without_ctrl_c():
+                in_flight.append((label, executor.submit(_encode, read, *args)))
             if len(in_flight) >= 3 * num_proc:
                 yield _first(in_flight)
         while in_flight:
@@ -79,8 +81,17 @@ def _first(in_flight):
     return label, *future.result()
 
 
+@contextlib.contextmanager
+def _without_ctrl_c():
+    """Workers start inside submit() and inherit that SIGINT is blocked: Ctrl-C is the parent's, who stops them."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _start_worker(tokenizer):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C: the parent stops the pool
     threading.Thread(target=_follow_parent, daemon=True).start()
     _worker["tokenizer"] = tokenizer
 

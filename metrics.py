@@ -110,15 +110,17 @@ class RunLog:
         seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._pauses.items() if every)
         return human_time(seconds)
 
-    def forecast(self, config, val_tokens):
-        """What the full run takes, from two steps and one evaluation over val_tokens of its tokens."""
-        plan, mean = make_plan(config, self._run.raw.config.block_size, self._run.train_stream.n_windows,
-                               self._runtime.world_size), lambda times: sum(times) / len(times)
+    def forecast(self, config, shares):
+        """What the full run takes, from two steps and one evaluation of each kind.
+
+        shares: the part of its work that an evaluation did here.
+        """
+        plan = make_plan(config, self._run.raw.config.block_size, self._run.train_stream.n_windows,
+                         self._runtime.world_size)
         step_s = self._recent_ms[-1] / 1000
         every = dict(validation=config.eval_every, HellaSwag=config.hellaswag_every, samples=config.sample_every,
                      checkpoint=config.checkpoint_every)
-        pauses = {kind: mean(times) * (config.val_tokens / val_tokens if kind == "validation" else 1)
-                  for (kind, _), times in self._pauses.items()}
+        pauses = {kind: sum(times) / len(times) / shares.get(kind, 1) for (kind, _), times in self._pauses.items()}
         total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)
                                               for kind, s in pauses.items())
         return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; "

@@ -20,7 +20,7 @@ from checkpoint import checkpoint_path, delete_old, save_checkpoint
 from config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
 from files import FolderLock, human_bytes
-from hellaswag import evaluate_hellaswag, prepare_hellaswag
+from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
 from inference import generate
 from metrics import RunLog
 from model import GPT2_SIZES, IGNORED
@@ -29,6 +29,8 @@ from runtime import StopRequested, command_line, seed_everything, start
 
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
+HELLASWAG_TOKENS = 8192    # of a batch, at most
+DRY_RUN_ITEMS = 200        # of HellaSwag's 10,042
 MAX_BAD_STEPS = 10         # skipped in a row: then the run stops
 RETRY_STEPS = 10           # between tries to write a checkpoint that a full disk refused
 
@@ -113,8 +115,11 @@ def main(argv=None):
             train(config, runtime)
 
 
-def train(config, runtime):
-    """One run, from its first step or from where it was left; its RunLog, None where it was finished already."""
+def train(config, runtime, hellaswag_items=0):
+    """One run, from its first step or from where it was left; its RunLog, None where it was finished already.
+
+    hellaswag_items: score that many only (a dry run).
+    """
     lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else nullcontext())
     with lock:
         run = assemble(config, runtime)
@@ -122,7 +127,8 @@ def train(config, runtime):
             return None
         try:
             if config.hellaswag_every:
-                run.hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw.config.block_size)
+                run.hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw.config.block_size,
+                                                  limit=hellaswag_items)
             warm_up(run, runtime)
             runtime.started()
         except StopRequested:
@@ -149,8 +155,8 @@ def loop(run, config, runtime):
                 with log.pause("validation", config.eval_every):
                     validate(run, config, runtime, log, step)
             if due(step, config.hellaswag_every, last):
-                with log.pause("HellaSwag", config.hellaswag_every), runtime.autocast():
-                    log.hellaswag(step, evaluate_hellaswag(run.raw, run.hellaswag, runtime))
+                with log.pause("HellaSwag", config.hellaswag_every):
+                    log.hellaswag(step, evaluate_hellaswag(run.raw, run.hellaswag, runtime, hellaswag_tokens(run)))
             if due(step, config.sample_every, last):
                 with log.pause("samples", config.sample_every):
                     log.samples(step, write_samples(run, config, runtime, step))
@@ -275,6 +281,11 @@ def validate(run, config, runtime, log, step):
             write_checkpoint(runtime, Path(config.log_dir) / "model_best.pt", model_entries(run, step))
 
 
+def hellaswag_tokens(run):
+    """Tokens of a HellaSwag batch: no more than a training step's, so that it needs less memory."""
+    return min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw.config.block_size)
+
+
 def write_samples(run, config, runtime, step):
     """Texts that the model writes at this step, on rank 0; the others have nothing to wait for."""
     if not runtime.is_main:
@@ -325,10 +336,11 @@ def dry_run(config, runtime):
         small = replace(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
                         log_dir=folder, checkpoint_every=1, dry_run=False,
                         val_tokens=min(config.val_tokens, config.total_batch_size))
-        log = train(small, runtime)
-        train(small, runtime)                                                          # loads what the first one saved
+        log = train(small, runtime, DRY_RUN_ITEMS)
+        train(small, runtime, DRY_RUN_ITEMS)                                           # loads what the first one saved
         if log and log.steps_done == 2:
-            runtime.print(log.forecast(config, small.val_tokens))
+            shares = dict(validation=small.val_tokens / config.val_tokens, HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)
+            runtime.print(log.forecast(config, shares))
     finally:
         if runtime.is_main:
             shutil.rmtree(folder)

@@ -14,13 +14,7 @@ from torch.nn import functional as F
 import hellaswag
 from choices import ending_losses, make_batches, make_rows
 from device import Hardware
-from hellaswag import (
-    evaluate_hellaswag,
-    load_hellaswag,
-    main,
-    read_example,
-    tokenize,
-)
+from hellaswag import evaluate_hellaswag, load_hellaswag, main, read_example, tokenize
 from model import GPT, GPTConfig
 from runtime import Runtime, StopRequested
 from tokenizer import Tokenizer, gpt2_tokenizer

@@ -203,7 +203,7 @@ def test_the_same_command_again_does_nothing_and_another_one_is_refused(jsonl, t
 def test_a_folder_of_other_things_is_left_alone(jsonl, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.docx").write_text("years of work")
-    with pytest.raises(UserError, match="holds other files; choose another --out"):
+    with pytest.raises(UserError, match=r"holds other files \(thesis\.docx\); choose another --out"):
         prepare_text.main([str(jsonl), "--out", str(tmp_path / "out")])
     assert contents(tmp_path / "out") == {"thesis.docx": b"years of work"}
 
