@@ -58,7 +58,10 @@ class Run:
 
 
 def assemble(config, runtime):
-    """Everything that the loop needs, checked; None where the run is finished already. `warm_up` comes next."""
+    """The Run that the loop needs, checked; None where it is finished already. `warm_up` comes next.
+
+    Raises UserError for data, flags, checkpoints, weights or disks that do not go together.
+    """
     folder = runtime.together(lambda: ShardFolder(config.data_dir))
     tokenizer = runtime.together(folder.tokenizer)
     runtime.together(lambda: folder.check_vocabulary(tokenizer.n_vocab))
@@ -103,7 +106,10 @@ def requested_shape(config):
 
 
 def make_model(config, runtime, tokenizer, checkpoint):
-    """The model on the CPU: the checkpoint's, or fresh, or from the weights that --init_from names."""
+    """The model on the CPU: the checkpoint's, or fresh, or from the weights that --init_from names.
+
+    Raises UserError for a shape that cannot be, or that those weights do not have.
+    """
     if checkpoint:
         return build_model(checkpoint["config"], checkpoint["model"], f"the checkpoint in {config.log_dir}")
     shape = requested_shape(config)
@@ -133,7 +139,10 @@ def open_weights(source, tokenizer):
 
 
 def build(run, config, runtime, checkpoint):
-    """Model on its device, compiled and wrapped; optimizer and scaler; their states from the checkpoint."""
+    """Model on its device, compiled and wrapped; optimizer and scaler; their states from the checkpoint.
+
+    Raises UserError where --compile on or --attention asks for what the device lacks, or a state does not fit.
+    """
     shape = run.raw.config
     attention = attention_backend(config.attention, runtime.device, runtime.dtype, shape)
     compile, notice = runtime.together(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
@@ -160,8 +169,8 @@ def check_disk(config, run, runtime):
         free = shutil.disk_usage(config.log_dir).free
         needed = disk_bytes(config, run.raw) - sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
         if free < needed:
-            raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has {human_bytes(free)}; "
-                            "make room, choose another --log_dir, or fewer --keep_checkpoints")
+            raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
+                            f"{human_bytes(free)}; make room, choose another --log_dir, or fewer --keep_checkpoints")
 
 
 def restore(run, checkpoint):
@@ -207,9 +216,10 @@ def describe(run, config, runtime, checkpoint):
                 f"{accum} micro-batch{'es' * (accum > 1)} x {run.micro_batch_size} rows x {c.block_size}",
         "length": f"{plan.max_steps:,} steps, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} schedule "
                   f"with {plan.warmup_steps} steps of warm-up",
-        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, {resolved['attention']} attention, "
-                   f"compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
-        "disk": f"{human_bytes(disk_bytes(config, run.raw))} in {config.log_dir} for {config.keep_checkpoints} checkpoints",
+        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, {resolved['attention']} "
+                   f"attention, compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
+        "disk": f"{human_bytes(disk_bytes(config, run.raw))} in {config.log_dir} for {config.keep_checkpoints} "
+                "checkpoints",
     })
     if checkpoint:
         runtime.print(f"going on from step {run.first_step}")

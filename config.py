@@ -99,7 +99,8 @@ def _check(name, value, m):
 def make_parser(cls, description=None):
     """An argparse parser with one flag per field of the dataclass `cls`, grouped by the fields' groups."""
     prog = os.path.basename(sys.argv[0]) or "train.py"
-    parser = _Parser(prog=prog, description=description, formatter_class=_Help, allow_abbrev=False)
+    parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=description, formatter_class=_Help,
+                     allow_abbrev=False)
     groups = {}
     hints = typing.get_type_hints(cls)
     for f in sorted(fields(cls), key=lambda f: f.metadata["group"] == "system"):  # inherited, but least looked for

@@ -99,8 +99,8 @@ def choose_compile(requested, hardware, device):
     if problem is None:
         return True, None
     if requested == "on":
-        raise UserError(f"--compile on: a compiled function does not run here ({problem}); install a C compiler, or use "
-                        "--compile off")
+        raise UserError(f"--compile on: a compiled function does not run here ({problem}); install a C compiler, or "
+                        "use --compile off")
     return False, f"torch.compile is off: a compiled function does not run here ({problem})"
 
 

@@ -79,7 +79,7 @@ class FolderLock:
                 return
             except OSError:
                 if time.monotonic() > deadline:
-                    raise UserError(f"another run is using {folder} (it holds {path}); stop it or choose another folder")
+                    raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
                 time.sleep(0.2)
 
     def __enter__(self):

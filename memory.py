@@ -32,7 +32,7 @@ def find_micro_batch_size(raw, wanted, local_windows, runtime):
             break
     size = int(runtime.minimum(size))
     if size == 0:
-        raise UserError("not one row fits into the memory of the card; use --recompute, a smaller --block_size or model")
+        raise UserError("not one row fits into the card's memory; use --recompute, a smaller --block_size or model")
     return size
 
 

@@ -221,8 +221,9 @@ def start(config):
         print(f"rank {rank} on {socket.gethostname()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         os._exit(1)
     finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        runtime.starting = False
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if world_size > 1:
         gc.unfreeze()
         gc.collect()  # a DDP object that outlives the process group aborts the interpreter's exit

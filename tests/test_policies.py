@@ -1,11 +1,13 @@
 """What the loop does beside the ordinary step: gradients that are not finite, lengths, starting weights, compile."""
 import json
+import shutil
 
 import pytest
 import torch
 
 import train
 from config import UserError
+from conftest import ROOT
 from test_resume import SIZES, command
 from test_train import TINY, losses, torchrun
 
@@ -30,6 +32,46 @@ def test_ten_in_a_row_stop_with_advice_and_leave_the_checkpoints(run, make_shard
     assert rc == 1 and "--max_lr" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert max(r["step"] for r in rows_of(tmp_path / "logs")) == 15
     assert [p.name for p in (tmp_path / "logs").glob("model_0*.pt")] == []
+
+
+GRADIENTS = """
+import os, sys, torch
+from types import SimpleNamespace
+import train
+from model import GPT, GPTConfig
+from runtime import start
+with start(SimpleNamespace(device="cpu", dtype="fp32")) as runtime:
+    torch.manual_seed(0)
+    raw = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16))
+    ddp = torch.nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True) if runtime.world_size > 1 else raw
+    class Catch:
+        param_groups = [dict(params=list(raw.parameters()))]
+        def step(self):
+            self.caught = {n: p.grad.clone() for n, p in raw.named_parameters()}
+        def zero_grad(self, set_to_none):
+            raw.zero_grad(set_to_none=set_to_none)
+    rows = torch.arange(12 * 9).reshape(12, 9) * 37 % 61
+    share = 12 // runtime.world_size
+    run = SimpleNamespace(micro_batch_size=share // 3, ddp=ddp, raw=raw, optimizer=Catch(), slow=False,
+                          scaler=torch.amp.GradScaler("cpu", enabled=False))
+    config = SimpleNamespace(seed=0, grad_clip=0.0)
+    train.train_step(run, config, runtime, rows[runtime.rank * share:(runtime.rank + 1) * share], 0)
+    torch.save(run.optimizer.caught, f"{os.environ['OUT']}_{runtime.world_size}_{runtime.rank}.pt")
+    del ddp, run
+"""
+
+
+def test_accumulated_gradients_are_equal_on_all_ranks_and_those_of_one_process(run, tmp_path):
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    env = {"OUT": str(tmp_path / "grads")}
+    assert run("-c", GRADIENTS, env=env)[0] == 0
+    rc, _, err = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "gradients.py", env=env)
+    assert rc == 0, err
+    one, *two = (torch.load(tmp_path / f"grads_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    for name, grad in one.items():
+        assert torch.equal(two[0][name], two[1][name]), name
+        assert torch.allclose(two[0][name], grad, atol=1e-6), name
+    assert max(g.abs().max() for g in one.values()) > 1e-2
 
 
 def start(make_shards, tmp_path, *flags, log_dir="logs", sizes=(3000,)):
@@ -89,15 +131,19 @@ def test_recompute_gives_the_same_losses(make_shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards, tmp_path):
+def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards, tmp_path, monkeypatch):
     import torch._dynamo
-    flags = ("--max_steps", 6, "--eval_every", 3, "--sample_every", 3, "--micro_batch_size", 2)
+    (tmp_path / "data" / "hellaswag").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "data" / "hellaswag_20.jsonl", tmp_path / "data" / "hellaswag" / "hellaswag_val.jsonl")
+    monkeypatch.chdir(tmp_path)
+    flags = ("--max_steps", 6, "--eval_every", 3, "--hellaswag_every", 3, "--sample_every", 3, "--micro_batch_size", 2)
     eager = losses(start(make_shards, tmp_path, *flags))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = losses(start(make_shards, tmp_path, *flags, "--compile", "on", log_dir="compiled"))
     assert compiled == pytest.approx(eager, abs=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4     # probe, training, validation
+    assert [r["step"] for r in rows_of(tmp_path / "compiled") if "hella_acc" in r] == [0, 3, 6]
     saved = torch.load(tmp_path / "compiled" / "model_00006.pt", weights_only=True)["model"]
     assert not any(k.startswith("_orig_mod") for k in saved)
 
