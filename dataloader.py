@@ -62,6 +62,7 @@ class DataOrder:
     """Which windows of a TokenStream stand at which global positions."""
 
     def __init__(self, stream, seed):
+        """The seed alone decides the order of the windows of a stream."""
         self.stream, self.seed = stream, seed
         self._shard_order = lru_cache(maxsize=2)(self._make_shard_order)
         self._windows = lru_cache(maxsize=2)(self._make_windows)  # a batch touches few shards, one after the other
@@ -96,6 +97,7 @@ class TrainLoader:
     """
 
     def __init__(self, order, windows_per_step, runtime, first_step, last_step):
+        """Begin to read the steps first_step..last_step - 1; windows_per_step counts all ranks'."""
         self._order, self._n, self._device = order, windows_per_step, runtime.device
         self._rank, self._world_size = runtime.rank, runtime.world_size
         self._queue = queue.Queue(maxsize=2)

@@ -73,11 +73,12 @@ class RunLog:
             print(f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", flush=True)
 
     def hellaswag(self, step, score):
-        """Log a HellaSwagScore."""
+        """Log a HellaSwagScore: accuracies from 0 to 1."""
         if self._runtime.is_main:
             self._text.write(f"{step} hella {score.acc_norm:.4f}\n")
             self._row(step, step * self._tokens_per_step, hella_acc=score.acc, hella_acc_norm=score.acc_norm)
-            print(f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over {score.n:,} items", flush=True)
+            print(f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over {score.n:,} items",
+                  flush=True)
 
     def samples(self, step, texts):
         """Log texts that the model wrote."""
@@ -123,13 +124,16 @@ class RunLog:
         pauses = {kind: sum(times) / len(times) / shares.get(kind, 1) for (kind, _), times in self._pauses.items()}
         total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)
                                               for kind, s in pauses.items())
-        return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; "
-                f"the full run of {plan.max_steps} steps takes about {human_time(total)} and "
+        return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at "
+                f"most; the full run of {plan.max_steps} steps takes about {human_time(total)} and "
                 f"{human_bytes(disk_bytes(config, self._run.raw))} of disk. Nothing was kept.")
 
 
 def disk_bytes(config, model):
-    """The disk that a run's checkpoints need: weights and AdamW's two moments, one of them while it is replaced."""
+    """The bytes of disk that a run's checkpoints need: the newest few and the best, each while it is replaced.
+
+    Weights and AdamW's two moments in fp32; the best holds weights alone.
+    """
     return model.n_params() * 4 * (3 * (config.keep_checkpoints + 1) + 2)
 
 
@@ -137,10 +141,12 @@ class AppendFile:
     """A file that lines are added to; what a full disk refuses is kept and tried again with the next line."""
 
     def __init__(self, path):
+        """Open the file at its end, making it where there is none. Raises OSError."""
         self._path, self._pending, self._warned = path, b"", False
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, line):
+        """Add a line, its newline included, after those that still wait. A failure is warned of, once."""
         self._pending += line.encode("utf-8")
         try:
             while self._pending:
@@ -151,6 +157,7 @@ class AppendFile:
             self._warned = True
 
     def close(self):
+        """Close the file."""
         os.close(self._descriptor)
 
 

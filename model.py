@@ -78,9 +78,10 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # each (B, nh, T, hs)
                    for part in self.c_attn(x).split(C, dim=2))
         if cache is not None:
-            k, v = cache.append(k, v)                                                  # (B, nh, keys, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=attn_mask is None,
-                                           dropout_p=self.dropout if self.training else 0.0)
+            y = cache.attend(q, k, v, attn_mask)                                       # (B, nh, T, hs)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=attn_mask is None,
+                                               dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -239,27 +240,29 @@ class GPT(nn.Module):
 class KVCache:
     """Keys and values of the tokens read so far, for B rows of different lengths; the caller owns it.
 
-    The first forward pass with it reads prompts, (B, T) right-padded; each later one a single token per row.
-    After each pass the caller adds what was read to `lengths` (B,). Padding leaves rubbish beyond a row's
-    length: later tokens write over it, and no mask ever shows it.
+    A forward pass of T > 1 tokens reads prompts, right-padded, into an empty cache; one of T = 1 reads the next token
+    of each row. After each pass the caller adds what was read to `lengths` (B,). Padding leaves rubbish beyond a
+    row's length: later tokens write over it, and no mask ever shows it.
+    fixed_shapes: a token looks at all max_len slots, the masked ones too, and nothing is read back from the device, as
+    torch.compile and CUDA graphs need it; else it looks at as many as the longest row fills.
     """
 
-    def __init__(self, config, batch_size, max_len, device, dtype):
+    def __init__(self, config, batch_size, max_len, device, dtype, fixed_shapes=False):
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.max_len = max_len
+        self.rows = torch.arange(batch_size, device=device)
         self.slots = torch.arange(max_len, device=device)
+        self.max_len, self.dtype, self.fixed_shapes = max_len, dtype, fixed_shapes
         shape = (batch_size, config.n_head, max_len, config.n_embd // config.n_head)   # (B, nh, max_len, hs)
         self.layers = [_LayerCache(self, torch.zeros(shape, dtype=dtype, device=device),
                                    torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.n_layer)]
-        self.prefilling = True
 
     def begin(self, T):
-        """The positions of the T tokens about to be read, and their attention mask (None: causal)."""
-        self.prefilling = T > 1
-        if self.prefilling:
+        """The positions of the T tokens about to be read; for T = 1 also what is added to their scores (B, 1, 1, keys)."""
+        if T > 1:
             return self.slots[:T], None
-        mask = self.slots[None, None, None, :] <= self.lengths[:, None, None, None]    # (B, 1, 1, max_len)
-        return self.lengths[:, None], mask
+        slots = self.slots if self.fixed_shapes else self.slots[:int(self.lengths.max()) + 1]
+        seen = slots <= self.lengths[:, None, None, None]                              # (B, 1, 1, keys)
+        return self.lengths[:, None], torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -math.inf)
 
     def copy_rows(self, rows, source, source_rows):
         """Take over rows of another cache, whose max_len may be shorter."""
@@ -275,16 +278,22 @@ class _LayerCache:
     def __init__(self, owner, k, v):
         self.owner, self.k, self.v = owner, k, v
 
-    def append(self, k, v):
-        """Store the new keys and values (B, nh, T, hs); all those that the new tokens may look at."""
-        if self.owner.prefilling:
+    def attend(self, q, k, v, bias):
+        """Store the new keys and values; what the new tokens read of all they may look at. All (B, nh, T, hs).
+
+        One query per row is a product of a matrix with a vector, for which the fused kernels are not made: on a CPU
+        the plain products are 3 to 7 times as fast as scaled_dot_product_attention.
+        """
+        if bias is None:
             T = k.size(2)
             self.k[:, :, :T], self.v[:, :, :T] = k, v
-            return k, v
-        index = self.owner.lengths[:, None, None, None].expand(-1, k.size(1), 1, k.size(3))
-        self.k.scatter_(2, index, k.to(self.k.dtype))
-        self.v.scatter_(2, index, v.to(self.v.dtype))
-        return self.k, self.v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        rows, lengths, keys = self.owner.rows, self.owner.lengths, bias.size(-1)
+        self.k[rows, :, lengths] = k[:, :, 0].to(self.k.dtype)                         # (B, nh, hs)
+        self.v[rows, :, lengths] = v[:, :, 0].to(self.v.dtype)
+        scores = q @ self.k[:, :, :keys].transpose(2, 3)                               # (B, nh, 1, keys)
+        scores = torch.add(bias, scores, alpha=q.size(-1) ** -0.5)
+        return torch.softmax(scores, dim=-1) @ self.v[:, :, :keys]
 
 
 def parameter_groups(model, weight_decay):

@@ -43,6 +43,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01, ns_steps=5, pieces=None, dtype=torch.bfloat16,
                  rank=0, world_size=1):
+        """dtype: of the Newton-Schulz steps; rank, world_size: which share of them is this process'."""
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
         if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon takes matrices only")
@@ -102,23 +103,29 @@ class OptimizerPair:
     """Two optimizers that step and are saved as one."""
 
     def __init__(self, first, second):
+        """first and second are of different classes and cover different parameters."""
         self._both = (first, second)
 
     @property
     def param_groups(self):
+        """The groups of both, the first one's first: the schedule sets their "lr"."""
         return [group for optimizer in self._both for group in optimizer.param_groups]
 
     def step(self):
+        """One update of every parameter that has a gradient."""
         for optimizer in self._both:
             optimizer.step()
 
     def zero_grad(self, set_to_none=True):
+        """Drop all gradients, or set them to zero."""
         for optimizer in self._both:
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self):
+        """Both states, {name of the optimizer's class: its state}."""
         return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self._both}
 
     def load_state_dict(self, state):
+        """Put both states back. Raises KeyError where one is missing, ValueError where one does not fit."""
         for optimizer in self._both:
             optimizer.load_state_dict(state[type(optimizer).__name__])

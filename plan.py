@@ -52,7 +52,7 @@ def make_plan(config, block_size, n_windows, world_size):
 
 
 def learning_rate_factor(step, plan, schedule, min_factor):
-    """The learning rate at a step as a fraction of its peak.
+    """The learning rate at a step (from 0) as a fraction of its peak.
 
     Linear warm-up (s + 1) / warmup_steps, then "cosine" to min_factor at max_steps (GPT-3 paper, appendix B), or
     "wsd": constant, then linear to min_factor over the last DECAY_FRACTION of the run (Hu et al. 2024, MiniCPM).
@@ -82,5 +82,5 @@ def check_micro_batch_size(micro_batch_size, local_windows):
     """Raise UserError unless the micro-batches make up a rank's share of the step exactly."""
     if local_windows % micro_batch_size:
         valid = ", ".join(map(str, divisors(local_windows)[:12]))
-        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a process "
-                        f"has per step (total_batch_size / block_size / processes); use one of {valid}, or 0")
+        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a "
+                        f"process has per step (total_batch_size / block_size / processes); use one of {valid}, or 0")

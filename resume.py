@@ -56,8 +56,8 @@ def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
     if plan.warmup_steps != checkpoint["resolved"].get("warmup_steps"):
         differing.append(f"--warmup_steps {plan.warmup_steps} (it has {checkpoint['resolved'].get('warmup_steps')})")
     if differing:
-        raise UserError(f"{config.log_dir} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. Use "
-                        "its flags to continue it, or another --log_dir to start a new run")
+        raise UserError(f"{config.log_dir} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. "
+                        "Use its flags to continue it, or another --log_dir to start a new run")
     _check_length(config, checkpoint, plan)
 
 
@@ -68,8 +68,8 @@ def _check_length(config, checkpoint, plan):
         return
     decaying = step > checkpoint["resolved"].get("decay_start", 0)
     if config.schedule != "wsd" or plan.max_steps < old or decaying:
-        raise UserError(f"{config.log_dir} holds a run of {old} steps, now asked for {plan.max_steps}: its learning rates "
-                        f"depend on its length. To train its model further: --init_from "
+        raise UserError(f"{config.log_dir} holds a run of {old} steps, now asked for {plan.max_steps}: its learning "
+                        f"rates depend on its length. To train its model further: --init_from "
                         f"{config.log_dir}/model_{step:05d}.pt --log_dir NEW")
 
 
@@ -82,7 +82,8 @@ def is_finished(config, checkpoint, plan):
 def adopt_choices(config, runtime, checkpoint, local_windows):
     """Take over what "auto" chose when the run began, where this machine allows: dtype, threads, micro-batch size.
 
-    Returns the micro-batch size (0 where it must be found anew).
+    Returns the micro-batch size (0 where it must be found anew). Raises UserError where --micro_batch_size does not
+    divide local_windows.
     """
     stored = checkpoint["resolved"] if checkpoint else {}
     if config.dtype == "auto" and "dtype" in stored and stored.get("device") == runtime.device.type:

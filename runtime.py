@@ -50,10 +50,12 @@ class Runtime:
 
     @property
     def is_main(self):
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     @property
     def dtype(self):
+        """The torch.dtype of matrix products."""
         return DTYPES[self.dtype_name]
 
     def autocast(self):
@@ -115,9 +117,10 @@ class Runtime:
         if self.world_size > 1:
             values = [None] * self.world_size
             dist.all_gather_object(values, (value, socket.gethostname()))
+            expected, host_0 = values[0]
             for rank, (other, host) in enumerate(values):
-                if other != values[0][0]:
-                    raise UserError(f"rank {rank} on {host} has other {what} than rank 0 on {values[0][1]}; make them equal")
+                if other != expected:
+                    raise UserError(f"rank {rank} on {host} has other {what} than rank 0 on {host_0}; make them equal")
 
     def from_main(self, action):
         """What action() gives on rank 0, on every rank: plain data and tensors, so that only rank 0 needs the file.

@@ -97,6 +97,7 @@ class TrainConfig(DeviceConfig):
                          group="system")
 
     def check(self):
+        """Raise UserError for flags that contradict each other."""
         shape = [n for n in ("n_layer", "n_head", "n_embd") if getattr(self, n) is not None]
         if self.model and shape:
             raise UserError(f"--model {self.model} and --{shape[0]} exclude each other")
@@ -107,6 +108,7 @@ class TrainConfig(DeviceConfig):
 
 
 def main(argv=None):
+    """Train as the flags (sys.argv, or argv) say, or try it with --dry_run. Raises UserError for user mistakes."""
     config = parse_config(TrainConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime:
         if config.dry_run:
@@ -209,7 +211,10 @@ class StepResult:
 
 
 def train_step(run, config, runtime, tokens, step):
-    """One optimizer step on this rank's rows, tokens (local_windows, T + 1)."""
+    """One optimizer step on this rank's rows, tokens (local_windows, T + 1): a StepResult, the same on all ranks.
+
+    Raises StopRequested, with the weights untouched, where steps are slow and a rank was asked to stop.
+    """
     seed_everything(config.seed, "step", step, runtime.rank)                           # dropout
     micro_batches = tokens.split(run.micro_batch_size)
     loss = 0.0
@@ -262,7 +267,10 @@ def check_finite(run, log, result, step, loader):
 
 @torch.no_grad()
 def validate(run, config, runtime, log, step):
-    """Log the mean loss over the first val_tokens of the val split, and keep the best model so far."""
+    """Log the mean loss over the first val_tokens of the val split, and keep the best model so far.
+
+    Raises StopRequested if a rank was asked to stop meanwhile.
+    """
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
     loss, count = torch.zeros((), device=runtime.device), 0
     run.raw.eval()
@@ -304,7 +312,10 @@ def model_entries(run, step):
 
 
 def save(run, config, runtime, step, finished=False):
-    """Write model_{step}.pt with all that a run goes on from; keep the newest few."""
+    """Write model_{step}.pt with all that a run goes on from; keep the newest few.
+
+    Raises RunFailed where the last one of a run cannot be written; an earlier one is tried again later.
+    """
     run.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, step), dict(
         model_entries(run, step), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
         best_val_loss=run.best_val_loss, train_config=asdict(config), resolved=run.resolved,

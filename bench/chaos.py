@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,18 +30,20 @@ from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 200
-FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", 32, "--device", "cpu", "--total_batch_size", 512,
-         "--max_steps", STEPS, "--eval_every", 7, "--val_tokens", 512, "--checkpoint_every", 3, "--sample_every", 50,
-         "--hellaswag_every", 0, "--micro_batch_size", 2, "--dropout", 0.1)
+FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", 32, "--dropout", 0.1, "--device", "cpu",
+         "--total_batch_size", 512, "--micro_batch_size", 2, "--max_steps", STEPS, "--eval_every", 7,
+         "--val_tokens", 512, "--checkpoint_every", 3, "--sample_every", 50, "--hellaswag_every", 0)
 
 
 @dataclass(kw_only=True)
 class ChaosConfig:
+    """The flags of this benchmark."""
     kills: int = flag(20, "kills of each run", low=1)
     seed: int = flag(0, "of the kills' times and targets", low=0)
 
 
 def main(argv=None):
+    """Torment runs of 2 and 4 processes and write the results; exits with status 1 where any differed."""
     config = parse_config(ChaosConfig, argv, __doc__.split("\n\n")[0])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -59,15 +62,19 @@ def make_data(folder):
     Tokenizer([], "bytes").save(folder)
     tokenizer = load_tokenizer(folder)
     manifest = Manifest("random bytes", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
-    random_tokens = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for i, n in enumerate((2000, 5000, 7001, 3333)):
-        manifest.shards.append(save_shard(folder, "bytes", "train" if i else "val", i, random_tokens.integers(0, 257, n)))
+        tokens = generator.integers(0, 257, n)
+        manifest.shards.append(save_shard(folder, "bytes", "train" if i else "val", i, tokens))
     manifest.save(folder)
     return folder
 
 
 def torment(folder, data, processes, config):
-    """The undisturbed run, the killed one, and how they compare: a row of the results."""
+    """The undisturbed run, the killed one, and how they compare: a row of the results (a dict).
+
+    Raises RuntimeError if a start that nothing kills ends in an error.
+    """
     straight, killed = folder / f"straight_{processes}", folder / f"killed_{processes}"
     launch(data, straight, processes).wait()
     dice, done, begun = random.Random(config.seed), [], time.monotonic()
@@ -80,15 +87,17 @@ def torment(folder, data, processes, config):
             raise RuntimeError(f"an undisturbed start failed, see {killed}.log")
     ends = [torch.load(f / f"model_{STEPS:05d}.pt", weights_only=True) for f in (straight, killed)]
     logs = [(f / "log.txt").read_text() for f in (straight, killed)]
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-    return dict(processes=processes, kills=len(done), targets={t: sum(target == t for target, _ in done) for t, _ in done},
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    compared = ("model", "optimizer", "best_val_loss", "val_loss")
+    return dict(processes=processes, kills=len(done), targets=Counter(target for target, _ in done),
                 during_a_save=sum(saving for _, saving in done), seconds=round(time.monotonic() - begun),
-                bitwise_equal=all(equal(ends[0][k], ends[1][k]) for k in ("model", "optimizer", "best_val_loss", "val_loss")),
+                bitwise_equal=all(equal(ends[0][k], ends[1][k]) for k in compared),
                 logs_equal=logs[0] == logs[1] and steps == list(range(STEPS)))
 
 
 def launch(data, log_dir, processes):
-    """train.py under torchrun, in a process group of its own."""
+    """Start train.py under torchrun, in a process group of its own: the Popen, its output added to LOG_DIR.log."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                ROOT / "train.py", *FLAGS, "--data_dir", data, "--log_dir", log_dir]
     log = open(f"{log_dir}.log", "a")
@@ -97,7 +106,10 @@ def launch(data, log_dir, processes):
 
 
 def kill_later(process, log_dir, dice, target):
-    """Kill the target some time after the run has begun to train: (target, whether a save was under way)."""
+    """Kill the target some time after the run has begun to train: (target, whether a save was under way).
+
+    target: "worker", "launcher" or "group". Raises RuntimeError where the run makes no checkpoint in two minutes.
+    """
     newest = max(log_dir.glob("model_0*.pt"), default=None)
     deadline = time.monotonic() + 120
     while process.poll() is None and max(log_dir.glob("model_0*.pt"), default=None) == newest:

@@ -22,12 +22,14 @@ from model import GPT, GPT2_SIZES, GPTConfig
 
 @dataclass(kw_only=True)
 class CheckpointBenchConfig:
+    """The flags of this benchmark."""
     model: str = flag("gpt2", "GPT-2 size", choices=tuple(GPT2_SIZES))
     repeats: int = flag(3, "rounds", low=1)
     folder: str = flag(".", "a folder on the disk to measure")
 
 
 def main(argv=None):
+    """Write and read the checkpoint --repeats times and write the results."""
     config = parse_config(CheckpointBenchConfig, argv, __doc__.split("\n\n")[0])
     torch.manual_seed(0)
     model = GPT(GPTConfig(**GPT2_SIZES[config.model]))
@@ -41,26 +43,26 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         path, plain = Path(folder) / "model_00000.pt", Path(folder) / "plain"
         for _ in range(config.repeats):
-            save = timed(lambda: save_checkpoint(path, entries))
+            save = timed(save_checkpoint, path, entries)
             size = path.stat().st_size
-            read = timed(lambda: read_checkpoint(path))
-            rounds.append(dict(save=save, read=read, plain=timed(lambda: write_plain(plain, size))))
+            rounds.append(dict(save=save, read=timed(read_checkpoint, path), plain=timed(write_plain, plain, size)))
     seconds = {k: spread([r[k] for r in rounds]) for k in rounds[0]}
     write_results(f"checkpoint_{config.model}", dict(
-        machine=machine(), model=config.model, gigabytes=size / 1e9, predicted_gigabytes=checkpoint_bytes(entries) / 1e9,
-        seconds=seconds, gb_per_s={k: size / 1e9 / v[0] for k, v in seconds.items()},
+        machine=machine(), model=config.model, gigabytes=size / 1e9,
+        predicted_gigabytes=checkpoint_bytes(entries) / 1e9, seconds=seconds,
+        gb_per_s={k: size / 1e9 / v[0] for k, v in seconds.items()},
         save_to_plain_write=spread([r["save"] / r["plain"] for r in rounds])[0]))
 
 
-def timed(action):
-    """The seconds that an action takes."""
+def timed(action, *arguments):
+    """The seconds that action(*arguments) takes."""
     start = time.perf_counter()
-    action()
+    action(*arguments)
     return time.perf_counter() - start
 
 
 def write_plain(path, size):
-    """Write as many zero bytes to the disk, and wait for it."""
+    """Write a file of `size` zero bytes to the disk, and wait for it."""
     block = bytes(64 * 2**20)
     with open(path, "wb") as f:
         for start in range(0, size, len(block)):

@@ -16,8 +16,9 @@ def machine():
     import numpy
     import torch
     model = ""
-    if Path("/proc/cpuinfo").exists():
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else ""
     return dict(date=datetime.date.today().isoformat(), cpu=f"{model or platform.processor()} x {os.cpu_count()}",
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "", python=platform.python_version(),
@@ -30,7 +31,7 @@ def spread(values):
 
 
 def write_results(name, result):
-    """Write bench/results/NAME.json."""
+    """Write a dict of plain values to bench/results/NAME.json, and print where and its beginning."""
     path = RESULTS / f"{name}.json"
     write_json(path, result)
     print(f"wrote {path}: {json.dumps(result)[:200]}")

@@ -63,7 +63,7 @@ def poisoned(train_step):
     """train_step with an infinite gradient where that is the accident; all ranks compare their weights after it."""
     def wrapped(run, config, runtime, tokens, step):
         hook = None
-        if mine and (step == int(at) and what == "inf" or step >= int(at) and what == "infs"):
+        if mine and (step == int(at) or (what == "infs" and step > int(at))):
             hook = run.raw.transformer.ln_f.weight.register_hook(lambda grad: grad * float("inf"))
         result = train_step(run, config, runtime, tokens, step)
         if hook:

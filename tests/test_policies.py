@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-
-import train
-from config import UserError
 from conftest import ROOT
 from test_resume import SIZES, command
 from test_train import TINY, losses, torchrun
+
+import train
+from config import UserError
 
 
 def rows_of(log_dir):
@@ -17,8 +17,8 @@ def rows_of(log_dir):
 
 
 def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run, make_shards, tmp_path):
-    rc, out, err = run(*command(2, "--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
-                                tmp_path / "logs"), env={"ACCIDENT": "inf:step:6:1"})     # chaos.py compares the ranks' weights
+    flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
+    rc, out, err = run(*command(2, *flags), env={"ACCIDENT": "inf:step:6:1"})     # chaos.py compares the ranks' weights
     assert rc == 0 and "step 6: update skipped on all ranks" in out, err
     skipped = [r for r in rows_of(tmp_path / "logs") if "skipped" in r]
     assert [r["step"] for r in skipped] == [6] and len(skipped[0]["windows"]) == 8
@@ -27,8 +27,9 @@ def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run, make_shards, tm
 
 
 def test_ten_in_a_row_stop_with_advice_and_leave_the_checkpoints(run, make_shards, tmp_path):
-    rc, out, err = run(*command(1, "--dtype", "fp32", "--max_steps", 40, "--data_dir", make_shards(SIZES, val_sizes=[120]),
-                                "--log_dir", tmp_path / "logs", "--checkpoint_every", 100), env={"ACCIDENT": "infs:step:6"})
+    flags = ("--dtype", "fp32", "--max_steps", 40, "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
+             tmp_path / "logs", "--checkpoint_every", 100)
+    rc, _, err = run(*command(1, *flags), env={"ACCIDENT": "infs:step:6"})
     assert rc == 1 and "--max_lr" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert max(r["step"] for r in rows_of(tmp_path / "logs")) == 15
     assert [p.name for p in (tmp_path / "logs").glob("model_0*.pt")] == []
@@ -43,7 +44,9 @@ from runtime import start
 with start(SimpleNamespace(device="cpu", dtype="fp32")) as runtime:
     torch.manual_seed(0)
     raw = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16))
-    ddp = torch.nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True) if runtime.world_size > 1 else raw
+    ddp = raw
+    if runtime.world_size > 1:
+        ddp = torch.nn.parallel.DistributedDataParallel(raw, gradient_as_bucket_view=True)
     class Catch:
         param_groups = [dict(params=list(raw.parameters()))]
         def step(self):
@@ -65,7 +68,8 @@ def test_accumulated_gradients_are_equal_on_all_ranks_and_those_of_one_process(r
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     env = {"OUT": str(tmp_path / "grads")}
     assert run("-c", GRADIENTS, env=env)[0] == 0
-    rc, _, err = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "gradients.py", env=env)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    rc, _, err = run(*launcher, tmp_path / "gradients.py", env=env)
     assert rc == 0, err
     one, *two = (torch.load(tmp_path / f"grads_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
     for name, grad in one.items():
@@ -77,19 +81,21 @@ def test_accumulated_gradients_are_equal_on_all_ranks_and_those_of_one_process(r
 def start(make_shards, tmp_path, *flags, log_dir="logs", sizes=(3000,)):
     """Run train.py's main in this process."""
     folder = tmp_path / "shards" if (tmp_path / "shards").exists() else make_shards(list(sizes), val_sizes=[400])
-    train.main(list(map(str, [*TINY, "--data_dir", folder, "--total_batch_size", 64, "--log_dir", tmp_path / log_dir, *flags])))
+    flags = (*TINY, "--data_dir", folder, "--total_batch_size", 64, "--log_dir", tmp_path / log_dir, *flags)
+    train.main(list(map(str, flags)))
     return tmp_path / log_dir
 
 
 def test_stop_loss_ends_the_run_evaluated_and_saved(make_shards, tmp_path, capsys):
-    log_dir = start(make_shards, tmp_path, "--max_steps", 200, "--max_lr", 1e-2, "--stop_loss", 5.5, "--eval_every", 100)
+    flags = ("--max_steps", 200, "--max_lr", 1e-2, "--eval_every", 100)
+    log_dir = start(make_shards, tmp_path, *flags, "--stop_loss", 5.5)
     values = losses(log_dir)
     assert values[-1] < 5.5 and all(v >= 5.5 for v in values[:-1]) and 1 < len(values) < 200
     checkpoint = torch.load(log_dir / f"model_{len(values):05d}.pt", weights_only=True)
     assert checkpoint["finished"] and checkpoint["val_loss"] is not None
-    start(make_shards, tmp_path, "--max_steps", 200, "--max_lr", 1e-2, "--stop_loss", 5.5, "--eval_every", 100)
+    start(make_shards, tmp_path, *flags, "--stop_loss", 5.5)
     assert "is finished" in capsys.readouterr().out
-    start(make_shards, tmp_path, "--max_steps", 200, "--max_lr", 1e-2, "--stop_loss", 5.4, "--eval_every", 100)
+    start(make_shards, tmp_path, *flags, "--stop_loss", 5.4)
     assert len(losses(log_dir)) > len(values)                    # a lower stop_loss goes on
 
 
@@ -99,7 +105,8 @@ def test_num_epochs_is_that_many_passes(make_shards, tmp_path):
 
 
 def test_a_wsd_run_may_grow_before_its_decay_and_not_after(make_shards, tmp_path, run):
-    flags = ("--dtype", "fp32", "--schedule", "wsd", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
+    flags = ("--dtype", "fp32", "--schedule", "wsd", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
+             tmp_path / "logs")
     assert run(*command(1, *flags), env={"ACCIDENT": "term:step:5"})[0] == 0
     rc, out, err = run(*command(1, *flags, "--max_steps", 30), env={"ACCIDENT": "term:step:25"})
     assert rc == 0 and "going on from step 6" in out, err
@@ -110,10 +117,11 @@ def test_a_wsd_run_may_grow_before_its_decay_and_not_after(make_shards, tmp_path
 def test_init_from_takes_weights_and_shape_and_starts_afresh(make_shards, tmp_path, tiny_gpt2, capsys):
     log_dir = start(make_shards, tmp_path, "--max_steps", 20, "--max_lr", 1e-2, "--eval_every", 20)
     source = log_dir / "model_00020.pt"
-    again = start(make_shards, tmp_path, "--max_steps", 5, "--eval_every", 5, "--init_from", source, log_dir="more",)
+    again = start(make_shards, tmp_path, "--max_steps", 5, "--eval_every", 5, "--init_from", source, log_dir="more")
     assert rows_of(again)[0]["val_loss"] == pytest.approx(rows_of(log_dir)[-1]["val_loss"], abs=1e-6)
     assert rows_of(again)[1]["step"] == 0                         # a schedule and a count of its own
-    cropped = start(make_shards, tmp_path, "--max_steps", 1, "--init_from", source, "--block_size", 8, log_dir="cropped")
+    cropped = start(make_shards, tmp_path, "--max_steps", 1, "--init_from", source, "--block_size", 8,
+                    log_dir="cropped")
     assert torch.load(cropped / "model_00001.pt", weights_only=True)["config"]["block_size"] == 8
     with pytest.raises(UserError, match="n_embd 32"):
         start(make_shards, tmp_path, "--init_from", source, "--n_embd", 32, log_dir="other")
@@ -126,8 +134,9 @@ def test_init_from_takes_weights_and_shape_and_starts_afresh(make_shards, tmp_pa
 
 
 def test_recompute_gives_the_same_losses(make_shards, tmp_path):
-    plain = losses(start(make_shards, tmp_path, "--max_steps", 4, "--dropout", 0.1))
-    assert losses(start(make_shards, tmp_path, "--max_steps", 4, "--dropout", 0.1, "--recompute", log_dir="again")) == plain
+    flags = ("--max_steps", 4, "--dropout", 0.1)
+    plain = losses(start(make_shards, tmp_path, *flags))
+    assert losses(start(make_shards, tmp_path, *flags, "--recompute", log_dir="again")) == plain
 
 
 @pytest.mark.slow
@@ -156,8 +165,8 @@ def test_compile_on_without_a_compiler_is_one_line(run, make_shards, tmp_path):
 
 
 def test_muon_is_the_same_on_one_and_two_processes(run, make_shards, tmp_path):
-    flags = (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 256, "--max_steps", 8, "--optimizer", "muon",
-             "--micro_batch_size", 4)
+    flags = (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 256, "--micro_batch_size", 4,
+             "--max_steps", 8, "--optimizer", "muon")
     assert run("train.py", *flags, "--log_dir", tmp_path / "one")[0] == 0
     rc, _, err = torchrun(run, 2, *flags, "--log_dir", tmp_path / "two")
     assert rc == 0, err

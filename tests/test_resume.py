@@ -9,16 +9,15 @@ import time
 
 import pytest
 import torch
-
 from conftest import ROOT, script_env
 
 CHAOS = str(ROOT / "tests" / "chaos.py")
 # 18 windows of 16 tokens, 8 a step: an epoch ends inside every third batch, and shards end everywhere.
 SIZES = [100, 150, 40]
 STEPS = 12
-FLAGS = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--total_batch_size", 128,
-         "--max_steps", STEPS, "--max_lr", 3e-3, "--eval_every", 5, "--val_tokens", 96, "--checkpoint_every", 4,
-         "--sample_every", 6, "--hellaswag_every", 0, "--micro_batch_size", 1)
+FLAGS = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu",
+         "--total_batch_size", 128, "--micro_batch_size", 1, "--max_steps", STEPS, "--max_lr", 3e-3, "--eval_every", 5,
+         "--val_tokens", 96, "--checkpoint_every", 4, "--sample_every", 6, "--hellaswag_every", 0)
 
 
 def command(n, *flags):
@@ -56,7 +55,8 @@ def state_of(path):
         else:
             flat[place] = value
     checkpoint = torch.load(path, weights_only=True)
-    walk({k: checkpoint[k] for k in ("model", "optimizer", "scaler", "step", "val_loss", "best_val_loss", "finished")}, "")
+    kept = ("model", "optimizer", "scaler", "step", "val_loss", "best_val_loss", "finished")
+    walk({k: checkpoint[k] for k in kept}, "")
     return flat
 
 
@@ -71,10 +71,10 @@ def assert_same_end(one, other, step=STEPS):
 def assert_same_logs(one, other):
     """Equal log.txt, and every step and evaluation once in metrics.jsonl, with equal numbers."""
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
-    rows = []
+    rows, names = [], ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "samples")
     for folder in (one, other):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows.append([{k: r.get(k) for k in ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "samples")} for r in lines])
+        rows.append([{name: row.get(name) for name in names} for row in lines])
     assert rows[0] == rows[1]
 
 
@@ -100,7 +100,7 @@ def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(run, make_shards, tmp
     flags = (*flags, "--data_dir", folder)
     rc, _, _ = run(*command(n, *flags, "--log_dir", tmp_path / "killed"), env={"ACCIDENT": accident})
     assert rc != 0 and not (tmp_path / "killed" / "model_00012.pt").exists()
-    rc, out, err = run(*command(n, *flags, "--log_dir", tmp_path / "killed"))
+    rc, _, err = run(*command(n, *flags, "--log_dir", tmp_path / "killed"))
     assert rc == 0, err
     assert_same_end(reference, tmp_path / "killed")
     assert_same_logs(reference, tmp_path / "killed")

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import train
 from config import UserError
-from conftest import ROOT
 from model import GPT
 
 TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
@@ -18,7 +18,8 @@ TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--de
 
 def torchrun(run, n, *flags, **options):
     """train.py under torchrun with n processes."""
-    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", ROOT / "train.py", *flags, **options)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}")
+    return run(*launcher, ROOT / "train.py", *flags, **options)
 
 
 def losses(log_dir):
@@ -30,7 +31,8 @@ def losses(log_dir):
 def brute_force_windows(folder, block_size, seed, windows_per_step, n_steps):
     """The token windows of each step, from the contract in words: int64 (n_steps, windows_per_step, block_size + 1)."""
     def permuted(n, *key):
-        raw = np.random.Philox(key=int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")).random_raw(n)
+        key = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")
+        raw = np.random.Philox(key=key).random_raw(n)
         return sorted(range(n), key=lambda i: (raw[i], i))
     shards = [np.load(p) for p in sorted(folder.glob("*_train_*.npy"))]
     stream, starts = np.concatenate(shards).astype(np.int64), np.cumsum([0, *map(len, shards)])
@@ -51,8 +53,8 @@ def transformers_twin(path):
     from transformers import GPT2Config, GPT2LMHeadModel
     checkpoint = torch.load(path, weights_only=True)
     c = checkpoint["config"]
-    twin = GPT2LMHeadModel(GPT2Config(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
-                                      n_positions=c["block_size"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    shape = {name: c[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    twin = GPT2LMHeadModel(GPT2Config(**shape, n_positions=c["block_size"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
                                       bos_token_id=0, eos_token_id=0))
     matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     twin.load_state_dict({k: v.t() if k.endswith(matrices) else v for k, v in checkpoint["model"].items()})
@@ -167,7 +169,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(make_shards, tmp_path, monke
 
 
 def test_a_mistake_exits_with_status_2_and_no_traceback(run, make_shards, tmp_path):
-    rc, out, err = run("train.py", *TINY, "--data_dir", make_shards([200]), "--total_batch_size", 100)
+    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([200]), "--total_batch_size", 100)
     assert rc == 2 and err.startswith("train.py: error: --total_batch_size 100") and len(err.splitlines()) == 1
 
 
@@ -179,10 +181,12 @@ def test_a_mistake_under_torchrun_is_said_once(run, make_shards, tmp_path):
 
 
 def test_a_log_dir_of_another_run_is_left_alone(run, make_shards, tmp_path):
-    flags = (*TINY, "--data_dir", make_shards([900]), "--total_batch_size", 64, "--max_steps", 2, "--log_dir", tmp_path / "logs")
+    flags = (*TINY, "--data_dir", make_shards([900]), "--total_batch_size", 64, "--max_steps", 2, "--log_dir",
+             tmp_path / "logs")
     assert run("train.py", *flags)[0] == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "logs").iterdir()}
-    for more, expected in ((["--max_lr", 1e-3], "--max_lr 0.001 (it has 0.0006)"), (["--n_embd", 32], "n_embd 32 (it has 16)"),
+    for more, expected in ((["--max_lr", 1e-3], "--max_lr 0.001 (it has 0.0006)"),
+                           (["--n_embd", 32], "n_embd 32 (it has 16)"),
                            (["--resume", "never"], "choose another --log_dir"), (["--max_steps", 3], "--init_from")):
         with pytest.raises(UserError) as caught:
             train.main(list(map(str, [*flags, *more])))
@@ -195,8 +199,9 @@ def test_a_log_dir_of_another_run_is_left_alone(run, make_shards, tmp_path):
 
 
 def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
-    rc, out, err = run("train.py", *TINY[:-6], "--data_dir", make_shards([900], val_sizes=[100]), "--total_batch_size", 64,
-                       "--max_steps", 50, "--log_dir", tmp_path / "logs", "--dry_run", env={"TMPDIR": str(tmp_path)})
+    folder = make_shards([900], val_sizes=[100])
+    rc, out, err = run("train.py", *TINY[:-6], "--data_dir", folder, "--total_batch_size", 64, "--max_steps", 50,
+                       "--log_dir", tmp_path / "logs", "--dry_run", env={"TMPDIR": str(tmp_path)})
     assert rc == 0, err
     assert "full run of 50 steps takes about" in out
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
