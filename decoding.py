@@ -75,6 +75,9 @@ class Decoder:
     def __init__(self, model, compile=False, cuda_graph=False):
         self.model, self.compile, self.cuda_graph = model, compile, cuda_graph
         self.device = next(model.parameters()).device
+        # Freezing lays the weights out for the kernels, in a copy; on a GPU it would cost memory and gain nothing.
+        self._compiled = torch.compile(self._read_token, dynamic=False, fullgraph=True,
+                                       options={"freezing": True} if self.device.type == "cpu" else None)
         self._step = None      # the last DecodeStep: the next call has the same shape more often than not
 
     def steps(self, prompts, n_vocab, max_tokens, sampling, generator):
@@ -110,20 +113,14 @@ class Decoder:
         if self._step is None or self._step.key != key:
             self._step = None                                  # its memory is free before more is taken
             cache = new_cache(self.model, batch_size, max_len, fixed)
-            self._step = DecodeStep(key, self._forward(), cache, n_vocab, sampling)
+            forward = self._compiled if self.compile else self._read_token
+            self._step = DecodeStep(key, forward, cache, n_vocab, sampling)
             self._warm_up(self._step)
         self._step.cache.lengths.zero_()
         return self._step
 
-    def _forward(self):
-        """The function (tokens (B,), cache) -> logits (B, V) of a step."""
-        if not self.compile:
-            return self._read_token
-        # Freezing lays the weights out for the kernels, in a copy; on a GPU it would cost memory and gain nothing.
-        return torch.compile(self._read_token, dynamic=False, fullgraph=True,
-                             options={"freezing": True} if self.device.type == "cpu" else None)
-
     def _read_token(self, tokens, cache):
+        """The logits (B, V) after one more token of each row (B,)."""
         return self.model(tokens[:, None], cache=cache)[:, 0]
 
     def _warm_up(self, step):
@@ -137,7 +134,7 @@ class Decoder:
                 why = " ".join(str(error).split())[:160]
                 print(f"without {part}: {type(error).__name__}: {why}", file=sys.stderr)
                 setattr(self, part, False)
-                step.forward, step.graph = self._forward(), None
+                step.forward, step.graph = self._read_token, None
 
 
 class DecodeStep:
@@ -198,7 +195,7 @@ class Drawn:
     """The tokens of a step, on their way to the CPU."""
 
     def __init__(self, tokens):
-        self._tokens = tokens.to("cpu", non_blocking=True, copy=True)
+        self._tokens = tokens.to("cpu", non_blocking=tokens.is_cuda, copy=True)   # pinned, on CUDA
         self._arrived = torch.cuda.Event() if tokens.is_cuda else None
         if self._arrived:
             self._arrived.record(torch.cuda.current_stream(tokens.device))

@@ -3,7 +3,8 @@
     python -m bench.memory
 
 Runs forward passes on fake tensors (shapes without data) under bf16 autocast and adds up what autograd keeps for the
-backward pass, and the logits' gradient on top of it: the eager step; a compiled one keeps less. Writes bench/results/memory.json and prints a table.
+backward pass, and the logits' gradient on top of it: the eager step; a compiled one keeps less. Writes
+bench/results/memory.json and prints a table.
 """
 from dataclasses import dataclass
 

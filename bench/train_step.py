@@ -6,8 +6,8 @@
 
 ours: train.py's own loader, step and optimizer. transformers: GPT2LMHeadModel, torch.compile, 16-bit autocast, fused
 AdamW. plain: the loop as nanoGPT (CPU: eager fp32, plain AdamW) or build-nanogpt (GPU: eager bf16 autocast, fused
-AdamW) runs it. Each figure counts data, forward, backward, clipping and optimizer. The machine's own limits are measured
-in the same run: a large 16-bit matrix product and a copy in memory. Writes bench/results/train_step_*.json.
+AdamW) runs it. Each figure counts data, forward, backward, clipping and optimizer. The machine's own limits are
+measured in the same run: a large 16-bit matrix product and a copy in memory. Writes bench/results/train_step_*.json.
 """
 import statistics
 import tempfile
