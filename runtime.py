@@ -204,8 +204,8 @@ def start(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=START_TIMEOUT_S),
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meeting_point(), rank=rank,
+                                world_size=world_size, timeout=datetime.timedelta(seconds=START_TIMEOUT_S),
                                 device_id=device if device.type == "cuda" else None)
     threading.Thread(target=_watch_start, args=(runtime,), daemon=True, name="start watch").start()
     try:
@@ -260,6 +260,20 @@ def _catch_signals(runtime):
     return {number: signal.signal(number, handler) for number in numbers}
 
 
+def _meeting_point():
+    """The store that the processes of this start meet at.
+
+    torchrun --max_restarts keeps one store for all its restarts, and torch 2.13 reads it without a prefix: a new
+    process may find the address of a peer that is dead, and hang. On several nodes the count may differ from node to
+    node, so there the store stays as torch has it.
+    """
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=not agent_store and int(os.environ["RANK"]) == 0, multi_tenant=True)
+    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else ''}", store)
+
+
 def _watch_start(runtime):
     """While the run starts, end all ranks with status 0 some seconds after any of them was asked to stop.
 
@@ -267,7 +281,7 @@ def _watch_start(runtime):
     round through the store that torchrun's processes met at.
     """
     store, key = None, f"stop {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    if runtime.world_size > 1:
+    if runtime.world_size > 1:  # a connection of its own: the main thread may be waiting on the other
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     asked = None
     while runtime.starting:

@@ -144,7 +144,7 @@ def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(run):
     code = "import sys, test_config as t; sys.argv[0] = 'thing.py'; t.parse_config(t.Flags, ['--help'], 'Does it.')"
     rc, out, err = run("-c", code, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "100"})
     assert (rc, err) == (0, "")
-    assert out.startswith("usage: thing.py [-h]") and "\nDoes it.\n" in out
+    assert out.startswith("usage: thing.py [--flag value ...]") and "\nDoes it.\n" in out
     assert max(map(len, out.splitlines())) <= 100
     groups = out.split("\n\n")
     for title, flags in {"system": ("--device TEXT", "--dtype auto|bf16|fp16|fp32"), "data": ("--source TEXT",),

@@ -171,3 +171,12 @@ def test_muon_is_the_same_on_one_and_two_processes(run, make_shards, tmp_path):
     rc, _, err = torchrun(run, 2, *flags, "--log_dir", tmp_path / "two")
     assert rc == 0, err
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-4)
+
+
+def test_a_run_keeps_the_dtype_that_auto_chose_and_says_so_when_it_cannot(make_shards, tmp_path, run):
+    flags = ("--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
+    assert run(*command(1, *flags, "--dtype", "fp32"), env={"ACCIDENT": "term:step:5"})[0] == 0
+    rc, out, err = run(*command(1, *flags), env={"ACCIDENT": "term:step:8"})   # auto: as it began
+    assert rc == 0 and ", fp32," in out and "not bitwise" not in out, err
+    rc, out, err = run(*command(1, *flags, "--dtype", "bf16"))
+    assert rc == 0 and "dtype bf16 instead of fp32" in out, err
