@@ -3,6 +3,7 @@
 logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always
 read with weights_only=True. `open_model` reads ours, Hugging Face's folders and names, nanoGPT's and build-nanogpt's.
 """
+import json
 import re
 import shutil
 import warnings
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import torch
 
+import hf_format
 from config import UserError
 from files import atomic_write, human_bytes
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, from_checkpoint, load_tokenizer
+from tokenizer import Tokenizer, _name_of, from_checkpoint, load_tokenizer
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
+PADDING_ROWS = 1024      # nobody pads an embedding by more: with so many spare rows the vocabulary is another one
 
 
 class CheckpointError(UserError):
@@ -77,7 +80,8 @@ def read_checkpoint(path, **options):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
     except Exception as error:  # a damaged zip, a pickle that asks for code: torch raises many kinds, OSError too
         why = "it asks to run code" if "GLOBAL" in str(error) else "it is damaged"
-        raise CheckpointError(f"{path} cannot be loaded as a checkpoint: {why} or not one ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{path} cannot be loaded as a checkpoint: {why} or not one ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     if isinstance(checkpoint.get("config"), _ForeignConfig):
@@ -115,7 +119,8 @@ def newest_valid(log_dir, check, notice=print):
             problem = error
             notice(f"skipping {error}")
     if problem:
-        raise CheckpointError(f"no checkpoint in {log_dir} can be read ({problem}); move them away or choose another --log_dir")
+        raise CheckpointError(f"no checkpoint in {log_dir} can be read ({problem}); move them away or choose another "
+                              "--log_dir")
     return None
 
 
@@ -135,32 +140,56 @@ class OpenedModel:
     val_loss: float | None = None
     extra: dict = field(default_factory=dict)   # the checkpoint's other plain entries
 
+    def describe(self):
+        """One line for people: source, size, step, validation loss."""
+        facts = [f"{self.model.n_params():,} parameters"]
+        facts += [f"step {self.step}"] if self.step is not None else []
+        facts += [f"validation loss {self.val_loss:.4f}"] if self.val_loss is not None else []
+        return f"{self.source}: {', '.join(facts)}"
+
 
 def open_model(source):
-    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name.
-
-    Raises UserError naming the file and what is wrong with it.
+    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name, or the
+    newest one in the folder of a run. Raises UserError naming the file and what is wrong with it.
     """
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
         return _open_file(path)
-    model = GPT.from_pretrained(source)
-    tokenizer = load_tokenizer(path) if path.is_dir() and (path / "vocab.bpe").exists() else None
-    if tokenizer is None and model.config.vocab_size == 50257:
-        tokenizer = load_tokenizer(path)
-    return OpenedModel(model, tokenizer, str(source))
+    if path.is_dir() and list_checkpoints(path) and not (path / "config.json").exists():
+        return _open_file(newest_model(path))
+    folder = hf_format.local_folder(source)
+    model = GPT.from_pretrained(folder)
+    return OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size), str(source))
+
+
+def _folder_tokenizer(folder, vocab_size):
+    """The Tokenizer of a Hugging Face folder; GPT-2's where it has none; None if it cannot be the model's."""
+    stored = hf_format.read_vocabulary(folder)
+    if stored is None:
+        tokenizer = load_tokenizer(folder)
+        return tokenizer if 0 <= vocab_size - tokenizer.n_vocab < PADDING_ROWS else None
+    merges, ids = stored
+    tokenizer = from_checkpoint({"name": "", "merges": merges})
+    tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))
+    ours = json.loads(tokenizer.encoder_json())
+    if tokenizer.n_vocab > vocab_size or any(ids.get(token) != i for token, i in ours.items()):
+        return None      # its ids stand in another order: special tokens first, say
+    return tokenizer
 
 
 def _open_file(path):
     checkpoint = read_checkpoint(path)
     if "model_args" in checkpoint:
-        config, step, val_loss = _nanogpt_config(checkpoint), checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+        config = _nanogpt_config(checkpoint)
+        step, val_loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
     else:
         config, step, val_loss = checkpoint.get("config"), checkpoint.get("step"), checkpoint.get("val_loss")
     model = build_model(config, checkpoint.get("model"), path)
-    tokenizer = from_checkpoint(checkpoint.get("tokenizer"))
-    if tokenizer.n_vocab > model.config.vocab_size:
-        tokenizer = None
+    stored = checkpoint.get("tokenizer")
+    tokenizer = from_checkpoint(stored)
+    spare_rows = model.config.vocab_size - tokenizer.n_vocab
+    if spare_rows < 0 or (stored is None and spare_rows >= PADDING_ROWS):
+        tokenizer = None    # characters in nanoGPT's way, or another vocabulary: GPT-2's was only assumed
     extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
     return OpenedModel(model, tokenizer, str(path), step, _plain_number(val_loss), extra)
 
@@ -195,13 +224,14 @@ def _nanogpt_config(checkpoint):
 
 
 def _plain_number(value):
-    return float(value) if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1) else None
+    is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return float(value) if is_number else None
 
 
 def newest_model(log_dir="logs"):
-    """The language model written last anywhere below `log_dir` (model_best.pt excepted). Raises UserError without one."""
+    """The language model written last anywhere below `log_dir`, but for model_best.pt. Raises UserError without one."""
     files = [p for p in Path(log_dir).rglob("model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
     if not files:
-        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with --checkpoint "
-                        "(a file, a Hugging Face folder, or gpt2)")
+        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with "
+                        "--checkpoint (a file, a Hugging Face folder, or gpt2)")
     return max(files, key=lambda p: p.stat().st_mtime)

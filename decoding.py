@@ -67,24 +67,22 @@ def one_ahead(steps):
 class Decoder:
     """A model made ready to write.
 
-    compile: torch.compile the decode step, a minute's work for the first of each shape. cuda_graph: record the step once
-    and launch it whole, where a step of a small model is otherwise hundreds of launches. One that fails is left out
-    with a notice. The model must be in eval mode and stay as it is: what was compiled or recorded has its weights.
+    compile: torch.compile the decode step, a minute's work for the first of each shape. cuda_graph: record the step
+    once and launch it whole; a step is hundreds of launches otherwise. One that fails is left out with a notice. The
+    model must be in eval mode and stay as it is: what was compiled or recorded has its weights. One thread at a time.
     """
 
     def __init__(self, model, compile=False, cuda_graph=False):
         self.model, self.compile, self.cuda_graph = model, compile, cuda_graph
         self.device = next(model.parameters()).device
-        # Freezing lays the weights out for the kernels, in a copy; on a GPU it would cost memory and gain nothing.
-        self._compiled = torch.compile(self._read_token, dynamic=False, fullgraph=True,
-                                       options={"freezing": True} if self.device.type == "cpu" else None)
+        self._forward = torch.compile(self._read_token, dynamic=False, fullgraph=True) if compile else self._read_token
         self._step = None      # the last DecodeStep: the next call has the same shape more often than not
 
     def steps(self, prompts, n_vocab, max_tokens, sampling, generator):
         """Yields max_tokens times the Drawn tokens of all rows."""
         block_size = self.model.config.block_size
-        rows = [list(p)[-block_size:] for p in prompts]        # in the cache; then the tokens drawn since, up to `unread`
-        lengths = [len(row) for row in rows]                   # of the rows in the cache
+        rows = [list(p)[-block_size:] for p in prompts]        # each row's window, without the tokens in `unread`
+        lengths = [len(row) for row in rows]                   # how much of it is in the cache
         step = self._make_step(len(rows), max(lengths) + max_tokens, n_vocab, sampling)
         step.draw(read_prompts(self.model, step.cache, list(range(len(rows))), rows), generator)
         unread = deque([Drawn(step.tokens)])
@@ -109,12 +107,11 @@ class Decoder:
         block_size = self.model.config.block_size
         fixed = self.compile or self.cuda_graph
         max_len = min(block_size, max(SMALLEST_CACHE, 1 << (n_tokens - 1).bit_length()) if fixed else n_tokens)
-        key = batch_size, max_len, n_vocab, sampling, self.compile, self.cuda_graph
+        key = batch_size, max_len, n_vocab, sampling
         if self._step is None or self._step.key != key:
             self._step = None                                  # its memory is free before more is taken
             cache = new_cache(self.model, batch_size, max_len, fixed)
-            forward = self._compiled if self.compile else self._read_token
-            self._step = DecodeStep(key, forward, cache, n_vocab, sampling)
+            self._step = DecodeStep(key, self._forward, cache, n_vocab, sampling)
             self._warm_up(self._step)
         self._step.cache.lengths.zero_()
         return self._step
@@ -129,12 +126,35 @@ class Decoder:
             if not getattr(self, part):
                 continue
             try:
-                step.record() if part == "cuda_graph" else step.run_once()
+                if part == "cuda_graph":
+                    step.record()
+                else:
+                    self._compile(step)
             except Exception as error:  # of a compiler, of Triton, of a driver: any kind, and plain steps always work
                 why = " ".join(str(error).split())[:160]
                 print(f"without {part}: {type(error).__name__}: {why}", file=sys.stderr)
                 setattr(self, part, False)
-                step.forward, step.graph = self._read_token, None
+                if part == "compile":
+                    self._forward = step.forward = self._read_token
+
+
+    def _compile(self, step):
+        """Run a step once, which compiles it. On a CPU with freezing: it lays the weights out for the kernels, in a copy."""
+        import torch._inductor.config as inductor
+        with inductor.patch(freezing=self.device.type == "cpu"):
+            step.run_once()
+
+
+def make_decoder(model, device, dtype, compile="auto"):
+    """A Decoder of a model for a device and a torch.dtype, which takes the model over.
+
+    compile: "auto" for what is fast and starts at once (CUDA graphs on a GPU, packed weights for bf16 on a CPU); "on"
+    for torch.compile, with CUDA graphs; "off" for plain steps.
+    """
+    model = model.to(device=device, dtype=dtype).eval()
+    if compile == "auto" and device.type == "cpu" and dtype == torch.bfloat16:
+        pack_linears(model)
+    return Decoder(model, compile=compile == "on", cuda_graph=compile != "off" and device.type == "cuda")
 
 
 class DecodeStep:

@@ -2,134 +2,231 @@
 
     python inference.py --prompt "Hello, I'm a language model," --num_seq 3
     python inference.py --checkpoint gpt2 --prompt "Once" --prompt "Twice" --max_tokens 100 --temperature 0
+    python inference.py --stream < story.txt
+    python inference.py                            # on a terminal: a prompt per line, Ctrl-D ends
 
-Without --checkpoint it takes the model written last below logs/. generate() serves train.py and the page too.
+Without --checkpoint it takes the model written last below logs/. generate() and stream() serve train.py and the page.
 """
+import codecs
+import contextlib
+import itertools
 import sys
 import time
 from dataclasses import dataclass
-
-import torch
+from pathlib import Path
 
 from checkpoint import newest_model, open_model
 from config import DeviceConfig, UserError, flag, parse_config, run_script
-from device import DTYPES, choose_device, choose_dtype, probe
-from model import KVCache
-from runtime import seed_from
+from decoding import generate_ids, make_decoder
+from device import DTYPES, choose_compile, choose_device, choose_dtype, probe
+from template import alpaca_prompt
 
 
 @dataclass(kw_only=True)
 class InferenceConfig(DeviceConfig):
     prompt: list[str] = flag([], "text to continue; may be given several times", group="text", repeat=True)
+    prompt_file: list[str] = flag([], "a file whose text is a prompt; may be given several times", group="text",
+                                  repeat=True)
+    instruction: str = flag("", "for an instruction-tuned checkpoint: what it is to do", group="text")
+    input: str = flag("", "what the instruction is about", group="text")
     num_seq: int = flag(5, "continuations of each prompt", group="text", low=1)
     max_tokens: int = flag(50, "tokens to write after the prompt", group="text", low=1)
-    checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 (default: the newest below logs/)",
-                           group="model")
+    stop: list[str] = flag([], "end a continuation before this text; may be given several times", group="text",
+                           repeat=True)
+    stream: bool = flag(False, "show the text as it is written", group="text")
+    checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
+                               "(default: the newest below logs/)", group="model")
     temperature: float = flag(1.0, "0 takes the likeliest token, larger is wilder", group="sampling", low=0.0)
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", group="sampling", low=0)
+    top_p: float = flag(1.0, "and among those of this share of the probability", group="sampling", above=0, high=1)
     seed: int = flag(42, "same seed, same text", group="sampling", low=0)
+    compile: str = flag("auto", "auto: CUDA graphs on a GPU, packed weights on a CPU; on: torch.compile, which takes "
+                                "up to a minute to start; off: neither", group="system", choices=("auto", "on", "off"))
+
+    def check(self):
+        if self.input and not self.instruction:
+            raise UserError("--input belongs to an --instruction; text to continue is a --prompt")
+        if self.instruction and (self.prompt or self.prompt_file):
+            raise UserError("--instruction and --prompt exclude each other: the instruction becomes the prompt")
+        if "" in self.stop:
+            raise UserError("--stop needs a text: every continuation ends before an empty one")
 
 
 def main(argv=None):
     config = parse_config(InferenceConfig, argv, __doc__.splitlines()[0])
-    if not config.prompt:
-        raise UserError('nothing to continue: give --prompt "text"')
-    device = choose_device(config.device)
-    dtype = DTYPES[choose_dtype(config.dtype, probe(device))]
+    with contextlib.suppress(AttributeError):              # a test's or a notebook's stream
+        sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a letter shows "?"
+    prompts = collect_prompts(config)
     opened = open_model(config.checkpoint or newest_model())
     if opened.tokenizer is None:
-        raise UserError(f"{opened.source} comes without a tokenizer, so text cannot be encoded for it")
-    model = opened.model.to(device=device, dtype=dtype).eval()
-    print(f"{opened.source}: {model.n_params():,} parameters" + (f", step {opened.step}" if opened.step is not None else "")
-          + (f", validation loss {opened.val_loss:.4f}" if opened.val_loss is not None else "") + f" on {device}", file=sys.stderr)
-    start = time.perf_counter()
-    prompts = [p for p in config.prompt for _ in range(config.num_seq)]
-    texts, n_tokens = generate(model, opened.tokenizer, prompts, max_tokens=config.max_tokens,
-                               temperature=config.temperature, top_k=config.top_k, seed=config.seed)
-    seconds = time.perf_counter() - start
-    for text in texts:
-        print(f"> {text}")
+        raise UserError(f"{opened.source} comes without a tokenizer for its {opened.model.config.vocab_size:,} tokens, "
+                        "so text cannot be encoded for it")
+    decoder = ready(opened, config)
+    try:
+        if prompts is None:
+            converse(decoder, opened.tokenizer, config)
+        else:
+            write(decoder, opened.tokenizer, prompts, config, config.seed)
+    except (RuntimeError, MemoryError) as error:
+        words = "out of memory", "can't allocate memory"        # CUDA's, a CPU's
+        if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
+            raise
+        raise UserError("out of memory: try a smaller --num_seq or --max_tokens, or fewer prompts") from error
+
+
+def collect_prompts(config):
+    """The prompts that flags, files or a pipe give; None: ask for them on the terminal. Raises UserError."""
+    if config.instruction:
+        return [alpaca_prompt(config.instruction, config.input)]
+    prompts = [*config.prompt, *map(read_prompt, config.prompt_file)]
+    if prompts:
+        return prompts
+    if sys.stdin is not None and sys.stdin.isatty():
+        return None
+    text = read_prompt(None)
+    if not text:
+        raise UserError('nothing to continue: give --prompt "text", or run it on a terminal')
+    return [text]
+
+
+def read_prompt(path):
+    """The text of a file (None: of standard input) without its last line end. Raises UserError."""
+    name = path or "standard input"
+    try:
+        data = Path(path).read_bytes() if path else sys.stdin.buffer.read() if sys.stdin else b""
+        return data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (at byte {error.start})") from error
+
+
+def ready(opened, config):
+    """The Decoder of an opened model on the device and in the dtype that the flags ask for. Raises UserError."""
+    device = choose_device(config.device)
+    hardware = probe(device)
+    dtype = choose_dtype(config.dtype, hardware)
+    if config.compile == "on":
+        choose_compile("on", hardware, device)             # raises UserError where no compiler is
+    print(f"{opened.describe()}, on {device} in {dtype}", file=sys.stderr)
+    return make_decoder(opened.model, device, DTYPES[dtype], config.compile)
+
+
+def converse(decoder, tokenizer, config):
+    """A prompt per line until Ctrl-D; Ctrl-C ends a text that is being written."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history in input()
+    print("A prompt per line; Ctrl-D ends.", file=sys.stderr)
+    config.stream = True
+    for number in itertools.count():
+        try:
+            prompt = input("prompt: ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            if prompt:
+                write(decoder, tokenizer, [prompt], config, (config.seed, number))   # asked again, it writes anew
+        except KeyboardInterrupt:
+            print()
+
+
+def write(decoder, tokenizer, prompts, config, seed):
+    """Continue each prompt num_seq times; print the texts, and how fast they came."""
+    block_size = decoder.model.config.block_size
+    for prompt in prompts:
+        n = len(tokenizer.encode(prompt))
+        if n > block_size:
+            print(f"a prompt has {n:,} tokens, the model reads {block_size:,}: its beginning is left out",
+                  file=sys.stderr)
+    begin = time.perf_counter()
+    repeated = [p for p in prompts for _ in range(config.num_seq)]
+    steps = stream(decoder, tokenizer, repeated, max_tokens=config.max_tokens, stop=config.stop, seed=seed,
+                   temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    shown = [""] * len(repeated) if config.instruction else repeated
+    if config.stream:
+        rows = show_live(shown, steps)
+    else:
+        rows = last(steps)
+        for prompt, row in zip(shown, rows):
+            print(f"> {prompt}{row.text}")
+    sys.stdout.flush()
+    n_tokens, seconds = sum(row.n_tokens for row in rows), time.perf_counter() - begin
     print(f"{n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def generate(model, tokenizer, prompts, **options):
-    """Continue texts: (the prompts with their continuations, the number of tokens written).
+def show_live(prompts, steps):
+    """Print rows that grow side by side, one below the other: the first as it is written, each later in its turn."""
+    turn, shown = 0, None
+    for rows in steps:
+        while turn < len(rows):
+            if shown is None:
+                print(f"> {prompts[turn]}", end="")
+                shown = 0
+            print(rows[turn].text[shown:], end="", flush=True)
+            shown = len(rows[turn].text)
+            if not rows[turn].ended:
+                break
+            print()
+            turn, shown = turn + 1, None
+    return rows
 
-    options: those of generate_ids. An empty prompt begins a new document.
-    """
-    rows = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
-    written = [[] for _ in rows]
-    for step in generate_ids(model, rows, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot, **options):
-        for row, token in zip(written, step):
-            if token is not None:
-                row.append(token)
-    return [p + tokenizer.decode(row) for p, row in zip(prompts, written)], sum(map(len, written))
 
+class Continuation:
+    """What one row has written so far: whole characters, and nothing that may turn out to begin a stop text."""
 
-@torch.no_grad()
-def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, temperature=1.0, top_k=50, seed=42):
-    """Continue rows of token ids; yields, per step, a list with each row's new id (None once it has ended).
+    def __init__(self, tokenizer, stop):
+        self.text, self.n_tokens, self.ended = "", 0, False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
 
-    prompts: lists of ids, of different lengths. Ids from n_vocab on (padding of the embedding) are never sampled;
-    a row ends before the token `eot`. When a row's window is full, its last block_size // 2 tokens are read again.
-    The model must be in eval mode; its parameters' dtype is the dtype of the computation.
-    """
-    block_size, device = model.config.block_size, next(model.parameters()).device
-    rows = [list(p)[-block_size:] for p in prompts]
-    generator = torch.Generator(device=device).manual_seed(seed_from("sample", seed))
-    cache = new_cache(model, len(rows), min(block_size, max(map(len, rows)) + max_tokens))
-    logits = read_prompts(model, cache, list(range(len(rows))), rows)                  # (B, V)
-    ended = [False] * len(rows)
-    for n in range(max_tokens):
-        tokens = sample(logits[:, :n_vocab].float(), temperature, top_k, generator)    # (B,)
-        step = tokens.tolist()
-        ended = [e or t == eot for e, t in zip(ended, step)]
-        yield [None if e else t for e, t in zip(ended, step)]
-        if all(ended) or n + 1 == max_tokens:
+    def add(self, token):
+        """Take the next id; None ends the row."""
+        if self.ended:
             return
-        full = [i for i, row in enumerate(rows) if len(row) == block_size]
-        for i in full:
-            rows[i] = rows[i][block_size - block_size // 2:]
-        if full and block_size > 1:
-            read_prompts(model, cache, full, [rows[i] for i in full])
-        elif full:
-            cache.lengths.zero_()
+        self.ended = token is None
+        self.n_tokens += not self.ended
+        data = b"" if self.ended else self._tokenizer.decode_bytes([token])
+        pending = self._held + self._characters.decode(data, final=self.ended)
+        found = [place for s in self._stop if (place := pending.find(s)) >= 0]
+        if found:
+            pending, self.ended = pending[:min(found)], True
+        beginnings = [] if self.ended else [s[:n] for s in self._stop for n in range(len(s))]
+        n_held = max((len(b) for b in beginnings if pending.endswith(b)), default=0)
+        self.text, self._held = self.text + pending[:len(pending) - n_held], pending[len(pending) - n_held:]
+
+
+def stream(model, tokenizer, prompts, *, stop=(), **options):
+    """Continue texts; yields, step by step, the same list of one Continuation per prompt, grown, until all have ended.
+
+    model: a GPT in eval mode, or a Decoder. stop: texts before which a continuation ends. options: generate_ids'.
+    An empty prompt begins a new document.
+    """
+    rows = [Continuation(tokenizer, stop) for _ in prompts]
+    ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
+    for step in generate_ids(model, ids, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot, **options):
         for row, token in zip(rows, step):
-            row.append(token)
-        logits = model(tokens[:, None], cache=cache)[:, 0]
-        cache.lengths += 1
+            row.add(token)
+        if all(row.ended for row in rows):
+            break
+        yield rows
+    for row in rows:
+        row.add(None)
+    yield rows
 
 
-def new_cache(model, batch_size, max_len):
-    """An empty KVCache for a model, in its dtype and on its device."""
-    weight = model.transformer.wte.weight
-    return KVCache(model.config, batch_size, max_len, weight.device, weight.dtype)
+def generate(model, tokenizer, prompts, **options):
+    """Continue texts: (the prompts with their continuations, the number of tokens written). options: stream()'s."""
+    rows = last(stream(model, tokenizer, prompts, **options))
+    return [p + row.text for p, row in zip(prompts, rows)], sum(row.n_tokens for row in rows)
 
 
-def read_prompts(model, cache, indices, rows):
-    """Read rows of ids into the rows `indices` of the cache, equal ones once; the logits after each (B, V)."""
-    distinct = list(dict.fromkeys(map(tuple, rows)))
-    lengths = torch.tensor([len(r) for r in distinct])
-    idx = torch.zeros(len(distinct), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(distinct):
-        idx[i, :len(row)] = torch.tensor(row)
-    device = cache.lengths.device
-    read = new_cache(model, len(distinct), idx.size(1))
-    hidden = model.hidden(idx.to(device), cache=read)                                  # (distinct, T, C)
-    read.lengths += lengths.to(device)
-    which = torch.tensor([distinct.index(tuple(r)) for r in rows], device=device)
-    cache.copy_rows(torch.tensor(indices, device=device), read, which)
-    return model.lm_head(hidden[torch.arange(len(distinct), device=device), read.lengths - 1])[which]
-
-
-def sample(logits, temperature, top_k, generator):
-    """One id per row of logits (B, V): (B,). temperature 0: the likeliest."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, [-1]], -torch.inf)
-    return torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
+def last(items):
+    """The last item of an iterator."""
+    for item in items:  # noqa: B007
+        pass
+    return item
 
 
 if __name__ == "__main__":

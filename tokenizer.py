@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,12 @@ GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-# GPT-2's split pattern as tiktoken writes it (possessive quantifiers: the same matches, no backtracking).
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# GPT-2's split pattern. The same matches as in tiktoken, a quarter faster: the words stand in a group of their own,
+# which its regular-expression engine hands over whole to a faster one that knows no look-ahead.
+GPT2_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
+# A million whitespace characters before a word are too many for the look-ahead: tiktoken panics.
+LONG_TEXT = 100_000
+_LONG_SPACE = re.compile(r"[^\S\x1c-\x1f]{%d,}(?=[\S\x1c-\x1f])" % LONG_TEXT)   # Rust's \s is without \x1c to \x1f
 EOT_TEXT = "<|endoftext|>"
 MAX_VOCAB = 65535  # ids are stored as uint16
 
@@ -58,6 +63,12 @@ def _ranks(merges):
     return ranks
 
 
+def _cut_long_space(text):
+    """The text in parts with the same ids: cut where the split pattern does, before the last of many whitespaces."""
+    cuts = [0, *(m.end() - 1 for m in _LONG_SPACE.finditer(text)), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
 class Tokenizer:
     """Encodes text to ids and back. Ids: 256 bytes, then one per merge, then the end-of-text token `eot`."""
 
@@ -78,16 +89,19 @@ class Tokenizer:
         return Tokenizer, (self.merges, self.name)
 
     def encode(self, text):
-        """The ids of a text, special-token text taken literally."""
-        return self._encoding.encode_ordinary(text)
+        """The ids of a text as a list, special-token text taken literally."""
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """The same ids as a uint16 array, faster: no Python integers in between."""
+        """The same ids as a uint16 array; no Python integers in between."""
+        parts = [self._encode_part(text)] if len(text) < LONG_TEXT else map(self._encode_part, _cut_long_space(text))
+        return np.concatenate(list(parts)).astype("<u2")
+
+    def _encode_part(self, text):
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:      # half a surrogate pair: encode() replaces it
-            ids = self.encode(text)
-        return np.asarray(ids).astype("<u2")
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:      # half a surrogate pair: encode_ordinary replaces it
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
     def decode_bytes(self, ids):
         """The bytes of a list of ids; ids outside the vocabulary (padded rows of the model) give none."""

@@ -1,15 +1,21 @@
-"""hf_format.py: what transformers writes is read, what our model does not compute is refused."""
+"""hf_format.py: what transformers writes is read, what our model does not compute refused; the way back is the same."""
+import http.server
 import json
 import shutil
+import socket
+import threading
 
 import pytest
 import torch
 from conftest import in_our_layout
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hf_format
+from checkpoint import open_model
 from config import UserError
-from model import GPT
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -172,3 +178,158 @@ def test_reading_changes_no_file(saved, tmp_path):
     hf_format.read_pretrained(folder)
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
+
+
+# -----------------------------------------------------------------------------
+# the hub, and what is written
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hugging Face hub that serves the files of one model: {path: bytes} in `files`."""
+    files, asked = {}, []
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        name = self.path.split("/resolve/main/")[-1]
+        self.asked.append(self.path)
+        data = self.files.get(name)
+        self.send_response(404 if data is None else 200)
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        return data
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD() or b"")
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(run, tmp_path, with_tokenizer):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer([("a", "b"), ("Ġ", "ab")], "") if with_tokenizer else None
+    model = GPT(GPTConfig(8, 50257 if tokenizer is None else tokenizer.n_vocab, 1, 2, 8))
+    model.save_pretrained(tmp_path / "model", tokenizer)
+    Hub.files = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
+    Hub.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        rc, out, err = run("-c", """
+from checkpoint import open_model
+opened = open_model("gpt2")
+print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), opened.tokenizer.encode(" ab"))
+""", env=dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_OFFLINE="0",
+              HF_HOME=str(tmp_path / "home")))
+        server.shutdown()
+    assert rc == 0, err
+    ids = [257] if with_tokenizer else gpt2_tokenizer().encode(" ab")
+    assert out == f"gpt2 {model.transformer.wte.weight.double().sum().item()} {ids}\n"
+    files = {path.split("/resolve/main/")[1] for path in Hub.asked if "/resolve/main/" in path}
+    assert files == {"config.json", "model.safetensors", "merges.txt", "vocab.json"}
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(tie_word_embeddings=False), dict(activation_function="gelu"), dict(activation_function="relu"),
+    dict(layer_norm_epsilon=1e-3),
+], ids=str)
+def test_what_is_written_has_the_very_tensors_and_settings_that_transformers_writes(saved, tmp_path, options):
+    _, folder = saved(**options)
+    GPT.from_pretrained(folder).save_pretrained(tmp_path / "ours")
+    theirs, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "ours"))
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
+    with safe_open(tmp_path / "ours" / "model.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}
+    theirs, ours = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "ours"))
+    ours.pop("n_ctx")       # of older versions
+    assert {k: theirs.get(k) for k in ours} == {**ours, "bos_token_id": 0}
+    modes = {file.stat().st_mode for file in (tmp_path / "ours").iterdir()}
+    assert len(modes) == 1, "safetensors lets only the owner read its file"
+
+
+def test_padding_rows_stay_out_and_absent_biases_become_zeros(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer([("a", "b")], "")
+    model = GPT(GPTConfig(8, 320, 1, 2, 8, bias=False, activation="gelu", dropout=0.1)).eval()
+    model.save_pretrained(tmp_path / "hf", tokenizer)
+    again = GPT.from_pretrained(tmp_path / "hf").eval()
+    assert again.config == GPTConfig(8, 258, 1, 2, 8, activation="gelu")
+    for name, parameter in again.named_parameters():
+        expected = dict(model.named_parameters()).get(name, torch.zeros_like(parameter))
+        assert torch.equal(parameter, expected[:258] if name == "transformer.wte.weight" else expected), name
+    ids = torch.randint(258, (2, 8))
+    torch.testing.assert_close(again(ids), model(ids)[..., :258], atol=1e-6, rtol=1e-6)
+
+
+def test_the_tokenizer_files_are_read_by_every_reader(tmp_path, monkeypatch):
+    """A trained vocabulary, special letters and all: by ours from either file, by transformers with no network."""
+    from transformers import AutoTokenizer
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it looks for a network"))
+    texts = ["the cat, the hat; the d\u00e9j\u00e0 vu\n\n  the 2024 \u6771\u4eac don't\t!"] * 3
+    tokenizer = train_tokenizer(texts, 300)
+    model = GPT(GPTConfig(8, 320, 1, 2, 8))
+    model.save_pretrained(tmp_path / "hf", tokenizer)
+    text = texts[0] + " unseen \U0001f600 \x00\x7f words"
+    for changed in ("", "merges.txt", "tokenizer.json"):
+        folder = tmp_path / f"without {changed}"
+        shutil.copytree(tmp_path / "hf", folder)
+        if changed:
+            (folder / changed).unlink()
+        read = AutoTokenizer.from_pretrained(folder)
+        assert read(text)["input_ids"] == tokenizer.encode(text)
+        assert read.decode(tokenizer.encode(text)) == text
+        assert (read.eos_token_id, read.model_max_length, len(read)) == (tokenizer.eot, 8, tokenizer.n_vocab)
+        ours = open_model(folder).tokenizer
+        assert (ours.name, ours.merges) == (tokenizer.name, tokenizer.merges) and ours.name.startswith("bpe-")
+
+
+def test_gpt2s_vocabulary_is_known_by_its_merges_and_another_order_of_ids_is_not_ours(tmp_path):
+    model, gpt2 = GPT(GPTConfig(8, 50304, 1, 2, 8)), gpt2_tokenizer()
+    model.save_pretrained(tmp_path / "hf", gpt2)
+    assert open_model(tmp_path / "hf").tokenizer.name == "gpt2"
+    for file in ("merges.txt", "tokenizer.json"):
+        (tmp_path / "hf" / file).unlink()
+    assert open_model(tmp_path / "hf").tokenizer is gpt2             # none of its own, and GPT-2's size
+    tokenizer = Tokenizer([("a", "b")], "")
+    GPT(GPTConfig(8, 320, 1, 2, 8)).save_pretrained(tmp_path / "own", tokenizer)
+    ids = json.loads((tmp_path / "own" / "vocab.json").read_text())
+    change_json(tmp_path / "own" / "vocab.json", **{token: (i + 1) % 258 for token, i in ids.items()})
+    assert open_model(tmp_path / "own").tokenizer is None            # the end-of-text token first, say
+    for file, damage in (("merges.txt", b"\xff"), ("vocab.json", b"{"), ("merges.txt", b"a b c\n")):
+        (tmp_path / "own" / file).write_bytes(damage)
+        with pytest.raises(UserError):
+            open_model(tmp_path / "own")
+
+
+def test_a_folder_that_holds_something_is_left_alone_and_an_empty_one_is_filled(tmp_path):
+    model = GPT(GPTConfig(8, 65, 1, 2, 8))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match="exists already; choose another name"):
+            model.save_pretrained(tmp_path / name)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.tmp").mkdir()                                 # of an export that was killed
+    (tmp_path / "empty.tmp" / "rubbish").touch()
+    model.save_pretrained(tmp_path / "empty")
+    assert {f.name for f in (tmp_path / "empty").iterdir()} == {"config.json", "generation_config.json",
+                                                                "model.safetensors"}
+    assert {f.name for f in tmp_path.iterdir()} == {"full", "file", "empty"}
+
+
+def test_a_disk_that_refuses_leaves_nothing_behind(run, tmp_path):
+    rc, out, err = run("-c", f"""
+import resource
+from config import run_script
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(8, 65, 8, 2, 64))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+run_script(lambda: model.save_pretrained({str(tmp_path / "hf")!r}))""")
+    assert (rc, out) == (2, "") and len(err.splitlines()) == 1 and "cannot write the weights in" in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,180 +1,25 @@
-"""inference.py: the cache changes nothing, the batch changes nothing, samples follow the model's distribution."""
+"""inference.py: text comes whole, as it is written or at once; prompts from flags, files, pipes and a terminal."""
+import io
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
-from conftest import as_ours
+from conftest import ROOT, script_env
 
 import inference
 from checkpoint import checkpoint_path, save_checkpoint
-from inference import generate, generate_ids, sample
+from decoding import generate_ids
+from inference import Continuation, generate, stream
 from model import GPT, GPTConfig
+from template import alpaca_prompt
 from tokenizer import Tokenizer
 
-RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
-
-
-@pytest.fixture
-def model(tiny_gpt2):
-    """A model of ours whose greedy text wanders: 65 tokens, block_size 32."""
-    return as_ours(tiny_gpt2(tie_word_embeddings=False))
-
-
-def written(model, prompts, **options):
-    """The ids that generate_ids writes for each prompt."""
-    rows = [[] for _ in prompts]
-    for step in generate_ids(model, prompts, **{"n_vocab": 65, "max_tokens": 80, "temperature": 0, **options}):
-        assert len(step) == len(prompts)
-        for row, token in zip(rows, step):
-            row.append(token)
-    return rows
-
-
-@torch.no_grad()
-def uncached(model, prompt, max_tokens):
-    """Greedy decoding that reads the whole window for each token and crops it as DESIGN.md says."""
-    block_size, tokens = model.config.block_size, []
-    window = list(prompt)[-block_size:]
-    for _ in range(max_tokens):
-        tokens.append(int(model(torch.tensor([window]))[0, -1].argmax()))
-        if len(window) == block_size:
-            window = window[block_size - block_size // 2:]
-        window.append(tokens[-1])
-    return tokens
-
-
-@pytest.mark.parametrize("prompts", [RAGGED[:1], RAGGED[1:2], RAGGED[:3], RAGGED, [RAGGED[0]] * 3], ids=len)
-def test_cached_equals_uncached_greedy_decoding_across_the_edge_of_the_window(model, prompts):
-    expected = [uncached(model, p, 80) for p in prompts]            # 80 new tokens: the window is full three times
-    assert all(len(set(row)) > 8 for row in expected)
-    assert written(model, prompts) == expected
-
-
-@pytest.mark.parametrize("length", [15, 16, 31, 32, 33, 70])
-def test_prompts_about_as_long_as_the_window_and_longer_go_on_as_uncached(model, length):
-    prompts = [[(7 * i + 3) % 65 for i in range(length)], [1, 2]]
-    assert written(model, prompts) == [uncached(model, p, 80) for p in prompts]
-
-
-def test_the_text_of_a_row_does_not_depend_on_what_else_is_in_the_batch(model):
-    alone = [written(model, [p])[0] for p in RAGGED]
-    assert written(model, RAGGED) == alone
-    assert written(model, RAGGED[::-1]) == alone[::-1]
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3])
-def test_the_smallest_windows_work(block_size):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size, 65, 1, 1, 8)).eval()
-    with torch.no_grad():
-        model.transformer.wpe.weight.normal_()
-        model.transformer.wte.weight.normal_()
-    assert written(model, [[3], [4, 5]], max_tokens=9) == [uncached(model, p, 9) for p in ([3], [4, 5])]
-
-
-def test_greedy_text_is_that_of_transformers_generate(tiny_gpt2):
-    theirs = tiny_gpt2(tie_word_embeddings=False)
-    ids = torch.tensor([[5, 7, 11, 13], [60, 2, 3, 4]])
-    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=28,
-                               pad_token_id=0)
-    assert expected.shape == (2, 32)
-    assert written(as_ours(theirs), ids.tolist(), max_tokens=28) == expected[:, 4:].tolist()
-
-
-def test_the_trained_gpt_nano_sorts_as_it_does_in_transformers(gpt_nano):
-    from transformers import GPT2LMHeadModel
-    theirs, ours = GPT2LMHeadModel.from_pretrained(gpt_nano), GPT.from_pretrained(gpt_nano).eval()
-    for prompt in ([2, 1, 0, 2, 1, 0], [0, 2, 2, 1, 0, 2], [1, 1, 2, 0, 0, 1]):
-        ids = torch.tensor([prompt])
-        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
-                                   eos_token_id=None, pad_token_id=0)[0, 6:].tolist()
-        assert written(ours, [prompt], n_vocab=3, max_tokens=6)[0] == expected == sorted(prompt)
-
-
-@pytest.mark.parametrize("temperature, top_k", [(2.0, 0), (5.0, 0), (4.0, 5), (3.0, 65), (3.0, 1000)])
-def test_samples_follow_the_models_distribution(model, temperature, top_k):
-    n = 20_000
-    with torch.no_grad():
-        logits = model(torch.tensor([[5, 7, 11]]))[0, -1].double() / temperature
-    likeliest = logits.argsort(descending=True)[:top_k or None]
-    p = torch.zeros(65, dtype=torch.double)
-    p[likeliest] = torch.softmax(logits[likeliest], dim=0)
-    tokens = written(model, [[5, 7, 11]] * n, max_tokens=1, temperature=temperature, top_k=top_k)
-    counts = torch.bincount(torch.tensor(tokens)[:, 0], minlength=65)
-    assert counts[p == 0].sum() == 0
-    observed, expected = counts[p * n >= 5], p[p * n >= 5] * n
-    chi_square, df = ((observed - expected) ** 2 / expected).sum().item(), len(expected) - 1
-    assert df >= 4 and chi_square < df + 4 * (2 * df) ** 0.5         # beyond it: once in some ten thousand
-
-
-def test_top_k_has_a_threshold_for_each_row():
-    logits = torch.stack([torch.arange(10.0), 100 - torch.arange(10.0), torch.zeros(10)])
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([sample(logits, 5.0, 3, generator) for _ in range(300)])
-    assert set(drawn[:, 0].tolist()) == {7, 8, 9} and set(drawn[:, 1].tolist()) == {0, 1, 2}
-    assert (sample(logits[:2], 1.0, 1, generator) == torch.tensor([9, 0])).all()
-
-
-def test_temperature_0_is_greedy_whatever_top_k_and_seed(model):
-    expected = written(model, RAGGED)
-    for top_k, seed in ((0, 1), (1, 2), (50, 3)):
-        assert written(model, RAGGED, top_k=top_k, seed=seed) == expected
-    assert written(model, RAGGED, temperature=1.0, top_k=1) == expected
-
-
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=0), dict(top_k=5), dict(temperature=9.0)], ids=str)
-def test_padded_ids_are_never_sampled_even_with_huge_logits(options):
-    model = GPT(GPTConfig(32, 128, 1, 2, 8, tie_word_embeddings=False)).eval()
-    with torch.no_grad():
-        model.transformer.ln_f.weight.zero_()
-        model.transformer.ln_f.bias.fill_(1.0)
-        model.lm_head.weight[65:] = 1000.0
-        assert (model(torch.tensor([[1, 2]]))[0, -1].argsort(descending=True)[:63] >= 65).all()
-    rows = written(model, RAGGED, **{"temperature": 1.0, **options})
-    assert all(0 <= token < 65 for row in rows for token in row)
-
-
-def test_a_seed_gives_the_same_text_and_leaves_torchs_generator_alone(model):
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first = written(model, RAGGED, temperature=1.0, seed=1)
-    assert torch.equal(torch.get_rng_state(), state)                 # sampling must not disturb training
-    torch.manual_seed(6)
-    assert written(model, RAGGED, temperature=1.0, seed=1) == first
-    assert written(model, RAGGED, temperature=1.0, seed=2) != first
-    assert written(model, RAGGED, temperature=1.0, seed=(1, 250)) != first   # train.py: (seed, step)
-
-
-def test_equal_prompts_get_different_continuations(model):
-    rows = written(model, [RAGGED[0]] * 4, temperature=1.0)
-    assert len({tuple(row) for row in rows}) == 4
-
-
-def test_a_row_ends_before_end_of_text_and_the_batch_with_its_last_row(model):
-    prompts = [RAGGED[0], RAGGED[2]]
-    free = written(model, prompts)
-    eot = free[0][5]
-    ends = [row.index(eot) if eot in row else 80 for row in free]
-    rows = written(model, prompts, eot=eot)
-    assert ends[0] <= 5 and len(rows[0]) == min(80, max(ends) + 1)
-    for row, end, unstopped in zip(rows, ends, free):
-        assert row[:end] == unstopped[:end] and all(token is None for token in row[end:])
-    assert written(model, prompts[:1], eot=eot)[0] == free[0][:ends[0]] + [None]
-
-
-def test_gradients_are_off_inside_and_on_between_the_tokens(model):
-    inside = []
-    model.transformer.ln_f.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
-    for _ in generate_ids(model, [[1]], n_vocab=65, max_tokens=3):
-        assert torch.is_grad_enabled()
-    assert inside == [False] * 3
-
-
-def test_samples_under_bf16_autocast_come_from_an_fp32_model(model):
-    """As train.py writes them: the cache is fp32, keys and values arrive in bf16."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows = written(model, RAGGED, max_tokens=40)
-    assert all(len(row) == 40 for row in rows)
-    in_fp32 = written(model, RAGGED, max_tokens=40)
-    assert sum(a[0] == b[0] for a, b in zip(rows, in_fp32)) >= 3
+FLAGS = ("--device", "cpu", "--dtype", "fp32", "--num_seq", "2", "--max_tokens", "12")
 
 
 @pytest.fixture
@@ -184,40 +29,216 @@ def byte_model():
     return GPT(GPTConfig(32, 320, 1, 2, 16)).eval(), Tokenizer([], "bytes")
 
 
-def test_generate_gives_prompt_and_continuation_and_counts_tokens(byte_model):
+@pytest.fixture
+def saved(byte_model, tmp_path, monkeypatch):
+    """The byte model as logs/demo/model_00007.pt of the current folder."""
     model, tokenizer = byte_model
-    prompts = ["Hello", "", "h\u00e9"]
-    texts, n_tokens = generate(model, tokenizer, prompts, max_tokens=6, seed=3)
-    rows = written(model, [tokenizer.encode("Hello"), [256], tokenizer.encode("h\u00e9")], n_vocab=257, eot=256,
-                   max_tokens=6, temperature=1.0, seed=3)
-    rows = [[t for t in row if t is not None] for row in rows]
-    assert n_tokens == sum(map(len, rows))
-    assert texts == [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows)]
-
-
-def test_the_script_writes_the_same_text_for_the_same_seed_from_the_newest_checkpoint(run, byte_model, tmp_path):
-    model, tokenizer = byte_model
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "logs" / "demo").mkdir(parents=True)
     save_checkpoint(checkpoint_path(tmp_path / "logs" / "demo", 7), dict(
         model=model.state_dict(), config=model.config_dict(), tokenizer=tokenizer.to_checkpoint(), step=7,
         val_loss=5.5))
-    flags = ("--prompt", "Once", "--prompt", "Twice", "--num_seq", 2, "--max_tokens", 12, "--dtype", "fp32")
-    rc, out, err = run("inference.py", *flags, cwd=tmp_path)
-    assert rc == 0 and "model_00007.pt" in err and "step 7, validation loss 5.5000" in err and "tokens/s" in err
-    texts, _ = generate(model, tokenizer, ["Once", "Once", "Twice", "Twice"], max_tokens=12)
-    assert out == "".join(f"> {text}\n" for text in texts).replace("\r", "\n")   # as a text stream is read
+    return tmp_path / "logs" / "demo" / "model_00007.pt"
+
+
+def expected_output(byte_model, prompts, **options):
+    """What the script prints for prompts, FLAGS given: each twice."""
+    texts, _ = generate(*byte_model, [p for p in prompts for _ in range(2)], max_tokens=12, **options)
+    return "".join(f"> {text}\n" for text in texts)
+
+
+def main(capsys, *flags):
+    """(standard output, standard error) of inference.py with FLAGS and more, in this process."""
+    inference.main([*FLAGS, *map(str, flags)])
+    return capsys.readouterr()
+
+
+def pipe(monkeypatch, data):
+    """Let standard input be a pipe with these bytes."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+# -----------------------------------------------------------------------------
+# text from tokens
+
+def test_generate_gives_prompt_and_continuation_and_counts_tokens(byte_model):
+    model, tokenizer = byte_model
+    prompts = ["Hello", "", "h\u00e9"]
+    texts, n_tokens = generate(model, tokenizer, prompts, max_tokens=6, seed=3)
+    ids = [tokenizer.encode("Hello"), [256], tokenizer.encode("h\u00e9")]
+    steps = list(generate_ids(model, ids, n_vocab=257, eot=256, max_tokens=6, seed=3))
+    rows = [[t for t in row if t is not None] for row in zip(*steps)]
+    assert n_tokens == sum(map(len, rows))
+    assert texts == [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows)]
+
+
+def written(tokenizer, ids, stop=()):
+    """(the Continuation of these ids, its text after each step); it must only ever grow."""
+    row, texts = Continuation(tokenizer, stop), [""]
+    for token in [*ids, None]:
+        row.add(token)
+        assert row.text.startswith(texts[-1])
+        texts.append(row.text)
+    return row, texts
+
+
+def test_characters_of_several_tokens_come_whole_and_invalid_bytes_as_decode_has_them():
+    tokenizer, rng = Tokenizer([], "bytes"), random.Random(0)
+    _, texts = written(tokenizer, tokenizer.encode("a\u00e9\u6771\U0001f600!"))
+    assert texts == ["", "a", "a", "a\u00e9", "a\u00e9", "a\u00e9", "a\u00e9\u6771", *["a\u00e9\u6771"] * 3,
+                     "a\u00e9\u6771\U0001f600", "a\u00e9\u6771\U0001f600!", "a\u00e9\u6771\U0001f600!"]
+    letters = tokenizer.encode("ab\u00e9\u6771\U0001f600")
+    for _ in range(500):
+        ids = [rng.choice(letters) if rng.random() < 0.8 else rng.randrange(256) for _ in range(rng.randrange(12))]
+        row, _ = written(tokenizer, ids)
+        assert row.text == tokenizer.decode(ids) and row.n_tokens == len(ids) and row.ended
+
+
+def test_a_continuation_ends_before_the_first_stop_text_and_never_shows_a_part_of_it():
+    tokenizer, rng = Tokenizer([], "bytes"), random.Random(0)
+    for _ in range(2000):
+        ids = tokenizer.encode("".join(rng.choice("ab\u00e9") for _ in range(rng.randrange(15))))
+        stop = ["".join(rng.choice("ab\u00e9") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(3))]
+        row, texts = written(tokenizer, ids, stop)
+        whole = tokenizer.decode(ids)
+        heads = [head for n in range(len(whole) + 1) if any(s in (head := whole[:n]) for s in stop)]
+        assert row.text == (whole[:min(heads[0].find(s) for s in stop if s in heads[0])] if heads else whole)
+        assert not any(s in text for text in texts for s in stop)
+    row, texts = written(tokenizer, tokenizer.encode("one\n\ntwo"), ["\n\n"])
+    assert texts == ["", "o", "on", "one", "one", *["one"] * 5] and row.n_tokens == 5
+    assert written(tokenizer, tokenizer.encode("one\n"), ["\n\n"])[0].text == "one\n"      # not a stop after all
+
+
+def test_stream_grows_to_what_generate_gives_and_ends_with_its_last_row(byte_model):
+    prompts = ["Hello", "", "Once upon a time in a far away country"]
+    texts, n_tokens = generate(*byte_model, prompts, max_tokens=30, stop=["e"])
+    steps = list(stream(*byte_model, prompts, max_tokens=30, stop=["e"]))
+    rows = steps[-1]
+    assert [p + row.text for p, row in zip(prompts, rows)] == texts and all(row.ended for row in rows)
+    assert sum(row.n_tokens for row in rows) == n_tokens and not any("e" in row.text for row in rows)
+    assert len(steps) <= 31
+    every_byte = [tuple(map(chr, range(128)))]
+    assert len(list(stream(*byte_model, prompts[:1], temperature=0, stop=[*every_byte[0], "\ufffd"]))) == 1
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+def test_the_script_writes_the_same_text_for_the_same_seed_from_the_newest_checkpoint(run, byte_model, saved, tmp_path):
+    flags = ("--prompt", "Once", "--prompt", "Twice", "--seed", 5)
+    rc, out, err = run("inference.py", *FLAGS, *flags, cwd=tmp_path)
+    assert rc == 0 and "model_00007.pt: " in err and "step 7, validation loss 5.5000" in err and "tokens/s" in err
+    expected = expected_output(byte_model, ["Once", "Twice"], seed=5)
+    assert out == expected.replace("\r", "\n")                       # as a text stream is read
+    assert run("inference.py", *FLAGS, *flags, "--stream", cwd=tmp_path)[:2] == (0, out)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(top_k=3), dict(top_k=0, top_p=0.5),
+                                     dict(stop=["a", "e"])], ids=str)
+def test_every_flag_reaches_the_sampling(byte_model, saved, capsys, options):
+    flags = [f"--{name}={v}" for name, value in options.items() for v in (value if name == "stop" else [value])]
+    assert main(capsys, "--prompt", "Once", *flags).out == expected_output(byte_model, ["Once"], **options)
+
+
+def test_prompts_come_from_files_and_pipes_too(byte_model, saved, capsys, tmp_path, monkeypatch):
+    (tmp_path / "story.txt").write_bytes("Es war\r\neinmal \u00fcber\n\n".encode())
+    expected = expected_output(byte_model, ["Once", "Es war\neinmal \u00fcber\n"])
+    assert main(capsys, "--prompt", "Once", "--prompt_file", tmp_path / "story.txt").out == expected
+    pipe(monkeypatch, b"Es war\n")
+    assert main(capsys).out == expected_output(byte_model, ["Es war"])
+    pipe(monkeypatch, b"not read")
+    assert main(capsys, "--prompt", "").out == expected_output(byte_model, [""])             # a new document
+
+
+def test_an_instruction_is_put_into_alpacas_words_and_only_the_answer_is_shown(byte_model, saved, capsys):
+    prompt = alpaca_prompt("Add.", "1 2")
+    assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n" in prompt
+    texts, _ = generate(*byte_model, [prompt] * 2, max_tokens=12)
+    out, err = main(capsys, "--instruction", "Add.", "--input", "1 2")
+    assert out == "".join(f"> {text[len(prompt):]}\n" for text in texts)
+    assert "its beginning is left out" in err                        # 32 tokens are few
+    assert "Input" not in alpaca_prompt("Add.") and alpaca_prompt("Add.").endswith("Add.\n\n### Response:\n")
+
+
+def test_bf16_writes_with_packed_weights_and_compile_off_without(byte_model, saved, capsys):
+    for compile in ("auto", "off"):
+        out, err = main(capsys, "--prompt", "Once", "--dtype", "bf16", "--compile", compile)
+        assert out.count("> Once") == 2 and "on cpu in bf16" in err
+
+
+def test_on_a_terminal_it_asks_line_by_line_until_ctrl_d(saved, tmp_path):
+    pty = pytest.importorskip("pty")
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / "inference.py", *FLAGS[:-1], "1000000"], stdin=its_end,
+                               stdout=its_end, stderr=its_end, cwd=tmp_path, env=script_env(tmp_path),
+                               start_new_session=True, preexec_fn=take_terminal)
+    os.close(its_end)
+    shown = read_until(terminal, b"prompt: ")
+    assert "model_00007.pt" in shown and "Ctrl-D ends" in shown
+    os.write(terminal, b"Once\n")
+    read_until(terminal, b"> Once")
+    os.write(terminal, b"\x03")                                      # Ctrl-C: enough of this text
+    read_until(terminal, b"prompt: ")
+    os.write(terminal, b"\n")
+    read_until(terminal, b"prompt: ")
+    os.write(terminal, b"\x04")
+    assert process.wait(20) == 0
+    os.close(terminal)
+
+
+def take_terminal():
+    """In the child: its standard input becomes its controlling terminal, so that Ctrl-C is a signal."""
+    import fcntl
+    import termios
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def read_until(terminal, text, seconds=60):
+    """What a terminal shows up to a text."""
+    shown, end = b"", time.monotonic() + seconds
+    while text not in shown:
+        assert time.monotonic() < end, shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 65536)
+    return shown.decode(errors="replace")
 
 
 def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    pipe(monkeypatch, b"")
     (tmp_path / "bad.pt").write_bytes(b"garbage")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for flags, message in (([], "give --prompt"), (["--prompt", "x"], "no model_XXXXX.pt below logs/"),
                            (["--prompt", "x", "--checkpoint", "bad.pt"], "bad.pt cannot be loaded as a checkpoint"),
                            (["--prompt", "x", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
-                           (["--prompt", "x", "--checkpoint", str(gpt_nano)], "comes without a tokenizer"),
+                           (["--prompt", "x", "--checkpoint", "latin.txt"], "latin.txt cannot be loaded"),
+                           (["--prompt", "x", "--checkpoint", "."], "cannot read config.json"),
+                           (["--prompt", "x", "--checkpoint", str(gpt_nano)], "without a tokenizer for its 3 tokens"),
                            (["--prompt", "x", "--max_tokens", "0"], "--max_tokens must be >= 1"),
-                           (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0")):
+                           (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0"),
+                           (["--prompt", "x", "--top_p", "0"], "--top_p must be > 0"),
+                           (["--prompt", "x", "--stop", ""], "--stop needs a text"),
+                           (["--prompt", "x", "--instruction", "y"], "--instruction and --prompt exclude each other"),
+                           (["--prompt", "x", "--input", "y"], "--input belongs to an --instruction"),
+                           (["--prompt_file", "gone.txt"], "cannot read gone.txt: No such file"),
+                           (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text (at byte 3)")):
         with pytest.raises(inference.UserError) as caught:
             inference.main(flags)
         assert message in str(caught.value)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_prompt_longer_than_the_window_is_cut_with_a_line_of_notice(byte_model, saved, capsys):
+    out, err = main(capsys, "--prompt", "x" * 100)
+    assert out == expected_output(byte_model, ["x" * 100])
+    assert "a prompt has 100 tokens, the model reads 32: its beginning is left out\n" in err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")], ids=type)
+def test_a_batch_that_does_not_fit_is_one_line(saved, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+    monkeypatch.setattr(inference, "generate_ids", fail)
+    with pytest.raises(inference.UserError, match="smaller --num_seq or --max_tokens"):
+        inference.main(["--prompt", "x"])

@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 
@@ -73,13 +75,14 @@ def test_any_number_of_workers_makes_the_same_bytes(corpus, tmp_path, num_proc):
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
 def test_any_start_method_makes_the_same_tokens(run, start_method):
     code = f"""if True:
+        import multiprocessing
         from encode import encode_tasks
         from documents import iter_texts
         from tokenizer import gpt2_tokenizer
+        multiprocessing.set_start_method({start_method!r})
         tasks = [(i, iter_texts, [f"text {{i}} {{j}}" for j in range(i)]) for i in range(20)]
         def show(n):
-            results = encode_tasks(tasks, gpt2_tokenizer(), n, {start_method!r})
-            return [(i, tokens.tolist(), size) for i, tokens, size in results]
+            return [(i, tokens.tolist(), size) for i, tokens, size in encode_tasks(tasks, gpt2_tokenizer(), n)]
         assert show(2) == show(0)
         print(len(show(2)))"""
     rc, out, err = run("-c", code)
@@ -158,6 +161,26 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(corpus, tmp_path, n
     assert kills >= 3
     prepare(out, *flags)
     assert contents(out) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("delay", [0.4, 1.0, None])
+def test_ctrl_c_ends_it_without_a_traceback(corpus, tmp_path, delay):
+    out = tmp_path / "out"
+    flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", "1000", "--num_proc", "2", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
+    process = subprocess.Popen(command, env=script_env(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    if delay is None:
+        while process.poll() is None and not list(out.glob("*.npy")):
+            time.sleep(0.002)
+    else:
+        time.sleep(delay)       # while it starts, or its workers do
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=20)[1].decode()
+    # Before main() has begun the traceback is Python's own.
+    assert process.returncode in (130, -signal.SIGINT, 0) and "SpawnProcess" not in error
+    assert "Traceback" not in error or not out.exists()
+    assert not list(out.glob("*.tmp"))
 
 
 def test_one_run_at_a_time(corpus, tmp_path):

@@ -1,0 +1,144 @@
+"""Tokens per second of writing, ours and Hugging Face's generate() by turns in one process, on the same random weights.
+
+    python -m bench.generate                                   # CPU: batches of 1 and 8
+    python -m bench.generate --batch_size 1 --batch_size 32    # one GPU, also the default there
+
+Both write greedily, the same number of tokens from the same prompts, with a KV cache, from prompt to last token.
+transformers runs in the faster of fp32 and the 16-bit dtype. Writes bench/results/generate_{device}_{model}.json.
+"""
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bench.common import machine, spread, write_results
+from config import DeviceConfig, flag, parse_config, run_script
+from decoding import generate_ids, make_decoder
+from device import DTYPES, choose_device, choose_dtype, probe
+from model import GPT, GPT2_SIZES, GPTConfig
+
+N_VOCAB = 50257
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(DeviceConfig):
+    model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
+    batch_size: list[int] = flag([], "rows; may be given several times (default: 1 and 8, on a GPU 1 and 32)", repeat=True,
+                                 low=1)
+    prompt_tokens: int = flag(32, "tokens of a prompt", low=1)
+    max_tokens: int = flag(128, "tokens to write", low=2)
+    compile: str = flag(None, "of ours (default: auto on a CPU, on on a GPU)", choices=("auto", "on", "off"))
+    rounds: int = flag(3, "turns of each; medians count", low=1)
+
+
+def main(argv=None):
+    config = parse_config(GenerateConfig, argv, __doc__.split("\n\n")[0])
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, probe(device))
+    compile = config.compile or ("on" if device.type == "cuda" else "auto")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=N_VOCAB, **GPT2_SIZES[config.model]))
+    weight_bytes = model.n_params() * DTYPES[dtype].itemsize
+    peers = load_peers(model, device, dtype)
+    check_equal_work(model, peers["fp32"], config)
+    decoder = make_decoder(model, device, DTYPES[dtype], compile)
+    results = {}
+    for batch_size in config.batch_size or ([1, 32] if device.type == "cuda" else [1, 8]):
+        prompts = torch.randint(N_VOCAB, (batch_size, config.prompt_tokens))
+        name = fastest(peers, prompts, config, device)
+        ways = {"ours": lambda n, prompts=prompts: ours(decoder, prompts, n),
+                "transformers": lambda n, prompts=prompts, name=name: transformers_generate(peers[name], prompts, n)}
+        results[batch_size] = compare(ways, batch_size, config, device)
+        results[batch_size].update(transformers_dtype=name,
+                                   weights_gb_per_s=weight_bytes * results[batch_size]["steps_per_s"] / 1e9)
+    write_results(f"generate_{device.type}_{config.model}", dict(
+        machine=machine(), config=vars(config), compile=compile, dtype=dtype, threads=torch.get_num_threads(),
+        load_average=os.getloadavg()[0], batches=results))
+    print("| batch | ours, tokens/s | transformers | ratio | ratio of CPU time |\n|---|---|---|---|---|")
+    for batch_size, r in results.items():
+        print(f"| {batch_size} | {r['tokens_per_s']['ours'][0]:,.0f} | {r['tokens_per_s']['transformers'][0]:,.0f} "
+              f"({r['transformers_dtype']}) | {r['ratio']:.2f} | {r['cpu_ratio']:.2f} |")
+
+
+def load_peers(model, device, dtype):
+    """{dtype name: transformers' model} with the weights of ours, in fp32 and in the 16-bit dtype."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/hf")
+        return {name: transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf").to(device, DTYPES[name]).eval()
+                for name in {"fp32", dtype}}
+
+
+def check_equal_work(model, peer, config):
+    """Raise AssertionError unless both write the same tokens in fp32."""
+    prompts = torch.randint(N_VOCAB, (2, config.prompt_tokens))
+    model.to(peer.device).eval()
+    n = min(8, config.max_tokens)
+    steps = list(generate_ids(model, prompts.tolist(), n_vocab=N_VOCAB, max_tokens=n, temperature=0))
+    assert torch.equal(torch.tensor(steps).t(), transformers_generate(peer, prompts, n).cpu()), "the texts differ"
+
+
+def ours(decoder, prompts, n):
+    """Write n tokens after each prompt."""
+    for _ in generate_ids(decoder, prompts.tolist(), n_vocab=N_VOCAB, max_tokens=n, temperature=0):
+        pass
+
+
+def transformers_generate(peer, prompts, n):
+    """Write n tokens after each prompt: (B, n)."""
+    prompts = prompts.to(peer.device)
+    return peer.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=n,
+                         min_new_tokens=n, use_cache=True, pad_token_id=0)[:, prompts.size(1):]
+
+
+def fastest(peers, prompts, config, device):
+    """The name of the dtype in which transformers is fastest for these prompts."""
+    seconds = {}
+    for name, peer in peers.items():
+        transformers_generate(peer, prompts, 2)
+        n = min(24, config.max_tokens)
+        seconds[name] = min(timed(lambda peer=peer: transformers_generate(peer, prompts, n), device)[0]
+                            for _ in range(2))
+    return min(seconds, key=seconds.get)
+
+
+def compare(ways, batch_size, config, device):
+    """Run each way in turns: medians, spreads and ratios."""
+    for way in ways.values():
+        way(min(8, config.max_tokens))
+        way(config.max_tokens)         # ours compiles for this length
+    seconds, cpu_seconds = ({name: [] for name in ways} for _ in range(2))
+    for i in range(config.rounds):
+        for name, way in list(ways.items())[::1 if i % 2 == 0 else -1]:
+            took, cpu = timed(lambda way=way: way(config.max_tokens), device)
+            seconds[name].append(took)
+            cpu_seconds[name].append(cpu)
+            print(f"batch {batch_size:3d}  {name:>12}  {batch_size * config.max_tokens / took:10,.1f} tokens/s", flush=True)
+    tokens = batch_size * config.max_tokens
+
+    def ratio(values):
+        return statistics.median(values["transformers"]) / statistics.median(values["ours"])
+    return dict(tokens_per_s={name: spread([tokens / s for s in values]) for name, values in seconds.items()},
+                tokens_per_cpu_s={name: spread([tokens / s for s in values]) for name, values in cpu_seconds.items()},
+                ratio=ratio(seconds), cpu_ratio=ratio(cpu_seconds),
+                steps_per_s=config.max_tokens / statistics.median(seconds["ours"]))
+
+
+def timed(action, device):
+    """(seconds, CPU seconds) that an action takes on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, time.process_time() - cpu_begin
+
+
+if __name__ == "__main__":
+    run_script(main)

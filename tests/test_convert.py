@@ -1,0 +1,206 @@
+"""convert.py: weights travel to Hugging Face and back without losing a bit, and foreign checkpoints open everywhere."""
+import json
+
+import pytest
+import torch
+from conftest import in_our_layout
+
+import convert
+import hellaswag
+import hf_format
+import inference
+from checkpoint import open_model, read_checkpoint, save_checkpoint
+from config import RunFailed, UserError
+from decoding import generate_ids
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, train_tokenizer
+
+CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u6771\u4eac don't\t!"] * 3
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(path, model, tokenizer) of a checkpoint of ours: a trained vocabulary, a padded embedding, large weights."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CORPUS, 300)
+    model = GPT(GPTConfig(32, 320, 2, 3, 24, activation="gelu")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (1 if parameter.dim() > 1 else 0.1))
+    save_checkpoint(tmp_path / "ours.pt", dict(model=model.state_dict(), config=model.config_dict(), step=7,
+                                               val_loss=1.5, tokenizer=tokenizer.to_checkpoint()))
+    return tmp_path / "ours.pt", model, tokenizer
+
+
+def main(*flags):
+    convert.main([str(f) for f in flags])
+
+
+def continued(model, prompt, n_vocab, n=12):
+    """Greedy ids after a prompt."""
+    return [step[0] for step in generate_ids(model, [prompt], n_vocab=n_vocab, max_tokens=n, temperature=0)]
+
+
+def test_ours_travels_to_transformers_and_back_bit_for_bit(trained, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    path, model, tokenizer = trained
+    main("--checkpoint", path, "--out", tmp_path / "hf")
+    out = capsys.readouterr().out
+    assert "the weights come back bit for bit" in out and "transformers" in out and "its tokenizer gives our ids" in out
+    assert f'next: python inference.py --checkpoint {tmp_path / "hf"} --prompt "..."' in out
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.vocab_size == tokenizer.n_vocab < model.config.vocab_size
+    ids = torch.randint(tokenizer.n_vocab, (2, 32))
+    torch.testing.assert_close(theirs(ids).logits, model(ids)[..., :tokenizer.n_vocab], atol=1e-3, rtol=1e-3)
+    prompt = tokenizer.encode("the cat")
+    expected = continued(model, prompt, tokenizer.n_vocab)
+    write = pipeline("text-generation", model=theirs, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "hf"))
+    text = write("the cat", do_sample=False, min_new_tokens=12, max_new_tokens=12)[0]["generated_text"]
+    assert text == "the cat" + tokenizer.decode(expected)
+
+    main("--checkpoint", tmp_path / "hf", "--out", tmp_path / "back.pt")
+    back = open_model(tmp_path / "back.pt")
+    assert (back.tokenizer.name, back.tokenizer.merges) == (tokenizer.name, tokenizer.merges)
+    assert back.model.config == GPTConfig(32, tokenizer.n_vocab, 2, 3, 24, activation="gelu")
+    for name, tensor in back.model.state_dict().items():
+        original = model.state_dict()[name]
+        assert torch.equal(tensor, original[:tokenizer.n_vocab] if "wte" in name or "lm_head" in name else original)
+    assert continued(back.model.eval(), prompt, tokenizer.n_vocab) == expected
+
+
+def test_gpt_nano_comes_back_as_the_very_tensors_of_its_file(gpt_nano, tmp_path, capsys):
+    from safetensors.torch import load_file
+    main("--checkpoint", gpt_nano, "--out", tmp_path / "nano.pt")
+    main("--checkpoint", tmp_path / "nano.pt", "--out", tmp_path / "hf")
+    assert "no tokenizer to take along" in capsys.readouterr().out
+    before, after = load_file(gpt_nano / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("weights", "did not come back as it was written"), ("config", "the logits of our reader differ"),
+    ("tokenizer", "transformers' tokenizer gives other ids"),
+])
+def test_an_export_that_is_not_the_model_is_not_kept(trained, tmp_path, monkeypatch, damage, message):
+    state, config, files = hf_format.their_state, hf_format.their_config, hf_format.tokenizer_files
+    if damage == "weights":
+        monkeypatch.setattr(hf_format, "their_state", lambda *args: {
+            k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v for k, v in state(*args).items()})
+    if damage == "config":
+        monkeypatch.setattr(hf_format, "their_config",
+                            lambda *args: {**config(*args), "activation_function": "gelu_new"})
+    if damage == "tokenizer":
+        monkeypatch.setattr(hf_format, "tokenizer_files", lambda tokenizer, n: files(Tokenizer(
+            tokenizer.merges[:-2], ""), n))
+    with pytest.raises(RunFailed, match=message):
+        main("--checkpoint", trained[0], "--out", tmp_path / "hf")
+    assert [p.name for p in tmp_path.iterdir()] == ["ours.pt"]
+
+
+def test_a_diverged_model_travels_too(tmp_path):
+    model = GPT(GPTConfig(8, 65, 1, 2, 8))
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0] = torch.nan
+    save_checkpoint(tmp_path / "a.pt", dict(model=model.state_dict(), config=model.config_dict()))
+    main("--checkpoint", tmp_path / "a.pt", "--out", tmp_path / "hf")
+    weight = GPT.from_pretrained(tmp_path / "hf").transformer.h[0].mlp.c_fc.weight
+    assert weight[0].isnan().all() and not weight[1:].isnan().any()
+
+
+def test_mistakes_are_one_line_and_touch_nothing(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "garbage.pt").write_bytes(b"garbage")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for flags, message in ((["--checkpoint", "ours.pt"], "arguments are required: --out"),
+                           (["--out", "full", "--checkpoint", "ours.pt"], "full exists already"),
+                           (["--out", "ours.pt", "--checkpoint", "ours.pt"], "ours.pt exists already"),
+                           (["--out", "new"], "no model_XXXXX.pt below logs/"),
+                           (["--out", "new", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
+                           (["--out", "new", "--checkpoint", "garbage.pt"], "garbage.pt cannot be loaded"),
+                           (["--out", "new", "--checkpoint", "full"], "cannot read full/config.json"),
+                           (["--out", "garbage.pt/new", "--checkpoint", "ours.pt"], "cannot write"),
+                           (["--out", "garbage.pt/new.pt", "--checkpoint", "ours.pt"], "cannot write")):
+        with pytest.raises(UserError) as caught:
+            main(*flags)
+        assert message in str(caught.value)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+# -----------------------------------------------------------------------------
+# foreign checkpoints, from the file to the scripts
+
+BUILD_NANOGPT = """
+import sys, torch
+from dataclasses import dataclass
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+torch.save({'model': torch.load(sys.argv[1]), 'config': GPTConfig(32, 50304, 2, 3, 24), 'step': 19072,
+            'val_loss': 3.07}, sys.argv[2])
+"""
+
+
+@pytest.fixture(params=["nanoGPT", "build-nanogpt"])
+def foreign(request, run, tiny_gpt2, tmp_path):
+    """(a file as nanoGPT or build-nanogpt writes it, transformers' model of its weights); nanoGPT's without biases."""
+    is_nano = request.param == "nanoGPT"
+    theirs = tiny_gpt2(vocab_size=50304, activation_function="gelu" if is_nano else "gelu_new")
+    state = {k: in_our_layout(theirs, k, tensor).contiguous().clone() for k, tensor in theirs.state_dict().items()}
+    if is_nano:
+        for name in [name for name in state if name.endswith("bias")]:
+            theirs.state_dict()[name].zero_()
+            del state[name]
+        args = dict(n_layer=2, n_head=3, n_embd=24, block_size=32, bias=False, vocab_size=50304, dropout=0.0)
+        path = tmp_path / "ckpt.pt"
+        torch.save(dict(model={f"_orig_mod.{k}": v for k, v in state.items()}, optimizer={}, model_args=args,
+                        iter_num=2000, best_val_loss=torch.tensor(3.1), config=dict(out_dir="out")), path)
+        return path, theirs
+    torch.save(state, tmp_path / "state")
+    path = tmp_path / "model_19072.pt"
+    rc, _, err = run("-c", BUILD_NANOGPT, tmp_path / "state", path)    # its class pickled as __main__.GPTConfig
+    assert rc == 0, err
+    return path, theirs
+
+
+def test_a_foreign_checkpoint_works_in_every_script(foreign, run, make_shards, tmp_path, capsys):
+    path, theirs = foreign
+    tokenizer = open_model(path).tokenizer
+    ids = tokenizer.encode("Once upon")
+
+    inference.main(["--checkpoint", str(path), "--prompt", "Once upon", "--num_seq", "1", "--max_tokens", "8",
+                    "--temperature", "0", "--dtype", "fp32", "--device", "cpu"])
+    expected = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False,
+                               max_new_tokens=8, pad_token_id=0, suppress_tokens=list(range(50257, 50304)))[0]
+    assert capsys.readouterr().out == f"> {tokenizer.decode(expected.tolist())}\n"
+
+    example = dict(ctx="A man sits", activity_label="Sitting", label=1,
+                   endings=["on a chair.", "down.", "up a tree.", "."])
+    (tmp_path / "items.jsonl").write_text(json.dumps(example) + "\n")
+    hellaswag.main(["--checkpoint", str(path), "--data", str(tmp_path / "items.jsonl"), "--dtype", "fp32", "--device",
+                    "cpu", "--json", str(tmp_path / "score.json")])
+    losses = []
+    for ending in example["endings"]:
+        row = torch.tensor(tokenizer.encode(example["ctx"]) + tokenizer.encode(" " + ending))
+        targets = row.clone()
+        targets[:len(tokenizer.encode(example["ctx"]))] = -100
+        losses.append(theirs(row[None], labels=targets[None]).loss.item())
+    assert json.loads((tmp_path / "score.json").read_text())["acc_norm"] == (losses.index(min(losses)) == 1)
+
+    shards = make_shards([200], vocab=50257)
+    rc, _, err = run("train.py", "--init_from", path, "--data_dir", shards, "--log_dir", tmp_path / "run",
+                     "--max_steps", 1, "--total_batch_size", 64, "--hellaswag_every", 0, "--sample_every", 0,
+                     "--eval_every", 1, "--val_tokens", 32, "--device", "cpu", "--dtype", "fp32", "--max_lr", 1e-9,
+                     "--min_lr", 0)
+    assert rc == 0, err
+    trained = read_checkpoint(tmp_path / "run" / "model_00001.pt")["model"]
+    assert all(torch.allclose(trained[k], v, atol=1e-6) for k, v in open_model(path).model.state_dict().items())
+
+    convert.main(["--checkpoint", str(path), "--out", str(tmp_path / "hf")])
+    assert GPT.from_pretrained(tmp_path / "hf").config.vocab_size == 50257

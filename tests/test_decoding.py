@@ -1,0 +1,288 @@
+"""decoding.py: the cache changes nothing, the batch changes nothing, samples follow the model's distribution."""
+import copy
+
+import pytest
+import torch
+from conftest import as_ours
+
+import decoding
+from decoding import Decoder, Sampling, generate_ids, one_ahead, pack_linears, pick, read_prompts
+from model import GPT, GPTConfig
+
+RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
+
+
+@pytest.fixture
+def model(tiny_gpt2):
+    """A model of ours whose greedy text wanders: 65 tokens, block_size 32."""
+    return as_ours(tiny_gpt2(tie_word_embeddings=False))
+
+
+def written(model, prompts, **options):
+    """The ids that generate_ids writes for each prompt."""
+    rows = [[] for _ in prompts]
+    for step in generate_ids(model, prompts, **{"n_vocab": 65, "max_tokens": 80, "temperature": 0, **options}):
+        assert len(step) == len(prompts)
+        for row, token in zip(rows, step):
+            row.append(token)
+    return rows
+
+
+@torch.no_grad()
+def uncached(model, prompt, max_tokens):
+    """Greedy decoding that reads the whole window for each token and crops it as DESIGN.md says."""
+    block_size, tokens = model.config.block_size, []
+    window = list(prompt)[-block_size:]
+    for _ in range(max_tokens):
+        tokens.append(int(model(torch.tensor([window]))[0, -1].argmax()))
+        if len(window) == block_size:
+            window = window[block_size - block_size // 2:]
+        window.append(tokens[-1])
+    return tokens
+
+
+@pytest.mark.parametrize("prompts", [RAGGED[:1], RAGGED[1:2], RAGGED[:3], RAGGED, [RAGGED[0]] * 3], ids=len)
+def test_cached_equals_uncached_greedy_decoding_across_the_edge_of_the_window(model, prompts):
+    expected = [uncached(model, p, 80) for p in prompts]            # 80 new tokens: the window is full three times
+    assert all(len(set(row)) > 8 for row in expected)
+    assert written(model, prompts) == expected
+
+
+@pytest.mark.parametrize("length", [15, 16, 31, 32, 33, 70])
+def test_prompts_about_as_long_as_the_window_and_longer_go_on_as_uncached(model, length):
+    prompts = [[(7 * i + 3) % 65 for i in range(length)], [1, 2]]
+    assert written(model, prompts) == [uncached(model, p, 80) for p in prompts]
+
+
+def test_the_text_of_a_row_does_not_depend_on_what_else_is_in_the_batch(model):
+    alone = [written(model, [p])[0] for p in RAGGED]
+    assert written(model, RAGGED) == alone
+    assert written(model, RAGGED[::-1]) == alone[::-1]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_the_smallest_windows_work(block_size):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size, 65, 1, 1, 8)).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight.normal_()
+        model.transformer.wte.weight.normal_()
+    assert written(model, [[3], [4, 5]], max_tokens=9) == [uncached(model, p, 9) for p in ([3], [4, 5])]
+
+
+def test_greedy_text_is_that_of_transformers_generate(tiny_gpt2):
+    theirs = tiny_gpt2(tie_word_embeddings=False)
+    ids = torch.tensor([[5, 7, 11, 13], [60, 2, 3, 4]])
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=28,
+                               pad_token_id=0)
+    assert expected.shape == (2, 32)
+    assert written(as_ours(theirs), ids.tolist(), max_tokens=28) == expected[:, 4:].tolist()
+
+
+def test_the_trained_gpt_nano_sorts_as_it_does_in_transformers(gpt_nano):
+    from transformers import GPT2LMHeadModel
+    theirs, ours = GPT2LMHeadModel.from_pretrained(gpt_nano), GPT.from_pretrained(gpt_nano).eval()
+    for prompt in ([2, 1, 0, 2, 1, 0], [0, 2, 2, 1, 0, 2], [1, 1, 2, 0, 0, 1]):
+        ids = torch.tensor([prompt])
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
+                                   eos_token_id=None, pad_token_id=0)[0, 6:].tolist()
+        assert written(ours, [prompt], n_vocab=3, max_tokens=6)[0] == expected == sorted(prompt)
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (2.0, 0, 1.0), (5.0, 0, 1.0), (4.0, 5, 1.0), (3.0, 65, 1.0), (3.0, 1000, 1.0), (5.0, 0, 0.7), (9.0, 20, 0.8),
+    (9.0, 0, 0.999),
+])
+def test_samples_follow_the_models_distribution(model, temperature, top_k, top_p):
+    n = 20_000
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 7, 11]]))[0, -1].double() / temperature
+    likeliest = logits.argsort(descending=True)[:top_k or None]
+    p = torch.softmax(logits[likeliest], dim=0)
+    n_kept = next(i for i in range(1, len(p) + 1) if i == len(p) or p[:i].sum() >= top_p)   # the fewest that reach it
+    expected = torch.zeros(65, dtype=torch.double)
+    expected[likeliest[:n_kept]] = n * p[:n_kept] / p[:n_kept].sum()
+    tokens = written(model, [[5, 7, 11]] * n, max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
+    counts = torch.bincount(torch.tensor(tokens)[:, 0], minlength=65)
+    assert counts[expected == 0].sum() == 0
+    often = expected >= 5
+    chi_square, df = ((counts - expected) ** 2 / expected)[often].sum().item(), int(often.sum()) - 1
+    assert df >= 4 and chi_square < df + 4 * (2 * df) ** 0.5         # beyond it: once in some ten thousand
+
+
+def test_top_k_and_top_p_have_a_threshold_for_each_row():
+    logits = torch.stack([torch.arange(10.0), 100 - torch.arange(10.0), torch.zeros(10)])
+    noise = torch.empty(300, 3, 3).exponential_(generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([pick(logits, n, Sampling(temperature=5.0, top_k=3)) for n in noise])
+    assert set(drawn[:, 0].tolist()) == {7, 8, 9} and set(drawn[:, 1].tolist()) == {0, 1, 2}
+    assert (pick(logits, noise[0, :, :1], Sampling(top_k=1))[:2] == torch.tensor([9, 0])).all()
+    noise = torch.empty(300, 3, 10).exponential_(generator=torch.Generator().manual_seed(0))
+    drawn = torch.stack([pick(logits, n, Sampling(top_k=0, top_p=0.7)) for n in noise])
+    assert set(drawn[:, 0].tolist()) == {8, 9} and len(set(drawn[:, 2].tolist())) in (7, 8)   # 0.63 + 0.23; 0.1 each
+    assert (pick(logits, noise[0], Sampling(top_k=0, top_p=1e-9))[:2] == torch.tensor([9, 0])).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-5, 9e-6, 1e-30, 1e-320])
+def test_a_tiny_temperature_takes_the_likeliest_and_never_divides_to_nan(model, temperature):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    assert written(model, RAGGED, temperature=temperature, top_k=0) == written(model, RAGGED)
+
+
+def test_temperature_0_is_greedy_whatever_top_k_and_seed(model):
+    expected = written(model, RAGGED)
+    for top_k, seed in ((0, 1), (1, 2), (50, 3)):
+        assert written(model, RAGGED, top_k=top_k, seed=seed) == expected
+    assert written(model, RAGGED, temperature=1.0, top_k=1) == expected
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=0), dict(top_k=5), dict(temperature=9.0)], ids=str)
+def test_padded_ids_are_never_sampled_even_with_huge_logits(options):
+    model = GPT(GPTConfig(32, 128, 1, 2, 8, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[65:] = 1000.0
+        assert (model(torch.tensor([[1, 2]]))[0, -1].argsort(descending=True)[:63] >= 65).all()
+    rows = written(model, RAGGED, **{"temperature": 1.0, **options})
+    assert all(0 <= token < 65 for row in rows for token in row)
+
+
+def test_a_seed_gives_the_same_text_and_leaves_torchs_generator_alone(model):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = written(model, RAGGED, temperature=1.0, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)                 # sampling must not disturb training
+    torch.manual_seed(6)
+    assert written(model, RAGGED, temperature=1.0, seed=1) == first
+    assert written(model, RAGGED, temperature=1.0, seed=2) != first
+    assert written(model, RAGGED, temperature=1.0, seed=(1, 250)) != first   # train.py: (seed, step)
+
+
+def test_equal_prompts_get_different_continuations(model):
+    rows = written(model, [RAGGED[0]] * 4, temperature=1.0)
+    assert len({tuple(row) for row in rows}) == 4
+
+
+def test_a_row_ends_before_end_of_text_and_the_batch_with_its_last_row(model):
+    prompts = [RAGGED[0], RAGGED[2]]
+    free = written(model, prompts)
+    eot = free[0][5]
+    ends = [row.index(eot) if eot in row else 80 for row in free]
+    rows = written(model, prompts, eot=eot)
+    assert ends[0] <= 5 and len(rows[0]) == min(80, max(ends) + 1)
+    for row, end, unstopped in zip(rows, ends, free):
+        assert row[:end] == unstopped[:end] and all(token is None for token in row[end:])
+    assert written(model, prompts[:1], eot=eot)[0] == free[0][:ends[0]] + [None]
+
+
+def test_gradients_are_off_inside_and_on_between_the_tokens(model):
+    inside = []
+    model.transformer.ln_f.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
+    for _ in generate_ids(model, [[1]], n_vocab=65, max_tokens=3):
+        assert torch.is_grad_enabled()
+    assert inside == [False] * 3
+
+
+def test_samples_under_bf16_autocast_come_from_an_fp32_model(model):
+    """As train.py writes them: the cache is fp32, keys and values arrive in bf16."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = written(model, RAGGED, max_tokens=40)
+    assert all(len(row) == 40 for row in rows)
+    in_fp32 = written(model, RAGGED, max_tokens=40)
+    assert sum(a[0] == b[0] for a, b in zip(rows, in_fp32)) >= 3
+
+
+def test_a_prompt_that_is_asked_for_several_times_is_read_once(model):
+    read = []
+    model.transformer.wte.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
+    written(model, [RAGGED[0]] * 4 + [RAGGED[1]] * 3, max_tokens=3)
+    assert read == [(2, 3), (7, 1), (7, 1)]
+
+
+def test_an_uncached_pass_after_a_cached_one_is_as_before(model):
+    ids = torch.tensor([RAGGED[2]])
+    with torch.no_grad():
+        before = model(ids)
+        written(model, RAGGED)
+        assert torch.equal(model(ids), before)
+
+
+def test_a_decoder_forgets_the_call_before_even_one_that_was_left_in_the_middle(model):
+    decoder, calls = Decoder(model), [(RAGGED, {}), (RAGGED[:2], {}), (RAGGED[2:], {}), (RAGGED[:2], dict(seed=3))]
+    for prompts, options in calls:
+        options = dict(temperature=1.0, max_tokens=20, **options)
+        begun = generate_ids(decoder, prompts, n_vocab=65, **options)
+        next(begun), next(begun)
+        assert written(decoder, prompts, **options) == written(model, prompts, **options)
+
+
+def test_one_ahead_asks_for_the_next_before_it_hands_out_and_loses_none():
+    asked = []
+    steps = one_ahead(iter(lambda: asked.append(len(asked)) or len(asked), 6))
+    assert next(steps) == 1 and len(asked) == 2
+    assert list(steps) == [2, 3, 4, 5]
+    assert list(one_ahead(iter([7]))) == [7]
+
+
+def test_tokens_that_are_read_late_are_the_same(model, monkeypatch):
+    """The order in which a GPU's tokens are read, across the edge of the window, on this CPU."""
+    expected = written(model, RAGGED)
+    steps = Decoder.steps
+    monkeypatch.setattr(Decoder, "steps", lambda *args: one_ahead(steps(*args)))
+    assert written(model, RAGGED) == expected
+
+
+def test_the_compiled_step_gives_the_plain_steps_text(model):
+    """With fixed shapes and, on a CPU, frozen weights; ragged rows, across the edge of the window."""
+    from torch._dynamo.utils import counters     # slow to import
+    decoder, options = Decoder(model, compile=True), dict(temperature=1.0, seed=5)
+    before = counters["stats"]["unique_graphs"]
+    assert written(decoder, RAGGED[:3]) == written(model, RAGGED[:3])
+    assert written(decoder, RAGGED[1:]) == written(model, RAGGED[1:])
+    assert written(decoder, RAGGED[:3], **options) == written(model, RAGGED[:3], **options)
+    assert decoder.compile and counters["stats"]["unique_graphs"] == before + 1    # one shape, one compilation
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_recorded_step_gives_the_plain_steps_text(model, compile):
+    model.cuda()
+    decoder = Decoder(model, compile=compile, cuda_graph=True)
+    for options in ({}, dict(temperature=1.0, top_k=5), dict(temperature=2.0, top_k=0, top_p=0.9)):
+        assert written(decoder, RAGGED, **options) == written(model, RAGGED, **options)
+        assert written(decoder, RAGGED, **options) == written(model, RAGGED, **options)
+    assert decoder.cuda_graph and decoder.compile == compile and decoder._step.graph
+
+
+def test_a_compiler_that_fails_is_left_out_with_one_line(model, monkeypatch, capsys):
+    def broken(function, **options):
+        def compiled(*args):
+            raise RuntimeError("no compiler\nhere")
+        return compiled
+    monkeypatch.setattr(torch, "compile", broken)
+    decoder = Decoder(model, compile=True)
+    assert written(decoder, RAGGED) == written(model, RAGGED)
+    assert capsys.readouterr().err == "without compile: RuntimeError: no compiler here\n"
+    assert written(decoder, RAGGED[:1]) == written(model, RAGGED[:1]) and capsys.readouterr().err == ""
+
+
+def test_packed_linears_compute_what_the_linears_did():
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(32, 128, 2, 2, 64)).eval().bfloat16()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    packed, ids = copy.deepcopy(plain), torch.randint(128, (2, 32))
+    pack_linears(packed)
+    if not any(isinstance(module, decoding.PackedLinear) for module in packed.modules()):
+        pytest.skip("this build of torch has no packed bf16 linear layers")
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids), plain(ids), atol=0.02, rtol=0.02)
+        cache = decoding.new_cache(packed, 2, 32)
+        first = read_prompts(packed, cache, [0, 1], ids[:, :20].tolist())
+        torch.testing.assert_close(first, plain(ids[:, :20])[:, -1], atol=0.02, rtol=0.02)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    rows = written(packed, RAGGED, n_vocab=128, max_tokens=20)
+    assert all(len(row) == 20 for row in rows)
