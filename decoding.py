@@ -139,7 +139,7 @@ class Decoder:
 
 
     def _compile(self, step):
-        """Run a step once, which compiles it. On a CPU with freezing: it lays the weights out for the kernels, in a copy."""
+        """Run a step once, which compiles it; on a CPU with freezing, which lays out the weights for the kernels."""
         import torch._inductor.config as inductor
         with inductor.patch(freezing=self.device.type == "cpu"):
             step.run_once()
@@ -300,3 +300,4 @@ def pack_linears(model):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child))
+    model.requires_grad_(False)    # the operator is a thousand times slower where autograd watches

@@ -26,8 +26,8 @@ N_VOCAB = 50257
 @dataclass(kw_only=True)
 class GenerateConfig(DeviceConfig):
     model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
-    batch_size: list[int] = flag([], "rows; may be given several times (default: 1 and 8, on a GPU 1 and 32)", repeat=True,
-                                 low=1)
+    batch_size: list[int] = flag([], "rows; may be given several times (default: 1 and 8, on a GPU 1 and 32)",
+                                 repeat=True, low=1)
     prompt_tokens: int = flag(32, "tokens of a prompt", low=1)
     max_tokens: int = flag(128, "tokens to write", low=2)
     compile: str = flag(None, "of ours (default: auto on a CPU, on on a GPU)", choices=("auto", "on", "off"))
@@ -98,12 +98,10 @@ def transformers_generate(peer, prompts, n):
 
 def fastest(peers, prompts, config, device):
     """The name of the dtype in which transformers is fastest for these prompts."""
-    seconds = {}
+    n, seconds = min(24, config.max_tokens), {}
     for name, peer in peers.items():
         transformers_generate(peer, prompts, 2)
-        n = min(24, config.max_tokens)
-        seconds[name] = min(timed(lambda peer=peer: transformers_generate(peer, prompts, n), device)[0]
-                            for _ in range(2))
+        seconds[name] = min(timed(lambda peer=peer: transformers_generate(peer, prompts, n), device) for _ in range(2))
     return min(seconds, key=seconds.get)
 
 
@@ -112,14 +110,14 @@ def compare(ways, batch_size, config, device):
     for way in ways.values():
         way(min(8, config.max_tokens))
         way(config.max_tokens)         # ours compiles for this length
+    tokens = batch_size * config.max_tokens
     seconds, cpu_seconds = ({name: [] for name in ways} for _ in range(2))
     for i in range(config.rounds):
         for name, way in list(ways.items())[::1 if i % 2 == 0 else -1]:
             took, cpu = timed(lambda way=way: way(config.max_tokens), device)
             seconds[name].append(took)
             cpu_seconds[name].append(cpu)
-            print(f"batch {batch_size:3d}  {name:>12}  {batch_size * config.max_tokens / took:10,.1f} tokens/s", flush=True)
-    tokens = batch_size * config.max_tokens
+            print(f"batch {batch_size:3d}  {name:>12}  {tokens / took:10,.1f} tokens/s", flush=True)
 
     def ratio(values):
         return statistics.median(values["transformers"]) / statistics.median(values["ours"])

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
+import tiktoken_ext.openai_public
 
 import prepare_fineweb
 from bench.common import machine, write_results
@@ -30,7 +32,7 @@ from documents import find_files, plan_reads, read_documents
 from encode import encode_tasks
 from python_docs import python_documents
 from shards import permutation
-from tokenizer import gpt2_tokenizer
+from tokenizer import EOT_TEXT, gpt2_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -93,16 +95,18 @@ def ours_pipeline(bench):
         return [np.load(path) for path in sorted(Path(out).glob("*.npy"), key=lambda path: path.stem[-6:])]
 
 
-_encoding = {}
-
-
-def _start_nanogpt_worker():
-    _encoding["gpt2"] = gpt2_tokenizer()._encoding
+@functools.cache
+def tiktokens_own():
+    """tiktoken.get_encoding("gpt2") without its download: the same vocabulary, tiktoken's pattern."""
+    ours = gpt2_tokenizer()
+    ranks = {ours.decode_bytes([i]): i for i in range(ours.eot)}
+    return tiktoken.Encoding("gpt2", pat_str=tiktoken_ext.openai_public.r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={EOT_TEXT: ours.eot})
 
 
 def _nanogpt_tokenize(document):
     tokens = [50256]
-    tokens.extend(_encoding["gpt2"].encode_ordinary(document["text"]))
+    tokens.extend(tiktokens_own().encode_ordinary(document["text"]))
     tokens = np.array(tokens)
     assert (tokens >= 0).all() and (tokens < 2**16).all()
     return tokens.astype(np.uint16)
@@ -111,7 +115,7 @@ def _nanogpt_tokenize(document):
 def build_nanogpt(bench):
     """A pool whose tasks are 16 documents; the parent fills a shard with each document's array. Nothing is written."""
     shard, n = np.empty(bench.n_bytes() + len(bench.documents), np.uint16), 0
-    with multiprocessing.get_context("fork").Pool(bench.workers, _start_nanogpt_worker) as pool:
+    with multiprocessing.get_context("fork").Pool(bench.workers) as pool:
         for tokens in pool.imap(_nanogpt_tokenize, ({"text": t} for t in bench.documents), chunksize=16):
             shard[n:n + len(tokens)] = tokens
             n += len(tokens)
@@ -121,12 +125,12 @@ def build_nanogpt(bench):
 
 
 def tiktoken_one_thread(bench):
-    encoding = gpt2_tokenizer()._encoding
+    encoding = tiktokens_own()
     return [encoding.encode_ordinary(text) for text in bench.documents]
 
 
 def tiktoken_batch(bench):
-    return gpt2_tokenizer()._encoding.encode_ordinary_batch(bench.documents, num_threads=bench.workers)
+    return tiktokens_own().encode_ordinary_batch(bench.documents, num_threads=bench.workers)
 
 
 @functools.cache
