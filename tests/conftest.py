@@ -19,11 +19,11 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture
 def run(tmp_path_factory):
-    """run(script, *flags, cwd=ROOT, env={}, input=None, timeout=120) -> (rc, stdout, stderr), in an empty HOME.
+    """run(script, *flags, cwd=ROOT, env={}, input=None, timeout=240) -> (rc, stdout, stderr), in an empty HOME.
 
     script: a file of the repository, or "-c" with code as the first flag. env is added to the environment.
     """
-    def run_script(script, *flags, cwd=ROOT, env=None, input=None, timeout=120):
+    def run_script(script, *flags, cwd=ROOT, env=None, input=None, timeout=240):
         command = [sys.executable, script if script.startswith("-") else str(ROOT / script), *map(str, flags)]
         result = subprocess.run(command, cwd=cwd, env=script_env(tmp_path_factory.mktemp("home"), env), input=input,
                                 capture_output=True, text=True, timeout=timeout)

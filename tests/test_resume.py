@@ -151,7 +151,7 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     launched = start(tmp_path, *command(2, *flags, "--log_dir", logs))
     wait_for(logs, "model_00004.pt")
     launched.send_signal(signal.SIGTERM)
-    launched.wait(timeout=40)
+    launched.wait(timeout=60)
     launched.log.seek(0)
     saved = re.search(r"stopped before step (\d+)", launched.log.read())
     assert saved and (logs / f"model_{int(saved[1]):05d}.pt").exists()
@@ -167,11 +167,12 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
         assert time.monotonic() < deadline, "the workers outlived their launcher"
         time.sleep(0.1)
-    time.sleep(8)
+    deadline = time.monotonic() + 90
+    while "going on from step" not in open(again.log.name).read():
+        assert time.monotonic() < deadline and again.poll() is None, open(again.log.name).read()
+        time.sleep(0.2)
     again.send_signal(signal.SIGINT)
-    again.wait(timeout=40)
-    again.log.seek(0)
-    assert "going on from step" in again.log.read()
+    again.wait(timeout=60)
 
 
 @pytest.mark.slow
