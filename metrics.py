@@ -1,7 +1,7 @@
 """What a run writes down: the step line, log.txt in build-nanogpt's columns, metrics.jsonl with everything.
 
 log.txt        250 val 3.9123     250 hella 0.2612     250 train 3.950000
-metrics.jsonl  one JSON object a line: a row per step (training) and a row per evaluation
+metrics.jsonl  one JSON object a line: a row per step (training) and a row per evaluation; --mlflow mirrors it
 """
 import contextlib
 import json
@@ -13,15 +13,18 @@ from pathlib import Path
 
 import torch
 
+from figures import draw_runs, save_figure
 from files import atomic_write, human_bytes
+from history import read_run
 from plan import make_plan
+from tracking import Tracker
 
 
 class RunLog:
     """The log of a run: rank 0 writes and prints, the other ranks' logs do nothing."""
 
-    def __init__(self, runtime, log_dir, run):
-        """Cut the files of an earlier start back to run.first_step, and append from there."""
+    def __init__(self, runtime, config, run):
+        """Cut the files of an earlier start in config.log_dir back to run.first_step, and append from there."""
         self._runtime, self._run = runtime, run
         self._tokens_per_step = run.plan.tokens_per_step
         self._flops_per_token = run.raw.flops_per_token()
@@ -29,10 +32,11 @@ class RunLog:
         self._pauses = defaultdict(list)      # (kind, every) -> seconds of each pause
         self.steps_done = 0
         if runtime.is_main:
-            log_dir = Path(log_dir)
+            self._log_dir = log_dir = Path(config.log_dir)
             cut_back(log_dir / "log.txt", run.first_step, lambda line: int(line.split()[0]))
             cut_back(log_dir / "metrics.jsonl", run.first_step, lambda line: int(json.loads(line)["step"]))
             self._text, self._json = AppendFile(log_dir / "log.txt"), AppendFile(log_dir / "metrics.jsonl")
+            self._tracker = Tracker(config, log_dir, "train", resumed=run.first_step > 0)
 
     def start_clock(self):
         """The step that `train` logs next begins now: evaluation and saving are outside the clock."""
@@ -90,6 +94,7 @@ class RunLog:
     def _row(self, step, tokens, **values):
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._json.write(json.dumps(dict(step=step, tokens=tokens, **plain)) + "\n")
+        self._tracker.log(step, tokens=tokens, **plain)
 
     @contextlib.contextmanager
     def pause(self, kind, every):
@@ -99,10 +104,21 @@ class RunLog:
         self._pauses[kind, every].append(time.monotonic() - start)
 
     def close(self):
-        """Close the files."""
-        if self._runtime.is_main:
-            self._text.close()
-            self._json.close()
+        """Close the files; the mirror gets the curves and the best checkpoint's path."""
+        if not self._runtime.is_main:
+            return
+        self._text.close()
+        self._json.close()
+        finished = self._run.first_step + self.steps_done >= self._run.last_step
+        if finished:
+            self._tracker.artifact(self._log_dir / "plot.png", make=self._draw)
+        best = self._log_dir / "model_best.pt"
+        if best.exists():
+            self._tracker.text("best_checkpoint.txt", f"{best.resolve()}\n")
+        self._tracker.close(finished)
+
+    def _draw(self, path):
+        save_figure(draw_runs([read_run(self._log_dir)]), path)
 
     def eta(self, step):
         """The time left after this step, evaluations and saves included, as 5h31m."""

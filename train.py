@@ -26,6 +26,7 @@ from metrics import RunLog
 from model import GPT2_SIZES, IGNORED
 from plan import MAX_STEPS, WARMUP_STEPS, learning_rate_factor
 from runtime import StopRequested, command_line, seed_everything, start
+from tracking import require_mlflow
 
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
@@ -93,6 +94,7 @@ class TrainConfig(DeviceConfig):
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time",
                            group="system")
     deterministic: bool = flag(False, "bitwise repeatable on a GPU too, and slower", group="system")
+    mlflow: bool = flag(False, "mirror the run in a local MLflow store in log_dir", group="system")
     dry_run: bool = flag(False, "try two steps, an evaluation, a save and a load; say what the full run takes",
                          group="system")
 
@@ -105,6 +107,8 @@ class TrainConfig(DeviceConfig):
             raise UserError("--max_steps and --num_epochs exclude each other")
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
+        if self.mlflow:
+            require_mlflow()
 
 
 def main(argv=None):
@@ -144,7 +148,7 @@ def loop(run, config, runtime):
 
     A stop that was asked for saves state k, untrained. Returns the RunLog.
     """
-    log = RunLog(runtime, config.log_dir, run)
+    log = RunLog(runtime, config, run)
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, run.first_step,
                          run.last_step)
     step, stop = run.first_step, False
@@ -345,7 +349,7 @@ def dry_run(config, runtime):
     folder = runtime.from_main(lambda: tempfile.mkdtemp(prefix="dry_run_"))
     try:
         small = replace(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
-                        log_dir=folder, checkpoint_every=1, dry_run=False,
+                        log_dir=folder, checkpoint_every=1, dry_run=False, mlflow=False,
                         val_tokens=min(config.val_tokens, config.total_batch_size))
         log = train(small, runtime, DRY_RUN_ITEMS)
         train(small, runtime, DRY_RUN_ITEMS)                                           # loads what the first one saved
