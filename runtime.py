@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from config import RunFailed, UserError
 from device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
+from peers import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
-STEADY_TIMEOUT_S = 600   # after it: longer than the longest thing that rank 0 does alone (a save)
-START_GRACE_S = 3        # after a signal during set-up, in which it may still end by itself
+STEADY_TIMEOUT_S = 600   # after it, but for --timeout: longer than the longest thing that rank 0 does alone (a save)
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -47,6 +47,11 @@ class Runtime:
     dtype_name: str            # "bf16", "fp16" or "fp32"
     stop_signal: str = ""      # the signal that this process received, if any
     starting: bool = True      # until the loop begins: nothing to save yet, and compilation may take minutes
+    ended: bool = False        # the work is over: nothing is left to watch
+    hangs: bool = False        # no progress for patience_s; the watch says why
+    timeout_s: float = STEADY_TIMEOUT_S     # how long to wait for the other ranks once the run is steady
+    patience_s: float = START_TIMEOUT_S     # how long now
+    last_progress: float = field(default_factory=time.monotonic)   # when all ranks last met in `sum`
 
     @property
     def is_main(self):
@@ -78,7 +83,9 @@ class Runtime:
         kind = torch.float64 if self.device.type != "mps" else torch.float32
         tensor = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device) for v in values])
         dist.all_reduce(tensor)
-        return tensor.tolist()
+        sums = tensor.tolist()
+        self.last_progress = time.monotonic()
+        return sums
 
     def minimum(self, value):
         """The smallest of the ranks' numbers."""
@@ -149,8 +156,9 @@ class Runtime:
 
     def first_step_done(self):
         """Shorten the time-outs to their steady length and take the garbage collector out of the loop's way."""
+        self.patience_s = self.timeout_s
         if self.world_size > 1:
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=STEADY_TIMEOUT_S), dist.group.WORLD)
+            dist.distributed_c10d._set_pg_timeout(_collective_timeout(self), dist.group.WORLD)
         gc.collect()
         gc.freeze()   # what lives now lives to the end: later collections need not look at it (nanochat's finding)
 
@@ -195,7 +203,8 @@ def start(config):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     hardware = probe(device)
-    runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware))
+    runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware),
+                      timeout_s=getattr(config, "timeout", STEADY_TIMEOUT_S))
     die_with_launcher()
     previous = _catch_signals(runtime)
     if getattr(config, "deterministic", False):
@@ -203,11 +212,14 @@ def start(config):
     torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for what stays fp32 in a bf16 run
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    meeting = None
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_meeting_point(), rank=rank,
-                                world_size=world_size, timeout=datetime.timedelta(seconds=START_TIMEOUT_S),
+        meeting = meet(rank, world_size, START_TIMEOUT_S)
+        record_collectives(meeting.name)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
+                                store=dist.PrefixStore("group", meeting.store), timeout=_collective_timeout(runtime),
                                 device_id=device if device.type == "cuda" else None)
-    threading.Thread(target=_watch_start, args=(runtime,), daemon=True, name="start watch").start()
+    threading.Thread(target=keep_watch, args=(runtime, meeting), daemon=True, name="watch").start()
     try:
         yield runtime
     except SystemExit:
@@ -217,14 +229,16 @@ def start(config):
             print(f"error on {socket.gethostname()}, rank {rank}: {error}", file=sys.stderr, flush=True)
             os._exit(2)  # only this rank knows: torchrun sees it end and stops the rest
         raise
-    except BaseException:
+    except BaseException as error:
         if world_size == 1:
             raise
         # A dead rank must not wait for its peers on the way out: torchrun sees it end and stops the rest.
-        print(f"rank {rank} on {socket.gethostname()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if not runtime.hangs:
+            what = f": {lost_peer(error)}" if lost_peer(error) else f" failed:\n{traceback.format_exc()}"
+            print(f"rank {rank} on {socket.gethostname()}{what}", file=sys.stderr, flush=True)
         os._exit(1)
     finally:
-        runtime.starting = False
+        runtime.starting, runtime.ended = False, True
         for number, handler in previous.items():
             signal.signal(number, handler)
     if world_size > 1:
@@ -260,39 +274,9 @@ def _catch_signals(runtime):
     return {number: signal.signal(number, handler) for number in numbers}
 
 
-def _meeting_point():
-    """The store that the processes of this start meet at.
-
-    torchrun --max_restarts keeps one store for all its restarts, and torch 2.13 reads it without a prefix: a new
-    process may find the address of a peer that is dead, and hang. On several nodes the count may differ from node to
-    node, so there the store stays as torch has it.
-    """
-    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                          is_master=not agent_store and int(os.environ["RANK"]) == 0, multi_tenant=True)
-    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else ''}", store)
-
-
-def _watch_start(runtime):
-    """While the run starts, end all ranks with status 0 some seconds after any of them was asked to stop.
-
-    The main threads may be inside a compilation for minutes, where no rank can be asked to agree; so the word goes
-    round through the store that torchrun's processes met at.
-    """
-    store, key = None, f"stop {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    if runtime.world_size > 1:  # a connection of its own: the main thread may be waiting on the other
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    asked = None
-    while runtime.starting:
-        time.sleep(0.3)
-        if runtime.stop_signal and store is not None and asked is None:
-            store.set(key, runtime.stop_signal)
-        if asked is None and (runtime.stop_signal or (store is not None and store.check([key]))):
-            asked = time.monotonic()
-        if asked is not None and runtime.starting and time.monotonic() - asked > START_GRACE_S:
-            runtime.print("stopped before the first step; there was nothing to save")
-            os._exit(0)
+def _collective_timeout(runtime):
+    """A little longer than the watch waits, which then has said why before the time-out ends the run."""
+    return datetime.timedelta(seconds=runtime.patience_s + HANG_GRACE_S)
 
 
 def seed_everything(*key):

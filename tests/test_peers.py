@@ -1,0 +1,132 @@
+"""How processes meet through a store full of what dead ones wrote, and what is said of a rank that hangs."""
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT, script_env
+
+import peers
+from peers import compare, lost_peer, record_collectives
+
+MEET = """
+import os, sys, torch, torch.distributed as dist
+from peers import meet
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+meeting = meet(rank, world_size, 60)
+dist.init_process_group("gloo", store=dist.PrefixStore("group", meeting.store), rank=rank, world_size=world_size)
+total = torch.ones(1)
+dist.all_reduce(total)
+print(meeting.name, int(total), len(meeting.hosts), flush=True)
+sys.stdin.read()                      # lives on until it is killed or its input ends
+"""
+
+
+@pytest.fixture
+def store():
+    """A store that outlives the processes that meet at it, as torchrun's agent keeps one."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def member(store, tmp_path):
+    """member(rank, world_size) -> a process that meets the others at the store."""
+    members = []
+
+    def start(rank, world_size=2):
+        env = script_env(tmp_path, dict(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                                        MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True"))
+        members.append(subprocess.Popen([sys.executable, "-c", MEET], env=env, cwd=ROOT, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return members[-1]
+    yield start
+    for process in members:
+        process.kill()
+        process.communicate()
+
+
+def heard(process):
+    """The line that a member prints once it has met the others."""
+    line = process.stdout.readline().split()
+    assert line, process.communicate()[1]
+    return line
+
+
+@pytest.mark.slow
+def test_new_processes_never_meet_the_dead(store, member):
+    """All of them killed once they had met; then one on each side before it met anybody; then the rest in any order."""
+    first = [member(0), member(1)]
+    names = {heard(process)[0] for process in first}
+    assert len(names) == 1
+    for process in first:
+        process.kill()
+        process.wait()
+    left = member(1)                                    # finds the name of a dead rank 0, says a word, and is killed
+    while not dist.PrefixStore(*names, store).check(["arrival 2"]):
+        time.sleep(0.05)
+    left.kill()
+    old = store.get("start")
+    left = member(0)                                    # names a start to which nobody comes
+    while store.get("start") == old:
+        time.sleep(0.05)
+    left.kill()
+    left.wait()
+    late = member(1)                                    # comes before its rank 0 does
+    while not dist.PrefixStore(store.get("start").decode(), store).check(["arrival 1"]):
+        time.sleep(0.05)
+    second = [heard(member(0)), heard(late)]
+    assert [line[1:] for line in second] == [["2", "2"], ["2", "1"]]       # rank 0 knows all hosts, the others its own
+    assert second[0][0] == second[1][0] not in names
+
+
+def test_who_did_not_come_is_named(run, store):
+    code = "import config, peers; config.run_script(lambda: peers.meet({}, 4, 1))"
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    rc, _, err = run("-c", code.format(0), env=env)
+    assert rc == 1 and "1 of 4 processes met at 127.0.0.1:" in err and "ranks 1, 2, 3 did not come" in err
+    assert "Traceback" not in err
+    store.delete_key("start")
+    rc, _, err = run("-c", code.format(1), env=env)
+    assert rc == 1 and "rank 1: rank 0 did not come to 127.0.0.1:" in err and "Traceback" not in err
+
+
+HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
+
+
+@pytest.mark.parametrize("places, words", [
+    ({0: "train.py:9", 1: "train.py:9", 3: "train.py:9"}, ["rank 2 on b gives no answer", "; 3 ranks are at train.py"]),
+    ({0: "train.py:9", 1: "train.py:9", 2: "train.py:9", 3: "dataloader.py:5"},
+     ["rank 3 on b is at dataloader.py:5; 3 ranks are at train.py:9"]),
+    ({0: "inference.py:7", 1: "train.py:9", 2: "train.py:9", 3: "train.py:9"}, ["rank 0 on a is at inference.py:7; 3"]),
+    (dict.fromkeys(range(4), "train.py:9"), ["all ranks answer and are at train.py:9: the network"]),
+])
+def test_the_rank_that_hangs_is_named_with_its_host(places, words):
+    assert all(word in compare(places, HOSTS) for word in words)
+
+
+def test_a_thousand_silent_ranks_are_one_line():
+    hosts = {rank: f"node{rank // 8}" for rank in range(4096)}
+    said = compare({rank: "train.py:9" for rank in range(1000)}, hosts)
+    assert "rank 1000 on node125 gives no answer" in said and "3088 more ranks give none" in said and len(said) < 1500
+
+
+def test_errors_of_a_lost_peer_are_told_from_ours():
+    assert "lost the connection" in lost_peer(RuntimeError("[third_party/gloo/pair.cc:5] Connection closed by peer"))
+    assert "lost the connection" in lost_peer(dist.DistBackendError("NCCL communicator was aborted"))
+    assert lost_peer(ValueError("no such key")) is None
+
+
+def test_the_flight_recorder_is_on_but_for_what_the_user_set(monkeypatch):
+    for name in (*peers.FLIGHT_RECORDER, peers.FLIGHT_FILE, peers.OLD_FLIGHT_FILE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    record_collectives("0123456789abcdef")
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7" and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"].endswith("/nccl_01234567_rank_")
+    del os.environ["TORCH_FR_DUMP_TEMP_FILE"]
+    os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = "/mine/rank_"
+    record_collectives("0123456789abcdef")
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in os.environ
