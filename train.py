@@ -25,7 +25,7 @@ from inference import generate
 from metrics import RunLog
 from model import GPT2_SIZES, IGNORED
 from plan import MAX_STEPS, WARMUP_STEPS, learning_rate_factor
-from runtime import StopRequested, command_line, seed_everything, start
+from runtime import STEADY_TIMEOUT_S, StopRequested, command_line, seed_everything, start
 from tracking import require_mlflow
 
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
