@@ -94,6 +94,8 @@ class TrainConfig(DeviceConfig):
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time",
                            group="system")
     deterministic: bool = flag(False, "bitwise repeatable on a GPU too, and slower", group="system")
+    timeout: float = flag(float(STEADY_TIMEOUT_S), "seconds without progress after which several processes end and say "
+                          "which of them hangs; more than the longest save", group="system", above=0)
     mlflow: bool = flag(False, "mirror the run in a local MLflow store in log_dir", group="system")
     dry_run: bool = flag(False, "try two steps, an evaluation, a save and a load; say what the full run takes",
                          group="system")
