@@ -7,7 +7,7 @@ from conftest import ROOT
 
 # Leaves define things; each imports only leaves listed above it. A new leaf gets its place here.
 LEAVES = ["config", "files", "plan", "hub", "hf_format", "model", "tokenizer", "shards", "documents", "encode", "python_docs",
-          "dataloader", "device", "checkpoint", "runtime", "decoding", "template",
+          "dataloader", "device", "checkpoint", "peers", "runtime", "decoding", "template",
           "resume", "optimizer", "memory", "choices", "history", "figures", "tracking",
           "metrics", "assemble"]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
