@@ -15,6 +15,7 @@ prepare_hellaswag() and evaluate_hellaswag() serve train.py too.
 """
 import json
 import math
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import hub
 from checkpoint import newest_model, open_model
 from choices import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, make_rows
 from config import DeviceConfig, UserError, flag, parse_config, run_script
@@ -137,6 +139,8 @@ def find_hellaswag(path=DATA_FILE):
     if Path(path).exists():
         return str(path)
     print(f"downloading {DATASET} to {path}", flush=True)
+    if not hub.reachable():     # then only what was downloaded before counts, and it fails at once
+        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         from datasets import load_dataset
         rows = load_dataset(DATASET, split="validation")

@@ -5,6 +5,7 @@ Theirs differs from ours in these places: Conv1D stores matrices transposed (in,
 the embedding has no padding rows.
 """
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import hub
 from config import UserError
 from files import atomic_write, read_json, sync_folder, write_json
 
@@ -55,20 +57,24 @@ def _has_own_head(state):
 
 
 def _download(name):
-    """The local folder of a model on the hub: config, weights, vocabulary, nothing else. Raises UserError."""
+    """The local folder of a model on the hub: config, weights, vocabulary, nothing else. Raises UserError.
+
+    Where the hub cannot be reached it is the one downloaded before, if any.
+    """
     from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     logging.set_verbosity_error()      # a line for each retry
     print(f"{name} is no folder here; asking the Hugging Face hub", file=sys.stderr)
+    fetch = functools.partial(hf_hub_download, name, local_files_only=not hub.reachable())
     try:
-        path = hf_hub_download(name, "config.json")
+        path = fetch("config.json")
         try:
-            hf_hub_download(name, "model.safetensors")
+            fetch("model.safetensors")
         except EntryNotFoundError:
-            hf_hub_download(name, "pytorch_model.bin")
+            fetch("pytorch_model.bin")
         for vocabulary in ("merges.txt", "vocab.json"):
             with contextlib.suppress(EntryNotFoundError):
-                hf_hub_download(name, vocabulary)
+                fetch(vocabulary)
         return Path(path).parent
     except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
         unreached = isinstance(error, LocalEntryNotFoundError)  # an EntryNotFoundError too: no network, not cached

@@ -6,10 +6,14 @@ jittered pauses, never shorter than the server's Retry-After; lasting ones are a
 import errno
 import functools
 import hashlib
+import os
 import random
 import re
+import socket
 import sys
 import time
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,7 @@ ATTEMPTS = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0       # doubled from try to try: two minutes in all
 FORMATS = (".parquet", ".jsonl")
 CONVERTED = "refs/convert/parquet"      # where the hub keeps its own conversions
+REACH_S = 5                             # its own library takes half a minute to say that nothing answers
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,20 @@ class SourceFile:
     path: str              # in the repository; on this disk
     size: int              # bytes
     sha256: str = ""       # where the hub says it
+
+
+def reachable():
+    """Whether the hub answers at all, within seconds; behind a proxy it is trusted to."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    if urllib.request.getproxies():
+        return True
+    url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), REACH_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def resolve_dataset(dataset, name=None):

@@ -1,17 +1,26 @@
 """Kill a training run again and again, at random moments, and see whether it ends as if nothing had happened.
 
     python -m bench.chaos --kills 20
+    python -m bench.chaos --matrix
 
 For 2 and for 4 CPU processes: one undisturbed run, then the same command, killed --kills times with SIGKILL (a worker,
 the launcher, or the whole process group, by turns) after random times, many of them during saves, and started again
 until it ends. Passes where parameters, optimizer and logs are bitwise those of the undisturbed run. Writes
 bench/results/chaos.json.
+
+--matrix: a tiny run in every combination of processes, dtype, dropout and optimizer, killed once in every kind of
+place; the tests take a pairwise part of it. Writes bench/results/chaos_matrix.json.
 """
 import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import random
+import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from bench.common import machine, write_results
 from config import flag, parse_config, run_script
@@ -33,11 +43,21 @@ STEPS = 200
 FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", 32, "--dropout", 0.1, "--device", "cpu",
          "--total_batch_size", 512, "--micro_batch_size", 2, "--max_steps", STEPS, "--eval_every", 7,
          "--val_tokens", 512, "--checkpoint_every", 3, "--sample_every", 50, "--hellaswag_every", 0)
+TINY_STEPS = 12
+TINY_FLAGS = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu",
+              "--total_batch_size", 128, "--micro_batch_size", 1, "--max_steps", TINY_STEPS, "--max_lr", 3e-3,
+              "--eval_every", 5, "--val_tokens", 96, "--checkpoint_every", 4, "--sample_every", 6,
+              "--hellaswag_every", 0)
+MATRIX = dict(processes=(1, 2, 4), dtype=("fp32", "bf16", "fp16"), dropout=(0, 0.2), optimizer=("adamw", "muon"))
+# WHAT:WHERE:STEP of tests/chaos.py. An epoch ends inside every third batch; the shards' ends fall everywhere.
+ACCIDENTS = ("kill:step:6", "kill:step:7", "kill:step:11", "kill:validate:5", "kill:sample:6", "kill:save:8",
+             "kill:save:12")
 
 
 @dataclass(kw_only=True)
 class ChaosConfig:
     """The flags of this benchmark."""
+    matrix: bool = flag(False, "every combination once instead of random kills")
     kills: int = flag(20, "kills of each run", low=1)
     seed: int = flag(0, "of the kills' times and targets", low=0)
 
@@ -47,7 +67,9 @@ def main(argv=None):
     config = parse_config(ChaosConfig, argv, __doc__.split("\n\n")[0])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        data = make_data(Path(folder) / "data")
+        if config.matrix:
+            return run_matrix(Path(folder))
+        data = make_data(Path(folder) / "data", (2000, 5000, 7001, 3333))
         for processes in (2, 4):
             rows.append(torment(Path(folder), data, processes, config))
             print(json.dumps(rows[-1]), flush=True)
@@ -56,14 +78,14 @@ def main(argv=None):
         sys.exit(1)
 
 
-def make_data(folder):
-    """Shards of random bytes: three for training, whose ends fall inside batches and epochs."""
+def make_data(folder, sizes):
+    """Shards of random bytes: the first for validation, the others for training; they end inside batches and epochs."""
     folder.mkdir()
     Tokenizer([], "bytes").save(folder)
     tokenizer = load_tokenizer(folder)
     manifest = Manifest("random bytes", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
     generator = np.random.default_rng(0)
-    for i, n in enumerate((2000, 5000, 7001, 3333)):
+    for i, n in enumerate(sizes):
         tokens = generator.integers(0, 257, n)
         manifest.shards.append(save_shard(folder, "bytes", "train" if i else "val", i, tokens))
     manifest.save(folder)
@@ -85,15 +107,77 @@ def torment(folder, data, processes, config):
             process.wait()
         elif process.wait() != 0:
             raise RuntimeError(f"an undisturbed start failed, see {killed}.log")
-    ends = [torch.load(f / f"model_{STEPS:05d}.pt", weights_only=True) for f in (straight, killed)]
+    return dict(processes=processes, kills=len(done), targets=Counter(target for target, _ in done),
+                during_a_save=sum(saving for _, saving in done), seconds=round(time.monotonic() - begun),
+                **compare(straight, killed, STEPS))
+
+
+def compare(straight, killed, n_steps):
+    """Whether two log folders hold the same end and the same logs: {"bitwise_equal": bool, "logs_equal": bool}."""
+    ends = [torch.load(f / f"model_{n_steps:05d}.pt", weights_only=True) for f in (straight, killed)]
     logs = [(f / "log.txt").read_text() for f in (straight, killed)]
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
-    compared = ("model", "optimizer", "best_val_loss", "val_loss")
-    return dict(processes=processes, kills=len(done), targets=Counter(target for target, _ in done),
-                during_a_save=sum(saving for _, saving in done), seconds=round(time.monotonic() - begun),
-                bitwise_equal=all(equal(ends[0][k], ends[1][k]) for k in compared),
-                logs_equal=logs[0] == logs[1] and steps == list(range(STEPS)))
+    compared = ("model", "optimizer", "scaler", "best_val_loss", "val_loss")
+    return dict(bitwise_equal=all(equal(ends[0][k], ends[1][k]) for k in compared),
+                logs_equal=logs[0] == logs[1] and steps == list(range(n_steps)))
+
+
+def run_matrix(folder):
+    """Kill a tiny run once in every place of every combination; exits with status 1 where an end differs."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.set_forkserver_preload(["train", "figures", "torch._inductor.config"])   # imported once for all
+    data, rows = make_data(folder / "data", (120, 100, 150, 40)), []
+    cases = list(itertools.product(*MATRIX.values()))
+    progress = tqdm(total=len(cases) * len(ACCIDENTS), unit="kill")
+    for case in cases:
+        case = dict(zip(MATRIX, case))
+        words = [w for name in ("dtype", "dropout", "optimizer") for w in (f"--{name}", case[name])]
+        words = list(map(str, [*TINY_FLAGS, *words, "--data_dir", data, "--log_dir"]))
+        straight, killed = folder / "straight", folder / "killed"
+        first = start_ranks(case["processes"], [*words, str(straight)], folder)
+        for accident in ACCIDENTS:
+            rank = 0 if "save" in accident or "sample" in accident else len(rows) % case["processes"]
+            codes = start_ranks(case["processes"], [*words, str(killed)], folder, f"{accident}:{rank}")
+            row = dict(case, accident=accident, rank=rank, killed=codes[rank] == -signal.SIGKILL)
+            row["ended"] = not any(first + start_ranks(case["processes"], [*words, str(killed)], folder))
+            rows.append({**row, **compare(straight, killed, TINY_STEPS)})
+            shutil.rmtree(killed)
+            progress.update()
+        shutil.rmtree(straight)
+    checks = ("killed", "ended", "bitwise_equal", "logs_equal")
+    failed = [row for row in rows if not all(row[c] for c in checks)]
+    write_results("chaos_matrix", dict(machine=machine(), combinations=len(cases), accidents=ACCIDENTS, kills=len(rows),
+                                       **{c: sum(row[c] for row in rows) for c in checks}, failed=failed))
+    if failed:
+        sys.exit(1)
+
+
+def start_ranks(n, words, folder, accident="none:none:0"):
+    """Run train.py with these arguments in n processes, without torchrun: their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    fork = multiprocessing.get_context("forkserver")
+    env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCIDENT=accident)
+    ranks = [fork.Process(target=run_rank, args=(rank, env if n > 1 else dict(ACCIDENT=accident), words, folder))
+             for rank in range(n)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def run_rank(rank, env, words, folder):
+    """One process of a run, in a fork in which torch is imported already."""
+    log = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update({k: str(v) for k, v in env.items()})
+    if len(env) > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.argv = ["train.py", *words]
+    runpy.run_path(str(ROOT / "tests" / "chaos.py"), run_name="__main__")
 
 
 def launch(data, log_dir, processes):

@@ -3,8 +3,8 @@
     python -m bench.loader
 
 On shards of random tokens (2 x 100M by default, written to a temporary folder): the loader alone, as fast as it can be
-emptied; and paced as a GPU that trains 500,000 tokens a second would empty it. For comparison plain slices of the shards
-in file order, as build-nanogpt's DataLoaderLite reads them. Writes bench/results/loader.json.
+emptied; and paced as a GPU that trains 500,000 tokens a second would empty it. For comparison plain slices of the
+shards in file order, as build-nanogpt's DataLoaderLite reads them. Writes bench/results/loader.json.
 """
 import tempfile
 import time

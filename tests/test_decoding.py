@@ -235,7 +235,7 @@ def test_tokens_that_are_read_late_are_the_same(model, monkeypatch):
 
 def test_the_compiled_step_gives_the_plain_steps_text(model):
     """With fixed shapes and, on a CPU, frozen weights; ragged rows, across the edge of the window."""
-    from torch._dynamo.utils import counters     # slow to import
+    from torch._dynamo.utils import counters  # slow to import
     decoder, options = Decoder(model, compile=True), dict(temperature=1.0, seed=5)
     before = counters["stats"]["unique_graphs"]
     assert written(decoder, RAGGED[:3]) == written(model, RAGGED[:3])

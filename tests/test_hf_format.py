@@ -217,16 +217,19 @@ def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(
     Hub.asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        rc, out, err = run("-c", """
+        code = """
 from checkpoint import open_model
 opened = open_model("gpt2")
 print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), opened.tokenizer.encode(" ab"))
-""", env=dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_OFFLINE="0",
-              HF_HOME=str(tmp_path / "home")))
+"""
+        env = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}", HF_HUB_OFFLINE="0",
+                   HF_HOME=str(tmp_path / "home"))
+        rc, out, err = run("-c", code, env=env)
         server.shutdown()
     assert rc == 0, err
     ids = [257] if with_tokenizer else gpt2_tokenizer().encode(" ab")
     assert out == f"gpt2 {model.transformer.wte.weight.double().sum().item()} {ids}\n"
+    assert run("-c", code, env=env)[:2] == (0, out)      # the hub is gone: what was downloaded stays of use
     files = {path.split("/resolve/main/")[1] for path in Hub.asked if "/resolve/main/" in path}
     assert files == {"config.json", "model.safetensors", "merges.txt", "vocab.json"}
 
