@@ -89,7 +89,8 @@ class Tracker:
     def close(self, finished=True):
         """Send what is left, and wait for it, but not for ever. finished: else the run was stopped, and may go on."""
         if self._enabled:
-            self._actions.append(lambda: self._client.set_terminated(self._run_id, "FINISHED" if finished else "KILLED"))
+            status = "FINISHED" if finished else "KILLED"
+            self._actions.append(lambda: self._client.set_terminated(self._run_id, status))
             self._closing.set()
             self._thread.join(FINISH_S if finished else STOP_S)
             if self._thread.is_alive():
