@@ -257,6 +257,15 @@ def read_prompts(model, cache, indices, rows):
     return model.lm_head(hidden[torch.arange(len(numbers), device=device), read.lengths - 1])[which]
 
 
+@torch.no_grad()
+def likeliest_next(model, ids, n_vocab, n=10):
+    """The n likeliest tokens after a text, the likeliest first: [(id, probability)]. ids: its tokens, one at least."""
+    ids = ids[-model.config.block_size:]
+    logits = read_prompts(model, new_cache(model, 1, len(ids)), [0], [ids])[0, :n_vocab]
+    shares, tokens = torch.softmax(logits.float(), dim=-1).topk(min(n, n_vocab))
+    return list(zip(tokens.tolist(), shares.tolist()))
+
+
 def pick(logits, noise, sampling):
     """One id per row: (B,). logits (B, V) fp32; noise (B, candidates) from the exponential distribution."""
     if sampling.greedy:

@@ -78,6 +78,17 @@ def read_run(folder, tokens_per_step=524288):
     return Run(folder.resolve().name, path, series, skipped)
 
 
+def read_samples(folder):
+    """{step: texts} that the model of a run wrote at its evaluations; {} where its log holds none."""
+    try:
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return {}
+    rows = [_parse_json(line) for line in lines if '"samples"' in line]
+    return {row["step"]: [str(text) for text in row["samples"]] for row in rows
+            if row and isinstance(row.get("samples"), list)}
+
+
 def _no_log(folder):
     if not folder.exists():
         return f"there is no folder {folder}; name the --log_dir of a run"

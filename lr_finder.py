@@ -1,0 +1,178 @@
+"""Learning-rate range test: one short run whose rate grows from step to step, and what its loss says.
+
+    python lr_finder.py --data_dir data/demo --log_dir logs/demo --n_layer 4 ...    # the flags that you will train with
+    torchrun --nproc_per_node=8 lr_finder.py
+
+Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py command to run next. Nothing else is
+kept: the run that follows starts from the same weights and the same first token as without it. (Smith 2015,
+arXiv 1506.01186; one tenth of the minimum as in fastai's lr_find.)
+"""
+import csv
+import os
+import shlex
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from assemble import assemble, warm_up
+from checkpoint import list_checkpoints
+from config import RunFailed, UserError, flag, parse_config, replace, run_script
+from dataloader import DataOrder, TrainLoader
+from figures import draw_lr_finder, human_rate, save_figure
+from files import FolderLock, atomic_write
+from history import smooth
+from runtime import StopRequested, start
+from tracking import Tracker
+from train import TrainConfig, train_step
+
+WINDOW = 40            # losses are smoothed over a fortieth of the sweep on either side
+RISE = 0.1, 0.25       # the sweep ends once the loss has risen by these shares of the first loss and of its fall
+SCALE_STEPS = 40       # fp16: further steps, in which the loss scale is looked for
+
+
+@dataclass(kw_only=True)
+class FinderConfig(TrainConfig):
+    """train.py's flags, and the sweep."""
+    lr_low: float = flag(1e-6, "learning rate of the first step", group="sweep", above=0)
+    lr_high: float = flag(1.0, "of the last, should the loss not diverge before", group="sweep", above=0)
+    steps: int = flag(200, "steps of the sweep", group="sweep", low=10)
+
+    def check(self):
+        """Raise UserError for flags that contradict each other."""
+        super().check()
+        if self.lr_low >= self.lr_high:
+            raise UserError(f"--lr_low {self.lr_low:g} must be below --lr_high {self.lr_high:g}")
+        if self.resume != "auto":
+            raise UserError("the sweep starts from the initial weights (--init_from); leave --resume out")
+
+
+def main(argv=None):
+    """Sweep, draw, suggest. Raises UserError for user mistakes."""
+    config = parse_config(FinderConfig, argv, __doc__.split("\n\n")[0])
+    with start(config) as runtime:
+        find(config, runtime)
+
+
+def find(config, runtime):
+    """The whole test: {name: learning rate} as suggested, None where it was stopped. Raises UserError, RunFailed."""
+    folder = Path(config.log_dir)
+    if list_checkpoints(folder):
+        raise UserError(f"{folder} holds a run, which has its learning rate; name the --log_dir of the run to come")
+    with runtime.together(lambda: FolderLock(folder, wait_s=60) if runtime.is_main else nullcontext()):
+        run = assemble(config, runtime)
+        tracker = Tracker(replace(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
+        try:
+            warm_up(run, runtime)
+            runtime.started()
+            rows = sweep(run, config, runtime, tracker)
+        except (StopRequested, RunFailed) as problem:
+            tracker.close(finished=False)
+            if isinstance(problem, RunFailed):
+                raise
+            runtime.print("stopped; nothing was written")
+            return None
+        rates, losses = (np.array([row[name] for row in rows]) for name in ("lr", "loss"))
+        smoothed = smooth(losses, half_window(config.steps))
+        suggested = suggest(rates, smoothed, half_window(config.steps))
+        if runtime.is_main:
+            table, picture = folder / "lr_finder.csv", folder / "lr_finder.png"
+            write_csv(table, rows, smoothed)
+            save_figure(draw_lr_finder(rates, losses, smoothed, suggested), picture)
+            tracker.artifact(table)
+            tracker.artifact(picture)
+            print(f"wrote {picture} and {table}")
+            for name, rate in suggested.items():
+                print(f"{name}: {human_rate(rate)}")
+            print(f"next: {train_command(config, suggested['one tenth of the minimum'])}")
+        tracker.close()
+    return suggested
+
+
+def sweep(run, config, runtime, tracker):
+    """Train with the rates lr_low to lr_high, each larger by the same factor, until the loss diverges.
+
+    Returns a row {step, lr, loss, grad_norm} per step. Raises RunFailed where not even the first rates trained, and
+    StopRequested.
+    """
+    loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, 0,
+                         config.steps + SCALE_STEPS)
+    rows, step = [], 0
+    try:
+        while len(rows) < config.steps and step < config.steps + SCALE_STEPS:
+            rate = config.lr_low * (config.lr_high / config.lr_low) ** (len(rows) / (config.steps - 1))
+            for group in run.optimizer.param_groups:      # Muon's rate keeps its proportion to AdamW's
+                group["lr"] = group["peak_lr"] * rate / config.max_lr
+            result = train_step(run, config, runtime, loader.next_step()[0], step)
+            step += 1
+            if result.stop:
+                raise StopRequested
+            if not result.finite and run.scaler.is_enabled() and not rows:
+                continue                                  # the loss scale is still too high
+            if not result.finite:
+                break
+            rows.append(dict(step=len(rows), lr=rate, loss=result.loss, grad_norm=result.grad_norm))
+            tracker.log(**rows[-1])
+            runtime.print(f"step {len(rows):>{len(str(config.steps))}}/{config.steps} | lr {rate:.2e} | "
+                          f"loss {result.loss:.4f} | norm {result.grad_norm:.3f}")
+            if diverged([row["loss"] for row in rows], 2 * half_window(config.steps) + 1):
+                break
+    finally:
+        loader.close()
+    runtime.print(f"the loss diverged at {human_rate(rate)}" if len(rows) < config.steps else
+                  f"the loss did not diverge up to {human_rate(rate)}: try a larger --lr_high")
+    if len(rows) < 10:
+        raise RunFailed(f"the loss diverged within {len(rows)} steps from --lr_low {config.lr_low:g}; try a lower one")
+    return rows
+
+
+def half_window(steps):
+    """How many neighbours on either side a loss is smoothed with."""
+    return max(1, steps // WINDOW)
+
+
+def diverged(losses, window):
+    """Whether the mean of the last `window` losses has risen clearly above the lowest such mean."""
+    means = np.convolve(losses, np.ones(window) / window, mode="valid")
+    if not len(means):
+        return False
+    return means[-1] > means.min() + max(RISE[0] * abs(means[0]), RISE[1] * (means[0] - means.min()))
+
+
+def suggest(rates, smoothed, half):
+    """{name: learning rate}: where the loss falls fastest per factor of the rate; one tenth of where it is lowest.
+
+    Arrays (n,). Only the way down to the minimum counts; half: how many slopes on either side a slope is averaged with.
+    """
+    lowest = int(np.argmin(smoothed))
+    slopes = smooth(np.gradient(smoothed, np.log(rates)), half)[:lowest + 1]
+    return {"steepest slope": float(rates[np.argmin(slopes)]), "one tenth of the minimum": float(rates[lowest] / 10)}
+
+
+def write_csv(path, rows, smoothed):
+    """A line per step: step, lr, loss, grad_norm, smoothed loss."""
+    with atomic_write(path, "w") as f:
+        table = csv.DictWriter(f, [*rows[0], "smoothed"], lineterminator="\n")
+        table.writeheader()
+        table.writerows(dict(row, smoothed=float(value)) for row, value in zip(rows, smoothed))
+
+
+def train_command(config, rate):
+    """The train.py command with this peak rate: the flags that were typed, the other rates in proportion."""
+    rate = float(f"{rate:.1e}")
+    scale = rate / config.max_lr
+    scaled = replace(config, max_lr=rate, min_lr=min(rate, config.min_lr * scale), muon_lr=config.muon_lr * scale)
+    words = []
+    for f in fields(TrainConfig):
+        value = getattr(scaled, f.name)
+        if value != f.default and (f.name != "muon_lr" or config.optimizer == "muon"):
+            words.append(f"--{f.name}")
+            words += [] if value is True else [f"{value:.4g}" if isinstance(value, float) else shlex.quote(str(value))]
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
+    return " ".join([launcher, "train.py", *words])
+
+
+if __name__ == "__main__":
+    run_script(main)
