@@ -3,6 +3,7 @@
 logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always
 read with weights_only=True. `open_model` reads ours, Hugging Face's folders and names, nanoGPT's and build-nanogpt's.
 """
+import hashlib
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 
 import hf_format
+import lora
+from classifier import Classifier
 from config import UserError
 from files import atomic_write, human_bytes
 from model import GPT, GPTConfig
@@ -148,18 +151,48 @@ class OpenedModel:
         return f"{self.source}: {', '.join(facts)}"
 
 
-def open_model(source):
-    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name, or the
-    newest one in the folder of a run. Raises UserError naming the file and what is wrong with it.
+def open_model(source, classifiers=False):
+    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name, a LoRA
+    adapter (merged into its base), or the newest one in the folder of a run. classifiers: a Classifier will do, too.
+    Raises UserError naming the file and what is wrong with it.
     """
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
-        return _open_file(path)
-    if path.is_dir() and list_checkpoints(path) and not (path / "config.json").exists():
-        return _open_file(newest_model(path))
-    folder = hf_format.local_folder(source)
-    model = GPT.from_pretrained(folder)
-    return OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size), str(source))
+        opened = _open_file(path)
+    elif lora.is_adapter(path):
+        opened = _open_adapter(path)
+    elif path.is_dir() and list_checkpoints(path) and not (path / "config.json").exists():
+        opened = _open_file(newest_model(path))
+    else:
+        folder = hf_format.local_folder(source)
+        model = build_model(*hf_format.read_pretrained(folder), source)
+        opened = OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size), str(source))
+    if isinstance(opened.model, Classifier) and not classifiers:
+        raise UserError(f"{source} writes no text, it is a classifier ({', '.join(opened.model.config.labels)}): "
+                        f"python finetune_classifier.py --checkpoint {source} --predict \"...\"")
+    return opened
+
+
+def _open_adapter(folder):
+    """The model that a LoRA adapter belongs to, with the adapter merged into it."""
+    source, sha256 = lora.base_of(folder)
+    try:
+        opened = open_model(source)
+    except UserError as error:
+        raise UserError(f"the model that the adapter in {folder} belongs to: {error}") from error
+    if sha256 and weights_hash(opened.model.state_dict()) != sha256:
+        raise CheckpointError(f"{source} holds other weights than those that the adapter in {folder} belongs to")
+    opened.model = lora.merge_folder(opened.model, folder).requires_grad_(True)
+    return OpenedModel(opened.model, opened.tokenizer, str(folder))
+
+
+def weights_hash(state):
+    """The sha256 of a state dict's names, shapes and numbers, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _folder_tokenizer(folder, vocab_size):
@@ -195,11 +228,11 @@ def _open_file(path):
 
 
 def build_model(config, state, source):
-    """The GPT of a checkpoint's config (dict) and state dict. Raises CheckpointError."""
+    """The GPT, or the Classifier, of a checkpoint's config (dict) and state dict. Raises CheckpointError."""
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
     try:
-        return GPT.from_state(config, clean_state(state))
+        return (Classifier if "labels" in config else GPT).from_state(config, clean_state(state))
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
 

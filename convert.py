@@ -3,6 +3,7 @@
     python convert.py --checkpoint logs/model_19073.pt --out gpt2-mine     # for transformers, vLLM, lm-eval
     python convert.py --checkpoint gpt2 --out logs/gpt2.pt                 # OpenAI's weights from the hub
     python convert.py --checkpoint ckpt.pt --out nano.pt                   # nanoGPT's, build-nanogpt's
+    python convert.py --checkpoint logs/spam/classifier.pt --out spam      # a classifier, for transformers
 
 Nothing is written over, and an export has its name only after it was read back and gave the same logits.
 """
@@ -13,10 +14,10 @@ from pathlib import Path
 import torch
 
 from checkpoint import newest_model, open_model, save_checkpoint
+from classifier import Classifier
 from config import RunFailed, UserError, flag, parse_config, run_script
 from files import human_bytes
 from hf_format import write_pretrained
-from model import GPT
 
 PROBE_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 
@@ -33,8 +34,9 @@ def main(argv=None):
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and out.suffix != ".pt" and not any(out.iterdir())):
         raise UserError(f"{out} exists already; choose another --out or move it away")
-    opened = open_model(config.checkpoint or newest_model())
+    opened = open_model(config.checkpoint or newest_model(), classifiers=True)
     opened.model.eval()
+    classifies = isinstance(opened.model, Classifier)
     print(opened.describe())
     if out.suffix == ".pt":
         write_ours(out, opened)
@@ -47,15 +49,18 @@ def main(argv=None):
     if opened.tokenizer is None:
         print("there was no tokenizer to take along: the model reads and writes ids")
     else:
-        print(f'next: python inference.py --checkpoint {out} --prompt "..."')
+        script, text = ("finetune_classifier.py", "--predict") if classifies else ("inference.py", "--prompt")
+        print(f'next: python {script} --checkpoint {out} {text} "..."')
         if out.suffix != ".pt":
-            print(f'or in Python: transformers.pipeline("text-generation", "{out}")')
+            print(f'or in Python: transformers.pipeline("text-{"classification" if classifies else "generation"}", '
+                  f'"{out}")')
 
 
 def write_ours(path, opened):
     """Write an opened model as a checkpoint of ours."""
     entries = dict(model=opened.model.state_dict(), config=opened.model.config_dict(), step=opened.step,
                    val_loss=opened.val_loss, tokenizer=opened.tokenizer.to_checkpoint() if opened.tokenizer else None)
+    entries.update({name: opened.extra[name] for name in ("base", "template") if name in opened.extra})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, entries)
@@ -74,8 +79,9 @@ def verify(folder, opened):
     n_vocab = tokenizer.n_vocab if tokenizer else model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(n_vocab, (2, min(64, model.config.block_size)), generator=generator)
-    logits = model(ids)[..., :n_vocab]                                                 # (2, T, n_vocab)
-    reread = GPT.from_pretrained(folder).eval()
+    ids[:, -1] = 0      # end-of-text there would be padding to a classifier in transformers
+    logits = model(ids)[..., :n_vocab]                  # (2, T, n_vocab), of a classifier (2, labels)
+    reread = type(model).from_pretrained(folder).eval()
     compare_weights(model, reread, n_vocab)
     found = [f"ours to {difference(logits, reread(ids), 'our reader'):.1e}"]
     del reread
@@ -111,7 +117,8 @@ def verify_with_transformers(folder, ids, logits, tokenizer):
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    kind = transformers.AutoModelForCausalLM if logits.dim() == 3 else transformers.AutoModelForSequenceClassification
+    theirs = kind.from_pretrained(folder).eval()
     words = f"transformers {transformers.__version__} to {difference(logits, theirs(ids).logits, 'transformers'):.1e}"
     if tokenizer:
         read = transformers.AutoTokenizer.from_pretrained(folder)

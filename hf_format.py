@@ -20,6 +20,7 @@ from files import atomic_write, read_json, sync_folder, write_json
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+CLASSIFIER = "GPT2ForSequenceClassification"       # the name of classifier.py's model there
 # Settings of transformers' GPT2Config that change the arithmetic, with the only value that our model computes.
 FIXED_SETTINGS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
@@ -38,7 +39,8 @@ def read_pretrained(name_or_folder):
     folder = local_folder(name_or_folder)
     config = read_config(folder / "config.json")
     state = our_state(_read_weights(folder))
-    config["tie_word_embeddings"] = config["tie_word_embeddings"] and not _has_own_head(state)
+    tied = config["tie_word_embeddings"] and not _has_own_head(state) and "labels" not in config
+    config["tie_word_embeddings"] = tied
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight", None)
     return config, state
@@ -98,10 +100,14 @@ def read_config(path):
             raise UserError(f"{path}: n_inner = {stored['n_inner']} is not supported (only 4 n_embd)")
         if activation not in ACTIVATION_NAMES:
             raise UserError(f"{path}: activation_function {activation!r} is not supported")
-        return dict(block_size=stored.get("n_positions", stored.get("n_ctx", 1024)), vocab_size=stored["vocab_size"],
-                    n_layer=stored["n_layer"], n_head=stored["n_head"], n_embd=n_embd, dropout=0.0, bias=True,
-                    tie_word_embeddings=stored.get("tie_word_embeddings", True),
-                    activation=ACTIVATION_NAMES[activation], layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5))
+        config = dict(block_size=stored.get("n_positions", stored.get("n_ctx", 1024)), vocab_size=stored["vocab_size"],
+                      n_layer=stored["n_layer"], n_head=stored["n_head"], n_embd=n_embd, dropout=0.0, bias=True,
+                      tie_word_embeddings=stored.get("tie_word_embeddings", True),
+                      activation=ACTIVATION_NAMES[activation], layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5))
+        if stored.get("architectures") == [CLASSIFIER]:
+            names = stored.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})       # transformers' defaults
+            config["labels"] = [names[str(i)] for i in range(len(names))]
+        return config
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the config of a GPT-2 model ({error})") from error
 
@@ -131,7 +137,7 @@ def our_state(theirs):
             continue  # the causal mask, not a weight
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"the weights' entry {key!r} is not a tensor")
-        if not key.startswith(("transformer.", "lm_head.")):
+        if not key.startswith(("transformer.", "lm_head.", "score.")):
             key = f"transformer.{key}"
         if key.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t()
@@ -174,8 +180,10 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
     eot = tokenizer.eot if tokenizer else None
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", their_config(config, n_vocab, eot))
-        write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
-        for name, text in (tokenizer_files(tokenizer, config["block_size"]) if tokenizer else {}).items():
+        if "labels" not in config:
+            write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
+        files = tokenizer_files(tokenizer, config["block_size"], pads="labels" in config) if tokenizer else {}
+        for name, text in files.items():
             with atomic_write(temporary / name, "w") as f:
                 f.write(text)
         try:
@@ -216,10 +224,15 @@ def new_folder(path):
 
 
 def their_config(config, n_vocab, eot):
-    """GPTConfig's fields as a Hugging Face config.json; eot: the id of the end-of-text token, None without one."""
+    """GPTConfig's fields (or ClassifierConfig's) as a Hugging Face config.json; eot: the id of the end-of-text token,
+    None without one."""
     names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
-    dropout = config["dropout"]
-    return dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=n_vocab,
+    dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
+    if "labels" in config:     # padding is what stands behind a text's last other token
+        head = dict(architectures=[CLASSIFIER], id2label={str(i): label for i, label in enumerate(config["labels"])},
+                    label2id={label: i for i, label in enumerate(config["labels"])}, pad_token_id=eot,
+                    problem_type="single_label_classification")
+    return dict(**head, model_type="gpt2", vocab_size=n_vocab,
                 n_positions=config["block_size"], n_ctx=config["block_size"], n_embd=config["n_embd"],
                 n_layer=config["n_layer"], n_head=config["n_head"], n_inner=None,
                 activation_function=names[config["activation"]], layer_norm_epsilon=config["layer_norm_eps"],
@@ -244,8 +257,11 @@ def their_state(config, state, n_vocab):
     return theirs
 
 
-def tokenizer_files(tokenizer, block_size):
-    """{name: text} of the files that AutoTokenizer reads, the slow way (vocab.json, merges.txt) and the fast one."""
+def tokenizer_files(tokenizer, block_size, pads=False):
+    """{name: text} of the files that AutoTokenizer reads, the slow way (vocab.json, merges.txt) and the fast one.
+
+    pads: end-of-text pads batches.
+    """
     vocabulary = json.loads(tokenizer.encoder_json())
     text = next(token for token, i in vocabulary.items() if i == tokenizer.eot)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
@@ -257,7 +273,7 @@ def tokenizer_files(tokenizer, block_size):
     fast = dict(version="1.0", truncation=None, padding=None, added_tokens=[added], normalizer=None,
                 pre_tokenizer=byte_level, post_processor={**byte_level, "trim_offsets": False}, decoder=byte_level,
                 model=model)
-    special = dict(bos_token=text, eos_token=text, unk_token=text)
+    special = dict(bos_token=text, eos_token=text, unk_token=text) | (dict(pad_token=text) if pads else {})
     settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size, add_prefix_space=False,
                     clean_up_tokenization_spaces=False, **special)
     texts = {"vocab.json": vocabulary, "tokenizer.json": fast, "tokenizer_config.json": settings,

@@ -120,6 +120,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The whole model: embeddings, n_layer blocks, a last LayerNorm, the output layer."""
+    config_class = GPTConfig
 
     def __init__(self, config):
         super().__init__()
@@ -206,7 +207,7 @@ class GPT(nn.Module):
         """
         try:
             with torch.device("meta"):  # nothing to initialise: the tensors come from `state`
-                model = cls(GPTConfig(**config))
+                model = cls(cls.config_class(**config))
         except TypeError as error:
             raise ValueError(f"not a GPT-2 config ({error})") from error
         if model.config.tie_word_embeddings:

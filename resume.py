@@ -44,10 +44,7 @@ def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
 
     gpt_config: the shape that the flags ask for, None for what they leave open.
     """
-    stored, differing = checkpoint["train_config"], []
-    for name in kept_fields(type(config)):
-        if name in stored and stored[name] != getattr(config, name):
-            differing.append(f"--{name} {getattr(config, name)} (it has {stored[name]})")
+    differing = changed_flags(config, checkpoint["train_config"])
     for name, value in gpt_config.items():
         if value is not None and value != checkpoint["config"].get(name):
             differing.append(f"{name} {value} (it has {checkpoint['config'].get(name)})")
@@ -59,6 +56,12 @@ def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
         raise UserError(f"{config.log_dir} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. "
                         "Use its flags to continue it, or another --log_dir to start a new run")
     _check_length(config, checkpoint, plan)
+
+
+def changed_flags(config, stored):
+    """The flags that a resumed run must keep and that differ from the stored ones, as ["--seed 2 (it has 1)"]."""
+    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in kept_fields(type(config))
+            if name in stored and stored[name] != getattr(config, name)]
 
 
 def _check_length(config, checkpoint, plan):

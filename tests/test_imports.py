@@ -6,10 +6,10 @@ import pytest
 from conftest import ROOT
 
 # Leaves define things; each imports only leaves listed above it. A new leaf gets its place here.
-LEAVES = ["config", "files", "plan", "hub", "hf_format", "model", "tokenizer", "shards", "documents", "encode", "python_docs",
-          "dataloader", "device", "checkpoint", "peers", "runtime", "decoding", "template",
-          "resume", "optimizer", "memory", "choices", "history", "figures", "tracking",
-          "metrics", "assemble"]
+LEAVES = ["config", "files", "plan", "hub", "hf_format", "model", "tokenizer", "shards", "documents", "encode",
+          "python_docs", "dataloader", "device", "lora", "classifier", "checkpoint", "peers", "runtime", "decoding",
+          "template", "resume", "optimizer", "memory", "choices", "history", "figures", "tracking", "metrics",
+          "assemble", "rows", "tuning", "finetuning"]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
 SCRIPTS = [name for name in MODULES
@@ -17,7 +17,7 @@ SCRIPTS = [name for name in MODULES
 WITHOUT_TORCH = [name for name in MODULES if name.startswith("prepare_") or name in (
     "config", "files", "plan", "tokenizer", "shards", "hub", "history", "figures", "plot")]
 LATER = {"datasets", "transformers", "matplotlib", "pandas", "pyarrow", "tokenizers", "safetensors", "huggingface_hub",
-         "mlflow", "streamlit", "sklearn", "scipy"}     # imported by the functions that need them
+         "mlflow", "streamlit", "sklearn", "scipy", "peft"}     # imported by the functions that need them
 
 
 def imports(tree):

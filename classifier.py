@@ -1,0 +1,56 @@
+"""A GPT that tells which label a text has: its output layer gives a score per label, read at the text's last token.
+
+The names of its weights are those of transformers' GPT2ForSequenceClassification, and so is its arithmetic.
+"""
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn as nn
+
+from model import GPT, GPTConfig
+
+
+@dataclass
+class ClassifierConfig(GPTConfig):
+    """The shape of a classifier. Raises ValueError for one that cannot be built."""
+    tie_word_embeddings: bool = False      # there is no output layer over tokens
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(f"labels must be a list of texts, but is {self.labels!r}")
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise ValueError(f"a classifier needs two labels or more, all different, but has {self.labels}")
+
+
+class Classifier(GPT):
+    """The blocks of a GPT with a matrix of scores in place of the output layer."""
+    config_class = ClassifierConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.lm_head
+        self.score = new_score(config)
+
+    @classmethod
+    def from_gpt(cls, gpt, labels):
+        """A classifier with the blocks of a GPT, which it takes over, and random scores."""
+        shape = {f.name: getattr(gpt.config, f.name) for f in fields(GPTConfig)}
+        with torch.device("meta"):      # nothing to initialise but the scores
+            model = cls(ClassifierConfig(**{**shape, "tie_word_embeddings": False}, labels=list(labels)))
+        model.transformer, model.score = gpt.transformer, new_score(model.config)
+        return model
+
+    def forward(self, idx, lengths=None):
+        """idx (B, T), lengths (B,) of the texts in it (None: all T) -> scores (B, labels), before the softmax."""
+        hidden = self.hidden(idx)                                                      # (B, T, C)
+        last = lengths - 1 if lengths is not None else torch.full((len(idx),), idx.size(1) - 1, device=idx.device)
+        return self.score(hidden[torch.arange(len(idx), device=idx.device), last])
+
+
+def new_score(config):
+    """A fresh layer of scores, GPT-2's initialisation."""
+    score = nn.Linear(config.n_embd, len(config.labels), bias=False)
+    nn.init.normal_(score.weight, mean=0.0, std=0.02)
+    return score

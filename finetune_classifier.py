@@ -1,0 +1,329 @@
+"""Make a classifier of texts from a GPT-2, from any file with a column of texts and one of labels.
+
+    python finetune_classifier.py --data reviews.csv --init_from gpt2 --out logs/reviews
+    python finetune_classifier.py --data sms.tsv --text_column SMS --label_column Label --init_from logs --out logs/spam
+    torchrun --nproc_per_node=8 finetune_classifier.py ...
+    python finetune_classifier.py --checkpoint logs/spam/classifier.pt --predict "You won a prize!"
+    python finetune_classifier.py --checkpoint logs/spam/classifier.pt --predict_file new.csv --out labels.csv
+
+Killed or stopped: the same command continues.
+"""
+import collections
+import csv
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from checkpoint import open_model, save_checkpoint
+from classifier import Classifier
+from config import UserError, flag, parse_config, run_script
+from documents import read_rows
+from figures import draw_confusion, save_figure
+from files import atomic_write, write_json
+from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder
+from lora import merge
+from memory import CPU_TOKENS, CUDA_TOKENS
+from model import IGNORED
+from rows import make_batches, make_row, show_examples
+from runtime import provenance, seed_everything, start
+from tuning import save_state, tune
+
+LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
+NO_LABEL = 0        # stands in the Rows of texts whose label is asked for
+
+
+@dataclass(kw_only=True)
+class ClassifierFlags(TuneConfig):
+    data: str = flag("", "a .csv, .tsv, .jsonl, .json or .parquet file; all of it to train on where --val_data and "
+                         "--test_data are given", group="data")
+    val_data: str = flag("", "validate on this file (default: val_fraction of --data)", group="data")
+    test_data: str = flag("", "test on this file (default: test_fraction of --data)", group="data")
+    text_column: str = flag("text", "the column of texts", group="data")
+    label_column: str = flag("label", "the column of labels", group="data", keep=True)
+    test_fraction: float = flag(0.2, "share of the examples for the test; 0: no test", group="data", low=0, below=1,
+                                keep=True)
+    out: str = flag("", "folder of the result; with --predict_file a .csv or .jsonl file", group="data")
+    train: str = flag("all", "all; last:N, the last N blocks and the scores; head, the scores alone; or lora",
+                      group="model", keep=True)
+    dropout: float = flag(0.1, "dropout probability in the model", group="model", low=0.0, below=1.0, keep=True)
+    class_weights: str = flag("none", "balanced: an example of a rare label counts more", group="training",
+                              choices=("none", "balanced"), keep=True)
+    num_epochs: int = flag(5, "passes over the training examples", group="training", low=1, keep=True)
+    patience: int = flag(2, "stop after so many epochs without a better validation macro-F1; 0: never",
+                         group="training", low=0)
+
+    checkpoint: str = flag("", "a classifier to predict with: classifier.pt, or its export", group="prediction")
+    predict: list[str] = flag([], "a text to label; may be given several times", group="prediction", repeat=True)
+    predict_file: str = flag("", "a table with text_column, or a .txt file with a text a line", group="prediction")
+
+    def check(self):
+        if self.predict or self.predict_file:
+            if not self.checkpoint:
+                raise UserError("--checkpoint is missing: the classifier.pt to predict with")
+            if bool(self.predict_file) != bool(self.out):
+                raise UserError("--predict_file FILE and --out FILE belong together")
+            if self.out and Path(self.out).suffix.lower() not in (".csv", ".jsonl"):
+                raise UserError(f"--out {self.out} must end in .csv or .jsonl")
+            return
+        if self.checkpoint:
+            raise UserError("--checkpoint is for --predict and --predict_file; a model to begin with is --init_from")
+        if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.train):
+            raise UserError(f"--train must be all, last:N, head or lora, but is {self.train!r}")
+        super().check()
+
+    def usual_lr(self):
+        return LEARNING_RATES[self.train.split(":")[0]]
+
+
+def main(argv=None):
+    config = parse_config(ClassifierFlags, argv, __doc__.splitlines()[0])
+    with start(config) as runtime:
+        if config.predict or config.predict_file:
+            predict(config, runtime)
+        else:
+            work_in_folder(config, runtime, lambda c, state: finetune(c, state, runtime))
+
+
+def finetune(config, state, runtime):
+    """One run, from its first step or from where it was left, and its results in --out."""
+    begin = time.monotonic()
+    splits = runtime.together(lambda: read_splits(config))
+    labels = sorted({label for _, label in splits["train"]})
+    check_labels(splits, labels, config)
+    base = open_base(config, runtime)
+    seed_everything(config.seed, "scores")
+    model = Classifier.from_gpt(base.model, labels)
+    wrapped = freeze(model, config)
+    block_size = model.config.block_size
+    rows = {name: [encode(text, labels.index(label), base.tokenizer, block_size) for text, label in examples]
+            for name, examples in splits.items()}
+    describe(splits, rows, labels, block_size, runtime)
+    if config.dry_run:
+        show_examples(rows["train"], base.tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
+    weights = None
+    if config.class_weights == "balanced":
+        counts = np.bincount([row.targets[-1] for row in rows["train"]])
+        weights = torch.tensor(len(rows["train"]) / (len(labels) * counts), dtype=torch.float32)
+    run = build(config, runtime, state, base, model, "score", rows["train"], weights)
+
+    def evaluate(name="validation"):
+        scores = score_rows(model, runtime, rows[name], run.budget)
+        true = torch.tensor([int(row.targets[-1]) for row in rows[name]])
+        report = measure(true, scores.argmax(dim=-1), labels)
+        loss = F.cross_entropy(scores, true).item()
+        facts = dict(val_loss=loss, accuracy=report["accuracy"], macro_f1=report["macro_f1"])
+        return (report["macro_f1"], -loss), facts           # of two that are right equally often the surer one
+
+    if tune(run, config, runtime, evaluate):
+        reports = {name: measure(torch.tensor([int(row.targets[-1]) for row in rows[name]]),
+                                 score_rows(model, runtime, rows[name], run.budget).argmax(dim=-1), labels)
+                   for name in rows if name != "train"}
+        if runtime.is_main:
+            if wrapped:
+                merge(wrapped)
+            write_results(config, run, base, labels, reports, {name: len(r) for name, r in rows.items()},
+                          time.monotonic() - begin)
+        save_state(run, config, runtime, finished=True)
+
+
+# -----------------------------------------------------------------------------
+# examples
+
+def read_splits(config):
+    """{"train", "validation", "test": [(text, label)]}; no test where none is wanted. Raises UserError."""
+    splits = dict(train=read_examples(config.data, config))
+    for name, path, share in (("test", config.test_data, config.test_fraction),
+                              ("validation", config.val_data, config.val_fraction)):
+        if path:
+            splits[name] = read_examples(path, config)
+        elif share:
+            n_all = len(splits["train"]) + (len(splits["test"]) if "test" in splits and not config.test_data else 0)
+            splits["train"], splits[name] = stratified(splits["train"], round(share * n_all), config)
+    return splits
+
+
+def read_examples(path, config):
+    """[(text, label)] of a file. Raises UserError that names the row."""
+    try:
+        examples = list(read_rows(path, [config.text_column, config.label_column]))
+    except UserError as error:
+        hint = "; name yours with --text_column and --label_column" if "no column" in str(error) else ""
+        raise UserError(f"{error}{hint}") from error
+    if not examples:
+        raise UserError(f"{path} holds no rows")
+    for number, (_, label) in enumerate(examples, 1):
+        if not label.strip():
+            raise UserError(f"{path}, row {number} (the header not counted): column {config.label_column!r} is empty")
+    return [(text, label.strip()) for text, label in examples]
+
+
+def stratified(examples, n, config):
+    """(the rest, n of the examples), with every label's share in both. Raises UserError for labels that are too rare.
+    """
+    from sklearn.model_selection import train_test_split
+    try:
+        return train_test_split(examples, test_size=n, random_state=config.seed % 2**32,
+                                stratify=[label for _, label in examples])
+    except ValueError as error:
+        label, count = collections.Counter(label for _, label in examples).most_common()[-1]
+        raise UserError(f"{config.data} cannot be divided label by label ({error}); the rarest label, {label!r}, is "
+                        f"there {count} time{'s' * (count > 1)}. Bring more rows, or --val_data and --test_data"
+                        ) from error
+
+
+def check_labels(splits, labels, config):
+    """Raise UserError for fewer than two labels, labels that are texts, and labels that were not trained on."""
+    n = len(splits["train"])
+    if len(labels) < 2:
+        raise UserError(f"column {config.label_column!r} of {config.data} holds one label only, {labels[0]!r}")
+    if len(labels) > max(20, n // 2):
+        raise UserError(f"column {config.label_column!r} of {config.data} holds {len(labels)} different values in {n} "
+                        "rows; is it the column of labels? Name it with --label_column")
+    for name, path in (("validation", config.val_data), ("test", config.test_data)):
+        for number, (_, label) in enumerate(splits.get(name, []), 1):
+            if label not in labels:
+                raise UserError(f"{path}, row {number} (the header not counted): the label {label!r} is not in "
+                                f"{config.data} ({', '.join(labels[:20])})")
+
+
+def encode(text, label, tokenizer, block_size):
+    """The Row of a text: its first block_size tokens, the label being the target of the last one."""
+    tokens = tokenizer.encode(text)[:block_size] or [tokenizer.eot]
+    return make_row(tokens, [IGNORED] * (len(tokens) - 1) + [label])
+
+
+def describe(splits, rows, labels, block_size, runtime):
+    """Say what the splits hold."""
+    for name, examples in splits.items():
+        counts = collections.Counter(label for _, label in examples)
+        shown = ", ".join(f"{label} {counts[label]:,}" for label in labels[:10])
+        more = f" and {len(labels) - 10} more labels" if len(labels) > 10 else ""
+        full = sum(len(row) == block_size for row in rows[name])
+        runtime.print(f"{name:>10}  {len(examples):,} examples: {shown}{more}; {full} fill all {block_size} tokens")
+
+
+def freeze(model, config):
+    """Leave to train what --train says; peft's wrapper where that is LoRA. Raises UserError for more blocks than are
+    there."""
+    if config.train == "all":
+        return None
+    wrapped = add_lora(model, config) if config.train == "lora" else None
+    if not wrapped:
+        model.requires_grad_(False)
+    model.score.requires_grad_(True)
+    if config.train.startswith("last:"):
+        n, blocks = int(config.train[5:]), model.transformer.h
+        if n > len(blocks):
+            raise UserError(f"--train {config.train}, but {config.init_from} has {len(blocks)} blocks")
+        for module in [*blocks[len(blocks) - n:], model.transformer.ln_f]:
+            module.requires_grad_(True)
+    return wrapped
+
+
+# -----------------------------------------------------------------------------
+# measuring, results
+
+@torch.no_grad()
+def score_rows(model, runtime, rows, budget):
+    """The scores (rows, labels) of rows, fp32 on the CPU, in their order; each rank reads its share and gets all."""
+    scores = torch.zeros(len(rows), len(model.config.labels), device=runtime.device)
+    mine = sorted(range(len(rows)), key=lambda i: -len(rows[i]))[runtime.rank::runtime.world_size]
+    for members, x, _ in make_batches(rows, mine, budget, model.config.block_size):
+        lengths = torch.tensor([len(rows[i]) for i in members], device=runtime.device)
+        with runtime.autocast():
+            scores[members] = model(x.to(runtime.device), lengths).float()
+    if runtime.world_size > 1:
+        torch.distributed.all_reduce(scores)      # the others' rows are zeros here
+    return scores.cpu()
+
+
+def measure(true, predicted, labels):
+    """Accuracy, macro-F1, per label, confusion matrix (rows true, columns predicted), by scikit-learn; plain values."""
+    from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+    ids = list(range(len(labels)))
+    columns = precision_recall_fscore_support(true, predicted, labels=ids, zero_division=0)
+    per_label = {label: dict(precision=float(p), recall=float(r), f1=float(f), n=int(n))
+                 for label, p, r, f, n in zip(labels, *columns)}
+    return dict(accuracy=float(accuracy_score(true, predicted)), macro_f1=float(np.mean(columns[2])),
+                per_label=per_label, confusion=confusion_matrix(true, predicted, labels=ids).tolist())
+
+
+def write_results(config, run, base, labels, reports, sizes, seconds):
+    """The classifier, metrics and confusion plot into --out, on rank 0."""
+    out, best = Path(config.out), run.best
+    model = run.model
+    record = provenance()
+    save_checkpoint(out / "classifier.pt", dict(
+        model=model.state_dict(), config=model.config_dict(), step=best.epoch * run.steps_per_epoch,
+        val_loss=best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(), base=base.record, provenance=record))
+    write_json(out / "metrics.json", dict(
+        labels=labels, examples=sizes, **reports, best_epoch=best.epoch, steps=run.step, seconds=round(seconds, 1),
+        train=config.train, base=base.record, provenance=record))
+    name = "test" if "test" in reports else "validation"
+    save_figure(draw_confusion(reports[name]["confusion"], labels), out / "confusion.png")
+    print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
+          f"{sizes[name]:,} examples, with the weights of epoch {best.epoch}, after {seconds:.0f} s")
+    print(f"wrote {out / 'classifier.pt'}, {out / 'metrics.json'}, {out / 'confusion.png'}\n"
+          f"next: python finetune_classifier.py --checkpoint {out / 'classifier.pt'} --predict \"...\"")
+
+
+# -----------------------------------------------------------------------------
+# prediction
+
+def predict(config, runtime):
+    """Label the texts of the flags, or of a file into a file; with the probability of each label."""
+    opened = open_model(config.checkpoint, classifiers=True)
+    if not isinstance(opened.model, Classifier):
+        raise UserError(f"{config.checkpoint} is no classifier, it writes text; make one of it with --init_from")
+    texts = read_texts(config) if config.predict_file else config.predict
+    model, labels = opened.model.to(runtime.device).eval(), opened.model.config.labels
+    rows = [encode(text, NO_LABEL, opened.tokenizer, model.config.block_size) for text in texts]
+    budget = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
+    probabilities = torch.softmax(score_rows(model, runtime, rows, budget), dim=-1).tolist()
+    found = [dict(text=text, label=labels[int(np.argmax(p))], probability=max(p), probabilities=dict(zip(labels, p)))
+             for text, p in zip(texts, probabilities)]
+    if not config.predict_file:
+        for item in found:
+            others = ", ".join(f"{label} {p:.4f}" for label, p in item["probabilities"].items())
+            print(f"{item['label']} ({others}): {item['text']}")
+        return
+    if runtime.is_main:
+        write_predictions(config.out, labels, found)
+        counts = collections.Counter(item["label"] for item in found)
+        print(f"wrote {config.out}: {', '.join(f'{label} {n:,}' for label, n in counts.most_common())}")
+
+
+def read_texts(config):
+    """The texts of --predict_file: a column of a table, or the lines of a .txt file. Raises UserError."""
+    path = Path(config.predict_file)
+    if path.suffix.lower() != ".txt":
+        return [text for (text,) in read_rows(path, [config.text_column])]
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def write_predictions(path, labels, found):
+    """Write a row per text: .jsonl as it is, .csv with a column of probabilities per label. Raises UserError."""
+    try:
+        with atomic_write(path, "w") as f:
+            if Path(path).suffix.lower() == ".jsonl":
+                f.writelines(json.dumps(item) + "\n" for item in found)
+                return
+            table = csv.writer(f)
+            table.writerow(["text", "label", "probability", *(f"p({label})" for label in labels)])
+            table.writerows([item["text"], item["label"], item["probability"], *item["probabilities"].values()]
+                            for item in found)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    run_script(main)

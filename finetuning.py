@@ -1,0 +1,181 @@
+"""What the fine-tuning scripts share around their loop: flags, the model that they begin with, the folder of a run."""
+import contextlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import build_model, open_model, read_checkpoint, weights_hash
+from config import DeviceConfig, UserError, flag, replace
+from files import FolderLock
+from lora import add_adapter
+from memory import find_micro_batch_size
+from model import parameter_groups
+from resume import changed_flags
+from rows import hash_rows
+from runtime import seed_everything
+from tokenizer import Tokenizer, from_checkpoint
+from tuning import STATE_NAME, Objective, Tuning, restore, trained_weights
+
+
+@dataclass(kw_only=True)
+class TuneConfig(DeviceConfig):
+    """The flags that the fine-tuning scripts share; keep=True: a resumed run must have the same."""
+    data: str = flag("", "the examples", group="data")
+    val_fraction: float = flag(0.1, "share of the examples for validation", group="data", above=0, below=1, keep=True)
+    out: str = flag("", "folder of the result", group="data")
+
+    init_from: str = flag("", "the model to tune: model_XXXXX.pt, a Hugging Face folder, or a name such as gpt2",
+                          group="model")
+    block_size: int | None = flag(None, "tokens that are read at most, the rest is cut off (default: all that the "
+                                        "model can)", group="model", low=2, keep=True)
+    dropout: float = flag(0.0, "dropout probability in the model", group="model", low=0.0, below=1.0, keep=True)
+    lora_r: int = flag(8, "rank of the LoRA matrices", group="model", low=1, keep=True)
+    lora_alpha: float = flag(16.0, "LoRA's scale is lora_alpha / lora_r", group="model", above=0, keep=True)
+    lora_dropout: float = flag(0.0, "dropout before the LoRA matrices", group="model", low=0.0, below=1.0, keep=True)
+
+    num_epochs: int = flag(3, "passes over the training examples", group="training", low=1, keep=True)
+    patience: int = flag(0, "stop after so many epochs without a better validation; 0: never", group="training", low=0)
+    batch_size: int = flag(32, "examples per optimizer step, all processes together", group="training", low=1,
+                           keep=True)
+    micro_batch_size: int = flag(0, "full rows per forward pass of a process, of shorter ones as many more; 0: as many "
+                                    "as fit", group="training", low=0)
+    max_lr: float | None = flag(None, "peak learning rate (default: by what is trained)", group="training", above=0,
+                                keep=True)
+    min_lr: float = flag(0.0, "learning rate at the end of the cosine", group="training", low=0.0, keep=True)
+    warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth)", group="training", low=0,
+                                    keep=True)
+    weight_decay: float = flag(0.01, "of matrices; vectors do not decay", group="training", low=0.0, keep=True)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", group="training", low=0.0, keep=True)
+
+    resume: str = flag("auto", "auto: go on with the run in --out; never", group="system", choices=("auto", "never"))
+    seed: int = flag(1337, "of the split, the order, new weights, dropout", group="system", low=0, keep=True)
+    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, and slower", group="system")
+    dry_run: bool = flag(False, "show the first examples, what counts in them, and try two steps", group="system")
+
+    def check(self):
+        """Raise UserError for flags that are missing or contradict each other; choose what is left open."""
+        for name in ("data", "init_from", "out"):
+            if not getattr(self, name) and not (name == "out" and self.dry_run):
+                raise UserError(f"--{name} is missing (--help lists the flags)")
+        if self.max_lr is None:
+            self.max_lr = self.usual_lr()
+        if self.min_lr > self.max_lr:
+            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
+
+    def usual_lr(self):
+        """The peak learning rate where none is given."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened model to begin with, the same on every rank."""
+    model: nn.Module
+    tokenizer: Tokenizer
+    record: dict       # {"source", "sha256"}
+    row_budget: int    # tokens of a micro-batch
+
+
+def open_base(config, runtime):
+    """The Base that --init_from names, cut to --block_size, on its device. Raises UserError."""
+    def read():
+        opened = open_model(config.init_from)
+        if opened.tokenizer is None:
+            raise UserError(f"{opened.source} comes without a tokenizer, so text cannot be encoded for it")
+        state = opened.model.state_dict()
+        return dict(config=opened.model.config_dict(), model=state, tokenizer=opened.tokenizer.to_checkpoint(),
+                    sha256=weights_hash(state), title=opened.describe())
+    stored = runtime.from_main(read)
+    model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
+    if config.block_size and config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    elif config.block_size and config.block_size > model.config.block_size:
+        raise UserError(f"--block_size {config.block_size}, but {config.init_from} reads {model.config.block_size}")
+    model.to(runtime.device)
+    runtime.print(f"{stored['title']}, weights sha256 {stored['sha256'][:12]}")
+    local = max(1, config.batch_size // runtime.world_size)
+    size = config.micro_batch_size or find_micro_batch_size(model, 0, local, runtime)
+    record = dict(source=config.init_from, sha256=stored["sha256"])
+    return Base(model, from_checkpoint(stored["tokenizer"]), record, size * model.config.block_size)
+
+
+def add_lora(model, config):
+    """Freeze a model and add LoRA matrices as the flags say; peft's wrapper of it."""
+    seed_everything(config.seed, "lora")
+    return add_adapter(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.init_from)
+
+
+def build(config, runtime, state, base, model, head, rows, weights=None):
+    """The Tuning of a model whose trained parameters are those that require gradients, at the state it was left in.
+
+    rows: of the training split; a dry run takes two steps of them. weights: Objective's. Raises UserError for the state
+    of another run.
+    """
+    model.to(runtime.device)
+    objective = Objective(model, head, weights).to(runtime.device)
+    ddp = objective
+    if runtime.world_size > 1:
+        ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                      device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=(0.9, 0.98),
+                                  fused=True)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype_name == "fp16")
+    epoch = -(-len(rows) // config.batch_size)
+    full_steps = epoch * config.num_epochs
+    trained = sum(w.numel() for w in trained_weights(model).values())
+    every = sum(p.numel() for p in model.parameters())
+    runtime.print(f"training {trained:,} of {every:,} parameters on {len(rows):,} examples: {config.num_epochs} epochs "
+                  f"of {epoch} steps, on {runtime.device} in {runtime.dtype_name}, {runtime.world_size} "
+                  f"process{'es' * (runtime.world_size > 1)}")
+    if config.dry_run:
+        rows, epoch = rows[:2 * config.batch_size], min(2, epoch)
+    warmup_steps = full_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    run = Tuning(model, objective, ddp, optimizer, scaler, rows, base.record, hash_rows(rows), base.row_budget, epoch,
+                 epoch if config.dry_run else full_steps, warmup_steps, full_steps)
+    runtime.agree("examples", run.data_hash)
+    if state:
+        runtime.together(lambda: restore(run, state))
+        runtime.print(f"going on from step {run.step}")
+    return run
+
+
+def work_in_folder(config, runtime, work):
+    """work(config, state) with --out to itself: state is what an earlier start left, None for a fresh run.
+
+    --dry_run: in a temporary folder, which is removed. Raises UserError where --out holds another run.
+    """
+    if config.dry_run:
+        folder = runtime.from_main(lambda: tempfile.mkdtemp(prefix="dry_run_"))
+        try:
+            work(replace(config, out=folder), None)
+        finally:
+            if runtime.is_main:
+                shutil.rmtree(folder)
+        return
+    lock = runtime.together(lambda: FolderLock(config.out, wait_s=60) if runtime.is_main else contextlib.nullcontext())
+    with lock:
+        state = runtime.from_main(lambda: find_state(config))
+        if state and state["finished"]:
+            runtime.print(f"the run in {config.out} is finished; for another one choose another --out")
+            return
+        work(config, state)
+
+
+def find_state(config):
+    """The state that a run in --out goes on from, None for a fresh one. Raises UserError for one with other flags."""
+    path = Path(config.out) / STATE_NAME
+    if not path.exists():
+        return None
+    if config.resume == "never":
+        raise UserError(f"--resume never, but {config.out} holds a run; choose another --out, or delete it")
+    state = read_checkpoint(path)
+    differing = changed_flags(config, state["config"])
+    if differing and not state["finished"]:
+        raise UserError(f"{config.out} holds another run: {', '.join(differing)}. Use its flags to continue it, or "
+                        "another --out")
+    return state

@@ -1,0 +1,74 @@
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) through the peft library: small matrices beside frozen ones.
+
+An adapter is a folder in peft's format (adapter_config.json, adapter_model.safetensors), which transformers reads on an
+exported model too, and base.json: which weights it belongs to.
+"""
+from pathlib import Path
+
+from config import UserError
+from files import read_json, write_json
+from hf_format import new_folder
+
+LINEAR_LAYERS = ["c_attn", "c_proj", "c_fc"]     # every matrix inside the blocks
+CONFIG_NAME, BASE_NAME = "adapter_config.json", "base.json"
+
+
+def add_adapter(model, r, alpha, dropout, base):
+    """Freeze a GPT and put trainable matrices of rank r beside those of its blocks, scaled by alpha / r.
+
+    Changes the model itself; returns peft's wrapper of it, which saves and merges. base: what the model was opened
+    from. New matrices are drawn from torch's generator. Raises UserError where peft is not installed.
+    """
+    peft = _import_peft()
+    settings = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LINEAR_LAYERS)
+    wrapped = peft.get_peft_model(model, settings)
+    settings.base_model_name_or_path = str(base)      # only now: get_peft_model writes over it
+    return wrapped
+
+
+def save_adapter(wrapped, folder, base):
+    """Write the adapter of a wrapped model and the record of its base ({"source", "sha256"}) as a new folder.
+
+    Raises UserError.
+    """
+    with new_folder(folder) as temporary:
+        wrapped.save_pretrained(temporary, save_embedding_layers=False)
+        (temporary / "README.md").unlink(missing_ok=True)      # peft's card: a form with nothing filled in
+        write_json(temporary / BASE_NAME, base)
+
+
+def merge(wrapped):
+    """The model that add_adapter changed, plain again: each W is W + alpha / r B A."""
+    return wrapped.merge_and_unload()
+
+
+def is_adapter(folder):
+    """Whether a folder holds an adapter."""
+    return (Path(folder) / CONFIG_NAME).is_file()
+
+
+def base_of(folder):
+    """(the source of the model that an adapter belongs to, the hash of its weights or None). Raises UserError."""
+    source = read_json(Path(folder) / CONFIG_NAME).get("base_model_name_or_path")
+    if not source:
+        raise UserError(f"{Path(folder) / CONFIG_NAME} does not name the model that the adapter belongs to")
+    record = Path(folder) / BASE_NAME
+    return source, read_json(record).get("sha256") if record.exists() else None
+
+
+def merge_folder(model, folder):
+    """The model with the adapter in a folder merged into it. Raises UserError for one that does not fit."""
+    peft = _import_peft()
+    try:
+        return merge(peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu"))
+    except Exception as error:      # peft, safetensors and torch raise many kinds
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"the adapter in {folder} does not fit its model ({type(error).__name__}: {why})") from error
+
+
+def _import_peft():
+    try:
+        import peft
+        return peft
+    except ImportError as error:
+        raise UserError("LoRA adapters need peft: pip install -r requirements-extras.txt") from error

@@ -1,0 +1,250 @@
+"""finetune_classifier.py: a text's last token decides, frozen layers stay, a stopped run goes on, exports agree."""
+import csv
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED_DATA
+
+import convert
+import finetune_classifier
+import inference
+from checkpoint import open_model, read_checkpoint, save_checkpoint
+from classifier import Classifier, ClassifierConfig
+from config import UserError
+from device import Hardware
+from finetune_classifier import encode, read_splits, score_rows, stratified
+from model import GPT, GPTConfig
+from rows import make_batches, render
+from runtime import Runtime
+from tokenizer import Tokenizer
+
+TINY = ("--device", "cpu", "--dtype", "fp32", "--num_epochs", 6, "--batch_size", 16, "--max_lr", 3e-3, "--dropout", 0)
+GOOD, BAD = ["great", "lovely", "fine"], ["awful", "boring", "poor"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    """(path, model) of a checkpoint: a language model over bytes, 32 positions."""
+    torch.manual_seed(0)
+    model, tokenizer = GPT(GPTConfig(32, 320, 2, 2, 32)), Tokenizer([], "bytes")
+    save_checkpoint(tmp_path / "base.pt", dict(model=model.state_dict(), config=model.config_dict(), step=3,
+                                               val_loss=5.0, tokenizer=tokenizer.to_checkpoint()))
+    return tmp_path / "base.pt", model
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A .csv file of 160 reviews, one word of which tells the sentiment; columns review, sentiment, stars."""
+    rng = random.Random(0)
+    with open(tmp_path / "reviews.csv", "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["review", "sentiment", "stars"])
+        for i in range(160):
+            words = GOOD if i % 4 else BAD
+            beginning = rng.choice(["A", 'One, "what a"', "So"])
+            text = f"{beginning} {rng.choice(words)} {rng.choice('abcdef')}"
+            table.writerow([text, "good" if i % 4 else "bad", i % 5])
+    return tmp_path / "reviews.csv"
+
+
+def main(*flags):
+    finetune_classifier.main([str(f) for f in flags])
+
+
+def flags_for(reviews, base, out):
+    return (*TINY, "--data", reviews, "--text_column", "review", "--label_column", "sentiment", "--init_from", base[0],
+            "--out", out)
+
+
+def cpu(rank=0, world_size=1):
+    return Runtime(rank, rank, world_size, torch.device("cpu"), Hardware("cpu"), "fp32")
+
+
+def tokens(text):
+    return encode(text, 0, Tokenizer([], "bytes"), 32)
+
+
+# -----------------------------------------------------------------------------
+# the model and its rows
+
+def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
+    torch.manual_seed(0)
+    model = Classifier(ClassifierConfig(32, 320, 2, 2, 32, labels=["a", "b", "c"])).eval()
+    texts = ["x", "", "a longer one", "b" * 100, "seventeen letters", "no"]
+    rows = [tokens(text) for text in texts]
+    together = score_rows(model, cpu(), rows, budget=64)
+    for text, scores in zip(texts, together):
+        ids = Tokenizer([], "bytes").encode(text)[:32] or [256]
+        alone = model.score(model.hidden(torch.tensor([ids])))[0, -1]
+        torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_hold_every_row_once_padded_with_what_does_not_count():
+    rows = [tokens("x" * n) for n in (5, 30, 1, 17, 16, 2)]
+    seen = []
+    for members, x, y in make_batches(rows, range(6), 64, 32):
+        assert x.shape == y.shape and (x.numel() <= 64 or len(x) == 1) and x.size(1) <= 32
+        for i, targets in zip(members, y.tolist()):
+            n = len(rows[i])
+            assert targets[:n] == rows[i].targets.tolist() and set(targets[n:]) <= {-1} and targets[n - 1] == 0
+        seen += members
+    assert sorted(seen) == list(range(6)) and [len(rows[i]) for i in seen] == [30, 17, 16, 5, 2, 1]
+
+
+def test_a_row_shows_that_the_label_alone_is_learned():
+    row = tokens("caf\u00e9!")
+    assert render(row, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
+        "  masked  | 'caf\u00e9!'\n  learned | '-> bad'")
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transformers(reviews, base, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(*flags_for(reviews, base, out), "--class_weights", "balanced")
+    said = capsys.readouterr().out
+    report = json.loads((out / "metrics.json").read_text())
+    test = report["test"]
+    assert test["accuracy"] == 1 and test["macro_f1"] == 1 and report["labels"] == ["bad", "good"], said
+    assert test["confusion"] == [[8, 0], [0, 24]] and test["per_label"]["bad"] == dict(precision=1, recall=1, f1=1, n=8)
+    assert report["examples"] == dict(train=112, test=32, validation=16) and report["base"]["source"] == str(base[0])
+    assert (out / "confusion.png").stat().st_size > 1000 and not (out / "classifier.pt.tmp").exists()
+    assert "next: python finetune_classifier.py --checkpoint" in said
+
+    main("--checkpoint", out / "classifier.pt", "--predict", "So lovely b", "--predict", "A poor c", *TINY[:4])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("good (bad 0.") and lines[1].startswith("bad (bad 0.")
+    assert lines[0].endswith(": So lovely b") and lines[1].endswith(": A poor c")
+    check_export(out / "classifier.pt", tmp_path, capsys)
+    with pytest.raises(UserError, match="writes no text, it is a classifier \\(bad, good\\)"):
+        inference.main(["--checkpoint", str(out / "classifier.pt"), "--prompt", "x"])
+    main(*flags_for(reviews, base, out), "--class_weights", "balanced")
+    assert "is finished" in capsys.readouterr().out
+
+
+def check_export(path, tmp_path, capsys):
+    """The export of a classifier gives our probabilities in transformers, alone and padded, and comes back."""
+    from transformers import AutoModelForSequenceClassification, pipeline
+    convert.main(["--checkpoint", str(path), "--out", str(tmp_path / "hf")])
+    assert 'pipeline("text-classification"' in capsys.readouterr().out
+    texts = ["A fine d", "", "So boring, truly, x", "y" * 50]
+    (tmp_path / "new.csv").write_text("text\n" + "\n".join(f'"{t}"' for t in texts) + "\n")
+    for name, source in (("ours.csv", path), ("theirs.csv", tmp_path / "hf")):
+        main("--checkpoint", source, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / name, *TINY[:4])
+    ours, theirs = (list(csv.DictReader(open(tmp_path / name))) for name in ("ours.csv", "theirs.csv"))
+    assert ours == theirs and [row["text"] for row in ours] == texts
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == "GPT2ForSequenceClassification" and model.config.id2label == {0: "bad", 1: "good"}
+    classify = pipeline("text-classification", str(tmp_path / "hf"), top_k=None)
+    found = classify([t for t in texts if t], batch_size=3, truncation=True)
+    for row, scores in zip([row for row in ours if row["text"]], found):
+        p = {item["label"]: item["score"] for item in scores}
+        assert abs(p["bad"] - float(row["p(bad)"])) < 1e-4 and abs(p["good"] - float(row["p(good)"])) < 1e-4
+
+
+@pytest.mark.parametrize("train", ["head", "last:1", "lora", "all"])
+def test_frozen_layers_do_not_move_and_the_others_do(reviews, base, tmp_path, train):
+    main(*flags_for(reviews, base, tmp_path / "out"), "--train", train, "--num_epochs", 1, "--test_fraction", 0)
+    after, before = read_checkpoint(tmp_path / "out" / "classifier.pt")["model"], base[1].state_dict()
+    moved = {name for name in after if name != "score.weight" and not torch.equal(after[name], before[name])}
+    expected = dict(head=set(), all=set(after) - {"score.weight"},
+                    lora={n for n in after if ".h." in n and n.endswith(("c_attn.weight", "c_proj.weight",
+                                                                        "c_fc.weight"))})
+    expected["last:1"] = {n for n in after if n.startswith(("transformer.h.1.", "transformer.ln_f."))}
+    assert moved == expected[train]
+    assert open_model(tmp_path / "out" / "classifier.pt", classifiers=True).model.config.labels == ["bad", "good"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_classifier_and_two_processes_find_it_too(run, reviews, base, tmp_path):
+    straight, stopped, twice = (flags_for(reviews, base, tmp_path / name) for name in ("straight", "stopped", "two"))
+    extra = ("--dropout", 0.1, "--train", "last:1", "--num_epochs", 3, "--patience", 0)
+    assert run("finetune_classifier.py", *straight, *extra)[0] == 0
+    stop_at_10 = ("import os, signal, sys, tuning, finetune_classifier as f\n"
+                  "step = tuning.train_step\n"
+                  "def train_step(run, *rest):\n"
+                  "    if run.step == 10: os.kill(os.getpid(), signal.SIGTERM)\n"
+                  "    return step(run, *rest)\n"
+                  "tuning.train_step = train_step\n"
+                  "f.main(sys.argv[1:])\n")
+    rc, out, err = run("-c", stop_at_10, *stopped, *extra)
+    assert rc == 0 and "stopped before step 11, nothing is lost" in out, err
+    rc, out, err = run("finetune_classifier.py", *stopped, "--seed", 2, *extra)
+    assert rc == 2 and "holds another run: --seed 2 (it has 1337)" in err
+    rc, out, err = run("finetune_classifier.py", *stopped, *extra)
+    assert rc == 0 and "going on from step 11" in out, err
+    first, second = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("straight", "stopped"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and len(steps) == 21 + 4
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune_classifier.py")
+    no_dropout = ("--num_epochs", 1, "--batch_size", 111)      # the epoch's second step has one row: a rank has none
+    rc, out, err = run(*launcher, *twice, *no_dropout)
+    assert rc == 0 and "2 processes" in out, err
+    assert run("finetune_classifier.py", *flags_for(reviews, base, tmp_path / "one"), *no_dropout)[0] == 0
+    one, two = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_dry_run_shows_examples_and_leaves_nothing(reviews, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    main(*flags_for(reviews, base, "out")[:-2], "--dry_run")
+    out = capsys.readouterr().out
+    assert "example 1: " in out and "  masked  | " in out and ("learned | '-> good'" in out or "'-> bad'" in out)
+    assert "dry run: " in out and "the full run of 42 steps" in out and sorted(tmp_path.rglob("*")) == before
+
+
+def test_splits_hold_every_example_once_and_every_label_in_its_share(tmp_path):
+    examples = [(f"text {i}", "abc"[(i % 10 > 5) + (i % 10 > 8)]) for i in range(200)]
+    config = finetune_classifier.ClassifierFlags(data="x")
+    rest, test = stratified(examples, 40, config)
+    assert sorted(rest + test) == sorted(examples)
+    assert [sum(label == name for _, label in test) for name in "abc"] == [24, 12, 4]
+    assert list(stratified(examples, 40, config)) == [rest, test]
+
+
+def test_mistakes_are_one_line_and_name_the_row(reviews, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"hole.csv": "text,label\na,x\nb,\n", "one.csv": "text,label\na,x\nb,x\nc,x\nd,x\n" * 1 + "e,x\n" * 9,
+             "rare.csv": "text,label\n" + "a,x\n" * 20 + "b,y\n", "torn.jsonl": '{"text": "a", "label": 1}\n{"text"\n',
+             "ids.csv": "text,label\n" + "".join(f"a{i % 9},{i // 2}\n" for i in range(100)),
+             "two.csv": "text,label\n" + "a,x\nb,y\n" * 20, "other.csv": "text,label\na,x\nb,z\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    model = ("--init_from", base[0], "--out", "out")
+    for flags, message in (
+            (["--data", reviews, *model], "no column 'text' among review, sentiment, stars; name yours with --text_c"),
+            (["--data", "hole.csv", *model], "hole.csv, row 2 (the header not counted): column 'label' is empty"),
+            (["--data", "torn.jsonl", *model], "torn.jsonl, line 2: not valid JSON"),
+            (["--data", "one.csv", *model], "holds one label only, 'x'"),
+            (["--data", "rare.csv", *model], "the rarest label, 'y', is there 1 time"),
+            (["--data", "ids.csv", *model], "is it the column of labels?"),
+            (["--data", "two.csv", "--val_data", "other.csv", *model], "other.csv, row 2 (the header not counted): the "
+                                                                       "label 'z' is not in two.csv (x, y)"),
+            (["--data", "two.csv", *model, "--train", "last:3"], "--train last:3, but "),
+            (["--data", "two.csv", *model, "--train", "some"], "--train must be all, last:N, head or lora"),
+            (["--data", "two.csv", *model, "--block_size", 64], "--block_size 64, but "),
+            (["--data", "two.csv", "--out", "out"], "--init_from is missing"),
+            (["--predict", "x"], "--checkpoint is missing"),
+            (["--predict", "x", "--checkpoint", base[0]], "is no classifier, it writes text"),
+            (["--predict_file", "two.csv", "--checkpoint", base[0]], "belong together"),
+            (["--predict_file", "two.csv", "--out", "x.txt", "--checkpoint", base[0]], "must end in .csv or .jsonl")):
+        with pytest.raises(UserError) as caught:
+            main("--device", "cpu", *flags)
+        assert message in str(caught.value), flags
+
+
+def test_the_sms_file_is_read_and_split(monkeypatch):
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not on this machine")
+    config = finetune_classifier.ClassifierFlags(data=str(SHARED_DATA / "sms_spam.tsv"), text_column="SMS",
+                                                 label_column="Label")
+    splits = read_splits(config)
+    assert {name: len(examples) for name, examples in splits.items()} == dict(train=3902, validation=557, test=1115)
+    assert np.isclose(sum(label == "spam" for _, label in splits["test"]) / 1115, 747 / 5574, atol=1e-3)

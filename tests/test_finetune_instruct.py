@@ -1,0 +1,301 @@
+"""finetune_instruct.py: only answers count, each token as much as any other; adapters merge, travel, and follow."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT, SHARED_DATA
+from torch.nn import functional as F
+
+import convert
+import finetune_instruct
+import inference
+from checkpoint import open_model, read_checkpoint, save_checkpoint
+from config import UserError
+from device import Hardware
+from finetune_instruct import encode, encode_item, read_items
+from inference import generate
+from lora import add_adapter, merge
+from model import GPT, IGNORED, GPTConfig
+from rows import make_row, render
+from runtime import Runtime
+from template import alpaca_prompt
+from tokenizer import Tokenizer, train_tokenizer
+from tuning import Objective, Tuning, train_step
+
+COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
+ITEMS = [dict(instruction="Say it twice.", input=c, output=f"{c} {c}") for c in COLOURS * 6]
+TINY = ("--device", "cpu", "--dtype", "fp32", "--batch_size", 8, "--num_epochs", 2, "--max_tokens", 8)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """(path, model, tokenizer) of a checkpoint: a language model over few words, 96 positions."""
+    torch.manual_seed(0)
+    texts = [alpaca_prompt(item["instruction"], item["input"]) + item["output"] for item in ITEMS]
+    tokenizer = train_tokenizer(texts + [alpaca_prompt("Say it twice.")], 420)
+    model = GPT(GPTConfig(96, 448, 2, 2, 32))
+    with torch.no_grad():       # as large as trained ones: an adapter finds little in embeddings that say nothing
+        for p in model.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)
+    save_checkpoint(tmp_path / "base.pt", dict(model=model.state_dict(), config=model.config_dict(), step=3,
+                                               val_loss=5.0, tokenizer=tokenizer.to_checkpoint()))
+    return tmp_path / "base.pt", model, tokenizer
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A .json file of 48 items."""
+    (tmp_path / "items.json").write_text(json.dumps(ITEMS))
+    return tmp_path / "items.json"
+
+
+def main(*flags):
+    finetune_instruct.main([str(f) for f in flags])
+
+
+def metrics(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+# -----------------------------------------------------------------------------
+# rows and their loss
+
+def test_the_answer_and_its_end_are_learned_and_nothing_else():
+    tokenizer = Tokenizer([], "bytes")
+    row = encode_item(("Add.", "1 2", "3\u00e9"), tokenizer, 1000)
+    prompt = alpaca_prompt("Add.", "1 2")
+    assert render(row, tokenizer, tokenizer.decode) == f"  masked  | {prompt!r}\n  learned | '3\u00e9<|endoftext|>'"
+    n = len(prompt)
+    ids = [*tokenizer.encode(prompt + "3\u00e9"), tokenizer.eot]
+    assert row.tokens.tolist() == ids[:-1] and row.targets.tolist() == [IGNORED] * (n - 1) + ids[n:]
+
+
+def test_long_answers_are_cut_and_items_without_an_answer_in_reach_left_out():
+    tokenizer = Tokenizer([], "bytes")
+    n = len(alpaca_prompt("Go."))
+    items = [("Go.", "", "x" * 40), ("Go.", "", "yes"), ("Go.", "", " "), ("Go. " + "x" * 99, "", "yes")]
+    rows, dropped = encode(items, tokenizer, n + 9)
+    assert dropped == 2 and [len(row) for row in rows] == [n + 9, n + 3]
+    assert rows[0].targets[-1] == tokenizer.encode("x")[0] and rows[1].targets[-1] == tokenizer.eot
+    assert (rows[0].targets != IGNORED).sum() == 10 and (rows[1].targets != IGNORED).sum() == 4
+
+
+def random_rows(n):
+    """Rows of a vocabulary of 65, of uneven lengths, from 1 target to all."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(n):
+        length = int(torch.randint(2, 30, (), generator=generator))
+        tokens, targets = torch.randint(65, (2, length), generator=generator).tolist()
+        rows.append(make_row(tokens, [IGNORED] * min(length - 1, i * 3) + targets[min(length - 1, i * 3):]))
+    return rows
+
+
+def one_step(rows, budget, rank=0, world_size=1, weights=None):
+    """(gradients, loss) of this rank's part of a step over all rows; the optimizer does not move."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 65, 1, 2, 16))
+    objective = Objective(model, "lm_head", weights)
+    ddp = torch.nn.parallel.DistributedDataParallel(objective) if world_size > 1 else objective
+    runtime = Runtime(rank, rank, world_size, torch.device("cpu"), Hardware("cpu"), "fp32")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run = Tuning(model, objective, ddp, optimizer, torch.amp.GradScaler("cpu", enabled=False), rows, {}, "", budget, 1,
+                 1, 0, 1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = finetune_instruct.InstructConfig(batch_size=len(rows), grad_clip=0.0)
+    result = train_step(run, config, runtime)
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}, result
+
+
+def expected_step(rows, weights=None):
+    """The same by torch's own mean over all targets at once, row by row: (gradients, loss)."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 65, 1, 2, 16))
+    logits = torch.cat([model(torch.tensor(row.tokens, dtype=torch.long)[None])[0] for row in rows])
+    targets = torch.cat([torch.tensor(row.targets, dtype=torch.long) for row in rows])
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, weight=weights)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, loss.item()
+
+
+@pytest.mark.parametrize("budget", [16, 64, 4096], ids="micro-batches of {} tokens".format)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_target_counts_the_same_whatever_the_micro_batches(budget, weighted):
+    rows, weights = random_rows(9), torch.rand(65, generator=torch.Generator().manual_seed(2)) if weighted else None
+    gradients, loss = expected_step(rows, weights)
+    found, result = one_step(rows, budget, weights=weights)
+    assert math.isclose(result.loss, loss, rel_tol=1e-5) and result.finite
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+TWO_RANKS = """
+import datetime, sys, torch, torch.distributed as dist
+sys.path.insert(0, "tests")
+from test_finetune_instruct import one_step, random_rows
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+rank = dist.get_rank()
+results = [(n, one_step(random_rows(n), 64, rank, 2)) for n in (9, 1)]     # of one row a rank has none
+if rank == 0:
+    torch.save([(n, gradients, result.loss) for n, (gradients, result) in results], sys.argv[1])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_make_the_gradient_of_one(run, tmp_path):
+    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
+    rc, _, err = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two_ranks.py",
+                     tmp_path / "found.pt", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert rc == 0, err
+    for n, found, found_loss in torch.load(tmp_path / "found.pt"):
+        gradients, loss = expected_step(random_rows(n))
+        assert math.isclose(found_loss, loss, rel_tol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# adapters
+
+def test_a_merged_model_computes_what_the_adapter_did_and_only_the_adapter_trains():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 65, 2, 2, 16)).eval()
+    names, ids = set(model.state_dict()), torch.randint(65, (2, 32))
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wrapped = add_adapter(model, 4, 8, 0.0, "base")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 4 * 2 and all("lora_" in name for name in trained)
+    with torch.no_grad():
+        for p in trained.values():
+            p.normal_(std=0.3)
+    before = model(ids)
+    pairs = {name.partition(".lora_")[0]: None for name in trained}
+    expected = {f"{name}.weight": plain[f"{name}.weight"] + 2 * trained[f"{name}.lora_B.default.weight"].detach()
+                @ trained[f"{name}.lora_A.default.weight"].detach() for name in pairs}
+    assert merge(wrapped) is model and set(model.state_dict()) == names
+    torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected.get(name, plain[name]), rtol=1e-5, atol=1e-6)
+
+
+def test_it_follows_instructions_and_its_adapter_travels(data, base, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(*TINY, "--data", data, "--init_from", base[0], "--out", out, "--num_epochs", 12, "--max_lr", 2e-2, "--merge")
+    report, said = metrics(out), capsys.readouterr().out
+    assert report["val_loss_after"] < 0.7 * report["val_loss_before"] and report["merged_logits_differ_by"] < 1e-4, said
+    assert report["items"] == dict(train=43, validation=5, cut=0, left_out=0)
+    assert report["base"] == json.loads((out / "adapter" / "base.json").read_text())
+    merged = next(out.glob("model_*.pt"))
+    checkpoint = read_checkpoint(merged)
+    assert checkpoint["base"] == report["base"] and checkpoint["template"] == "alpaca"
+
+    answers = json.loads((out / "responses.json").read_text())
+    assert len(answers) == 5 and {a["output"] for a in answers} <= {f"{c} {c}" for c in COLOURS}
+    flags = ("--instruction", "Say it twice.", "--input", answers[0]["input"], "--num_seq", "1", "--temperature", "0",
+             "--max_tokens", "8", *TINY[:4])
+    for source in (merged, out / "adapter"):
+        inference.main(["--checkpoint", str(source), *flags])
+        assert capsys.readouterr().out == f"> {answers[0]['response']}\n"
+
+    check_adapter_in_transformers(base, out, tmp_path)
+    other = read_checkpoint(base[0])
+    other["model"]["transformer.wpe.weight"] += 1
+    save_checkpoint(base[0], other)
+    with pytest.raises(UserError, match="other weights than those that the adapter"):
+        open_model(out / "adapter")
+
+
+def check_adapter_in_transformers(base, out, tmp_path):
+    """peft puts the adapter beside the exported base in transformers, and the logits are the merged model's."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    convert.main(["--checkpoint", str(base[0]), "--out", str(tmp_path / "hf")])
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), str(out / "adapter"))
+    ours = open_model(next(out.glob("model_*.pt"))).model.eval()
+    n_vocab = base[2].n_vocab
+    ids = torch.randint(n_vocab, (2, 96))
+    torch.testing.assert_close(theirs.eval()(ids).logits, ours(ids)[..., :n_vocab], rtol=1e-3, atol=1e-3)
+
+
+def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_as_its_responses_say(run, data, base, tmp_path):
+    flags = (*TINY, "--data", data, "--init_from", base[0], "--full", "--max_lr", 3e-3, "--dropout", 0.1)
+    assert run("finetune_instruct.py", *flags, "--out", tmp_path / "straight")[0] == 0
+    die_at_9 = ("import os, signal, sys, tuning, finetune_instruct as f\n"
+                "step = tuning.train_step\n"
+                "def train_step(run, *rest):\n"
+                "    if run.step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+                "    return step(run, *rest)\n"
+                "tuning.train_step = train_step\n"
+                "f.main(sys.argv[1:])\n")
+    assert run("-c", die_at_9, *flags, "--out", tmp_path / "killed")[0] == -9
+    rc, out, err = run("finetune_instruct.py", *flags, "--out", tmp_path / "killed")
+    assert rc == 0 and "going on from step 6" in out, err
+    first, second = (read_checkpoint(tmp_path / name / "model_00012.pt") for name in ("straight", "killed"))
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    answers = json.loads((tmp_path / "killed" / "responses.json").read_text())[:2]
+    opened = open_model(tmp_path / "killed")
+    prompts = [alpaca_prompt(a["instruction"], a["input"]) for a in answers]
+    texts, _ = generate(opened.model.eval(), opened.tokenizer, prompts, temperature=0.0, max_tokens=8)
+    assert texts == [prompt + a["response"] for prompt, a in zip(prompts, answers)]
+
+
+def test_two_processes_tune_the_same_adapter_as_one(run, data, base, tmp_path):
+    flags = (*TINY, "--data", data, "--init_from", base[0], "--responses", 0, "--num_epochs", 1)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune_instruct.py")
+    rc, out, err = run(*launcher, *flags, "--out", tmp_path / "two")
+    assert rc == 0 and "2 processes" in out, err
+    main(*flags, "--out", tmp_path / "one")
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert math.isclose(one["val_loss_before"], two["val_loss_before"], rel_tol=1e-5)
+    assert math.isclose(one["val_loss_after"], two["val_loss_after"], rel_tol=1e-4)
+
+
+def test_a_dry_run_marks_what_is_masked_and_leaves_nothing(data, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    main(*TINY, "--data", data, "--init_from", base[0], "--merge", "--dry_run")
+    out = capsys.readouterr().out
+    assert out.count("  masked  | 'Below is an instruction") == 3 and out.count("  learned | '") == 3
+    assert "the full run of 12 steps" in out and sorted(tmp_path.rglob("*")) == before
+
+
+# -----------------------------------------------------------------------------
+# mistakes, real data
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}]',
+     "a.json, item 2: 'output' is missing (it has instruction, response)"),
+    ("a.json", '[{"instruction": 3, "output": "b"}]', "item 1: 'instruction' is a int, not text"),
+    ("a.json", '[{"instruction": " ", "output": "b"}]', "item 1: 'instruction' is empty"),
+    ("a.json", '["b"]', "item 1 must be an object with instruction, input and output, but is a str"),
+    ("a.json", '{"instruction": "a"}', "must hold a JSON list, but holds a dict"),
+    ("a.json", '[{"instruction": "a", "output": "b"}]', "a.json holds 1 items"),
+    ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "a", "outp', "a.jsonl, line 3: not valid JSON"),
+    ("a.csv", "instruction,output\n", "a.csv must be a .json list or a .jsonl file"),
+    ("a.jsonl", None, "cannot read")])
+def test_mistakes_in_the_data_are_named_by_item(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_items(str(tmp_path / name))
+    assert message in str(caught.value)
+
+
+def test_other_mistakes_are_one_line(data, base, tmp_path):
+    flags = ("--device", "cpu", "--data", data, "--out", tmp_path / "out")
+    for more, message in ((["--init_from", base[0], "--block_size", 8], "leaves no item to"),
+                          (["--init_from", tmp_path / "gone.pt"], "no checkpoint"),
+                          (["--init_from", base[0], "--min_lr", 1], "--min_lr 1 is above --max_lr 0.0005"),
+                          ([], "--init_from is missing")):
+        with pytest.raises(UserError) as caught:
+            main(*flags, *more)
+        assert message in str(caught.value)
+
+
+def test_the_instruction_file_is_read():
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not on this machine")
+    items = read_items(str(SHARED_DATA / "instruction_data.json"))
+    assert len(items) == 1100 and items[2] == ("Convert 45 kilometers to meters.", "", "45 kilometers is 45000 meters.")
