@@ -14,13 +14,10 @@ place; the tests take a pairwise part of it. Writes bench/results/chaos_matrix.j
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
-import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from bench.common import machine, write_results
+from bench.forks import start_ranks
 from config import flag, parse_config, run_script
 from shards import Manifest, save_shard
 from tokenizer import Tokenizer, load_tokenizer
@@ -126,21 +124,20 @@ def compare(straight, killed, n_steps):
 def run_matrix(folder):
     """Kill a tiny run once in every place of every combination; exits with status 1 where an end differs."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.set_forkserver_preload(["train", "figures", "torch._inductor.config"])   # imported once for all
     data, rows = make_data(folder / "data", (120, 100, 150, 40)), []
     cases = list(itertools.product(*MATRIX.values()))
     progress = tqdm(total=len(cases) * len(ACCIDENTS), unit="kill")
     for case in cases:
         case = dict(zip(MATRIX, case))
         words = [w for name in ("dtype", "dropout", "optimizer") for w in (f"--{name}", case[name])]
-        words = list(map(str, [*TINY_FLAGS, *words, "--data_dir", data, "--log_dir"]))
+        words = [*TINY_FLAGS, *words, "--data_dir", data, "--log_dir"]
         straight, killed = folder / "straight", folder / "killed"
-        first = start_ranks(case["processes"], [*words, str(straight)], folder)
+        first = run_ranks(case["processes"], [*words, straight], folder)
         for accident in ACCIDENTS:
             rank = 0 if "save" in accident or "sample" in accident else len(rows) % case["processes"]
-            codes = start_ranks(case["processes"], [*words, str(killed)], folder, f"{accident}:{rank}")
+            codes = run_ranks(case["processes"], [*words, killed], folder, f"{accident}:{rank}")
             row = dict(case, accident=accident, rank=rank, killed=codes[rank] == -signal.SIGKILL)
-            row["ended"] = not any(first + start_ranks(case["processes"], [*words, str(killed)], folder))
+            row["ended"] = not any(first + run_ranks(case["processes"], [*words, killed], folder))
             rows.append({**row, **compare(straight, killed, TINY_STEPS)})
             shutil.rmtree(killed)
             progress.update()
@@ -153,31 +150,12 @@ def run_matrix(folder):
         sys.exit(1)
 
 
-def start_ranks(n, words, folder, accident="none:none:0"):
-    """Run train.py with these arguments in n processes, without torchrun: their exit codes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    fork = multiprocessing.get_context("forkserver")
-    env = dict(WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCIDENT=accident)
-    ranks = [fork.Process(target=run_rank, args=(rank, env if n > 1 else dict(ACCIDENT=accident), words, folder))
-             for rank in range(n)]
-    for rank in ranks:
-        rank.start()
+def run_ranks(n, words, folder, accident="none:none:0"):
+    """Run train.py with these arguments in n processes: their exit codes."""
+    ranks = start_ranks(n, "tests/chaos.py", words, {**os.environ, "ACCIDENT": accident}, folder / "output")
     for rank in ranks:
         rank.join()
     return [rank.exitcode for rank in ranks]
-
-
-def run_rank(rank, env, words, folder):
-    """One process of a run, in a fork in which torch is imported already."""
-    log = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update({k: str(v) for k, v in env.items()})
-    if len(env) > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    sys.argv = ["train.py", *words]
-    runpy.run_path(str(ROOT / "tests" / "chaos.py"), run_name="__main__")
 
 
 def launch(data, log_dir, processes):

@@ -1,14 +1,16 @@
 """train.py, with one accident built in. Run as train.py is run; the environment variable ACCIDENT says which:
 
     WHAT:WHERE:STEP[:RANK]   WHAT  kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk),
-                                   inf (a gradient of that step), infs (from that step on)
+                                   inf (a gradient of that step), infs (from that step on), hang (for ever),
+                                   run (the shell command in ACCIDENT_COMMAND)
                              WHERE step (before its update), save (half the file is written), validate, sample, start
 
 With a STEP the accident happens at that step; with a RANK on that rank only. ACCIDENT_ONCE names a file that marks
-that it has happened: later starts are undisturbed.
+that it has happened: later starts are undisturbed, or have the next of several accidents, joined by commas.
 """
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,11 +20,11 @@ import checkpoint
 import config
 import train
 
-what, where, at, *only_rank = os.environ.get("ACCIDENT", "none:none:0").split(":")
 once = os.environ.get("ACCIDENT_ONCE")
+happened = len(Path(once).read_text()) if once and Path(once).exists() else 0
+accidents = [*os.environ.get("ACCIDENT", "none:none:0").split(","), "none:none:0"]
+what, where, at, *only_rank = accidents[min(happened, len(accidents) - 1)].split(":")
 mine = not only_rank or only_rank[0] == os.environ.get("RANK", "0")
-if once and Path(once).exists():
-    mine = False
 
 
 def accident():
@@ -30,8 +32,14 @@ def accident():
     if not mine:
         return
     if once:
-        Path(once).touch()
-    if what in ("inf", "infs"):
+        with open(once, "a") as f:
+            f.write("x")
+    if what in ("inf", "infs", "none"):
+        return
+    if what == "hang":
+        time.sleep(3600)
+    if what == "run":
+        subprocess.run(os.environ["ACCIDENT_COMMAND"], shell=True, check=True)
         return
     if what == "error":
         raise ValueError("an accident in the code")

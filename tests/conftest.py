@@ -8,10 +8,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hashlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from bench import forks
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -21,14 +24,51 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 def run(tmp_path_factory):
     """run(script, *flags, cwd=ROOT, env={}, input=None, timeout=240) -> (rc, stdout, stderr), in an empty HOME.
 
-    script: a file of the repository, or "-c" with code as the first flag. env is added to the environment.
+    script: a file of the repository, or "-c" with code as the first flag, or "-m". env is added to the environment.
+    Scripts with torch are forks of a process that has imported it, unless env changes what torch reads on import.
     """
     def run_script(script, *flags, cwd=ROOT, env=None, input=None, timeout=240):
+        home = tmp_path_factory.mktemp("home")
+        slow_to_import = not script.startswith(("-", "prepare_", "plot"))
+        if slow_to_import and not any(name.startswith(("PYTHON", "OMP_", "TORCH", "PATH")) for name in env or {}):
+            return run_fork(script, flags, script_env(home, env), home, cwd, input, timeout)
         command = [sys.executable, script if script.startswith("-") else str(ROOT / script), *map(str, flags)]
-        result = subprocess.run(command, cwd=cwd, env=script_env(tmp_path_factory.mktemp("home"), env), input=input,
-                                capture_output=True, text=True, timeout=timeout)
+        result = subprocess.run(command, cwd=cwd, env=script_env(home, env), input=input, capture_output=True,
+                                text=True, timeout=timeout)
         return result.returncode, result.stdout, result.stderr
     return run_script
+
+
+def run_fork(script, flags, env, folder, cwd, input, timeout):
+    """subprocess.run of a script, by bench.forks: (rc, stdout, stderr). folder: for its streams."""
+    files = {name: folder / f".{name}" for name in ("in", "out", "err")}
+    for file in files.values():
+        file.touch()
+    files["in"].write_text(input or "", encoding="utf-8")
+    process = forks.start(script, flags, env, files["out"], files["err"], files["in"], cwd)
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise subprocess.TimeoutExpired(script, timeout, files["out"].read_text(), files["err"].read_text())
+    return process.exitcode, files["out"].read_text(encoding="utf-8"), files["err"].read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run_ranks(tmp_path_factory):
+    """run_ranks(n, script, *flags, env={}, timeout=120) -> (exit codes, output) of n forked processes of one group."""
+    def run_group(n, script, *flags, env=None, timeout=120):
+        home = tmp_path_factory.mktemp("home")
+        ranks = forks.start_ranks(n, script, flags, script_env(home, env), home / ".out")
+        deadline = time.monotonic() + timeout
+        for rank in ranks:
+            rank.join(max(0, deadline - time.monotonic()))
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        output = (home / ".out").read_text(encoding="utf-8")
+        assert None not in codes, f"ranks that did not end: {codes}\n{output}"
+        return codes, output
+    return run_group
 
 
 def script_env(home, more=None):

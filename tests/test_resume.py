@@ -1,6 +1,7 @@
 """A run that is killed, stopped or starved goes on as if nothing had happened: bitwise, with real processes."""
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, script_env
 
-CHAOS = str(ROOT / "tests" / "chaos.py")
+CHAOS = "tests/chaos.py"
 # 18 windows of 16 tokens, 8 a step: an epoch ends inside every third batch, and shards end everywhere.
 SIZES = [100, 150, 40]
 STEPS = 12
@@ -20,22 +21,27 @@ FLAGS = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--d
          "--val_tokens", 96, "--checkpoint_every", 4, "--sample_every", 6, "--hellaswag_every", 0)
 
 
-def command(n, *flags):
-    """The command line of chaos.py in n processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
-    return [*launcher, CHAOS, *FLAGS, *flags]
+def torchrun(*flags):
+    """The command line of chaos.py in two processes under torchrun."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / CHAOS), *FLAGS, *flags]
+
+
+@pytest.fixture
+def train(run_ranks):
+    """train(n, *flags, **env) -> (exit codes, output) of chaos.py in n processes."""
+    return lambda n, *flags, **env: run_ranks(n, CHAOS, *FLAGS, *flags, env=env)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """straight(run, folder, n, *flags) -> the log_dir of an undisturbed run; equal ones run once."""
+    """straight(train, folder, n, *flags) -> the log_dir of an undisturbed run; equal ones run once."""
     done = {}
 
-    def undisturbed(run, folder, n, *flags):
+    def undisturbed(train, folder, n, *flags):
         if (n, flags) not in done:
             log_dir = tmp_path_factory.mktemp("straight")
-            rc, _, err = run(*command(n, *flags, "--data_dir", folder, "--log_dir", log_dir))
-            assert rc == 0, err
+            codes, out = train(n, *flags, "--data_dir", folder, "--log_dir", log_dir)
+            assert codes == [0] * n, out
             done[n, flags] = log_dir
         return done[n, flags]
     return undisturbed
@@ -94,14 +100,14 @@ KILLED = [  # processes, flags, accident: pairwise over processes, dtype, dropou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n, flags, accident", KILLED)
-def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(run, make_shards, tmp_path, straight, n, flags, accident):
+def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(train, make_shards, tmp_path, straight, n, flags, accident):
     folder = make_shards(SIZES, val_sizes=[120])
-    reference = straight(run, folder, n, *flags)
-    flags = (*flags, "--data_dir", folder)
-    rc, _, _ = run(*command(n, *flags, "--log_dir", tmp_path / "killed"), env={"ACCIDENT": accident})
-    assert rc != 0 and not (tmp_path / "killed" / "model_00012.pt").exists()
-    rc, _, err = run(*command(n, *flags, "--log_dir", tmp_path / "killed"))
-    assert rc == 0, err
+    reference = straight(train, folder, n, *flags)
+    flags = (*flags, "--data_dir", folder, "--log_dir", tmp_path / "killed")
+    codes, _ = train(n, *flags, ACCIDENT=accident)
+    assert -signal.SIGKILL in codes and not (tmp_path / "killed" / "model_00012.pt").exists()
+    codes, out = train(n, *flags)
+    assert codes == [0] * n, out
     assert_same_end(reference, tmp_path / "killed")
     assert_same_logs(reference, tmp_path / "killed")
     assert not list((tmp_path / "killed").glob("*.tmp"))
@@ -115,14 +121,15 @@ STOPPED = [  # processes, accident, the step whose state is saved (None: nothing
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n, accident, saved", STOPPED)
-def test_a_stopped_run_saves_exits_0_and_goes_on_bitwise(run, make_shards, tmp_path, straight, n, accident, saved):
+def test_a_stopped_run_saves_exits_0_and_goes_on_bitwise(train, make_shards, tmp_path, straight, n, accident, saved):
     folder = make_shards(SIZES, val_sizes=[120])
-    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, n, "--dtype", "fp32")
-    rc, out, err = run(*command(n, *flags, "--log_dir", tmp_path / "stopped"), env={"ACCIDENT": accident})
-    assert rc == 0 and "stopped before" in out, err
+    reference = straight(train, folder, n, "--dtype", "fp32")
+    flags = ("--dtype", "fp32", "--data_dir", folder, "--log_dir", tmp_path / "stopped")
+    codes, out = train(n, *flags, ACCIDENT=accident)
+    assert codes == [0] * n and "stopped before" in out, out
     files = [p.name for p in (tmp_path / "stopped").glob("model_0*.pt")]
     assert max(files, default=None) == (f"model_{saved:05d}.pt" if saved else None)
-    assert run(*command(n, *flags, "--log_dir", tmp_path / "stopped"))[0] == 0
+    assert train(n, *flags)[0] == [0] * n
     assert_same_end(reference, tmp_path / "stopped")
     assert_same_logs(reference, tmp_path / "stopped")
 
@@ -148,7 +155,7 @@ def wait_for(folder, pattern, seconds=60):
 def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--max_steps", 2000)
     logs = tmp_path / "logs"
-    launched = start(tmp_path, *command(2, *flags, "--log_dir", logs))
+    launched = start(tmp_path, *torchrun(*flags, "--log_dir", logs))
     wait_for(logs, "model_00004.pt")
     launched.send_signal(signal.SIGTERM)
     launched.wait(timeout=60)
@@ -156,12 +163,12 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     saved = re.search(r"stopped before step (\d+)", launched.log.read())
     assert saved and (logs / f"model_{int(saved[1]):05d}.pt").exists()
 
-    launched = start(tmp_path, *command(2, *flags, "--log_dir", logs))
+    launched = start(tmp_path, *torchrun(*flags, "--log_dir", logs))
     wait_for(logs, f"model_{(int(saved[1]) // 4 + 3) * 4:05d}.pt")
     workers = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     launched.kill()
-    again = start(tmp_path, *command(2, *flags, "--log_dir", logs))         # at once: waits for the lock, continues
+    again = start(tmp_path, *torchrun(*flags, "--log_dir", logs))         # at once: waits for the lock, continues
     launched.wait()
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
@@ -176,13 +183,15 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_killed_worker_and_the_end_is_the_same(run, make_shards, tmp_path, straight):
-    folder = make_shards(SIZES, val_sizes=[120])
-    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, 2, "--dtype", "fp32")
-    restarting = command(2, *flags, "--log_dir", tmp_path / "restarted")
+def test_torchrun_restarts_killed_workers_and_the_end_is_the_same(run, train, make_shards, tmp_path, straight):
+    """--max_restarts 3, three times kill -9 of a random worker before a random step."""
+    folder, dice = make_shards(SIZES, val_sizes=[120]), random.Random(11)
+    kills = [f"kill:step:{step}:{dice.randrange(2)}" for step in sorted(dice.sample(range(1, STEPS), 3))]
+    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(train, folder, 2, "--dtype", "fp32")
+    restarting = torchrun(*flags, "--log_dir", tmp_path / "restarted")
     restarting.insert(3, "--max_restarts=3")
-    rc, _, err = run(*restarting, env={"ACCIDENT": "kill:step:6:1", "ACCIDENT_ONCE": str(tmp_path / "happened")})
-    assert rc == 0 and (tmp_path / "happened").exists(), err
+    rc, _, err = run(*restarting, env={"ACCIDENT": ",".join(kills), "ACCIDENT_ONCE": str(tmp_path / "happened")})
+    assert rc == 0 and (tmp_path / "happened").read_text() == "xxx", (kills, err)
     assert_same_end(reference, tmp_path / "restarted")
     assert_same_logs(reference, tmp_path / "restarted")
 
@@ -190,21 +199,21 @@ def test_torchrun_restarts_a_killed_worker_and_the_end_is_the_same(run, make_sha
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_its_traceback(run, make_shards, tmp_path):
     begun = time.monotonic()
-    rc, _, err = run(*command(2, "--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs"),
+    rc, _, err = run(*torchrun("--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs"),
                      env={"ACCIDENT": "error:step:3:1"})
     assert rc != 0 and "rank 1" in err and "an accident in the code" in err and "Traceback" in err
     assert time.monotonic() - begun < 60
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_or_micro_batch_sees_the_same_tokens(run, make_shards, tmp_path, straight):
+def test_another_number_of_processes_or_micro_batch_sees_the_same_tokens(run, train, make_shards, tmp_path, straight):
     folder = make_shards(SIZES, val_sizes=[120])
-    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, 1, "--dtype", "fp32")
-    assert run(*command(4, *flags, "--log_dir", tmp_path / "moved"), env={"ACCIDENT": "term:step:5"})[0] == 0
-    rc, out, err = run(*command(2, *flags, "--log_dir", tmp_path / "moved"), env={"ACCIDENT": "term:step:8"})
-    assert rc == 0 and "world_size 2 instead of 4" in out, err
-    rc, out, err = run(*command(1, *flags, "--micro_batch_size", 4, "--log_dir", tmp_path / "moved"),
-                       env={"OMP_NUM_THREADS": "2"})
+    reference = straight(train, folder, 1, "--dtype", "fp32")
+    flags = ("--dtype", "fp32", "--data_dir", folder, "--log_dir", tmp_path / "moved")
+    assert train(4, *flags, ACCIDENT="term:step:5")[0] == [0] * 4
+    codes, out = train(2, *flags, ACCIDENT="term:step:8")
+    assert codes == [0] * 2 and "world_size 2 instead of 4" in out, out
+    rc, out, err = run(CHAOS, *FLAGS, *flags, "--micro_batch_size", 4, env={"OMP_NUM_THREADS": "2"})
     assert rc == 0 and "not bitwise" in out, err
     assert "micro_batch_size 4 instead of 1" in out and "threads 2 instead of 1" in out
     both = (reference, tmp_path / "moved")
@@ -216,10 +225,10 @@ def test_another_number_of_processes_or_micro_batch_sees_the_same_tokens(run, ma
 
 
 @pytest.mark.slow
-def test_evaluation_does_not_change_training(run, make_shards, tmp_path):
+def test_evaluation_does_not_change_training(train, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--dropout", 0.2, "--data_dir", make_shards(SIZES, val_sizes=[120]))
-    assert run(*command(1, *flags, "--eval_every", 1, "--sample_every", 1, "--log_dir", tmp_path / "often"))[0] == 0
-    assert run(*command(1, *flags, "--eval_every", 50, "--sample_every", 0, "--log_dir", tmp_path / "rarely"))[0] == 0
+    assert train(1, *flags, "--eval_every", 1, "--sample_every", 1, "--log_dir", tmp_path / "often")[0] == [0]
+    assert train(1, *flags, "--eval_every", 50, "--sample_every", 0, "--log_dir", tmp_path / "rarely")[0] == [0]
     ends = [state_of(tmp_path / name / "model_00012.pt") for name in ("often", "rarely")]
     places = [p for p in ends[0] if p.startswith(("/model", "/optimizer"))]
     assert all(torch.equal(torch.as_tensor(ends[0][p]), torch.as_tensor(ends[1][p])) for p in places if
@@ -227,24 +236,25 @@ def test_evaluation_does_not_change_training(run, make_shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(run, make_shards, tmp_path, straight):
-    folder = make_shards(SIZES, val_sizes=[120])
-    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(run, folder, 1, "--dtype", "fp32")
-    run(*command(1, *flags, "--log_dir", tmp_path / "torn"), env={"ACCIDENT": "kill:step:10"})
-    newest = tmp_path / "torn" / "model_00008.pt"
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(train, make_shards, tmp_path, straight):
+    folder, logs = make_shards(SIZES, val_sizes=[120]), tmp_path / "torn"
+    reference = straight(train, folder, 1, "--dtype", "fp32")
+    flags = ("--dtype", "fp32", "--data_dir", folder, "--log_dir", logs)
+    train(1, *flags, ACCIDENT="kill:step:10")
+    newest = logs / "model_00008.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    with open(tmp_path / "torn" / "metrics.jsonl", "a") as f:
+    with open(logs / "metrics.jsonl", "a") as f:
         f.write('{"step": 10, "tok')                                   # a line that the kill tore
-    rc, out, err = run(*command(1, *flags, "--log_dir", tmp_path / "torn"))
-    assert rc == 0 and "skipping" in out and "going on from step 4" in out, err
-    assert_same_end(reference, tmp_path / "torn")
-    assert_same_logs(reference, tmp_path / "torn")
+    codes, out = train(1, *flags)
+    assert codes == [0] and "skipping" in out and "going on from step 4" in out, out
+    assert_same_end(reference, logs)
+    assert_same_logs(reference, logs)
 
 
 @pytest.mark.slow
-def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(run, make_shards, tmp_path):
+def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(train, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs",
              "--eval_every", 0)
-    rc, out, err = run(*command(1, *flags), env={"ACCIDENT": "full:save:9"})
-    assert rc == 0 and out.count("not written, training goes on") == 2, err   # at 4 and 8; tried again at 10
+    codes, out = train(1, *flags, ACCIDENT="full:save:9")
+    assert codes == [0] and out.count("not written, training goes on") == 2, out   # at 4 and 8; tried again at 10
     assert [p.name for p in sorted((tmp_path / "logs").glob("*.pt"))] == ["model_00010.pt", "model_00012.pt"]

@@ -1,0 +1,53 @@
+"""Scripts started as forks of a process in which torch is imported: a second each, where a fresh one takes five.
+
+A fork is a process of its own, with its own signals, environment, files and process group; only the imports of other
+people's libraries are shared. Our own modules are imported anew.
+"""
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = ["torch._dynamo", "torch._inductor.config", "torch.distributed", "torch.nn.parallel", "torch.optim",
+             "tiktoken"]
+
+
+def start(script, arguments, env, output, errors=None, input=os.devnull, cwd=ROOT):
+    """Start ROOT/script as `python script arguments`, with the environment `env` alone: a multiprocessing.Process.
+
+    output, errors, input: paths of files; errors: None for those of the output.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_run, args=(str(ROOT / script), list(map(str, arguments)), {k: str(v) for k, v in env.items()},
+                           str(output), str(errors or output), str(input), str(cwd)))
+    process.start()
+    return process
+
+
+def start_ranks(n, script, arguments, env, output):
+    """Start a script in n processes of one group, as torchrun would but without it: a list of Processes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    if n > 1:
+        env = dict(env, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ranks = [dict(RANK=rank, LOCAL_RANK=rank) if n > 1 else {} for rank in range(n)]
+    return [start(script, arguments, {**env, **rank}, output) for rank in ranks]
+
+
+def _run(script, arguments, env, output, errors, input, cwd):
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, path, flags in ((0, input, os.O_RDONLY), (1, output, append), (2, errors, append)):
+        os.dup2(os.open(path, flags, 0o644), number)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    sys.argv = [script, *arguments]
+    ours = {"", str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")}
+    sys.path[:] = [str(Path(script).parent), str(ROOT), *(p for p in sys.path if p not in ours)]
+    runpy.run_path(script, run_name="__main__")
