@@ -7,6 +7,7 @@ makes no progress.
 import contextlib
 import datetime
 import os
+import queue
 import socket
 import sys
 import tempfile
@@ -185,11 +186,18 @@ def roll_call(runtime, store, hosts):
         verdict = compare(places, hosts)
         store.set("roll call", verdict)
         return verdict
-    with contextlib.suppress(dist.DistError):
-        store.set(f"stands {runtime.rank}", place)
-        if _wait(store, "roll call", ROLL_CALL_S + 2):
-            return store.get("roll call").decode()
-    return f"rank 0 on {hosts[0]} {SILENT}; this rank is at {place}"
+    answers = queue.Queue()
+
+    def ask():     # in a thread of its own: where the network is cut, torch's store ignores its time-outs
+        with contextlib.suppress(dist.DistError):
+            store.set(f"stands {runtime.rank}", place)
+            if _wait(store, "roll call", ROLL_CALL_S + 2):
+                answers.put(store.get("roll call").decode())
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=ROLL_CALL_S + 2)
+    except queue.Empty:
+        return f"rank 0 on {hosts[0]} {SILENT}; rank {runtime.rank} on {socket.gethostname()} is at {place}"
 
 
 SILENT = "gives no answer: its process is gone or stopped, or the network to it is cut"
