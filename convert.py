@@ -60,7 +60,8 @@ def write_ours(path, opened):
     """Write an opened model as a checkpoint of ours."""
     entries = dict(model=opened.model.state_dict(), config=opened.model.config_dict(), step=opened.step,
                    val_loss=opened.val_loss, tokenizer=opened.tokenizer.to_checkpoint() if opened.tokenizer else None)
-    entries.update({name: opened.extra[name] for name in ("base", "template") if name in opened.extra})
+    if "base" in opened.extra:      # what it was fine-tuned from
+        entries["base"] = opened.extra["base"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, entries)

@@ -26,7 +26,7 @@ from config import UserError, flag, parse_config, run_script
 from documents import read_rows
 from figures import draw_confusion, save_figure
 from files import atomic_write, write_json
-from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder
+from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
 from lora import merge
 from memory import CPU_TOKENS, CUDA_TOKENS
 from model import IGNORED
@@ -112,23 +112,24 @@ def finetune(config, state, runtime):
         weights = torch.tensor(len(rows["train"]) / (len(labels) * counts), dtype=torch.float32)
     run = build(config, runtime, state, base, model, "score", rows["train"], weights)
 
-    def evaluate(name="validation"):
+    def assess(name):
         scores = score_rows(model, runtime, rows[name], run.budget)
         true = torch.tensor([int(row.targets[-1]) for row in rows[name]])
-        report = measure(true, scores.argmax(dim=-1), labels)
-        loss = F.cross_entropy(scores, true).item()
-        facts = dict(val_loss=loss, accuracy=report["accuracy"], macro_f1=report["macro_f1"])
-        return (report["macro_f1"], -loss), facts           # of two that are right equally often the surer one
+        return dict(loss=F.cross_entropy(scores, true).item(), **measure(true, scores.argmax(dim=-1), labels))
+
+    def evaluate():
+        found = assess("validation")
+        facts = dict(val_loss=found["loss"], accuracy=found["accuracy"], macro_f1=found["macro_f1"])
+        return (found["macro_f1"], -found["loss"]), facts       # of two that are right equally often the surer one
 
     if tune(run, config, runtime, evaluate):
-        reports = {name: measure(torch.tensor([int(row.targets[-1]) for row in rows[name]]),
-                                 score_rows(model, runtime, rows[name], run.budget).argmax(dim=-1), labels)
-                   for name in rows if name != "train"}
+        reports = {name: assess(name) for name in rows if name != "train"}
         if runtime.is_main:
             if wrapped:
                 merge(wrapped)
-            write_results(config, run, base, labels, reports, {name: len(r) for name, r in rows.items()},
-                          time.monotonic() - begin)
+            with writing_results(config):
+                write_results(config, run, base, labels, reports, {name: len(r) for name, r in rows.items()},
+                              time.monotonic() - begin)
         save_state(run, config, runtime, finished=True)
 
 

@@ -18,14 +18,14 @@ import torch
 from checkpoint import checkpoint_path, save_checkpoint
 from config import RunFailed, UserError, flag, parse_config, run_script
 from files import human_bytes, read_json, write_json
-from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder
+from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
 from inference import generate
 from lora import merge, save_adapter
 from model import IGNORED
 from rows import make_row, show_examples
 from runtime import provenance, start
 from shards import permutation
-from template import TEMPLATE, alpaca_prompt
+from template import alpaca_prompt
 from tuning import mean_loss, save_state, tune
 
 ROUNDING = 1e-4     # of logits, relative to the largest: more is no rounding
@@ -77,7 +77,8 @@ def finetune(config, state, runtime):
         if runtime.is_main:
             report = dict(items=dict(train=len(train_rows), validation=len(val_rows), cut=cut,
                                      left_out=dropped + val_dropped), **outcome(run))
-            write_results(config, run, wrapped, base, val_items, report)
+            with writing_results(config):
+                write_results(config, run, wrapped, base, val_items, report)
         save_state(run, config, runtime, finished=True)
 
 
@@ -182,7 +183,7 @@ def write_results(config, run, wrapped, base, val_items, report):
     if config.full or config.merge:
         save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=run.step,
                                    val_loss=run.best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
-                                   base=base.record, template=TEMPLATE, provenance=report["provenance"]))
+                                   base=base.record, provenance=report["provenance"]))
         print(f"wrote {path}")
     write_json(out / "metrics.json", report)
     for answer in answers[:3]:

@@ -2,7 +2,7 @@
 import contextlib
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import build_model, open_model, read_checkpoint, weights_hash
-from config import DeviceConfig, UserError, flag, replace
+from config import DeviceConfig, RunFailed, UserError, flag, replace
 from files import FolderLock
 from lora import add_adapter
 from memory import find_micro_batch_size
@@ -137,6 +137,7 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     warmup_steps = full_steps // 10 if config.warmup_steps is None else config.warmup_steps
     run = Tuning(model, objective, ddp, optimizer, scaler, rows, base.record, hash_rows(rows), base.row_budget, epoch,
                  epoch if config.dry_run else full_steps, warmup_steps, full_steps)
+    runtime.agree("flags", asdict(config))
     runtime.agree("examples", run.data_hash)
     if state:
         runtime.together(lambda: restore(run, state))
@@ -179,3 +180,13 @@ def find_state(config):
         raise UserError(f"{config.out} holds another run: {', '.join(differing)}. Use its flags to continue it, or "
                         "another --out")
     return state
+
+
+@contextlib.contextmanager
+def writing_results(config):
+    """Around the writing of results: an OSError becomes a RunFailed that says how to get them all the same."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"the results in {config.out} could not be written ({error}); make room and run the same "
+                        "command: it goes on from the end of the training") from error

@@ -3,6 +3,7 @@
     python inference.py --prompt "Hello, I'm a language model," --num_seq 3
     python inference.py --checkpoint gpt2 --prompt "Once" --prompt "Twice" --max_tokens 100 --temperature 0
     python inference.py --stream < story.txt
+    python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors."
     python inference.py                            # on a terminal: a prompt per line, Ctrl-D ends
 
 Without --checkpoint it takes the model written last below logs/. generate() and stream() serve train.py and the page.
@@ -34,7 +35,7 @@ class InferenceConfig(DeviceConfig):
     stop: list[str] = flag([], "end a continuation before this text; may be given several times", group="text",
                            repeat=True)
     stream: bool = flag(False, "show the text as it is written", group="text")
-    checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
+    checkpoint: str = flag("", "model_XXXXX.pt, a LoRA adapter, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
     temperature: float = flag(1.0, "0 takes the likeliest token, larger is wilder", group="sampling", low=0.0)
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", group="sampling", low=0)

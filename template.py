@@ -1,7 +1,5 @@
 """The text around an instruction, the same when a model is fine-tuned and when it is asked."""
 
-TEMPLATE = "alpaca"    # its name in a checkpoint
-
 
 def alpaca_prompt(instruction, input=""):
     """Stanford Alpaca's prompt for an instruction and, where there is one, its input; the answer follows it.

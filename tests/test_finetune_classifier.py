@@ -2,11 +2,13 @@
 import csv
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA
+from conftest import SHARED_DATA
+from signals import signalled
 
 import convert
 import finetune_classifier
@@ -159,33 +161,30 @@ def test_frozen_layers_do_not_move_and_the_others_do(reviews, base, tmp_path, tr
     assert open_model(tmp_path / "out" / "classifier.pt", classifiers=True).model.config.labels == ["bad", "good"]
 
 
-def test_a_stopped_run_goes_on_to_the_same_classifier_and_two_processes_find_it_too(run, reviews, base, tmp_path):
-    straight, stopped, twice = (flags_for(reviews, base, tmp_path / name) for name in ("straight", "stopped", "two"))
+def test_a_stopped_run_goes_on_to_the_same_classifier(run, reviews, base, tmp_path, capsys):
     extra = ("--dropout", 0.1, "--train", "last:1", "--num_epochs", 3, "--patience", 0)
-    assert run("finetune_classifier.py", *straight, *extra)[0] == 0
-    stop_at_10 = ("import os, signal, sys, tuning, finetune_classifier as f\n"
-                  "step = tuning.train_step\n"
-                  "def train_step(run, *rest):\n"
-                  "    if run.step == 10: os.kill(os.getpid(), signal.SIGTERM)\n"
-                  "    return step(run, *rest)\n"
-                  "tuning.train_step = train_step\n"
-                  "f.main(sys.argv[1:])\n")
-    rc, out, err = run("-c", stop_at_10, *stopped, *extra)
+    straight, stopped = ((*flags_for(reviews, base, tmp_path / name), *extra) for name in ("straight", "stopped"))
+    main(*straight)
+    (tmp_path / "stop.py").write_text(signalled("finetune_classifier", 10, "SIGTERM"))
+    rc, out, err = run(str(tmp_path / "stop.py"), *stopped)
     assert rc == 0 and "stopped before step 11, nothing is lost" in out, err
-    rc, out, err = run("finetune_classifier.py", *stopped, "--seed", 2, *extra)
-    assert rc == 2 and "holds another run: --seed 2 (it has 1337)" in err
-    rc, out, err = run("finetune_classifier.py", *stopped, *extra)
-    assert rc == 0 and "going on from step 11" in out, err
+    for more, message in ((["--seed", 2], "holds another run: --seed 2 (it has 1337)"),
+                          (["--resume", "never"], "holds a run")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            main(*stopped, *more)
+    main(*stopped)
+    assert "going on from step 11" in capsys.readouterr().out
     first, second = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("straight", "stopped"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and len(steps) == 21 + 4
 
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune_classifier.py")
-    no_dropout = ("--num_epochs", 1, "--batch_size", 111)      # the epoch's second step has one row: a rank has none
-    rc, out, err = run(*launcher, *twice, *no_dropout)
-    assert rc == 0 and "2 processes" in out, err
-    assert run("finetune_classifier.py", *flags_for(reviews, base, tmp_path / "one"), *no_dropout)[0] == 0
+
+def test_two_processes_find_the_classifier_of_one(run_ranks, reviews, base, tmp_path):
+    extra = ("--num_epochs", 1, "--batch_size", 111)       # the epoch's second step has one row: a rank has none
+    codes, output = run_ranks(2, "finetune_classifier.py", *flags_for(reviews, base, tmp_path / "two"), *extra)
+    assert codes == [0, 0] and "2 processes" in output, output
+    main(*flags_for(reviews, base, tmp_path / "one"), *extra)
     one, two = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

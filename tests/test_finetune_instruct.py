@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import ROOT, SHARED_DATA
+from signals import signalled
 from torch.nn import functional as F
 
 import convert
@@ -132,7 +133,7 @@ def test_every_target_counts_the_same_whatever_the_micro_batches(budget, weighte
 
 TWO_RANKS = """
 import datetime, sys, torch, torch.distributed as dist
-sys.path.insert(0, "tests")
+sys.path.insert(0, "TESTS")
 from test_finetune_instruct import one_step, random_rows
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 rank = dist.get_rank()
@@ -144,11 +145,10 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_make_the_gradient_of_one(run, tmp_path):
-    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
-    rc, _, err = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two_ranks.py",
-                     tmp_path / "found.pt", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    assert rc == 0, err
+def test_two_processes_make_the_gradient_of_one(run_ranks, tmp_path):
+    (tmp_path / "two_ranks.py").write_text(TWO_RANKS.replace("TESTS", str(ROOT / "tests")))
+    codes, output = run_ranks(2, tmp_path / "two_ranks.py", tmp_path / "found.pt")
+    assert codes == [0, 0], output
     for n, found, found_loss in torch.load(tmp_path / "found.pt"):
         gradients, loss = expected_step(random_rows(n))
         assert math.isclose(found_loss, loss, rel_tol=1e-5)
@@ -189,7 +189,7 @@ def test_it_follows_instructions_and_its_adapter_travels(data, base, tmp_path, c
     assert report["base"] == json.loads((out / "adapter" / "base.json").read_text())
     merged = next(out.glob("model_*.pt"))
     checkpoint = read_checkpoint(merged)
-    assert checkpoint["base"] == report["base"] and checkpoint["template"] == "alpaca"
+    assert checkpoint["base"] == report["base"] and checkpoint["step"] == 72
 
     answers = json.loads((out / "responses.json").read_text())
     assert len(answers) == 5 and {a["output"] for a in answers} <= {f"{c} {c}" for c in COLOURS}
@@ -219,19 +219,13 @@ def check_adapter_in_transformers(base, out, tmp_path):
     torch.testing.assert_close(theirs.eval()(ids).logits, ours(ids)[..., :n_vocab], rtol=1e-3, atol=1e-3)
 
 
-def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_as_its_responses_say(run, data, base, tmp_path):
+def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_its_responses(run, data, base, tmp_path, capsys):
     flags = (*TINY, "--data", data, "--init_from", base[0], "--full", "--max_lr", 3e-3, "--dropout", 0.1)
-    assert run("finetune_instruct.py", *flags, "--out", tmp_path / "straight")[0] == 0
-    die_at_9 = ("import os, signal, sys, tuning, finetune_instruct as f\n"
-                "step = tuning.train_step\n"
-                "def train_step(run, *rest):\n"
-                "    if run.step == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
-                "    return step(run, *rest)\n"
-                "tuning.train_step = train_step\n"
-                "f.main(sys.argv[1:])\n")
-    assert run("-c", die_at_9, *flags, "--out", tmp_path / "killed")[0] == -9
-    rc, out, err = run("finetune_instruct.py", *flags, "--out", tmp_path / "killed")
-    assert rc == 0 and "going on from step 6" in out, err
+    main(*flags, "--out", tmp_path / "straight")
+    (tmp_path / "die.py").write_text(signalled("finetune_instruct", 9, "SIGKILL"))
+    assert run(str(tmp_path / "die.py"), *flags, "--out", tmp_path / "killed")[0] == -9
+    main(*flags, "--out", tmp_path / "killed")
+    assert "going on from step 6" in capsys.readouterr().out
     first, second = (read_checkpoint(tmp_path / name / "model_00012.pt") for name in ("straight", "killed"))
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
     answers = json.loads((tmp_path / "killed" / "responses.json").read_text())[:2]
@@ -241,11 +235,10 @@ def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_as_its_respons
     assert texts == [prompt + a["response"] for prompt, a in zip(prompts, answers)]
 
 
-def test_two_processes_tune_the_same_adapter_as_one(run, data, base, tmp_path):
+def test_two_processes_tune_the_same_adapter_as_one(run_ranks, data, base, tmp_path):
     flags = (*TINY, "--data", data, "--init_from", base[0], "--responses", 0, "--num_epochs", 1)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune_instruct.py")
-    rc, out, err = run(*launcher, *flags, "--out", tmp_path / "two")
-    assert rc == 0 and "2 processes" in out, err
+    codes, output = run_ranks(2, "finetune_instruct.py", *flags, "--out", tmp_path / "two")
+    assert codes == [0, 0] and "2 processes" in output, output
     main(*flags, "--out", tmp_path / "one")
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert math.isclose(one["val_loss_before"], two["val_loss_before"], rel_tol=1e-5)
