@@ -95,7 +95,6 @@ def finetune(config, state, runtime):
     begin = time.monotonic()
     splits = runtime.together(lambda: read_splits(config))
     labels = sorted({label for _, label in splits["train"]})
-    check_labels(splits, labels, config)
     base = open_base(config, runtime)
     seed_everything(config.seed, "scores")
     model = Classifier.from_gpt(base.model, labels)
@@ -139,18 +138,19 @@ def finetune(config, state, runtime):
 def read_splits(config):
     """{"train", "validation", "test": [(text, label)]}; no test where none is wanted. Raises UserError."""
     splits = dict(train=read_examples(config.data, config))
+    labels = check_labels(splits["train"], config)
     for name, path, share in (("test", config.test_data, config.test_fraction),
                               ("validation", config.val_data, config.val_fraction)):
         if path:
-            splits[name] = read_examples(path, config)
+            splits[name] = read_examples(path, config, labels)
         elif share:
             n_all = len(splits["train"]) + (len(splits["test"]) if "test" in splits and not config.test_data else 0)
             splits["train"], splits[name] = stratified(splits["train"], round(share * n_all), config)
     return splits
 
 
-def read_examples(path, config):
-    """[(text, label)] of a file. Raises UserError that names the row."""
+def read_examples(path, config, labels=None):
+    """[(text, label)] of a file. Raises UserError that names the row; for a label that is not in `labels`, too."""
     try:
         examples = list(read_rows(path, [config.text_column, config.label_column]))
     except UserError as error:
@@ -158,10 +158,14 @@ def read_examples(path, config):
         raise UserError(f"{error}{hint}") from error
     if not examples:
         raise UserError(f"{path} holds no rows")
+    examples = [(text, label.strip()) for text, label in examples]
     for number, (_, label) in enumerate(examples, 1):
-        if not label.strip():
-            raise UserError(f"{path}, row {number} (the header not counted): column {config.label_column!r} is empty")
-    return [(text, label.strip()) for text, label in examples]
+        where = f"{path}, row {number} (the header not counted)"
+        if not label:
+            raise UserError(f"{where}: column {config.label_column!r} is empty")
+        if labels and label not in labels:
+            raise UserError(f"{where}: the label {label!r} is not in {config.data} ({', '.join(sorted(labels)[:20])})")
+    return examples
 
 
 def stratified(examples, n, config):
@@ -178,19 +182,15 @@ def stratified(examples, n, config):
                         ) from error
 
 
-def check_labels(splits, labels, config):
-    """Raise UserError for fewer than two labels, labels that are texts, and labels that were not trained on."""
-    n = len(splits["train"])
+def check_labels(examples, config):
+    """The set of labels. Raises UserError for a single one, and for so many that they are none."""
+    labels, column = {label for _, label in examples}, f"column {config.label_column!r} of {config.data}"
     if len(labels) < 2:
-        raise UserError(f"column {config.label_column!r} of {config.data} holds one label only, {labels[0]!r}")
-    if len(labels) > max(20, n // 2):
-        raise UserError(f"column {config.label_column!r} of {config.data} holds {len(labels)} different values in {n} "
-                        "rows; is it the column of labels? Name it with --label_column")
-    for name, path in (("validation", config.val_data), ("test", config.test_data)):
-        for number, (_, label) in enumerate(splits.get(name, []), 1):
-            if label not in labels:
-                raise UserError(f"{path}, row {number} (the header not counted): the label {label!r} is not in "
-                                f"{config.data} ({', '.join(labels[:20])})")
+        raise UserError(f"{column} holds one label only, {examples[0][1]!r}")
+    if len(labels) > max(20, len(examples) // 4):
+        raise UserError(f"{column} holds {len(labels)} different values in {len(examples)} rows; is it the column of "
+                        "labels? Name it with --label_column")
+    return labels
 
 
 def encode(text, label, tokenizer, block_size):

@@ -174,7 +174,7 @@ def write_results(config, run, wrapped, base, val_items, report):
         shutil.rmtree(adapter, ignore_errors=True)          # of a start that was killed right here
         save_adapter(wrapped, adapter, base.record)
         size = sum(p.stat().st_size for p in adapter.iterdir())
-        full = sum(p.numel() * p.element_size() for p in model.parameters())
+        full = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
         report |= dict(adapter_bytes=size, adapter_share=size / full)
         print(f"wrote {adapter} ({human_bytes(size)}, {100 * size / full:.2f}% of the model)")
         if config.merge:
