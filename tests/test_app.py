@@ -1,0 +1,220 @@
+"""app.py run by Streamlit's AppTest: what a visitor sees for what he does; the one model that all visitors share."""
+import gc
+import io
+import json
+import os
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import checkpoint_path, save_checkpoint
+from config import UserError
+from decoding import likeliest_next
+from inference import generate, stream
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+st = pytest.importorskip("streamlit")
+from conftest import ROOT  # noqa: E402
+from streamlit.testing.v1 import AppTest  # noqa: E402
+
+import app  # noqa: E402
+
+BYTES = Tokenizer([], "bytes")
+
+
+def save_model(path, seed=0, step=7):
+    """A tiny model over bytes as a checkpoint; the model."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(32, 320, 1, 2, 16)).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=step, val_loss=5.5,
+                               tokenizer=BYTES.to_checkpoint()))
+    return model
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """page(*flags) -> a new visitor's AppTest, run once, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+    def open_page(*flags):
+        monkeypatch.setattr(sys, "argv", ["app.py", "--device", "cpu", "--dtype", "fp32", *map(str, flags)])
+        return AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    return open_page
+
+
+def html_of(at):
+    """All HTML that the page shows."""
+    return "\n".join(element.proto.body for element in at.get("html"))
+
+
+def slider(at, label):
+    return next(s for s in at.slider if s.label == label)
+
+
+def test_it_writes_what_generate_writes_with_the_settings_of_the_sliders(page, tmp_path):
+    model = save_model(tmp_path / "logs" / "demo" / "model_00007.pt")
+    at = page()
+    assert not at.exception and "5.5000" in html_of(at) and "1, 2, 16" in html_of(at)
+    slider(at, "Temperature").set_value(1.3)
+    slider(at, "Top-k").set_value(7)
+    slider(at, "Top-p").set_value(0.9)
+    slider(at, "Maximum length").set_value(40)
+    slider(at, "Samples side by side").set_value(3)
+    at.number_input[0].set_value(11)
+    at.text_area(key="prompt").set_value("<b>Once</b> *upon*").run()
+    at.button(key="write").click().run()
+    texts, n_tokens = generate(model, BYTES, ["<b>Once</b> *upon*"] * 3, temperature=1.3, top_k=7, top_p=0.9, seed=11,
+                               max_tokens=40)
+    written = at.session_state.written
+    assert not at.exception and [written.prompt + text for text in written.texts] == texts
+    shown = html_of(at)
+    assert shown.count("&lt;b&gt;Once&lt;/b&gt; *upon*") == 3 and "<b>Once" not in shown
+    assert f"{n_tokens} tokens in" in shown and "tokens/s" in shown
+    at.segmented_control(key="after").set_value("text 2").run()
+    assert at.session_state.next[0][2] == texts[1] and not at.exception
+
+
+def test_the_bars_are_the_softmax_of_the_model(page, tmp_path):
+    model = save_model(tmp_path / "logs" / "model_00001.pt")
+    ids = BYTES.encode("Once upon a time, in a window of 32 tokens")
+    with torch.no_grad():
+        shares = torch.softmax(model(torch.tensor([ids[-32:]]))[0, -1, :257].float(), dim=-1)
+    expected = sorted(enumerate(shares.tolist()), key=lambda pair: -pair[1])[:10]
+    found = likeliest_next(model, ids, 257)
+    assert [i for i, _ in found] == [i for i, _ in expected]
+    assert [p for _, p in found] == pytest.approx([p for _, p in expected], rel=1e-4)
+    at = page()
+    at.text_area(key="prompt").set_value("Once upon a time, in a window of 32 tokens").run()
+    assert [share for _, share in at.session_state.next[1]] == pytest.approx([p for _, p in expected], rel=1e-4)
+    names = [app.token_name(BYTES, i) for i in (*BYTES.encode(" \n<"), 256, 255 - 33)]
+    assert names[:4] == ["\u00b7", "\u21b5", "<", "end of text"] and names[4].startswith("0x")
+
+
+def test_without_a_model_it_says_how_to_make_one_and_never_fails(page, tmp_path):
+    at = page()
+    assert not at.exception and "no model yet" in at.header[0].value and "make demo" in [c.value for c in at.code]
+    at.session_state["tab"] = "Training"
+    at.run()
+    assert not at.exception and "make demo" in [c.value for c in at.code]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "model_00001.pt").write_bytes(b"garbage")
+    at = page()
+    assert not at.exception and "cannot be loaded as a checkpoint" in at.code[0].value
+    at = page("--checkpoint", tmp_path / "gone.pt")
+    assert not at.exception and "no checkpoint" in at.code[0].value
+    at = page("--nonsense")
+    assert not at.exception and "unknown argument --nonsense" in at.code[0].value
+
+
+def test_a_visitor_can_name_no_file_that_was_not_offered(page, tmp_path, monkeypatch):
+    save_model(tmp_path / "secret" / "model_00001.pt")
+    save_model(tmp_path / "logs" / "model_00002.pt")
+    opened, open_model = [], checkpoint.open_model
+    monkeypatch.setattr(checkpoint, "open_model", lambda source: opened.append(source) or open_model(source))
+    at = page()
+    at.session_state["model"] = str(tmp_path / "secret" / "model_00001.pt")
+    at.run()
+    assert set(opened) == {"logs/model_00002.pt"}
+    config = app.PageConfig(checkpoint="gpt2-xl")
+    assert list(app.find_models(config).items()) == [
+        ("gpt2-xl", "gpt2-xl"), ("logs/model_00002.pt", "logs/model_00002.pt"), ("gpt2 (from the hub)", "gpt2"),
+        ("gpt2-medium (from the hub)", "gpt2-medium"), ("gpt2-large (from the hub)", "gpt2-large")]
+    folder = tmp_path / "logs" / "hf"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(b"{}")
+    assert "logs/hf" in app.find_models(config)
+
+
+def test_prompts_and_samples_are_bounded(page, tmp_path):
+    save_model(tmp_path / "logs" / "model_00001.pt")
+    at = page()
+    assert slider(at, "Samples side by side").max == app.MAX_SAMPLES and at.text_area(key="prompt").proto.max_chars
+    slider(at, "Maximum length").set_value(3)
+    at.text_area(key="prompt").set_value("x" * (app.MAX_PROMPT + 100)).run()
+    at.button(key="write").click().run()
+    assert not at.exception and at.session_state.written.prompt == "x" * app.MAX_PROMPT
+
+
+def test_reruns_and_visitors_share_one_model_and_a_new_file_or_another_choice_replaces_it(page, tmp_path, monkeypatch):
+    first, second = tmp_path / "logs" / "model_00001.pt", tmp_path / "logs" / "model_00002.pt"
+    save_model(first, step=1)
+    save_model(second, step=2)
+    os.utime(first, (1, 1))
+    opened, open_model = [], checkpoint.open_model
+
+    def watch(source):
+        gc.collect()
+        assert not any(model() for _, model in opened)        # the old one is gone before the new one comes
+        result = open_model(source)
+        opened.append((source, weakref.ref(result.model)))
+        return result
+    monkeypatch.setattr(checkpoint, "open_model", watch)
+    at = page()
+    at.text_area(key="prompt").set_value("a").run()
+    other = page()
+    assert [source for source, _ in opened] == ["logs/model_00002.pt"] and not other.exception
+    at.selectbox(key="model").select("logs/model_00001.pt").run()
+    assert [source for source, _ in opened][1:] == ["logs/model_00001.pt"] and not at.exception
+    os.utime(first, (2, 2))
+    at.run()
+    assert [source for source, _ in opened][2:] == ["logs/model_00001.pt"] and not at.exception
+
+
+def test_two_visitors_at_once_get_the_texts_that_each_would_get_alone(tmp_path):
+    path = checkpoint_path(tmp_path, 1)
+    save_model(path)
+    desk, config = app.Desk(), app.PageConfig(device="cpu", dtype="fp32")
+    prompts, results, waits = ["Once", "Twice upon", "Thrice"], {}, []
+
+    def write(prompt):
+        with desk.writer(str(path), config, lambda: waits.append(prompt)) as writer:
+            for rows in stream(writer.decoder, writer.tokenizer, [prompt], max_tokens=60, seed=3):
+                results[prompt] = rows[0].text
+    for prompt in prompts:
+        write(prompt)
+    alone = dict(results)
+    for _ in range(3):
+        threads = [threading.Thread(target=write, args=(p,)) for p in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == alone
+    with pytest.raises(UserError), desk.writer(str(tmp_path / "gone.pt"), config):
+        pass
+    assert desk.lock.acquire(timeout=0)                       # free again after an error
+
+
+def test_the_training_tab_shows_curves_that_grow_and_the_samples_of_each_evaluation(page, tmp_path):
+    from PIL import Image
+    log = tmp_path / "logs" / "demo" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    rows = [dict(step=k, tokens=8 * k, loss=5.0 - k / 10, lr=1e-3, grad_norm=1.0, ms=10.0) for k in range(20)]
+    rows += [dict(step=k, tokens=8 * k, samples=[f"<i>step {k}</i>", "two"]) for k in (0, 10)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    at = page()
+    at.session_state["tab"] = "Training"
+    at.run()
+    assert not at.exception and at.selectbox[1].options == ["10", "0"]
+    assert "&lt;i&gt;step 10&lt;/i&gt;" in html_of(at) and "<i>" not in html_of(at)
+    at.selectbox[1].select(0).run()
+    assert "&lt;i&gt;step 0&lt;/i&gt;" in html_of(at)
+    logs = {"demo": str(log)}
+    before = app.picture(logs, [app.last_change(log)], "steps")
+    assert Image.open(io.BytesIO(before)).width > 1000 and app.picture(logs, [app.last_change(log)], "steps") == before
+    with log.open("a") as f:
+        f.write(json.dumps(dict(step=20, tokens=160, loss=1.0)) + "\n")
+    os.utime(log, (2, 2))
+    assert app.picture(logs, [app.last_change(log)], "steps") != before
+    log.write_text("")
+    at.run()
+    assert not at.exception and "holds no losses yet" in at.code[0].value

@@ -1,0 +1,138 @@
+"""lr_finder.py: a problem whose answer is known, and the script as a user runs it."""
+import csv
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_train import TINY, losses
+
+import lr_finder
+import train
+from config import RunFailed, UserError, parse_config
+from dataloader import TokenStream
+from device import Hardware
+from lr_finder import FinderConfig, suggest, sweep, train_command
+from runtime import Runtime
+from shards import ShardFolder
+from tracking import Tracker
+
+CURVATURE = 4.0
+
+
+class NoisyParabola(torch.nn.Module):
+    """loss = CURVATURE / 2 * mean (w - z)^2, z noise from the tokens: SGD is stable up to the rate 2 / CURVATURE."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.full((8,), 10.0))
+
+    def forward(self, x, y):
+        z = (x[:, :8].float() - 128) / 1000
+        return CURVATURE / 2 * (self.w - z).square().mean(0).sum()
+
+
+def toy_run(folder, steps):
+    """(run, config, runtime) of train_step for the parabola, learned with plain SGD."""
+    model = NoisyParabola()
+    shards = ShardFolder(folder)
+    run = SimpleNamespace(
+        raw=model, ddp=model, optimizer=torch.optim.SGD([dict(params=model.parameters(), peak_lr=1.0)], lr=1.0),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), micro_batch_size=4, slow=False,
+        train_stream=TokenStream(shards.train, 16), plan=SimpleNamespace(windows_per_step=8))
+    config = FinderConfig(lr_low=1e-3 / CURVATURE, lr_high=100 / CURVATURE, steps=steps, max_lr=1.0, grad_clip=0.0)
+    device = torch.device("cpu")
+    return run, config, Runtime(0, 0, 1, device, Hardware("cpu"), "fp32")
+
+
+@pytest.mark.parametrize("steps", [120, 240])
+def test_on_a_parabola_it_finds_the_known_rates(make_shards, tmp_path, steps):
+    run, config, runtime = toy_run(make_shards([20000]), steps)
+    rows = sweep(run, config, runtime, Tracker(config, tmp_path, "lr_finder"))
+    rates, values = (np.array([row[name] for row in rows]) for name in ("lr", "loss"))
+    half = lr_finder.half_window(steps)
+    found = suggest(rates, lr_finder.smooth(values, half), half)
+    # loss ~ exp(-2 c sum of rates), and the sum of a geometric series is about rate / log(ratio): as a function of
+    # log(rate) it falls fastest where 2 c rate / log(ratio) = 1.
+    steepest = np.log(rates[1] / rates[0]) / (2 * CURVATURE)
+    assert found["steepest slope"] == pytest.approx(steepest, rel=0.35)
+    assert steepest < 10 * found["one tenth of the minimum"] < 2 / CURVATURE
+    assert 2 / CURVATURE < rates[-1] < 6 / CURVATURE and len(rows) < steps       # stopped, soon after the limit
+
+
+def test_a_sweep_that_begins_too_high_says_so(make_shards, tmp_path):
+    run, config, runtime = toy_run(make_shards([20000]), 120)
+    config.lr_low, config.lr_high = 100.0, 1000.0
+    with pytest.raises(RunFailed, match="try a lower one"):
+        sweep(run, config, runtime, Tracker(config, tmp_path, "lr_finder"))
+
+
+def finder(*flags):
+    lr_finder.main([str(f) for f in flags])
+
+
+@pytest.mark.parametrize("mlflow", [False, True])
+def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_been(make_shards, tmp_path, capsys,
+                                                                                    mlflow):
+    if mlflow:
+        pytest.importorskip("mlflow")
+    data, log_dir = make_shards([4000], tokens=np.arange(4064) % 7), tmp_path / "run"
+    flags = (*TINY, "--data_dir", data, "--total_batch_size", 128, "--max_steps", 3, "--optimizer", "muon")
+    finder(*flags, "--log_dir", log_dir, "--steps", 40, "--lr_low", 1e-4, "--lr_high", 10, *["--mlflow"] * mlflow)
+    out = capsys.readouterr().out
+    with open(log_dir / "lr_finder.csv") as f:
+        rows = list(csv.DictReader(f))
+    rates = [float(row["lr"]) for row in rows]
+    assert 10 <= len(rows) <= 40 and rates[0] == 1e-4 and np.allclose(np.diff(np.log(rates)), np.log(1e5) / 39)
+    assert (log_dir / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
+    for words in ("steepest slope: ", "one tenth of the minimum: ", "step  1/40 | lr 1.00e-04 | loss "):
+        assert words in out
+    command = shlex.split(out[out.index("next: ") + 6:])
+    assert command[:2] == ["python", "train.py"] and "--muon_lr" in command
+    train.main(command[2:])
+    other = ["elsewhere" if word == str(log_dir) else word for word in command[2:]]
+    other[other.index("elsewhere")] = str(tmp_path / "other")
+    train.main(other)
+    assert losses(log_dir) == losses(tmp_path / "other") and len(losses(log_dir)) == 3
+    with pytest.raises(UserError, match="holds a run"):
+        finder(*flags, "--log_dir", log_dir)
+    if mlflow:
+        from test_tracking import stored
+        [sweep_run], [train_run] = stored(log_dir, "lr_finder"), stored(log_dir, "train")
+        assert sweep_run.history["loss"] == [(int(r["step"]), float(r["loss"])) for r in rows]
+        assert set(sweep_run.artifacts) == {"lr_finder.csv", "lr_finder.png"} and sweep_run.params["steps"] == "40"
+        assert len(train_run.history["loss"]) == 3
+
+
+def test_two_processes_with_other_micro_batches_see_the_same_losses(make_shards, run, tmp_path):
+    data = make_shards([4000])
+    flags = (*TINY, "--data_dir", data, "--total_batch_size", 128, "--steps", 12, "--lr_high", 1e-2)
+    finder(*flags, "--log_dir", tmp_path / "one")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    rc, out, err = run(*launcher, ROOT / "lr_finder.py", *flags, "--log_dir", tmp_path / "two", "--micro_batch_size", 2)
+    assert rc == 0, err
+    assert "next: torchrun --nproc_per_node=2 train.py" in out and out.count("steepest slope") == 1
+    one, two = (np.genfromtxt(tmp_path / name / "lr_finder.csv", delimiter=",", names=True)["loss"]
+                for name in ("one", "two"))
+    assert len(one) == 12 and np.allclose(one, two, rtol=1e-4)
+
+
+def test_the_command_repeats_the_flags_that_were_typed(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    typed = ["--data_dir", "my data", "--n_layer", "2", "--max_lr", "1e-3", "--min_lr", "0", "--deterministic"]
+    config = parse_config(FinderConfig, [*typed, "--steps", "50"])
+    words = shlex.split(train_command(config, 0.00234567))
+    assert words[:3] == ["torchrun", "--nproc_per_node=8", "train.py"]
+    again = parse_config(train.TrainConfig, words[3:])
+    assert again == parse_config(train.TrainConfig, [*typed[:4], "--max_lr", "2.3e-3", "--min_lr", "0", typed[-1]])
+
+
+def test_mistakes_are_one_line():
+    for flags, message in ((["--lr_low", "1", "--lr_high", "0.1"], "--lr_low 1 must be below --lr_high 0.1"),
+                           (["--steps", "5"], "--steps must be >= 10"), (["--resume", "x.pt"], "leave --resume out"),
+                           (["--lr_low", "0"], "--lr_low must be > 0")):
+        with pytest.raises(UserError) as caught:
+            lr_finder.main(flags)
+        assert message in str(caught.value)
