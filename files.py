@@ -1,5 +1,6 @@
 """Files that have their final name only when they are complete, and a lock on a folder."""
 import contextlib
+import errno
 import json
 import os
 import time
@@ -77,7 +78,11 @@ class FolderLock:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):    # Lustre without -o flock
+                    print(f"warning: cannot lock {path} ({error.strerror}); see to it that one run at a time uses "
+                          f"{folder}", flush=True)
+                    return
                 if time.monotonic() > deadline:
                     raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
                 time.sleep(0.2)

@@ -53,9 +53,14 @@ def meet(rank, world_size, patience_s):
     deadline = time.monotonic() + patience_s
     try:
         store = _connect(rank == 0 and not agent_store, patience_s)
+        return _invite(store, world_size, deadline) if rank == 0 else _join(store, rank, deadline)
     except dist.DistError as error:
-        raise RunFailed(f"{socket.gethostname()}, rank {rank}: nobody answers at {_address()}") from error
-    return _invite(store, world_size, deadline) if rank == 0 else _join(store, rank, deadline)
+        problem = RunFailed(f"nobody answers at {_address()} ({type(error).__name__}); look at the log of rank 0's node")
+    except RunFailed as error:
+        problem = error
+    if rank != 0:     # rank 0 speaks for all when a run ends, but it may not be there
+        print(f"error on {socket.gethostname()}, rank {rank}: {problem}", file=sys.stderr, flush=True)
+    raise problem
 
 
 def _connect(is_master, patience_s):
@@ -96,7 +101,7 @@ def _join(store, rank, deadline):
             if start.check([word]):
                 return Meeting(start, name, {0: start.get(word).decode()})
             time.sleep(0.2)     # `wait` would print a warning each time
-    raise RunFailed(f"{socket.gethostname()}, rank {rank}: rank 0 did not come to {_address()}; look at its node's log")
+    raise RunFailed(f"rank 0 did not come to {_address()}; look at the log of its node")
 
 
 def _wait(store, key, seconds):

@@ -1,7 +1,7 @@
 """train.py, with one accident built in. Run as train.py is run; the environment variable ACCIDENT says which:
 
     WHAT:WHERE:STEP[:RANK]   WHAT  kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk),
-                                   inf (a gradient of that step), infs (from that step on), hang (for ever),
+                                   inf (a gradient of that step), infs (from that step on), hang (and end),
                                    run (the shell command in ACCIDENT_COMMAND)
                              WHERE step (before its update), save (half the file is written), validate, sample, start
 
@@ -37,7 +37,8 @@ def accident():
     if what in ("inf", "infs", "none"):
         return
     if what == "hang":
-        time.sleep(3600)
+        time.sleep(float(os.environ.get("ACCIDENT_SECONDS", 3600)))
+        os._exit(1)
     if what == "run":
         subprocess.run(os.environ["ACCIDENT_COMMAND"], shell=True, check=True)
         return

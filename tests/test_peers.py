@@ -1,18 +1,17 @@
 """How processes meet through a store full of what dead ones wrote, and what is said of a rank that hangs."""
 import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, script_env
+from conftest import script_env
 
 import peers
+from bench import forks
 from peers import compare, lost_peer, record_collectives
 
 MEET = """
-import os, sys, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 from peers import meet
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 meeting = meet(rank, world_size, 60)
@@ -20,7 +19,7 @@ dist.init_process_group("gloo", store=dist.PrefixStore("group", meeting.store), 
 total = torch.ones(1)
 dist.all_reduce(total)
 print(meeting.name, int(total), len(meeting.hosts), flush=True)
-sys.stdin.read()                      # lives on until it is killed or its input ends
+time.sleep(60)                      # lives on until it is killed
 """
 
 
@@ -34,24 +33,37 @@ def store():
 def member(store, tmp_path):
     """member(rank, world_size) -> a process that meets the others at the store."""
     members = []
+    (tmp_path / "meet.py").write_text(MEET)
 
     def start(rank, world_size=2):
-        env = script_env(tmp_path, dict(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                                        MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True"))
-        members.append(subprocess.Popen([sys.executable, "-c", MEET], env=env, cwd=ROOT, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        env = script_env(tmp_path, dict(RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1",
+                                        MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE="True"))
+        output = tmp_path / f"out{len(members)}"
+        members.append(forks.start(tmp_path / "meet.py", [], env, output, tmp_path / "err"))
+        members[-1].output = output
         return members[-1]
     yield start
     for process in members:
-        process.kill()
-        process.communicate()
+        kill(process)
+
+
+def kill(process):
+    process.kill()
+    process.join()
+
+
+def until(condition):
+    """Wait until the condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def heard(process):
-    """The line that a member prints once it has met the others."""
-    line = process.stdout.readline().split()
-    assert line, process.communicate()[1]
-    return line
+    """The words that a member prints once it has met the others."""
+    until(lambda: process.output.exists() and process.output.read_text().endswith("\n"))
+    return process.output.read_text().split()
 
 
 @pytest.mark.slow
@@ -61,35 +73,34 @@ def test_new_processes_never_meet_the_dead(store, member):
     names = {heard(process)[0] for process in first}
     assert len(names) == 1
     for process in first:
-        process.kill()
-        process.wait()
+        kill(process)
     left = member(1)                                    # finds the name of a dead rank 0, says a word, and is killed
-    while not dist.PrefixStore(*names, store).check(["arrival 2"]):
-        time.sleep(0.05)
-    left.kill()
+    until(lambda: dist.PrefixStore(*names, store).check(["arrival 2"]))
+    kill(left)
     old = store.get("start")
     left = member(0)                                    # names a start to which nobody comes
-    while store.get("start") == old:
-        time.sleep(0.05)
-    left.kill()
-    left.wait()
+    until(lambda: store.get("start") != old)
+    kill(left)
     late = member(1)                                    # comes before its rank 0 does
-    while not dist.PrefixStore(store.get("start").decode(), store).check(["arrival 1"]):
-        time.sleep(0.05)
+    until(lambda: dist.PrefixStore(store.get("start").decode(), store).check(["arrival 1"]))
     second = [heard(member(0)), heard(late)]
     assert [line[1:] for line in second] == [["2", "2"], ["2", "1"]]       # rank 0 knows all hosts, the others its own
     assert second[0][0] == second[1][0] not in names
 
 
-def test_who_did_not_come_is_named(run, store):
-    code = "import config, peers; config.run_script(lambda: peers.meet({}, 4, 1))"
-    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
-    rc, _, err = run("-c", code.format(0), env=env)
-    assert rc == 1 and "1 of 4 processes met at 127.0.0.1:" in err and "ranks 1, 2, 3 did not come" in err
-    assert "Traceback" not in err
-    store.delete_key("start")
-    rc, _, err = run("-c", code.format(1), env=env)
-    assert rc == 1 and "rank 1: rank 0 did not come to 127.0.0.1:" in err and "Traceback" not in err
+@pytest.mark.slow
+def test_who_did_not_come_is_named(tmp_path, store):
+    (tmp_path / "meet.py").write_text("import os, config, peers\n"
+                                      "config.run_script(lambda: peers.meet(int(os.environ['RANK']), 4, 1))")
+    for rank, words in ((0, "meet.py: error: 1 of 4 processes met"), (0, "ranks 1, 2, 3 did not come"),
+                        (1, ", rank 1: rank 0 did not come to 127.0.0.1:")):
+        store.delete_key("start")
+        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank)
+        output = tmp_path / f"out{rank}"
+        process = forks.start(tmp_path / "meet.py", [], script_env(tmp_path, env), output)
+        until(lambda output=output, words=words: output.exists() and words in output.read_text())
+        assert "Traceback" not in output.read_text()
+        kill(process)
 
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}

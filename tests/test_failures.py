@@ -1,0 +1,153 @@
+"""What the world does to a run: full and read-only disks, shards that vanish, a second run (docs/failures.md)."""
+import fcntl
+import json
+import shutil
+import subprocess
+
+import pytest
+
+import train
+from config import UserError
+from dataloader import TokenStream
+from files import FolderLock
+from shards import ShardFolder
+
+TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
+        "--total_batch_size", 64, "--hellaswag_every", 0, "--sample_every", 0, "--eval_every", 0,
+        "--checkpoint_every", 4)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kilobytes) -> a folder on a tmpfs of that size; skipped without the right to mount one."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        if not shutil.which("mount"):
+            pytest.skip("no mount command here")
+        result = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder],
+                                capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"no right to mount a tmpfs: {result.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def disturbed(run):
+    """disturbed(step, command, *flags) -> (status, output) of train.py, before whose `step` a shell command runs."""
+    def call(step, command, *flags):
+        rc, out, err = run("tests/chaos.py", *flags, env=dict(ACCIDENT=f"run:step:{step}", ACCIDENT_COMMAND=command))
+        return rc, out + err
+    return call
+
+
+def steps_logged(log_dir):
+    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, make_shards, small_disk):
+    """Warnings, the older checkpoint intact; with room again the same command goes on and makes up what is missing."""
+    disk = small_disk(2000)
+    flags = (*TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs", "--max_steps", 30,
+             "--keep_checkpoints", 2)
+    rc, out = disturbed(5, f"head -c 4000000 /dev/zero > {disk}/filler; true", *flags)
+    assert rc == 1 and "not written, training goes on, the older checkpoints are intact" in out
+    assert "the last checkpoint could not be written; make room" in out and "Traceback" not in out, out
+    assert [p.name for p in disk.glob("logs/*.pt")] == ["model_00004.pt"]
+    (disk / "filler").unlink()
+    rc, out, err = run("train.py", *flags)
+    assert rc == 0 and "going on from step 4" in out, err
+    assert steps_logged(disk / "logs") == list(range(30))
+    assert [p.name for p in sorted(disk.glob("logs/*.pt"))] == ["model_00028.pt", "model_00030.pt"]
+
+
+@pytest.mark.slow
+def test_a_disk_too_small_for_the_run_is_refused_at_the_start(run, make_shards, small_disk):
+    disk = small_disk(200)
+    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs", "--max_steps", 2)
+    assert rc == 2 and "make room, choose another --log_dir, or fewer --keep_checkpoints" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["logs", "new"])
+def test_a_read_only_log_dir_is_one_line(run, make_shards, small_disk, name):
+    disk = small_disk(2000)
+    (disk / "logs").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / name, "--max_steps", 2)
+    assert (rc, err) == (2, f"train.py: error: cannot write in {disk / name}: Read-only file system\n")
+
+
+@pytest.mark.slow
+def test_a_log_dir_that_becomes_read_only_is_warned_of(disturbed, make_shards, small_disk):
+    """As the kernel does with a disk that has an error."""
+    logs = small_disk(2000) / "logs"
+    rc, out = disturbed(5, f"mount --bind {logs} {logs} && mount -o remount,bind,ro {logs}", *TINY, "--data_dir",
+                        make_shards([3000]), "--log_dir", logs, "--max_steps", 12)
+    subprocess.run(["umount", "-l", logs], check=True)
+    assert rc == 1 and "Read-only file system" in out and "Traceback" not in out, out
+    assert [p.name for p in logs.glob("*.pt")] == ["model_00004.pt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, status, says", [
+    ("truncate -s 200 {}", 2, "shard {} became shorter while it was read; make it again"), ("rm {}", 0, "finished"),
+], ids=["truncated", "deleted"])
+def test_a_shard_that_changes_under_the_run(run, disturbed, make_shards, tmp_path, command, status, says):
+    """Truncated: one line, and with the shard back the same command goes on. Deleted: an open file lives on."""
+    folder, log_dir = make_shards([3000]), tmp_path / "logs"
+    shard = folder / "test_train_000001.npy"
+    whole = shard.read_bytes()
+    flags = (*TINY, "--data_dir", folder, "--log_dir", log_dir, "--max_steps", 20)
+    rc, out = disturbed(6, command.format(shard), *flags)
+    assert rc == status and says.format(shard) in out and "Traceback" not in out, out
+    shard.write_bytes(whole)
+    rc, _, err = run("train.py", *flags)
+    assert rc == 0 and steps_logged(log_dir) == list(range(20)), err
+
+
+@pytest.mark.slow
+def test_a_shard_truncated_under_two_processes_ends_both(run_ranks, make_shards, tmp_path):
+    folder = make_shards([3000])
+    shard = folder / "test_train_000001.npy"
+    accident = dict(ACCIDENT="run:step:6:0", ACCIDENT_COMMAND=f"truncate -s 200 {shard}")
+    codes, out = run_ranks(2, "tests/chaos.py", *TINY, "--data_dir", folder, "--log_dir", tmp_path / "logs",
+                           "--max_steps", 20, env=accident)
+    assert all(codes) and f"shard {shard} became shorter" in out and "Traceback" not in out, out
+
+
+def test_a_shard_that_is_gone_before_it_was_opened_is_named(make_shards):
+    folder = ShardFolder(make_shards([300, 300]))
+    stream = TokenStream(folder.train, 16)
+    folder.train[1].path.unlink()
+    stream.read([0])
+    with pytest.raises(UserError, match=r"cannot open shard .*test_train_000002\.npy: No such file"):
+        stream.read([stream.n_windows - 1])
+    stream.close()
+
+
+def test_a_second_run_in_a_log_dir_waits_and_is_refused(make_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "FolderLock", lambda folder, wait_s: FolderLock(folder, wait_s=0.3))
+    flags = [*TINY, "--data_dir", make_shards([3000]), "--log_dir", tmp_path / "logs", "--max_steps", 1]
+    with FolderLock(tmp_path / "logs", wait_s=0), pytest.raises(UserError, match=r"another run is using .*logs"):
+        train.main(list(map(str, flags)))
+    train.main(list(map(str, flags)))
+
+
+def test_a_file_system_without_locks_is_a_notice(tmp_path, monkeypatch, capsys):
+    """Lustre mounted without -o flock, some FUSE file systems."""
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with FolderLock(tmp_path, wait_s=0):
+        pass
+    assert "cannot lock" in capsys.readouterr().out

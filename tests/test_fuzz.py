@@ -1,0 +1,33 @@
+"""Whatever bytes a file holds: read as it was, or refused in one line; no traceback, no hang, no code that runs.
+
+bench/fuzz.py says what each kind of file is, how it is damaged and what counts as a fault; there are 2,000 of each.
+"""
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies
+
+from bench.fuzz import TARGETS, Bench
+
+SLOW_SCRIPTS = 2
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_mutant_of_a_file_is_more_than_refused(name, tmp_path):
+    bench = Bench(name, tmp_path)
+
+    @settings(max_examples=100, derandomize=True, deadline=None, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(strategies.randoms(use_true_random=False))
+    def check(rng):
+        assert not bench.try_one(rng).startswith("fault")
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_script_that_reads_it_says_one_line(name, tmp_path):
+    bench = Bench(name, tmp_path)
+    for seed in range(SLOW_SCRIPTS):
+        outcome = bench.try_script(random.Random(f"suite {name} {seed}"))
+        assert outcome in ("read", "refused"), outcome
