@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.common import machine, write_results
+from bench.common import compared, machine, write_results
 from bench.forks import start_ranks
 from config import flag, parse_config, run_script
 from shards import Manifest, save_shard
@@ -71,7 +71,9 @@ def main(argv=None):
         for processes in (2, 4):
             rows.append(torment(Path(folder), data, processes, config))
             print(json.dumps(rows[-1]), flush=True)
-    write_results("chaos", dict(machine=machine(), seed=config.seed, steps=STEPS, rows=rows))
+    write_results("chaos", dict(machine=machine(), seed=config.seed, steps=STEPS, rows=rows), [
+        compared(f"{row['processes']} processes killed {row['kills']} times, {row['during_a_save']} of them in a save: "
+                 "bitwise equal at the end", "of 1", int(row["bitwise_equal"])) for row in rows])
     if not all(row["bitwise_equal"] and row["logs_equal"] for row in rows):
         sys.exit(1)
 
@@ -145,7 +147,9 @@ def run_matrix(folder):
     checks = ("killed", "ended", "bitwise_equal", "logs_equal")
     failed = [row for row in rows if not all(row[c] for c in checks)]
     write_results("chaos_matrix", dict(machine=machine(), combinations=len(cases), accidents=ACCIDENTS, kills=len(rows),
-                                       **{c: sum(row[c] for row in rows) for c in checks}, failed=failed))
+                                       **{c: sum(row[c] for row in rows) for c in checks}, failed=failed), [
+        compared(f"{len(cases)} kinds of run killed in {len(ACCIDENTS)} places: bitwise equal at the end",
+                 f"of {len(rows)}", sum(row["bitwise_equal"] and row["logs_equal"] for row in rows))])
     if failed:
         sys.exit(1)
 

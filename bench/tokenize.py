@@ -26,7 +26,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 import prepare_fineweb
-from bench.common import machine, write_results
+from bench.common import compared, machine, write_results
 from config import UserError, flag, parse_config, run_script
 from documents import find_files, plan_reads, read_documents
 from encode import encode_tasks
@@ -224,7 +224,10 @@ def main(argv=None):
         versions = {name: importlib.metadata.version(name) for name in ("tiktoken", "tokenizers", "pyarrow")}
         print_table(medians, per_core["build_nanogpt"], config.workers)
         write_results("tokenize", dict(machine=machine(), versions=versions, megabytes=whole.n_bytes() / 1e6,
-                                       workers=config.workers, medians=medians, ratios=ratios, rows=rows))
+                                       workers=config.workers, medians=medians, ratios=ratios, rows=rows), [
+            compared("tokenising, pipeline of prepare_fineweb.py", "MB/CPU s", per_core["ours_pipeline"],
+                     {m.__name__: title for m, title in METHODS.items()}[name].format(n=config.workers), per_core[name])
+            for name in per_core if not name.startswith("ours")])
 
 
 def print_table(medians, reference, workers):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from assemble import assemble, warm_up
-from bench.common import machine, spread, write_results
+from bench.common import compared, machine, spread, write_results
 from config import DeviceConfig, UserError, flag, parse_config, run_script
 from dataloader import DataOrder, TrainLoader
 from model import GPT, GPT2_SIZES, GPTConfig, parameter_groups
@@ -86,7 +86,10 @@ def report(config, runtime, tokens_per_s, limits):
         limits={name: spread(values) for name, values in limits.items()}, matmul_limit_tokens_per_s=limit,
         share_of_matmul_limit={name: value / limit for name, value in median.items()},
         mfu={name: value * flops / peak / runtime.world_size for name, value in median.items()} if peak else None,
-        peak_memory_gb=memory))
+        peak_memory_gb=memory), [
+            compared(f"training step, {config.model}, {config.total_batch_size:,} tokens, {runtime.world_size} "
+                     f"process{'es' * (runtime.world_size > 1)}", "tokens/s", median["ours"], name, value)
+            for name, value in [*median.items(), ("matmul limit", limit)] if name != "ours"])
     print("| | tokens/s | ours / it | of the matmul limit |\n|---|---|---|---|")
     for name, value in median.items():
         print(f"| {name} | {value:,.0f} | {ratios.get(f'ours / {name}', 1):.2f} | {100 * value / limit:.0f}% |")

@@ -1,0 +1,49 @@
+"""The committed results as one table: bench/results/README.md.
+
+    python -m bench.table
+"""
+import json
+
+from bench.common import RESULTS
+from files import atomic_write
+
+HEAD = """# Results
+
+Made by `python -m bench.table` from the files beside it, which hold every figure's spread, settings and versions.
+Figures are medians; ratios compare two ways that took turns in one process or one run. What is not here was not
+measured: no GPU was at hand yet, so there are no GPU rows (`make bench-gpu` makes them).
+
+| what | ours | peer | ours / peer | machine | date |
+|---|---|---|---|---|---|
+"""
+
+
+def main():
+    """Write the table."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        machine = result["machine"]
+        where = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"
+        lines += [f"| {line_of(row)} | {where} | [{machine['date']}]({path.name}) |" for row in result.get("table", [])]
+    with atomic_write(RESULTS / "README.md", "w") as f:
+        f.write(HEAD + "\n".join(lines) + "\n")
+    print(f"wrote {RESULTS / 'README.md'}: {len(lines)} rows")
+
+
+def line_of(row):
+    """The first cells of a row."""
+    cells = [row["what"], number(row["ours"], row["unit"])]
+    if row["theirs"] is None:
+        return " | ".join([*cells, row["peer"], ""])
+    return " | ".join([*cells, f"{number(row['theirs'], row['unit'])} {row['peer']}",
+                       f"**{row['ours'] / row['theirs']:.2f}**"])
+
+
+def number(value, unit):
+    """A figure with its unit, in three digits or more."""
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+if __name__ == "__main__":
+    main()
