@@ -35,6 +35,8 @@ def save_adapter(wrapped, folder, base):
         wrapped.save_pretrained(temporary, save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)      # peft's card: a form with nothing filled in
         write_json(temporary / BASE_NAME, base)
+        mode = (temporary / BASE_NAME).stat().st_mode
+        (temporary / "adapter_model.safetensors").chmod(mode)  # safetensors lets only the owner read
 
 
 def merge(wrapped):
