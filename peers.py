@@ -55,7 +55,8 @@ def meet(rank, world_size, patience_s):
         store = _connect(rank == 0 and not agent_store, patience_s)
         return _invite(store, world_size, deadline) if rank == 0 else _join(store, rank, deadline)
     except dist.DistError as error:
-        problem = RunFailed(f"nobody answers at {_address()} ({type(error).__name__}); look at the log of rank 0's node")
+        problem = RunFailed(f"nobody answers at {_address()}; look at the log of rank 0's node "
+                            f"({type(error).__name__})")
     except RunFailed as error:
         problem = error
     if rank != 0:     # rank 0 speaks for all when a run ends, but it may not be there
