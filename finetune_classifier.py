@@ -12,7 +12,6 @@ import collections
 import csv
 import json
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from memory import CPU_TOKENS, CUDA_TOKENS
 from model import IGNORED
 from rows import make_batches, make_row, show_examples
 from runtime import provenance, seed_everything, start
-from tuning import save_state, tune
+from tuning import save_state, track_results, tune
 
 LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
 NO_LABEL = 0        # stands in the Rows of texts whose label is asked for
@@ -92,7 +91,6 @@ def main(argv=None):
 
 def finetune(config, state, runtime):
     """One run, from its first step or from where it was left, and its results in --out."""
-    begin = time.monotonic()
     splits = runtime.together(lambda: read_splits(config))
     labels = sorted({label for _, label in splits["train"]})
     base = open_base(config, runtime)
@@ -127,8 +125,7 @@ def finetune(config, state, runtime):
             if wrapped:
                 merge(wrapped)
             with writing_results(config):
-                write_results(config, run, base, labels, reports, {name: len(r) for name, r in rows.items()},
-                              time.monotonic() - begin)
+                write_results(config, run, base, labels, reports, {name: len(r) for name, r in rows.items()})
         save_state(run, config, runtime, finished=True)
 
 
@@ -255,7 +252,7 @@ def measure(true, predicted, labels):
                 per_label=per_label, confusion=confusion_matrix(true, predicted, labels=ids).tolist())
 
 
-def write_results(config, run, base, labels, reports, sizes, seconds):
+def write_results(config, run, base, labels, reports, sizes):
     """The classifier, metrics and confusion plot into --out, on rank 0."""
     out, best = Path(config.out), run.best
     model = run.model
@@ -264,12 +261,13 @@ def write_results(config, run, base, labels, reports, sizes, seconds):
         model=model.state_dict(), config=model.config_dict(), step=best.epoch * run.steps_per_epoch,
         val_loss=best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(), base=base.record, provenance=record))
     write_json(out / "metrics.json", dict(
-        labels=labels, examples=sizes, **reports, best_epoch=best.epoch, steps=run.step, seconds=round(seconds, 1),
+        labels=labels, examples=sizes, **reports, best_epoch=best.epoch, steps=run.step, seconds=round(run.seconds, 1),
         train=config.train, base=base.record, provenance=record))
     name = "test" if "test" in reports else "validation"
     save_figure(draw_confusion(reports[name]["confusion"], labels), out / "confusion.png")
+    track_results(config, out / "classifier.pt", [out / "confusion.png", out / "metrics.json"])
     print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
-          f"{sizes[name]:,} examples, with the weights of epoch {best.epoch}, after {seconds:.0f} s")
+          f"{sizes[name]:,} examples, with the weights of epoch {best.epoch}, after {run.seconds:.0f} s")
     print(f"wrote {out / 'classifier.pt'}, {out / 'metrics.json'}, {out / 'confusion.png'}\n"
           f"next: python finetune_classifier.py --checkpoint {out / 'classifier.pt'} --predict \"...\"")
 

@@ -26,7 +26,7 @@ from rows import make_row, show_examples
 from runtime import provenance, start
 from shards import permutation
 from template import alpaca_prompt
-from tuning import mean_loss, save_state, tune
+from tuning import mean_loss, save_state, track_results, tune
 
 ROUNDING = 1e-4     # of logits, relative to the largest: more is no rounding
 
@@ -160,7 +160,8 @@ def outcome(run):
     """What training did, in plain values."""
     before, after = run.first["val_loss"], run.best.facts["val_loss"]
     return dict(val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
-                best_epoch=run.best.epoch, steps=run.step, tokens=run.tokens, base=run.base, provenance=provenance())
+                best_epoch=run.best.epoch, steps=run.step, tokens=run.tokens,
+                seconds=round(run.seconds, 1), base=run.base, provenance=provenance())
 
 
 def write_results(config, run, wrapped, base, val_items, report):
@@ -186,6 +187,7 @@ def write_results(config, run, wrapped, base, val_items, report):
                                    base=base.record, provenance=report["provenance"]))
         print(f"wrote {path}")
     write_json(out / "metrics.json", report)
+    track_results(config, adapter or path, [out / "responses.json", out / "metrics.json"])
     for answer in answers[:3]:
         print(f"> {answer['instruction']}\n  {answer['response']}")
     print(f"validation loss {report['val_loss_before']:.4f} -> {report['val_loss_after']:.4f} "

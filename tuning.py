@@ -23,6 +23,7 @@ from plan import learning_rate_factor
 from rows import make_batches
 from runtime import StopRequested, command_line, seed_everything
 from shards import permutation
+from tracking import Tracker
 
 MAX_BAD_STEPS = 10       # skipped in a row: then the run stops
 STATE_NAME = "state.pt"  # in --out: what a run goes on from
@@ -76,6 +77,7 @@ class Tuning:
     full_steps: int            # max_steps, if this were no dry run
     step: int = 0
     tokens: int = 0            # read so far
+    seconds: float = 0.0       # in steps and evaluations so far, of all starts
     best: Best = field(default_factory=Best)
     first: dict = field(default_factory=dict)    # the facts before training
     bad_steps: int = 0
@@ -120,7 +122,9 @@ def tune(run, config, runtime, evaluate):
             result = train_step(run, config, runtime)
             run.tokens += result.n_tokens
             check_finite(run, result)
-            log.train(result, rate, time.perf_counter() - start_time)
+            seconds = time.perf_counter() - start_time
+            run.seconds += seconds
+            log.train(result, rate, seconds)
             if run.step == first_step:
                 runtime.first_step_done()
             run.step, stop = run.step + 1, result.stop
@@ -153,7 +157,9 @@ def end_epoch(run, config, runtime, log, evaluate):
     better = score > run.best.score and epoch > 0
     if better:
         run.best = Best(score, epoch, facts, {k: w.to("cpu", copy=True) for k, w in trained_weights(run.model).items()})
-    log.evaluation(epoch, facts, better, time.perf_counter() - start_time)
+    seconds = time.perf_counter() - start_time
+    run.seconds += seconds
+    log.evaluation(epoch, facts, better, seconds)
     if run.step >= run.max_steps:
         return True
     if config.patience and run.best.epoch and epoch - run.best.epoch >= config.patience:
@@ -246,9 +252,9 @@ def save_state(run, config, runtime, finished=False):
         return
     entries = dict(config=asdict(config), finished=finished)
     if not finished:
-        entries.update(step=run.step, tokens=run.tokens, base=run.base, data=run.data_hash, first=run.first,
-                       best=vars(run.best), trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(),
-                       scaler=run.scaler.state_dict())
+        entries.update(step=run.step, tokens=run.tokens, seconds=run.seconds, base=run.base, data=run.data_hash,
+                       first=run.first, best=vars(run.best), trained=trained_weights(run.model),
+                       optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
     try:
         save_checkpoint(Path(config.out) / STATE_NAME, entries)
     except OSError as error:
@@ -265,7 +271,8 @@ def restore(run, state):
     run.optimizer.load_state_dict(state["optimizer"])
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
-    run.step, run.tokens, run.first, run.best = state["step"], state["tokens"], state["first"], Best(**state["best"])
+    run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
+    run.first, run.best = state["first"], Best(**state["best"])
 
 
 class TuneLog:
@@ -278,6 +285,7 @@ class TuneLog:
             path = Path(config.out) / "metrics.jsonl"
             cut_back(path, run.step, lambda line: int(json.loads(line)["step"]))
             self._file = AppendFile(path)
+            self._tracker = Tracker(config, config.out, "fine-tuning", resumed=run.step > 0)
 
     def train(self, result, rate, seconds):
         """Log one step."""
@@ -305,6 +313,7 @@ class TuneLog:
     def _row(self, **values):
         plain = {k: None if not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(dict(step=self._run.step, tokens=self._run.tokens, **plain)) + "\n")
+        self._tracker.log(self._run.step, tokens=self._run.tokens, **plain)
 
     def forecast(self):
         """What the full run takes, after a dry run."""
@@ -316,3 +325,13 @@ class TuneLog:
     def close(self):
         if self._runtime.is_main:
             self._file.close()
+            self._tracker.close(finished=False)      # the script adds the results
+
+
+def track_results(config, best_checkpoint, files):
+    """Add to the run in MLflow what came of it, on rank 0."""
+    tracker = Tracker(config, config.out, "fine-tuning", resumed=True)
+    for path in files:
+        tracker.artifact(path)
+    tracker.text("best_checkpoint.txt", f"{best_checkpoint.resolve()}\n")
+    tracker.close()
