@@ -91,7 +91,7 @@ def test_an_export_that_is_not_the_model_is_not_kept(trained, tmp_path, monkeypa
         monkeypatch.setattr(hf_format, "their_config",
                             lambda *args: {**config(*args), "activation_function": "gelu_new"})
     if damage == "tokenizer":
-        monkeypatch.setattr(hf_format, "tokenizer_files", lambda tokenizer, n: files(Tokenizer(
+        monkeypatch.setattr(hf_format, "tokenizer_files", lambda tokenizer, n, **options: files(Tokenizer(
             tokenizer.merges[:-2], ""), n))
     with pytest.raises(RunFailed, match=message):
         main("--checkpoint", trained[0], "--out", tmp_path / "hf")
