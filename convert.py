@@ -76,6 +76,7 @@ def verify(folder, opened):
 
     Raises RunFailed where anything differs: weights by a bit, logits by more than rounding, ids of a text at all.
     """
+    print("written; comparing it with the original ...", flush=True)
     model, tokenizer = opened.model, opened.tokenizer
     n_vocab = tokenizer.n_vocab if tokenizer else model.config.vocab_size
     generator = torch.Generator().manual_seed(0)

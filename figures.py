@@ -206,8 +206,9 @@ def _reference_lines(ax, references, above):
     """Draw a named horizontal line per reference, the name on the side where curves come later; returns heights."""
     for name, value in references.items():
         ax.axhline(value, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
-        ax.annotate(f"{name}  {value:g}", (0.015, value), xycoords=("axes fraction", "data"), color=GREY, fontsize=8.5,
-                    xytext=(0, 3 if above else -3), textcoords="offset points", va="bottom" if above else "top")
+        ax.annotate(f"{name}  {value:g}", (0.015 if above else 0.2, value), xycoords=("axes fraction", "data"),
+                    color=GREY, fontsize=8.5, xytext=(0, 3 if above else -3), textcoords="offset points",
+                    va="bottom" if above else "top")
     return list(references.values())
 
 

@@ -19,6 +19,7 @@ from resume import changed_flags
 from rows import hash_rows
 from runtime import seed_everything
 from tokenizer import Tokenizer, from_checkpoint
+from tracking import require_mlflow
 from tuning import STATE_NAME, Objective, Tuning, restore, trained_weights
 
 
@@ -55,6 +56,7 @@ class TuneConfig(DeviceConfig):
     resume: str = flag("auto", "auto: go on with the run in --out; never", group="system", choices=("auto", "never"))
     seed: int = flag(1337, "of the split, the order, new weights, dropout", group="system", low=0, keep=True)
     deterministic: bool = flag(False, "bitwise repeatable on a GPU too, and slower", group="system")
+    mlflow: bool = flag(False, "mirror the run in a local MLflow store in --out", group="system")
     dry_run: bool = flag(False, "show the first examples, what counts in them, and try two steps", group="system")
 
     def check(self):
@@ -62,6 +64,8 @@ class TuneConfig(DeviceConfig):
         for name in ("data", "init_from", "out"):
             if not getattr(self, name) and not (name == "out" and self.dry_run):
                 raise UserError(f"--{name} is missing (--help lists the flags)")
+        if self.mlflow:
+            require_mlflow()
         if self.max_lr is None:
             self.max_lr = self.usual_lr()
         if self.min_lr > self.max_lr:
@@ -153,7 +157,7 @@ def work_in_folder(config, runtime, work):
     if config.dry_run:
         folder = runtime.from_main(lambda: tempfile.mkdtemp(prefix="dry_run_"))
         try:
-            work(replace(config, out=folder), None)
+            work(replace(config, out=folder, mlflow=False), None)
         finally:
             if runtime.is_main:
                 shutil.rmtree(folder)

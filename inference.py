@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from checkpoint import newest_model, open_model
 from config import DeviceConfig, UserError, flag, parse_config, run_script
 from decoding import generate_ids, make_decoder
@@ -148,7 +150,7 @@ def write(decoder, tokenizer, prompts, config, seed):
     if config.stream:
         rows = show_live(shown, steps)
     else:
-        rows = last(steps)
+        rows = last(tqdm(steps, "writing", config.max_tokens, unit="step", leave=False, disable=None))
         for prompt, row in zip(shown, rows):
             print(f"> {prompt}{row.text}")
     sys.stdout.flush()

@@ -8,6 +8,8 @@ A run is a folder with metrics.jsonl, or with log.txt alone (ours or build-nanog
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from config import UserError, flag, parse_config, run_script
 from figures import X_LABELS, draw_runs, save_figure
 from history import last_finite, read_run
@@ -32,7 +34,8 @@ class PlotConfig:
 def main(argv=None):
     config = parse_config(PlotConfig, argv, __doc__.splitlines()[0])
     folders = {Path(folder).resolve(): folder for folder in config.runs}  # one named twice is drawn once
-    runs = [read_run(folder, config.tokens_per_step) for folder in folders.values()]
+    runs = [read_run(folder, config.tokens_per_step) for folder in
+            tqdm(folders.values(), "reading", unit="run", leave=False, disable=None)]
     figure = draw_runs(tell_apart(runs), config.x, config.title, config.reference)
     out = Path(config.out or Path(config.runs[0]) / "plot.png")
     save_figure(figure, out)

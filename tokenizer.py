@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +235,8 @@ def train_tokenizer(texts, n_vocab):
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainable.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=n_vocab - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=n_vocab - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty()))
     merges = [tuple(m) for m in json.loads(trainable.to_str())["model"]["merges"]]
     tokenizer = Tokenizer(merges, "")
     tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))

@@ -25,7 +25,7 @@ from config import UserError
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics of a call: MLflow takes no more
-FINISH_S, STOP_S = 120, 10    # the longest wait for the last batch, after a run and after a stop
+FINISH_S, STOP_S = 60, 10    # the longest wait for the last batch, after a run and after a stop
 STORE, ARTIFACTS = "mlflow.db", "mlflow_artifacts"
 
 
@@ -62,8 +62,9 @@ class Tracker:
                 self.log(**json.loads(line))
         self._thread = threading.Thread(target=self._work, daemon=True, name="MLflow")
         self._thread.start()
-        print(f"to watch it: mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{self._log_dir / STORE}')}",
-              flush=True)
+        if not resumed:
+            print(f"to watch it: mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{self._log_dir / STORE}')}",
+                  flush=True)
 
     def log(self, step, **values):
         """Take the numbers of a row; what is no finite number is left out."""
@@ -144,7 +145,7 @@ class Tracker:
         newest = ["attributes.start_time DESC"]
         runs = client.search_runs([number], order_by=newest, max_results=1) if self._resumed else []
         run = runs[0] if runs else client.create_run(number, run_name=folder.name)
-        self._run_id = run.info.run_id
+        self._run_id, self._resumed = run.info.run_id, True     # should the rest fail, the next attempt finds it
         if runs:
             client.update_run(self._run_id, status="RUNNING")
         if not run.data.params:                     # a resumed run keeps those that it began with

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from assemble import assemble, warm_up
 from checkpoint import checkpoint_path, delete_old, save_checkpoint
@@ -164,7 +165,8 @@ def loop(run, config, runtime):
                     validate(run, config, runtime, log, step)
             if due(step, config.hellaswag_every, last):
                 with log.pause("HellaSwag", config.hellaswag_every):
-                    log.hellaswag(step, evaluate_hellaswag(run.raw, run.hellaswag, runtime, hellaswag_tokens(run)))
+                    log.hellaswag(step, evaluate_hellaswag(run.raw, run.hellaswag, runtime, hellaswag_tokens(run),
+                                                           progress="HellaSwag"))
             if due(step, config.sample_every, last):
                 with log.pause("samples", config.sample_every):
                     log.samples(step, write_samples(run, config, runtime, step))
@@ -280,7 +282,8 @@ def validate(run, config, runtime, log, step):
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
     loss, count = torch.zeros((), device=runtime.device), 0
     run.raw.eval()
-    for x, y in val_batches(run.val_stream, n_windows, run.micro_batch_size, runtime):
+    batches = val_batches(run.val_stream, n_windows, run.micro_batch_size, runtime)
+    for x, y in tqdm(batches, "validation", unit="batch", leave=False, disable=None if runtime.is_main else True):
         with runtime.autocast():
             loss = loss + run.compiled(x, y, reduction="sum")
         count += int((y != IGNORED).sum())

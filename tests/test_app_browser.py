@@ -21,6 +21,7 @@ from tokenizer import Tokenizer
 
 pytest.importorskip("streamlit")
 webdriver = pytest.importorskip("selenium.webdriver")
+WebDriverException = pytest.importorskip("selenium.common.exceptions").WebDriverException
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver (on Debian: apt-get "
                                                                   "install chromium chromium-driver)")
@@ -69,7 +70,7 @@ def wait_for(get, what, seconds=90):
     """get() once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        with contextlib.suppress(webdriver.remote.webdriver.WebDriverException):    # the page changes under our hands
+        with contextlib.suppress(WebDriverException, StopIteration):
             value = get()
             if value:
                 return value
@@ -100,7 +101,8 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         return browser.find_elements("css selector", css)
 
     def text(css):
-        return " ".join(element.text for element in find(css))
+        return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)"
+                                      ".join(' ')", css)     # at once: the page changes under our hands
 
     def button(name):
         return next(b for b in find("button") if b.text == name)
@@ -113,9 +115,10 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         before = text(".gpt-next")
         area = find("textarea")[0]
         area.send_keys(" <b>bold</b>")
-        slider = next(s for s in find("[role=slider]") if s.get_attribute("aria-label") == "Maximum length")
-        slider.send_keys(webdriver.Keys.END)
-        wait_for(lambda: find(f"[role=slider][aria-valuenow='{1000}']"), "the slider's end")
+        slider = find("input[type=range][aria-label='Maximum length']")[0]
+        browser.execute_script("arguments[0].focus()", slider)      # it lies unseen below the thumb
+        webdriver.ActionChains(browser).send_keys(webdriver.Keys.END).perform()
+        wait_for(lambda: "1000" in text("[data-testid=stSlider]"), "the slider's end")
         wait_for(lambda: text(".gpt-next") != before, "bars for the new prompt")
         button("Write").click()
         lengths = {len(wait_for(lambda: text(".gpt-card"), "the text"))}

@@ -1,18 +1,23 @@
 """The MLflow mirror, read back from the real local store through MLflow's own client."""
+import importlib.util
 import json
 import os
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from test_finetune_classifier import base, flags_for, reviews  # noqa: F401  two fixtures
 from test_train import TINY
 
+import finetune_classifier
 import tracking
 import train
 from config import UserError
 from tracking import Tracker
 
-mlflow = pytest.importorskip("mlflow")
+if importlib.util.find_spec("mlflow") is None:     # imported later: only then is its telemetry off
+    pytest.skip("MLflow is not installed", allow_module_level=True)
 
 
 @dataclass
@@ -24,7 +29,8 @@ class Config:
 
 def stored(log_dir, experiment):
     """The runs of an experiment in log_dir, the newest first, each with its `history` and `artifacts`."""
-    client = mlflow.MlflowClient(f"sqlite:///{log_dir.resolve()}/mlflow.db")
+    from mlflow import MlflowClient
+    client = MlflowClient(f"sqlite:///{log_dir.resolve()}/mlflow.db")
     number = client.get_experiment_by_name(experiment).experiment_id
     runs = client.search_runs([number], order_by=["attributes.start_time DESC"])
     return [SimpleNamespace(
@@ -43,7 +49,7 @@ def logged(log_dir, name):
 
 def test_a_run_that_was_resumed_is_one_run_in_the_store_with_every_step_once(make_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data, log_dir = make_shards([2000]), tmp_path / "logs" / "one"
+    data, log_dir = make_shards([2000], tokens=[k % 7 for k in range(2064)]), tmp_path / "logs" / "one"
     flags = [str(f) for f in (*TINY, "--data_dir", data, "--log_dir", log_dir, "--total_batch_size", 64, "--max_steps",
                               6, "--eval_every", 2, "--val_tokens", 32, "--checkpoint_every", 4, "--mlflow")]
     train.main(flags)
@@ -60,7 +66,8 @@ def test_a_run_that_was_resumed_is_one_run_in_the_store_with_every_step_once(mak
     assert set(run.artifacts) == {"plot.png", "best_checkpoint.txt"}
     assert open(run.artifacts["best_checkpoint.txt"]).read() == f"{log_dir / 'model_best.pt'}\n"
     assert run.run.info.artifact_uri.startswith(log_dir.as_uri()) and not (tmp_path / "mlruns").exists()
-    assert not mlflow.telemetry.get_telemetry_client() and os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    from mlflow.telemetry import get_telemetry_client
+    assert get_telemetry_client() is None and os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_rows_that_a_killed_process_had_not_sent_follow_and_a_fresh_start_is_a_new_run(tmp_path):
@@ -90,7 +97,7 @@ def test_batches_leave_while_the_run_goes_on(tmp_path, monkeypatch):
     tracker = Tracker(Config(), tmp_path, "lr_finder")
     tracker.log(3, loss=2.0)
     while tracker._metrics or not tracker._run_id:            # the limit of a test ends what hangs
-        pass
+        time.sleep(0.01)
     assert stored(tmp_path, "lr_finder")[0].history == {"loss": [(3, 2.0)]}
     tracker.close()
 
@@ -108,15 +115,24 @@ def test_training_goes_on_without_a_store_that_cannot_be_used(make_shards, tmp_p
 
 def test_a_store_that_comes_back_gets_what_it_missed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.05)
-    (tmp_path / "mlflow.db").mkdir()                          # SQLite cannot open a folder
+    Tracker(Config(), tmp_path, "other").close()
+    from mlflow import MlflowClient
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def fail_at_first(self, *args, **options):
+        calls.append(options)
+        if len(calls) in (1, 3):                              # the parameters; the first metrics
+            raise OSError("No space left on device")
+        log_batch(self, *args, **options)
+    monkeypatch.setattr(MlflowClient, "log_batch", fail_at_first)
     tracker = Tracker(Config(), tmp_path, "train")
     tracker.log(0, loss=3.0)
-    while not tracker._warned:
-        pass
-    (tmp_path / "mlflow.db").rmdir()
+    while len(calls) < 4:
+        time.sleep(0.01)
     tracker.log(1, loss=2.0)
     tracker.close()
-    assert stored(tmp_path, "train")[0].history == {"loss": [(0, 3.0), (1, 2.0)]}
+    [run] = stored(tmp_path, "train")
+    assert run.history == {"loss": [(0, 3.0), (1, 2.0)]} and run.params["rate"] == "0.5"
     assert capsys.readouterr().out.count("warning: MLflow") == 1
 
 
@@ -130,3 +146,13 @@ def test_without_the_flag_nothing_happens_and_without_mlflow_one_line_does(tmp_p
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r requirements-extras"):
         train.main(["--mlflow"])
+
+
+def test_fine_tuning_mirrors_its_steps_epochs_and_results(reviews, base, tmp_path):  # noqa: F811
+    finetune_classifier.main([str(f) for f in (*flags_for(reviews, base, tmp_path / "out"), "--num_epochs", 1,
+                                               "--mlflow")])
+    [run] = stored(tmp_path / "out", "fine-tuning")
+    for name in ("loss", "lr", "val_loss", "macro_f1"):
+        assert run.history[name] == logged(tmp_path / "out", name), name
+    assert run.status == "FINISHED" and run.params["label_column"] == "sentiment"
+    assert set(run.artifacts) == {"confusion.png", "metrics.json", "best_checkpoint.txt"}
