@@ -43,7 +43,7 @@ STYLE = """<style>
 .gpt-facts {display: flex; flex-wrap: wrap; gap: .5rem 2.4rem; margin: .2rem 0 .6rem 0;}
 .gpt-facts div {color: #6f6f6f; font-size: .85rem;}
 .gpt-facts b {display: block; color: #222; font-size: 1.25rem; font-weight: 600;}
-.gpt-cards {display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));}
+.gpt-cards {display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));}
 .gpt-card {border: 1px solid #e3e6ea; border-radius: .6rem; padding: .9rem 1rem; background: #fff; line-height: 1.5;
            white-space: pre-wrap; overflow-wrap: anywhere;}
 .gpt-card .prompt {color: #8a919b;}
