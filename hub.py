@@ -56,7 +56,8 @@ def resolve_dataset(dataset, name=None):
     """
     info = _dataset_info(dataset)
     paths = [s.rfilename for s in info.siblings or []]
-    configs = (info.card_data.to_dict().get("configs") if info.card_data else None) or []
+    configs = info.card_data.to_dict().get("configs") if info.card_data else None
+    configs = [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
     chosen = _readable(_by_card(dataset, name, configs, paths) if configs else _by_name(name, paths))
     if not chosen and _is_converted(dataset):
         info = _dataset_info(dataset, CONVERTED)

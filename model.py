@@ -211,8 +211,11 @@ class GPT(nn.Module):
         Raises ValueError for a config that is none, and naming the first key that is missing, unknown or misshapen.
         """
         try:
+            shape = cls.config_class(**config)
+            if shape.n_layer > len(state):    # a damaged number would build blocks for hours
+                raise ValueError(f"missing weights: n_layer is {shape.n_layer}, there are {len(state)} in all")
             with torch.device("meta"):  # nothing to initialise: the tensors come from `state`
-                model = cls(cls.config_class(**config))
+                model = cls(shape)
         except TypeError as error:
             raise ValueError(f"not a GPT-2 config ({error})") from error
         if model.config.tie_word_embeddings:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import re
+import warnings
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
@@ -136,7 +137,9 @@ def _read_npy_header(f, path):
     try:
         version = np.lib.format.read_magic(f)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read_header[version](f)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of a header in Python 2's manner
+            shape, _, dtype = read_header[version](f)
     except Exception as error:      # whatever the parser says of a foreign header
         raise UserError(f"shard {path} is not a NumPy .npy file; make it again") from error
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:

@@ -14,7 +14,8 @@ CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
 class FakeHub(http.server.ThreadingHTTPServer):
     """datasets: {id: {"files": {path: bytes}, "configs": [...], "converted": {path: bytes}, "error": (status, code)}}.
 
-    faults: [(method, part of the path, fault)], each used once: a status, (status, headers), "hang", "cut", "damage".
+    faults: [(method, part of the path, fault)], each used once: a status, (status, headers), "hang", "cut", "damage",
+    or the bytes of another answer.
     requests: [(method, path)] as they came.
     """
     daemon_threads = True
@@ -66,6 +67,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         fault = self._next_fault(method, path)
         if fault == "hang":
             time.sleep(20)
+            return
+        if isinstance(fault, bytes):
+            self._send(200, fault)
             return
         if isinstance(fault, (int, tuple)):
             status, headers = fault if isinstance(fault, tuple) else (fault, {})

@@ -188,6 +188,19 @@ def test_lasting_faults_are_told_at_once(edu, ask, case):
         assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("garbage", [
+    b"<html>Please log in to the hotel's network</html>", b"", b"[]", b"null", b"{}", b'{"siblings": 3}',
+    b'{"id": "a", "sha": 5, "siblings": [{}]}', b'{"id": "a", "cardData": [], "siblings": []}',
+    b'{"id": "a", "cardData": {"configs": 3}, "siblings": []}'])
+def test_garbage_from_the_hub_is_one_line_in_the_end(edu, ask, monkeypatch, garbage):
+    """A captive portal's page, or JSON of something else: tried again, as it may be a proxy's; then one line."""
+    monkeypatch.setattr(hub, "FIRST_PAUSE_S", 0.001)
+    with serve(edu, [("GET", "/api/datasets/", garbage)] * 8) as server:
+        ask(server)
+        with pytest.raises(UserError, match=EDU):
+            hub.resolve_dataset(EDU, "sample-10BT")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--text_column", "content"], "no column 'content' among id, text; name the right one with --text_column"),
     (["--text_column", "id"], "column 'id' holds int64, not text"),
