@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from config import RunFailed, UserError
-from device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
+from device import DTYPES, Hardware, choose_device, choose_dtype, keep_freed_memory, probe, set_deterministic
 from peers import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
@@ -212,6 +212,8 @@ def start(config):
     torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for what stays fp32 in a bf16 run
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
     meeting = None
     if world_size > 1:
         meeting = meet(rank, world_size, START_TIMEOUT_S)

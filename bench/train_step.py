@@ -7,8 +7,11 @@
 ours: train.py's own loader, step and optimizer. transformers: GPT2LMHeadModel, torch.compile, 16-bit autocast, fused
 AdamW. plain: the loop as nanoGPT (CPU: eager fp32, plain AdamW) or build-nanogpt (GPU: eager bf16 autocast, fused
 AdamW) runs it. Each figure counts data, forward, backward, clipping and optimizer. The machine's own limits are
-measured in the same run: a large 16-bit matrix product and a copy in memory. Writes bench/results/train_step_*.json.
+measured in the same run: a large 16-bit matrix product and a copy in memory. On a CPU the peers run in processes of
+their own, one at a time, since ours sets how the C library keeps memory. Writes bench/results/train_step_*.json.
 """
+import contextlib
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -22,8 +25,9 @@ from assemble import assemble, warm_up
 from bench.common import compared, machine, spread, write_results
 from config import DeviceConfig, UserError, flag, parse_config, run_script
 from dataloader import DataOrder, TrainLoader
+from device import choose_device, choose_dtype, probe
 from model import GPT, GPT2_SIZES, GPTConfig, parameter_groups
-from runtime import start
+from runtime import Runtime, start
 from shards import save_shard
 from train import TrainConfig, set_learning_rate, train_step
 
@@ -53,7 +57,8 @@ def main(argv=None):
     config = parse_config(TrainStepConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime, tempfile.TemporaryDirectory() as folder:
         makers = dict(ours=ours, transformers=transformers_loop, plain=plain_loop)
-        steps = {name: makers[name](config, runtime, Path(folder)) for name in config.peers.split(",")}
+        steps = {name: makers[name](config, runtime, Path(folder)) if name == "ours" or runtime.device.type != "cpu"
+                 else in_own_process(makers[name], config) for name in config.peers.split(",")}
         for step in steps.values():   # compile, allocate
             step()
             step()
@@ -109,6 +114,29 @@ def synchronize(device):
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def in_own_process(maker, config):
+    """A function that makes one step of a peer in a process without our settings of the C library."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=serve_steps, args=(maker, config, there), daemon=True).start()
+
+    def step():
+        here.send("step")
+        here.recv()
+    return step
+
+
+def serve_steps(maker, config, connection):
+    """Make a step each time that one is asked for."""
+    device = choose_device(config.device)
+    hardware = probe(device)
+    step = maker(config, Runtime(0, 0, 1, device, hardware, choose_dtype(config.dtype, hardware)), None)
+    with contextlib.suppress(EOFError):    # the benchmark is over
+        while connection.recv():
+            step()
+            connection.send("done")
 
 
 def ours(config, runtime, folder):
