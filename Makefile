@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast clean
+.PHONY: help demo test test-fast bench bench-gpu run-gpu run-gpu-shakespeare clean
 
 help:
 	@echo "make demo       a small GPT-2, trained on this CPU (or GPU) in minutes: data, training, plot, samples"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the tests that take less than a few seconds each"
+	@echo "make bench      the benchmarks at CPU size, about 20 minutes, into bench/results"
+	@echo "make bench-gpu  the benchmarks on one GPU (bench/README.md says what it needs)"
+	@echo "make run-gpu    GPT-2 124M on 48M tokens of Wikipedia, 4 epochs, on one GPU"
 
 demo: $(VENV)/.core
 	$(PY) prepare_text.py --demo --train_tokenizer 4096 --out data/demo
@@ -24,6 +27,46 @@ test: $(VENV)/.extras
 
 test-fast: $(VENV)/.extras
 	$(PY) -m pytest -n 2 -m "not slow"
+
+bench: $(VENV)/.extras
+	$(PY) -m bench.tokenize
+	$(PY) -m bench.loader
+	$(PY) -m bench.checkpoint
+	$(PY) -m bench.train_step
+	$(PY) -m bench.generate
+	test ! -f data/hellaswag/hellaswag_val.jsonl || $(PY) -m bench.hellaswag
+	test ! -d data/wikipedia_48m || $(PY) -m bench.muon
+	$(PY) -m bench.table
+
+# On a GPU machine with its own torch: no .venv. data/packed: see bench/README.md.
+GPU_STEP := --model gpt2 --block_size 1024 --micro_batch_size 64 --total_batch_size 524288
+
+bench-gpu: data/unpacked
+	$(PYTHON) -m bench.train_step $(GPU_STEP) --rounds 3 --steps 2
+	$(PYTHON) -m bench.train_step --model gpt2-medium --block_size 1024 --micro_batch_size 32 \
+	    --total_batch_size 524288 --peers ours --rounds 2 --steps 1
+	$(PYTHON) -m bench.train_step --model gpt2-xl --block_size 1024 --micro_batch_size 16 \
+	    --total_batch_size 131072 --peers ours --rounds 2 --steps 1
+	$(PYTHON) -m bench.generate
+	$(PYTHON) -m bench.hellaswag --repeats 1 --tokenizer data/wikipedia_48m
+	$(PYTHON) -m bench.table
+
+run-gpu: data/unpacked
+	$(PYTHON) train.py --data_dir data/wikipedia_48m --log_dir logs/wikipedia_124m --num_epochs 4 --warmup_steps 40 \
+	    --eval_every 60 --val_tokens 983040 --hellaswag_every 179 --sample_every 60 --checkpoint_every 179
+	$(PYTHON) plot.py logs/wikipedia_124m
+
+run-gpu-shakespeare: data/unpacked
+	$(PYTHON) train.py --data_dir data/tinyshakespeare --log_dir logs/shakespeare_124m --block_size 64 \
+	    --total_batch_size 4096 --micro_batch_size 16 --max_steps 10000 --stop_loss 0.09 --eval_every 250 \
+	    --val_tokens 16384 --hellaswag_every 0 --sample_every 500
+	$(PYTHON) plot.py logs/shakespeare_124m
+
+data/unpacked: data/packed
+	$(PYTHON) data/packed/unpack.py data
+	cp data/packed/vocab.bpe data/packed/encoder.json data/wikipedia_48m/
+	cp -r data/packed/tinyshakespeare data/
+	touch $@
 
 # Reinstalled when its list changes; otherwise make finds the stamp and does nothing.
 $(VENV)/.core: requirements.txt

@@ -18,15 +18,17 @@ from config import UserError
 from model import IGNORED
 from shards import permutation
 
+MAX_OPEN = 64   # files: systems allow a process 1,024, and FineWeb-Edu's 100B tokens are as many shards
+
 
 class TokenStream:
     """The shards of one split as one row of N tokens, cut into windows of T + 1 that overlap by one token."""
 
     def __init__(self, shards, block_size):
-        """Each shard is opened once, at its first read. Without one full window `n_windows` is 0."""
+        """Shards are opened when they are read, and MAX_OPEN of them stay open. Without a full window n_windows is 0."""
         self.block_size = block_size
         self._shards = shards
-        self._files = [None] * len(shards)
+        self._files = {}      # number of a shard -> its open file, the one read last at the end
         self.ends = np.cumsum([s.n_tokens for s in shards], dtype=np.int64)           # ends[i]: tokens up to shard i
         self.n_tokens = int(self.ends[-1]) if shards else 0
         self.n_windows = max(0, (self.n_tokens - 1) // block_size)
@@ -43,19 +45,22 @@ class TokenStream:
             while filled < len(row):
                 i = int(np.searchsorted(self.ends, start + filled, side="right"))
                 n = min(len(row) - filled, int(self.ends[i]) - start - filled)
-                if self._files[i] is None:
-                    self._files[i] = self._shards[i].open()
                 offset = start + filled - int(self.ends[i] - self._shards[i].n_tokens)
-                self._shards[i].read_tokens(self._files[i], offset, row[filled:filled + n])
+                self._shards[i].read_tokens(self._file(i), offset, row[filled:filled + n])
                 filled += n
         return out
 
+    def _file(self, i):
+        """The open file of shard i; an epoch goes shard by shard, so the one not read for longest is done with."""
+        self._files[i] = self._files.pop(i, None) or self._shards[i].open()
+        if len(self._files) > MAX_OPEN:
+            self._files.pop(next(iter(self._files))).close()
+        return self._files[i]
+
     def close(self):
         """Close the files; a later read opens them again."""
-        for file in self._files:
-            if file is not None:
-                file.close()
-        self._files = [None] * len(self._files)
+        while self._files:
+            self._files.popitem()[1].close()
 
 
 class DataOrder:

@@ -1,4 +1,5 @@
 """dataloader.py against the contract "Data order" of DESIGN.md, by brute force and with frozen numbers."""
+import os
 import threading
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from conftest import brute_force_order
 from config import UserError
 from dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from model import IGNORED
-from shards import ShardFolder, permutation
+from shards import Shard, ShardFolder, permutation
 
 CORPORA = [  # (tokens of the train shards, block_size)
     pytest.param((100,), 16, id="one shard"),
@@ -241,6 +242,19 @@ def test_a_val_split_without_a_full_window_names_the_flags(sizes):
     assert stream.n_windows == 0
     with pytest.raises(UserError, match=r"--val_fraction.*--block_size"):
         n_val_windows(stream, 1000)
+
+
+def test_a_corpus_of_many_shards_keeps_few_of_them_open(make_shards, monkeypatch):
+    monkeypatch.setattr("dataloader.MAX_OPEN", 3)
+    stream = TokenStream(ShardFolder(make_shards([50] * 12)).train, 10)
+    opened, before = [], len(os.listdir("/proc/self/fd"))
+    open_shard = Shard.open
+    monkeypatch.setattr(Shard, "open", lambda shard: opened.append(shard) or open_shard(shard))
+    read = [stream.read([k])[0].tolist() for k in range(stream.n_windows)]
+    assert len(opened) == 12 and len(os.listdir("/proc/self/fd")) == before + 3     # in order: each once
+    assert [stream.read([k])[0].tolist() for k in reversed(range(stream.n_windows))] == read[::-1]
+    stream.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_closed_files_are_opened_again_by_a_later_read(make_shards):
