@@ -161,14 +161,14 @@ def write_csv(path, rows, smoothed):
 def train_command(config, rate):
     """The train.py command with this peak rate: the flags that were typed, the other rates in proportion."""
     rate = float(f"{rate:.1e}")
-    scale = rate / config.max_lr
-    scaled = replace(config, max_lr=rate, min_lr=min(rate, config.min_lr * scale), muon_lr=config.muon_lr * scale)
+    min_lr, muon_lr = (float(f"{other * rate / config.max_lr:.4g}") for other in (config.min_lr, config.muon_lr))
+    scaled = replace(config, max_lr=rate, min_lr=min(rate, min_lr), muon_lr=muon_lr)
     words = []
     for f in fields(TrainConfig):
         value = getattr(scaled, f.name)
         if value != f.default and (f.name != "muon_lr" or config.optimizer == "muon"):
             words.append(f"--{f.name}")
-            words += [] if value is True else [f"{value:.4g}" if isinstance(value, float) else shlex.quote(str(value))]
+            words += [] if value is True else [shlex.quote(str(value))]
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     return " ".join([launcher, "train.py", *words])
