@@ -10,6 +10,7 @@ Killed or stopped: the same command continues.
 """
 import collections
 import csv
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class ClassifierFlags(TuneConfig):
             raise UserError("--checkpoint is for --predict and --predict_file; a model to begin with is --init_from")
         if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.train):
             raise UserError(f"--train must be all, last:N, head or lora, but is {self.train!r}")
+        if importlib.util.find_spec("sklearn") is None:
+            raise UserError("making a classifier needs scikit-learn: pip install -r requirements-extras.txt")
         super().check()
 
     def usual_lr(self):
@@ -143,6 +146,10 @@ def read_splits(config):
         elif share:
             n_all = len(splits["train"]) + (len(splits["test"]) if "test" in splits and not config.test_data else 0)
             splits["train"], splits[name] = stratified(splits["train"], round(share * n_all), config)
+    lost = labels - {label for _, label in splits["train"]}
+    if lost:
+        raise UserError(f"no example of the label {min(lost)!r} is left to train on; bring more rows, or smaller "
+                        "--val_fraction and --test_fraction")
     return splits
 
 
@@ -280,6 +287,8 @@ def predict(config, runtime):
     opened = open_model(config.checkpoint, classifiers=True)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is no classifier, it writes text; make one of it with --init_from")
+    if opened.tokenizer is None:
+        raise UserError(f"{config.checkpoint} comes without a tokenizer, so text cannot be encoded for it")
     texts = read_texts(config) if config.predict_file else config.predict
     model, labels = opened.model.to(runtime.device).eval(), opened.model.config.labels
     rows = [encode(text, NO_LABEL, opened.tokenizer, model.config.block_size) for text in texts]
@@ -290,7 +299,7 @@ def predict(config, runtime):
     if not config.predict_file:
         for item in found:
             others = ", ".join(f"{label} {p:.4f}" for label, p in item["probabilities"].items())
-            print(f"{item['label']} ({others}): {item['text']}")
+            runtime.print(f"{item['label']} ({others}): {item['text']}")
         return
     if runtime.is_main:
         write_predictions(config.out, labels, found)
@@ -304,9 +313,10 @@ def read_texts(config):
     if path.suffix.lower() != ".txt":
         return [text for (text,) in read_rows(path, [config.text_column])]
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def write_predictions(path, labels, found):
