@@ -9,6 +9,7 @@ Only the answers count in the loss. Killed or stopped: the same command continue
 """
 import json
 import math
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ def write_results(config, run, wrapped, base, val_items, report):
     print(f"validation loss {report['val_loss_before']:.4f} -> {report['val_loss_after']:.4f} "
           f"({-100 * report['val_loss_falls_by']:+.1f}%); wrote {out / 'metrics.json'}, {out / 'responses.json'}\n"
           f"next: python inference.py --checkpoint {adapter or path} --temperature 0 --num_seq 1 --instruction "
-          f"\"{val_items[0][0]}\"")
+          f"{shlex.quote(val_items[0][0])}")
 
 
 def respond(config, run, tokenizer, items):
