@@ -221,6 +221,7 @@ def start(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
                                 store=dist.PrefixStore("group", meeting.store), timeout=_collective_timeout(runtime),
                                 device_id=device if device.type == "cuda" else None)
+        runtime.last_progress = time.monotonic()    # the others may have come late
     threading.Thread(target=keep_watch, args=(runtime, meeting), daemon=True, name="watch").start()
     try:
         yield runtime
