@@ -25,7 +25,7 @@ class TokenStream:
     """The shards of one split as one row of N tokens, cut into windows of T + 1 that overlap by one token."""
 
     def __init__(self, shards, block_size):
-        """Shards are opened when they are read, and MAX_OPEN of them stay open. Without a full window n_windows is 0."""
+        """Shards are opened when they are read, MAX_OPEN of them stay open. Without a full window n_windows is 0."""
         self.block_size = block_size
         self._shards = shards
         self._files = {}      # number of a shard -> its open file, the one read last at the end
