@@ -59,7 +59,7 @@ class Target:
     make: Callable        # make(folder) writes the good files
     files: tuple          # names of those to damage, one at a time
     read: Callable        # read(folder) -> a value to compare, as the scripts read; UserError
-    script: Callable      # script(folder) -> the words of a command that reads the folder
+    script: Callable      # script(folder, file) -> the words of a command that reads the damaged file
     told: Callable        # told(good bytes, bad bytes): whether a hash or header can tell them apart
 
 
@@ -112,13 +112,13 @@ class Bench:
         bad = bomb(training_entries(), rng, self.marker) if is_bomb else mutate(good, rng, file)
         (self.folder / file).write_bytes(bad)
         try:
-            yield good, bad
+            yield file, good, bad
         finally:
             (self.folder / file).write_bytes(good)
 
     def try_one(self, rng):
         """What became of a mutant read in this process: same, refused, other, or "fault: why"."""
-        with self._damaged(rng) as (good, bad):
+        with self._damaged(rng) as (_, good, bad):
             try:
                 with limits():
                     value = self.target.read(self.folder)
@@ -138,9 +138,9 @@ class Bench:
         or "fault: why"."""
         home = self.folder.parent / "home"
         home.mkdir()
-        script, *words = [str(word).replace("HOME", str(home)) for word in self.target.script(self.folder)]
         env = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(home)}
-        with self._damaged(rng):
+        with self._damaged(rng) as (file, _, _):
+            script, *words = [str(word).replace("HOME", str(home)) for word in self.target.script(self.folder, file)]
             process = forks.start(script, words, env, home / ".out", home / ".err")
             process.join(SCRIPT_SLOW_S)
             process.kill()
@@ -290,22 +290,22 @@ def read_instructions(folder):
     return digest_of([(row.tokens, row.targets) for part in rows for row in part]), n_left_out
 
 
-def instruct_script(folder):
-    """finetune_instruct.py on one of the two files, for an epoch."""
-    return ["finetune_instruct.py", "--data", folder / f"items.{random.choice(['json', 'jsonl'])}", "--init_from",
-            folder / "model_00003.pt", "--out", "HOME/out", "--num_epochs", "1", "--responses", "0", "--device", "cpu"]
+def instruct_script(folder, file):
+    """finetune_instruct.py on the damaged one of the two files, for an epoch."""
+    return ["finetune_instruct.py", "--data", folder / file, "--init_from", folder / "model_00003.pt", "--out",
+            "HOME/out", "--num_epochs", "1", "--responses", "0", "--device", "cpu"]
 
 
-def train_script(folder):
-    """train.py on the folder, for no step: it checks data, flags and vocabulary, builds, evaluates and saves."""
+def train_script(folder, _):
+    """train.py on the folder, for a step: it checks data, flags and vocabulary, builds, evaluates and saves."""
     return ["train.py", "--data_dir", folder, "--log_dir", "HOME/logs", *TINY_MODEL, "--device", "cpu",
             "--total_batch_size", "64", "--max_steps", "1", "--hellaswag_every", "0", "--sample_every", "0"]
 
 
 def inference_script(*source):
     """inference.py with the checkpoint at folder/source..., for one token."""
-    return lambda folder: ["inference.py", "--checkpoint", folder.joinpath(*source), "--prompt", "ab", "--num_seq", "1",
-                           "--max_tokens", "1", "--device", "cpu"]
+    return lambda folder, _: ["inference.py", "--checkpoint", folder.joinpath(*source), "--prompt", "ab", "--num_seq",
+                              "1", "--max_tokens", "1", "--device", "cpu"]
 
 
 def always(good, bad):
@@ -320,7 +320,7 @@ def never(good, bad):
 
 TARGETS = {
     "shard .npy": Target(make_shards, ("fuzz_train_000001.npy", "fuzz_val_000000.npy"), read_shards,
-                         lambda folder: ["prepare_fineweb.py", "--verify", "--out", folder], always),
+                         lambda folder, _: ["prepare_fineweb.py", "--verify", "--out", folder], always),
     "shard .bin": Target(make_bin_shards, ("fuzz_train_000001.bin", "fuzz_val_000000.bin"), read_shards, train_script,
                          lambda good, bad: len(good) != len(bad) or good[:12] != bad[:12]),
     "manifest": Target(make_shards, ("manifest.json",), read_shards, train_script, always),
@@ -335,8 +335,8 @@ TARGETS = {
                                     inference_script("hf"), never),
     "instructions": Target(make_instructions, ("items.json", "items.jsonl"), read_instructions, instruct_script, never),
     "HellaSwag": Target(make_hellaswag, ("hellaswag.jsonl",), read_hellaswag,
-                        lambda folder: ["hellaswag.py", "--checkpoint", folder / "model_00003.pt", "--device", "cpu",
-                                        "--data", folder / "hellaswag.jsonl"], never),
+                        lambda folder, _: ["hellaswag.py", "--checkpoint", folder / "model_00003.pt", "--device",
+                                           "cpu", "--data", folder / "hellaswag.jsonl"], never),
 }
 
 
