@@ -11,23 +11,27 @@ HEAD = """# Results
 
 Made by `python -m bench.table` from the files beside it, which hold every figure's spread, settings and versions.
 Figures are medians; ratios compare two ways that took turns in one process or one run. What is not here was not
-measured: no GPU was at hand yet, so there are no GPU rows (`make bench-gpu` makes them).
+measured{without_gpu}.
 
 | what | ours | peer | ours / peer | machine | date |
 |---|---|---|---|---|---|
 """
+WITHOUT_GPU = ": no GPU was at hand yet, so there are no GPU rows (`make bench-gpu` makes them)"
 
 
 def main():
     """Write the table."""
-    lines = []
+    lines, gpus = [], set()
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
+        if not result.get("table"):      # nothing in it is compared
+            continue
         machine = result["machine"]
+        gpus.add(machine["gpu"])
         where = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"
-        lines += [f"| {line_of(row)} | {where} | [{machine['date']}]({path.name}) |" for row in result.get("table", [])]
+        lines += [f"| {line_of(row)} | {where} | [{machine['date']}]({path.name}) |" for row in result["table"]]
     with atomic_write(RESULTS / "README.md", "w") as f:
-        f.write(HEAD + "\n".join(lines) + "\n")
+        f.write(HEAD.format(without_gpu="" if any(gpus) else WITHOUT_GPU) + "\n".join(lines) + "\n")
     print(f"wrote {RESULTS / 'README.md'}: {len(lines)} rows")
 
 
