@@ -59,6 +59,9 @@ TABLE = {
     "pip install -r requirements-extras.txt": INSTALLS,
     "python prepare_fineweb.py": Run("--data_files 'corpus/*.jsonl' --max_tokens 20000 --num_proc 0",
                                      ["data/edu_fineweb10B/manifest.json"]),
+    "python prepare_fineweb.py --data_files 'fineweb/*.parquet' --out data/fineweb":
+        Run("--data_files 'corpus/*.jsonl' --max_tokens 20000 --num_proc 0", ["data/fineweb/manifest.json"]),
+    "python prepare_fineweb.py --verify --out data/demo": Run(),
     "torchrun --nproc_per_node=8 train.py": Run(f"{TINY} --log_dir logs/real", ["logs/real/model_00002.pt"]),
     "python hellaswag.py --checkpoint logs/model_19073.pt": Run("--device cpu --limit 4"),
     "python inference.py --prompt \"Hello, I'm a language model,\" --num_seq 3": Run("--device cpu --max_tokens 4"),
@@ -120,8 +123,8 @@ TABLE = {
 def commands(page):
     """The commands in the fenced blocks of a page, in order, without comments, continued lines joined."""
     found = []
-    for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M):
-        for line in block.replace("\\\n", " ").splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines() if language in ("", "sh", "bash") else ():
             line = " ".join(re.sub(r"\s#\s.*", "", line).split())
             first = re.sub(r"^(\w+=\S+ )*", "", line).split(" ")[0]
             if first in PROGRAMS:
