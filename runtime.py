@@ -247,7 +247,11 @@ def start(config):
     if world_size > 1:
         gc.unfreeze()
         gc.collect()  # a DDP object that outlives the process group aborts the interpreter's exit
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:     # rank 0 failed at what it does alone at the end
+            print(f"rank {rank} on {socket.gethostname()}: {lost_peer(error) or error}", file=sys.stderr, flush=True)
+            os._exit(1)
         dist.destroy_process_group()
 
 
