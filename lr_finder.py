@@ -46,6 +46,8 @@ class FinderConfig(TrainConfig):
             raise UserError(f"--lr_low {self.lr_low:g} must be below --lr_high {self.lr_high:g}")
         if self.resume != "auto":
             raise UserError("the sweep starts from the initial weights (--init_from); leave --resume out")
+        if self.dry_run:
+            raise UserError("the sweep is a trial by itself, of as many --steps as you like; leave --dry_run out")
 
 
 def main(argv=None):

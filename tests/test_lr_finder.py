@@ -121,7 +121,7 @@ def test_two_processes_with_other_micro_batches_see_the_same_losses(make_shards,
 
 def test_the_command_repeats_the_flags_that_were_typed(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    typed = ["--data_dir", "my data", "--n_layer", "2", "--max_lr", "1e-3", "--min_lr", "0", "--deterministic"]
+    typed = ["--data_dir", "my data", "--beta2", "0.99995", "--max_lr", "1e-3", "--min_lr", "0", "--deterministic"]
     config = parse_config(FinderConfig, [*typed, "--steps", "50"])
     words = shlex.split(train_command(config, 0.00234567))
     assert words[:3] == ["torchrun", "--nproc_per_node=8", "train.py"]
@@ -132,6 +132,7 @@ def test_the_command_repeats_the_flags_that_were_typed(monkeypatch):
 def test_mistakes_are_one_line():
     for flags, message in ((["--lr_low", "1", "--lr_high", "0.1"], "--lr_low 1 must be below --lr_high 0.1"),
                            (["--steps", "5"], "--steps must be >= 10"), (["--resume", "x.pt"], "leave --resume out"),
+                           (["--dry_run"], "leave --dry_run out"),
                            (["--lr_low", "0"], "--lr_low must be > 0")):
         with pytest.raises(UserError) as caught:
             lr_finder.main(flags)
