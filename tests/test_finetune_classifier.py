@@ -213,7 +213,8 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, base, tmp_path, monkeyp
     files = {"hole.csv": "text,label\na,x\nb,\n", "one.csv": "text,label\na,x\nb,x\nc,x\nd,x\n" * 1 + "e,x\n" * 9,
              "rare.csv": "text,label\n" + "a,x\n" * 20 + "b,y\n", "torn.jsonl": '{"text": "a", "label": 1}\n{"text"\n',
              "ids.csv": "text,label\n" + "".join(f"a{i % 9},{i // 2}\n" for i in range(100)),
-             "two.csv": "text,label\n" + "a,x\nb,y\n" * 20, "other.csv": "text,label\na,x\nb,z\n"}
+             "two.csv": "text,label\n" + "a,x\nb,y\n" * 20, "other.csv": "text,label\na,x\nb,z\n",
+             "few.csv": "text,label\n" + "a,x\n" * 40 + "b,y\n" * 2}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     model = ("--init_from", base[0], "--out", "out")
@@ -223,6 +224,8 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, base, tmp_path, monkeyp
             (["--data", "torn.jsonl", *model], "torn.jsonl, line 2: not valid JSON"),
             (["--data", "one.csv", *model], "holds one label only, 'x'"),
             (["--data", "rare.csv", *model], "the rarest label, 'y', is there 1 time"),
+            (["--data", "few.csv", "--test_fraction", 0.1, "--val_fraction", 0.85, *model],
+             "no example of the label 'y' is left to train on"),
             (["--data", "ids.csv", *model], "is it the column of labels?"),
             (["--data", "two.csv", "--val_data", "other.csv", *model], "other.csv, row 2 (the header not counted): the "
                                                                        "label 'z' is not in two.csv (x, y)"),
