@@ -1,7 +1,8 @@
 """The pages against the code: every file.py:N holds the name beside it, every quote is the code, every link leads on.
 
-Two forms point at a line: `name` (file.py:12) or (file.py:12-15), where the name must be defined (or, where the file
-does not define it, stand), and a block of python that begins with "# file.py:12-15", whose other lines are those lines.
+`name` in `file.py` says that the file has it. Two forms point at a line: `name` (file.py:12) or (file.py:12-15), where
+the name must be defined (or, where the file does not define it, stand), and a block of python that begins with
+"# file.py:12-15", whose other lines are those lines.
 """
 import os
 import re
@@ -16,6 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PLACE = r"(?P<file>[\w/]+\.py):(?P<first>\d+)(?:-(?P<last>\d+))?"
 NAMED = re.compile(rf"`(?P<name>[^`\n]+)`\s+\({PLACE}\)")
 QUOTE = re.compile(rf"^```python\n# {PLACE}\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+NAMED_IN_FILE = re.compile(r"`([^`\n]+)`\s+in\s+`([\w/]+\.py)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
@@ -54,6 +56,9 @@ def check(text):
                 nearest = min(right, key=lambda n: abs(n - first))
                 range_ = f"{nearest}-{nearest + size - 1}" if 1 < size < len(lines) else str(nearest)
                 moved.append((m.start("first"), m.end("last" if m["last"] else "first"), range_))
+    for name, file in NAMED_IN_FILE.findall(text):
+        if not (ROOT / file).is_file() or not lines_of(name, (ROOT / file).read_text(encoding="utf-8").splitlines()):
+            found.append(f"{name} is not in {file}")
     places = {m.start("file") for m in known}
     found += [f"{m[0]} names nothing: write `name` ({m[0]})" for m in re.finditer(PLACE, text)
               if m.start() not in places]
@@ -82,6 +87,7 @@ def test_links_lead_to_files(page):
     ("`GPT` (model.py:1)", "GPT is not in model.py:1, but in lines"),      # a mention, not the definition
     ("`GPT` (model.py:1-100000)", "GPT is not in model.py:1, but in lines"),
     ("`GPT` (modell.py:1)", "modell.py is not a file"),
+    ("`GPTX` in `model.py`", "GPTX is not in model.py"),
     ("see model.py:30", "names nothing"),
     ("```python\n# model.py:9\nimport maths\n```\n", "'import maths' is not in model.py:9, but in lines []"),
 ])
