@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from config import RunFailed
+from config import RunFailed, UserError
 
 START_GRACE_S = 3     # after a signal during set-up, in which it may still end by itself
 ROLL_CALL_S = 5       # in which the ranks of a hanging run say where they are
@@ -47,8 +47,12 @@ def meet(rank, world_size, patience_s):
     from it would hang, and TORCHELASTIC_RESTART_COUNT, which could tell the starts apart, may differ from node to node.
     So rank 0 makes up a name for the start, and each other rank takes part in it only once rank 0 has answered a word
     that this rank made up: a dead rank 0 cannot.
-    Raises RunFailed where some do not come within patience_s.
+    Raises RunFailed where some do not come within patience_s, UserError where the launcher named no place to meet.
     """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {world_size}, but {missing[0]} is not set; start the processes with torchrun, or "
+                        "unset WORLD_SIZE for a single one")
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + patience_s
     try:
