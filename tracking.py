@@ -8,6 +8,7 @@
 Importing MLflow takes seconds and a call 10 ms, so rows are sent in batches. The run neither waits for it nor ends with
 it: what fails is warned of once, and tried again with the next batch.
 """
+import contextlib
 import importlib.util
 import json
 import logging
@@ -59,7 +60,8 @@ class Tracker:
         rows = self._log_dir / "metrics.jsonl"
         if resumed and rows.exists():
             for line in rows.read_text(encoding="utf-8").splitlines():
-                self.log(**json.loads(line))
+                with contextlib.suppress(ValueError, TypeError):      # a line that a full disk tore
+                    self.log(**json.loads(line))
         self._thread = threading.Thread(target=self._work, daemon=True, name="MLflow")
         self._thread.start()
         if not resumed:
