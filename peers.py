@@ -51,8 +51,8 @@ def meet(rank, world_size, patience_s):
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise UserError(f"WORLD_SIZE is {world_size}, but {missing[0]} is not set; start the processes with torchrun, or "
-                        "unset WORLD_SIZE for a single one")
+        raise UserError(f"WORLD_SIZE is {world_size}, but {missing[0]} is not set; start the processes with torchrun, "
+                        "or unset WORLD_SIZE for a single one")
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + patience_s
     try:
