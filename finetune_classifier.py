@@ -30,9 +30,9 @@ from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, w
 from lora import merge
 from memory import CPU_TOKENS, CUDA_TOKENS
 from model import IGNORED
-from rows import make_batches, make_row, show_examples
-from runtime import provenance, seed_everything, start
-from tuning import save_state, track_results, tune
+from rows import make_row, show_examples
+from runtime import StopRequested, provenance, seed_everything, start
+from tuning import evaluation_batches, save_state, track_results, tune
 
 LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
 NO_LABEL = 0        # stands in the Rows of texts whose label is asked for
@@ -86,10 +86,14 @@ class ClassifierFlags(TuneConfig):
 def main(argv=None):
     config = parse_config(ClassifierFlags, argv, __doc__.splitlines()[0])
     with start(config) as runtime:
-        if config.predict or config.predict_file:
-            predict(config, runtime)
-        else:
-            work_in_folder(config, runtime, lambda c, state: finetune(c, state, runtime))
+        try:
+            if config.predict or config.predict_file:
+                predict(config, runtime)
+            else:
+                work_in_folder(config, runtime, lambda c, state: finetune(c, state, runtime))
+        except StopRequested:      # while texts were scored; tune() has its own answer
+            runtime.print("stopped before there was a result; run the same command again")
+            raise SystemExit(130)
 
 
 def finetune(config, state, runtime):
@@ -236,13 +240,15 @@ def freeze(model, config):
 
 @torch.no_grad()
 def score_rows(model, runtime, rows, budget):
-    """The scores (rows, labels) of rows, fp32 on the CPU, in their order; each rank reads its share and gets all."""
+    """The scores (rows, labels) of rows, fp32 on the CPU, in their order; each rank reads its share and gets all.
+
+    Raises StopRequested.
+    """
     scores = torch.zeros(len(rows), len(model.config.labels), device=runtime.device)
-    mine = sorted(range(len(rows)), key=lambda i: -len(rows[i]))[runtime.rank::runtime.world_size]
-    for members, x, _ in make_batches(rows, mine, budget, model.config.block_size):
+    for members, x, _ in evaluation_batches(rows, budget, model.config.block_size, runtime):
         lengths = torch.tensor([len(rows[i]) for i in members], device=runtime.device)
         with runtime.autocast():
-            scores[members] = model(x.to(runtime.device), lengths).float()
+            scores[members] = model(x, lengths).float()
     if runtime.world_size > 1:
         torch.distributed.all_reduce(scores)      # the others' rows are zeros here
     return scores.cpu()

@@ -184,7 +184,7 @@ def train_step(run, config, runtime):
     indices = rows_of_step(run, config, run.step)
     rows = [run.rows[i] for i in indices]
     share = runtime.world_size / run.objective.amount(rows)                            # DDP divides by world_size
-    batches = list(my_batches(run, runtime, run.rows, indices)) or [nothing()]
+    batches = list(my_batches(run, runtime, indices)) or [nothing()]
     loss = torch.zeros((), device=runtime.device)
     for i, (_, x, y) in enumerate(batches):
         # Forward and backward both inside no_sync: DDP decides in the forward pass whether gradients are reduced.
@@ -206,10 +206,23 @@ def train_step(run, config, runtime):
     return StepResult(loss_sum / runtime.world_size, grad_norm, finite, signals > 0, sum(map(len, rows)))
 
 
-def my_batches(run, runtime, rows, indices):
-    """This rank's share of some rows as make_batches yields it; ranks get rows of like lengths."""
-    mine = sorted(indices, key=lambda i: -len(rows[i]))[runtime.rank::runtime.world_size]
-    return make_batches(rows, mine, run.budget, run.model.config.block_size)
+def my_batches(run, runtime, indices):
+    """This rank's share of some training rows as make_batches yields it; ranks get rows of like lengths."""
+    mine = sorted(indices, key=lambda i: -len(run.rows[i]))[runtime.rank::runtime.world_size]
+    return make_batches(run.rows, mine, run.budget, run.model.config.block_size)
+
+
+def evaluation_batches(rows, budget, block_size, runtime):
+    """Yield this rank's share of all rows as make_batches does, on its device.
+
+    A stop is looked for after each batch: every rank goes through every batch and takes its share, be it none, so that
+    all look equally often. Raises StopRequested.
+    """
+    share = slice(runtime.rank, None, runtime.world_size)
+    for members, x, y in make_batches(rows, range(len(rows)), budget * runtime.world_size, block_size):
+        if members[share]:
+            yield members[share], x[share].to(runtime.device), y[share].to(runtime.device)
+        runtime.poll()
 
 
 def nothing():
@@ -219,11 +232,11 @@ def nothing():
 
 @torch.no_grad()
 def mean_loss(run, runtime, rows):
-    """The mean loss over the targets of some rows, in nats, on every rank."""
+    """The mean loss over the targets of some rows, in nats, on every rank. Raises StopRequested."""
     loss = torch.zeros((), device=runtime.device)
-    for _, x, y in my_batches(run, runtime, rows, range(len(rows))):
+    for _, x, y in evaluation_batches(rows, run.budget, run.model.config.block_size, runtime):
         with runtime.autocast():
-            loss = loss + run.objective(x.to(runtime.device), y.to(runtime.device))
+            loss = loss + run.objective(x, y)
     return runtime.sum(loss)[0] / run.objective.amount(rows)
 
 

@@ -1,8 +1,10 @@
 """finetune_classifier.py: a text's last token decides, frozen layers stay, a stopped run goes on, exports agree."""
 import csv
 import json
+import os
 import random
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -178,6 +180,27 @@ def test_a_stopped_run_goes_on_to_the_same_classifier(run, reviews, base, tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and len(steps) == 21 + 4
+
+
+def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(reviews, base, tmp_path, monkeypatch, capsys):
+    """At the evaluation after the only epoch: the state is saved. At a prediction: nothing is written."""
+    batches, calls = finetune_classifier.evaluation_batches, []
+
+    def stop_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(*arguments)
+    monkeypatch.setattr(finetune_classifier, "evaluation_batches", stop_at_the_second)
+    flags = (*flags_for(reviews, base, tmp_path / "out"), "--num_epochs", 1)
+    main(*flags)
+    assert "stopped before step 7, nothing is lost" in capsys.readouterr().out and len(calls) == 2
+    main(*flags)
+    assert "going on from step 7" in capsys.readouterr().out
+    calls[:] = calls[:1]
+    with pytest.raises(SystemExit) as ended:
+        main("--checkpoint", tmp_path / "out" / "classifier.pt", "--predict", "So fine", *TINY[:4])
+    assert ended.value.code == 130 and "stopped before there was a result" in capsys.readouterr().out
 
 
 def test_two_processes_find_the_classifier_of_one(run_ranks, reviews, base, tmp_path):
