@@ -193,6 +193,8 @@ def warm_up(run, runtime):
     Compiles, proves that the micro-batch fits, and lets DDP rebuild its buckets: after that the order of its sums
     stays, so that a resumed run adds up as the first one did.
     """
+    if run.resolved["compile"]:
+        runtime.print("compiling: a minute or two, where it is not in the cache")
     x = torch.zeros(run.micro_batch_size, run.raw.config.block_size, dtype=torch.long, device=runtime.device)
     for sync in (True, False):
         start_time = time.perf_counter()

@@ -281,8 +281,9 @@ def write_results(config, run, base, labels, reports, sizes):
     track_results(config, out / "classifier.pt", [out / "confusion.png", out / "metrics.json"])
     print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
           f"{sizes[name]:,} examples, with the weights of epoch {best.epoch}, after {run.seconds:.0f} s")
-    print(f"wrote {out / 'classifier.pt'}, {out / 'metrics.json'}, {out / 'confusion.png'}\n"
-          f"next: python finetune_classifier.py --checkpoint {out / 'classifier.pt'} --predict \"...\"")
+    if not config.dry_run:
+        print(f"wrote {out / 'classifier.pt'}, {out / 'metrics.json'}, {out / 'confusion.png'}\n"
+              f"next: python finetune_classifier.py --checkpoint {out / 'classifier.pt'} --predict \"...\"")
 
 
 # -----------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def write_results(config, run, wrapped, base, val_items, report):
         size = sum(p.stat().st_size for p in adapter.iterdir())
         full = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
         report |= dict(adapter_bytes=size, adapter_share=size / full)
-        print(f"wrote {adapter} ({human_bytes(size)}, {100 * size / full:.2f}% of the model)")
+        print(f"adapter: {human_bytes(size)}, {100 * size / full:.2f}% of the model")
         if config.merge:
             report |= dict(merged_logits_differ_by=merge_checked(wrapped, model))
     path = checkpoint_path(out, run.step)
@@ -186,15 +186,18 @@ def write_results(config, run, wrapped, base, val_items, report):
         save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=run.step,
                                    val_loss=run.best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
                                    base=base.record, provenance=report["provenance"]))
-        print(f"wrote {path}")
     write_json(out / "metrics.json", report)
     track_results(config, adapter or path, [out / "responses.json", out / "metrics.json"])
     for answer in answers[:3]:
         print(f"> {answer['instruction']}\n  {answer['response']}")
     print(f"validation loss {report['val_loss_before']:.4f} -> {report['val_loss_after']:.4f} "
-          f"({-100 * report['val_loss_falls_by']:+.1f}%); wrote {out / 'metrics.json'}, {out / 'responses.json'}\n"
-          f"next: python inference.py --checkpoint {adapter or path} --temperature 0 --num_seq 1 --instruction "
-          f"{shlex.quote(val_items[0][0])}")
+          f"({-100 * report['val_loss_falls_by']:+.1f}%)")
+    if not config.dry_run:
+        written = [*([adapter] if adapter else []), *([path] if path.exists() else []), out / "metrics.json",
+                   out / "responses.json"]
+        print(f"wrote {', '.join(map(str, written))}\n"
+              f"next: python inference.py --checkpoint {adapter or path} --temperature 0 --num_seq 1 --instruction "
+              f"{shlex.quote(val_items[0][0])}")
 
 
 def respond(config, run, tokenizer, items):

@@ -139,6 +139,8 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     if config.dry_run:
         rows, epoch = rows[:2 * config.batch_size], min(2, epoch)
     warmup_steps = full_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    if warmup_steps > full_steps:
+        raise UserError(f"--warmup_steps {warmup_steps} is longer than the run of {full_steps} steps")
     run = Tuning(model, objective, ddp, optimizer, scaler, rows, base.record, hash_rows(rows), base.row_budget, epoch,
                  epoch if config.dry_run else full_steps, warmup_steps, full_steps)
     runtime.agree("flags", asdict(config))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium a
 def save_model(path, step):
     """A model over bytes that takes a while for a thousand tokens and never ends a text by itself."""
     torch.manual_seed(step)
-    model = GPT(GPTConfig(256, 320, 24, 2, 32))
+    model = GPT(GPTConfig(256, 320, 96, 2, 32))
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(1.0)
         model.transformer.wte.weight[256] = -1.0                 # end-of-text: a logit of -32
@@ -111,7 +111,7 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         browser.get(f"http://127.0.0.1:{port}")
         wait_for(lambda: len(find(".gpt-next .bar")) == 10, "the bars")
         facts = text(".gpt-facts")
-        assert "9" in facts.split() and "24, 2, 32" in facts
+        assert "9" in facts.split() and "96, 2, 32" in facts
         before = text(".gpt-next")
         area = find("textarea")[0]
         area.send_keys(" <b>bold</b>")

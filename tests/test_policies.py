@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from test_resume import SIZES, command
+from test_resume import CHAOS, FLAGS, SIZES
 from test_train import TINY, losses, torchrun
 
 import train
@@ -16,10 +16,10 @@ def rows_of(log_dir):
     return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run, make_shards, tmp_path):
+def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run_ranks, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
-    rc, out, err = run(*command(2, *flags), env={"ACCIDENT": "inf:step:6:1"})     # chaos.py compares the ranks' weights
-    assert rc == 0 and "step 6: update skipped on all ranks" in out, err
+    codes, out = run_ranks(2, CHAOS, *FLAGS, *flags, env={"ACCIDENT": "inf:step:6:1"})   # compares the ranks' weights
+    assert codes == [0, 0] and "step 6: update skipped on all ranks" in out, out
     skipped = [r for r in rows_of(tmp_path / "logs") if "skipped" in r]
     assert [r["step"] for r in skipped] == [6] and len(skipped[0]["windows"]) == 8
     model = torch.load(tmp_path / "logs" / "model_00012.pt", weights_only=True)["model"]
@@ -29,7 +29,7 @@ def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run, make_shards, tm
 def test_ten_in_a_row_stop_with_advice_and_leave_the_checkpoints(run, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--max_steps", 40, "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
              tmp_path / "logs", "--checkpoint_every", 100)
-    rc, _, err = run(*command(1, *flags), env={"ACCIDENT": "infs:step:6"})
+    rc, _, err = run(CHAOS, *FLAGS, *flags, env={"ACCIDENT": "infs:step:6"})
     assert rc == 1 and "--max_lr" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert max(r["step"] for r in rows_of(tmp_path / "logs")) == 15
     assert [p.name for p in (tmp_path / "logs").glob("model_0*.pt")] == []
@@ -107,10 +107,10 @@ def test_num_epochs_is_that_many_passes(make_shards, tmp_path):
 def test_a_wsd_run_may_grow_before_its_decay_and_not_after(make_shards, tmp_path, run):
     flags = ("--dtype", "fp32", "--schedule", "wsd", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
              tmp_path / "logs")
-    assert run(*command(1, *flags), env={"ACCIDENT": "term:step:5"})[0] == 0
-    rc, out, err = run(*command(1, *flags, "--max_steps", 30), env={"ACCIDENT": "term:step:25"})
+    assert run(CHAOS, *FLAGS, *flags, env={"ACCIDENT": "term:step:5"})[0] == 0
+    rc, out, err = run(CHAOS, *FLAGS, *flags, "--max_steps", 30, env={"ACCIDENT": "term:step:25"})
     assert rc == 0 and "going on from step 6" in out, err
-    rc, _, err = run(*command(1, *flags, "--max_steps", 60))
+    rc, _, err = run(CHAOS, *FLAGS, *flags, "--max_steps", 60)
     assert rc == 2 and "--init_from" in err
 
 
@@ -151,7 +151,8 @@ def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards
     torch._dynamo.utils.counters.clear()
     compiled = losses(start(make_shards, tmp_path, *flags, "--compile", "on", log_dir="compiled"))
     assert compiled == pytest.approx(eager, abs=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4     # probe, training, validation
+    # A probe; training and validation in three parts each (the embedding stays outside on a CPU), some for no_grad too.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
     assert [r["step"] for r in rows_of(tmp_path / "compiled") if "hella_acc" in r] == [0, 3, 6]
     saved = torch.load(tmp_path / "compiled" / "model_00006.pt", weights_only=True)["model"]
     assert not any(k.startswith("_orig_mod") for k in saved)
@@ -175,8 +176,8 @@ def test_muon_is_the_same_on_one_and_two_processes(run, make_shards, tmp_path):
 
 def test_a_run_keeps_the_dtype_that_auto_chose_and_says_so_when_it_cannot(make_shards, tmp_path, run):
     flags = ("--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
-    assert run(*command(1, *flags, "--dtype", "fp32"), env={"ACCIDENT": "term:step:5"})[0] == 0
-    rc, out, err = run(*command(1, *flags), env={"ACCIDENT": "term:step:8"})   # auto: as it began
+    assert run(CHAOS, *FLAGS, *flags, "--dtype", "fp32", env={"ACCIDENT": "term:step:5"})[0] == 0
+    rc, out, err = run(CHAOS, *FLAGS, *flags, env={"ACCIDENT": "term:step:8"})   # auto: as it began
     assert rc == 0 and ", fp32," in out and "not bitwise" not in out, err
-    rc, out, err = run(*command(1, *flags, "--dtype", "bf16"))
+    rc, out, err = run(CHAOS, *FLAGS, *flags, "--dtype", "bf16")
     assert rc == 0 and "dtype bf16 instead of fp32" in out, err
