@@ -9,7 +9,7 @@ help:
 	@echo "make demo       a small GPT-2, trained on this CPU (or GPU) in minutes: data, training, plot, samples"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the tests that take less than a few seconds each"
-	@echo "make bench      the benchmarks at CPU size, about 20 minutes, into bench/results"
+	@echo "make bench      the benchmarks at CPU size, into bench/results"
 	@echo "make bench-gpu  the benchmarks on one GPU (bench/README.md says what it needs)"
 	@echo "make run-gpu    GPT-2 124M on 48M tokens of Wikipedia, 4 epochs, on one GPU"
 

@@ -3,7 +3,7 @@
     python -m bench.muon                                                                  # CPU, 12M parameters
     python -m bench.muon --model gpt2 --block_size 1024 --total_batch_size 524288 --steps 358       # one GPU
 
-Trains the three with train.py below logs/muon (interrupted, the same command goes on), draws their curves into
+Trains the three with train.py below logs/muon_* (interrupted, the same command goes on), draws their curves into
 bench/results/muon_*.png and writes how many tokens each needed to reach the plain AdamW's last validation loss.
 """
 import subprocess
@@ -17,7 +17,7 @@ from config import UserError, flag, parse_config, run_script
 from figures import draw_runs, save_figure
 from history import read_run
 
-WAYS = {     # learning rates and schedules: modded-nanogpt's tuned ones for AdamW and Muon at 124M
+WAYS = {     # GPT-3's settings, then modded-nanogpt's tuned ones for AdamW and Muon at 124M
     "adamw 6e-4": ["--optimizer", "adamw", "--max_lr", "6e-4", "--min_lr", "6e-5"],
     "adamw tuned": ["--optimizer", "adamw", "--max_lr", "1.8e-3", "--min_lr", "0", "--schedule", "wsd"],
     "muon": ["--optimizer", "muon", "--muon_lr", "0.02", "--max_lr", "1.8e-3", "--min_lr", "0", "--schedule", "wsd"],

@@ -52,7 +52,7 @@ CLUSTER = Skip("needs a cluster; test_examples.py runs the script, test_multinod
 ACCOUNT = Skip("needs an account of the hub")
 TUNED = "--device cpu --dtype fp32 --num_epochs 1 --batch_size 4"
 TABLE = {
-    "make demo": Skip("four minutes; its steps are commands of other tests, and CI's log shows `make test`"),
+    "make demo": Skip("four minutes; other tests run its scripts"),
     "make test": Skip("this is it"),
     "make test-fast": Skip("a part of this"),
     "pip install -r requirements.txt": INSTALLS,
@@ -109,7 +109,7 @@ TABLE = {
     "hf auth login": ACCOUNT,
     "hf repos create USER/my-gpt2 --type space --space-sdk docker": ACCOUNT,
     "hf upload USER/my-gpt2 /tmp/space . --repo-type space": ACCOUNT,
-    "make bench": Skip("twenty minutes; its results are committed"),
+    "make bench": Skip("it takes long; its results are committed"),
     "make bench-gpu": GPU,
     "make run-gpu": GPU,
     "make run-gpu-shakespeare": GPU,
