@@ -33,6 +33,7 @@ bench: $(VENV)/.extras
 	$(PY) -m bench.loader
 	$(PY) -m bench.checkpoint
 	$(PY) -m bench.train_step
+	$(VENV)/bin/torchrun --nproc_per_node=2 -m bench.train_step --peers ours,apart --total_batch_size 2048
 	$(PY) -m bench.generate
 	test ! -f data/hellaswag/hellaswag_val.jsonl || $(PY) -m bench.hellaswag
 	test ! -d data/wikipedia_48m || $(PY) -m bench.muon

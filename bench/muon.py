@@ -1,9 +1,9 @@
-"""AdamW as GPT-2's descendants run it, AdamW tuned, and Muon: the same model, tokens and seed.
+"""AdamW as GPT-2's descendants run it, AdamW with two higher rates, and Muon: the same model, tokens and seed.
 
     python -m bench.muon                                                                  # CPU, 12M parameters
     python -m bench.muon --model gpt2 --block_size 1024 --total_batch_size 524288 --steps 358       # one GPU
 
-Trains the three with train.py below logs/muon_* (interrupted, the same command goes on), draws their curves into
+Trains each with train.py below logs/muon_* (interrupted, the same command goes on), draws their curves into
 bench/results/muon_*.png and writes how many tokens each needed to reach the plain AdamW's last validation loss.
 """
 import subprocess
@@ -17,9 +17,10 @@ from config import UserError, flag, parse_config, run_script
 from figures import draw_runs, save_figure
 from history import read_run
 
-WAYS = {     # GPT-3's settings, then modded-nanogpt's tuned ones for AdamW and Muon at 124M
+WAYS = {     # GPT-3's settings; modded-nanogpt's tuned ones for AdamW and Muon at 124M; twice that rate, for small models
     "adamw 6e-4": ["--optimizer", "adamw", "--max_lr", "6e-4", "--min_lr", "6e-5"],
-    "adamw tuned": ["--optimizer", "adamw", "--max_lr", "1.8e-3", "--min_lr", "0", "--schedule", "wsd"],
+    "adamw 1.8e-3": ["--optimizer", "adamw", "--max_lr", "1.8e-3", "--min_lr", "0", "--schedule", "wsd"],
+    "adamw 3.6e-3": ["--optimizer", "adamw", "--max_lr", "3.6e-3", "--min_lr", "0", "--schedule", "wsd"],
     "muon": ["--optimizer", "muon", "--muon_lr", "0.02", "--max_lr", "1.8e-3", "--min_lr", "0", "--schedule", "wsd"],
 }
 
@@ -36,7 +37,7 @@ class MuonConfig:
 
 
 def main(argv=None):
-    """Train the three and write the comparison."""
+    """Train all ways and write the comparison."""
     config = parse_config(MuonConfig, argv, __doc__.split("\n\n")[0])
     name = f"muon_{config.model or 'small'}_{config.steps}"
     runs = {way: train(way, flags, config, name) for way, flags in WAYS.items()}

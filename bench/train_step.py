@@ -2,15 +2,17 @@
 
     python -m bench.train_step                                         # CPU: GPT-2 124M, 4 x 256 tokens a step
     python -m bench.train_step --block_size 1024 --micro_batch_size 64 --total_batch_size 524288      # one GPU
-    torchrun --nproc_per_node=2 -m bench.train_step --peers ours       # what communication costs
+    torchrun --nproc_per_node=2 -m bench.train_step --peers ours,apart --total_batch_size 2048     # communication
 
-ours: train.py's own loader, step and optimizer. transformers: GPT2LMHeadModel, torch.compile, 16-bit autocast, fused
+ours: train.py's own loader, step and optimizer. apart: the same, but no process learns of the others' gradients, so
+that the difference is what communication costs. transformers: GPT2LMHeadModel, torch.compile, 16-bit autocast, fused
 AdamW. plain: the loop as nanoGPT (CPU: eager fp32, plain AdamW) or build-nanogpt (GPU: eager bf16 autocast, fused
 AdamW) runs it. Each figure counts data, forward, backward, clipping and optimizer. The machine's own limits are
 measured in the same run: a large 16-bit matrix product and a copy in memory. On a CPU the peers run in processes of
 their own, one at a time, since ours sets how the C library keeps memory. Writes bench/results/train_step_*.json.
 """
 import contextlib
+import functools
 import multiprocessing
 import statistics
 import tempfile
@@ -31,7 +33,7 @@ from runtime import Runtime, start
 from shards import save_shard
 from train import TrainConfig, set_learning_rate, train_step
 
-PEERS = ("ours", "transformers", "plain")
+PEERS = ("ours", "apart", "transformers", "plain")
 
 
 @dataclass(kw_only=True)
@@ -43,7 +45,7 @@ class TrainStepConfig(DeviceConfig):
     compile: str = flag("on", "torch.compile for ours", choices=("auto", "on", "off"))
     optimizer: str = flag("adamw", "of ours", choices=("adamw", "muon"))
     recompute: bool = flag(False, "ours recomputes activations")
-    peers: str = flag(",".join(PEERS), "which to run, separated by commas")
+    peers: str = flag("ours,transformers,plain", f"which to run, separated by commas: {', '.join(PEERS)}")
     rounds: int = flag(5, "turns of each", low=1)
     steps: int = flag(2, "steps of a turn", low=1)
 
@@ -55,10 +57,12 @@ class TrainStepConfig(DeviceConfig):
 
 def main(argv=None):
     config = parse_config(TrainStepConfig, argv, __doc__.split("\n\n")[0])
-    with start(config) as runtime, tempfile.TemporaryDirectory() as folder:
-        makers = dict(ours=ours, transformers=transformers_loop, plain=plain_loop)
-        steps = {name: makers[name](config, runtime, Path(folder)) if name == "ours" or runtime.device.type != "cpu"
-                 else in_own_process(makers[name], config) for name in config.peers.split(",")}
+    with start(config) as runtime, random_tokens(config, runtime) as data:
+        makers = dict(ours=ours, apart=functools.partial(ours, reduce=False), transformers=transformers_loop,
+                      plain=plain_loop)
+        here = makers if runtime.device.type != "cpu" else ("ours", "apart")
+        steps = {name: makers[name](config, runtime, data) if name in here else in_own_process(makers[name], config)
+                 for name in config.peers.split(",")}
         for step in steps.values():   # compile, allocate
             step()
             step()
@@ -139,14 +143,25 @@ def serve_steps(maker, config, connection):
             connection.send("done")
 
 
-def ours(config, runtime, folder):
-    """A function that makes one step as train.py makes it."""
-    data = folder / f"data_{runtime.rank}"
-    data.mkdir()
+@contextlib.contextmanager
+def random_tokens(config, runtime):
+    """The path of a folder of token shards, the same on all ranks, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory() if runtime.is_main else contextlib.nullcontext() as folder:
+        yield Path(runtime.from_main(lambda: save_tokens(config, folder)))
+        runtime.sum(0)     # nobody reads it any more
+
+
+def save_tokens(config, folder):
+    """Write the shards; their folder."""
     tokens = np.random.default_rng(0)
     for i, n in enumerate((config.block_size + 1, max(4 * config.total_batch_size, 100_000))):
-        save_shard(data, "random", "train" if i else "val", i, tokens.integers(0, 50257, n))
-    training = TrainConfig(data_dir=str(data), log_dir=str(folder), model=config.model, block_size=config.block_size,
+        save_shard(Path(folder), "random", "train" if i else "val", i, tokens.integers(0, 50257, n))
+    return folder
+
+
+def ours(config, runtime, data, reduce=True):
+    """A function that makes one step as train.py makes it. reduce=False: but for the reduction of gradients."""
+    training = TrainConfig(data_dir=str(data), log_dir=str(data), model=config.model, block_size=config.block_size,
                            total_batch_size=config.total_batch_size, micro_batch_size=config.micro_batch_size,
                            compile=config.compile, optimizer=config.optimizer, recompute=config.recompute,
                            device=config.device, dtype=config.dtype, eval_every=0, max_steps=10 ** 6)
@@ -159,11 +174,12 @@ def ours(config, runtime, folder):
         number = next(counter)
         batch, _ = loader.next_step()
         set_learning_rate(run, training, number)
-        train_step(run, training, runtime, batch, number)
+        with contextlib.nullcontext() if reduce or runtime.world_size == 1 else run.ddp.no_sync():
+            train_step(run, training, runtime, batch, number)
     return step
 
 
-def transformers_loop(config, runtime, folder):
+def transformers_loop(config, runtime, data):
     """A function that makes one step of Hugging Face's model, compiled, with 16-bit autocast and fused AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
     shape = GPT2_SIZES[config.model]
@@ -179,7 +195,7 @@ def transformers_loop(config, runtime, folder):
     return accumulating(config, runtime, model, optimizer, loss_of)
 
 
-def plain_loop(config, runtime, folder):
+def plain_loop(config, runtime, data):
     """A function that makes one step of the loop as nanoGPT (CPU) or build-nanogpt (GPU) ships it: not compiled."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=config.block_size, **GPT2_SIZES[config.model])).to(runtime.device).train()
