@@ -60,6 +60,7 @@ STYLE = """<style>
 
 @dataclass(kw_only=True)
 class PageConfig(DeviceConfig):
+    """The flags of the page, after `--`."""
     log_dir: str = flag("logs", "folder whose runs and models the page shows", group="page")
     checkpoint: str = flag("", "a model to offer first: a file, a Hugging Face folder or a name", group="page")
 

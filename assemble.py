@@ -26,6 +26,7 @@ from resume import adopt_choices, check_same_run, differences, find_checkpoint, 
 from runtime import code_hash, provenance, seed_everything
 from shards import ShardFolder
 from tokenizer import Tokenizer
+from update import Skipped
 
 SLOW_STEP_S = 5   # in a longer step a stop is looked for after each micro-batch
 BUCKET_MB = 100   # of gradients that are reduced at once: large messages use a fast network better
@@ -53,8 +54,7 @@ class Run:
     best_val_loss: float = float("inf")
     val: tuple = (None, None)         # step and loss of the newest validation
     save_failed: bool = False         # the newest checkpoint could not be written: try again at the next step
-    bad_steps: int = 0                # in a row, whose update was skipped
-    scale_found: bool = False         # fp16: some update was made, so the loss scale is about right
+    skipped: Skipped = field(default_factory=Skipped)
     slow: bool = False                # a step lasts so long that a stop is looked for after each micro-batch
 
 

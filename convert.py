@@ -24,12 +24,14 @@ PROBE_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> 
 
 @dataclass(kw_only=True)
 class ConvertConfig:
+    """The flags of this script."""
     checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="files")
     out: str = flag(help="a new folder for Hugging Face's format, a new file NAME.pt for ours", group="files")
 
 
 def main(argv=None):
+    """Convert as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(ConvertConfig, argv, __doc__.splitlines()[0])
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and out.suffix != ".pt" and not any(out.iterdir())):

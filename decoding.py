@@ -26,6 +26,7 @@ class Sampling:
 
     @property
     def greedy(self):
+        """Whether the likeliest token is taken, without a draw."""
         return self.temperature < GREEDY_BELOW
 
     def n_candidates(self, n_vocab):

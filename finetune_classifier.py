@@ -40,6 +40,7 @@ NO_LABEL = 0        # stands in the Rows of texts whose label is asked for
 
 @dataclass(kw_only=True)
 class ClassifierFlags(TuneConfig):
+    """Every flag of this script."""
     data: str = flag("", "a .csv, .tsv, .jsonl, .json or .parquet file; all of it to train on where --val_data and "
                          "--test_data are given", group="data")
     val_data: str = flag("", "validate on this file (default: val_fraction of --data)", group="data")
@@ -63,6 +64,7 @@ class ClassifierFlags(TuneConfig):
     predict_file: str = flag("", "a table with text_column, or a .txt file with a text a line", group="prediction")
 
     def check(self):
+        """Raise UserError for flags that are missing or contradict each other."""
         if self.predict or self.predict_file:
             if not self.checkpoint:
                 raise UserError("--checkpoint is missing: the classifier.pt to predict with")
@@ -80,10 +82,12 @@ class ClassifierFlags(TuneConfig):
         super().check()
 
     def usual_lr(self):
+        """The peak learning rate where none is given, by what is trained."""
         return LEARNING_RATES[self.train.split(":")[0]]
 
 
 def main(argv=None):
+    """Train or predict as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(ClassifierFlags, argv, __doc__.splitlines()[0])
     with start(config) as runtime:
         try:

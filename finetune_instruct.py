@@ -34,6 +34,7 @@ ROUNDING = 1e-4     # of logits, relative to the largest: more is no rounding
 
 @dataclass(kw_only=True)
 class InstructConfig(TuneConfig):
+    """Every flag of this script."""
     data: str = flag("", "a .json list, or .jsonl lines, of objects with instruction, output and perhaps input",
                      group="data")
     full: bool = flag(False, "train all weights, not a LoRA adapter", group="model", keep=True)
@@ -42,10 +43,12 @@ class InstructConfig(TuneConfig):
     max_tokens: int = flag(128, "tokens of an answer at most", group="result", low=1)
 
     def usual_lr(self):
+        """The peak learning rate where none is given: LoRA bears a larger one."""
         return 5e-5 if self.full else 5e-4
 
 
 def main(argv=None):
+    """Tune as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(InstructConfig, argv, __doc__.splitlines()[0])
     with start(config) as runtime:
         work_in_folder(config, runtime, lambda c, state: finetune(c, state, runtime))

@@ -48,6 +48,7 @@ REFERENCES = {
 
 @dataclass(kw_only=True)
 class HellaSwagConfig(DeviceConfig):
+    """Every flag of this script."""
     checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
     data: str = flag("", f"JSON-lines file of examples (default: {DATA_FILE}, downloaded once)", group="data")
@@ -59,11 +60,13 @@ class HellaSwagConfig(DeviceConfig):
     json: str = flag("", "file to write the result to", group="scoring")
 
     def check(self):
+        """Raise UserError for flags that contradict each other."""
         if self.download and self.data:
             raise UserError(f"--download gets {DATA_FILE}; leave --data out")
 
 
 def main(argv=None):
+    """Score, or download, as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(HellaSwagConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime:
         try:

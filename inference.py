@@ -27,6 +27,7 @@ from template import alpaca_prompt
 
 @dataclass(kw_only=True)
 class InferenceConfig(DeviceConfig):
+    """Every flag of this script."""
     prompt: list[str] = flag([], "text to continue; may be given several times", group="text", repeat=True)
     prompt_file: list[str] = flag([], "a file whose text is a prompt; may be given several times", group="text",
                                   repeat=True)
@@ -47,6 +48,7 @@ class InferenceConfig(DeviceConfig):
                                 "up to a minute to start; off: neither", group="system", choices=("auto", "on", "off"))
 
     def check(self):
+        """Raise UserError for flags that contradict each other."""
         if self.input and not self.instruction:
             raise UserError("--input belongs to an --instruction; text to continue is a --prompt")
         if self.instruction and (self.prompt or self.prompt_file):
@@ -56,6 +58,7 @@ class InferenceConfig(DeviceConfig):
 
 
 def main(argv=None):
+    """Write as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(InferenceConfig, argv, __doc__.splitlines()[0])
     with contextlib.suppress(AttributeError):              # a test's or a notebook's stream
         sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a letter shows "?"

@@ -17,6 +17,7 @@ from history import last_finite, read_run
 
 @dataclass
 class PlotConfig:
+    """Every flag of this script."""
     runs: list[str] = flag([], "folders of runs: the --log_dir of each", group="what to draw", positional=True)
     x: str = flag("steps", "the horizontal axis", group="what to draw", choices=tuple(X_LABELS))
     reference: str = flag("auto", "OpenAI's models as lines; auto: 124M in HellaSwag; gpt2: the loss of GPT-2 124M on "
@@ -27,11 +28,13 @@ class PlotConfig:
     out: str = flag("", "a .png or .svg file (default: plot.png in the first run's folder)", group="output")
 
     def check(self):
+        """Raise UserError where no run is named."""
         if not self.runs:
             raise UserError("name the folder of at least one run, for example: python plot.py logs")
 
 
 def main(argv=None):
+    """Draw as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(PlotConfig, argv, __doc__.splitlines()[0])
     folders = {Path(folder).resolve(): folder for folder in config.runs}  # one named twice is drawn once
     runs = [read_run(folder, config.tokens_per_step) for folder in

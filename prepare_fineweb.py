@@ -36,6 +36,7 @@ FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 @dataclass(kw_only=True)
 class Config:
+    """Every flag of this script."""
     dataset: str = flag(FINEWEB_EDU, "data set of the hub", group="source")
     name: str | None = flag(None, "its configuration, such as sample-100BT or CC-MAIN-2024-10 (default: sample-10BT "
                             "for FineWeb-Edu, else the data set's own default)", group="source")
@@ -53,6 +54,7 @@ class Config:
                         group="system")
 
     def check(self):
+        """Choose what is left open. Raises UserError for flags that contradict each other."""
         is_fineweb = self.dataset == FINEWEB_EDU
         if self.name is None and is_fineweb and not self.data_files:
             self.name = SAMPLE_10BT
@@ -241,6 +243,7 @@ def verify(folder):
 
 
 def main(argv=None):
+    """Make or verify shards as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
     if config.verify:

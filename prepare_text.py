@@ -28,6 +28,7 @@ POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer 
 
 @dataclass(kw_only=True)
 class Config:
+    """Every flag of this script."""
     paths: list[str] = flag([], "files and directories, in this order", group="text", positional=True)
     demo: bool = flag(False, "the documentation inside CPython instead of files", group="text")
     separator: str = flag("", r"what stands between the documents of a .txt (\n and \t are understood); "
@@ -41,6 +42,7 @@ class Config:
     seed: int = flag(1337, "of the order of the documents", group="tokens", low=0)
 
     def check(self):
+        """Raise UserError for flags that are missing or contradict each other."""
         if self.demo == bool(self.paths):
             raise UserError("--demo brings its own text; drop the files" if self.demo else
                             "name the files and directories to read, or --demo")
@@ -148,6 +150,7 @@ def cut_tail(starts, ends, n_tail):
 
 
 def main(argv=None):
+    """Make shards as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
     corpus = Corpus(config)

@@ -6,7 +6,6 @@
 
 Killed, preempted or crashed: the same command continues from the newest checkpoint in --log_dir.
 """
-import math
 import shutil
 import tempfile
 from contextlib import nullcontext
@@ -28,12 +27,12 @@ from model import GPT2_SIZES, IGNORED
 from plan import MAX_STEPS, WARMUP_STEPS, learning_rate_factor
 from runtime import STEADY_TIMEOUT_S, StopRequested, command_line, seed_everything, start
 from tracking import require_mlflow
+from update import update
 
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
 HELLASWAG_TOKENS = 8192    # of a batch, at most
 DRY_RUN_ITEMS = 200        # of HellaSwag's 10,042
-MAX_BAD_STEPS = 10         # skipped in a row: then the run stops
 RETRY_STEPS = 10           # between tries to write a checkpoint that a full disk refused
 
 
@@ -209,15 +208,6 @@ def save_due(run, config, step):
     return due(step, config.checkpoint_every) or (run.save_failed and step % RETRY_STEPS == 0)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave."""
-    loss: float        # mean over all ranks' tokens, nats
-    grad_norm: float   # of the mean gradient, before clipping
-    finite: bool       # False: loss or gradient was inf or NaN, and the update was skipped, on all ranks
-    stop: bool         # some rank was asked to stop
-
-
 def train_step(run, config, runtime, tokens, step):
     """One optimizer step on this rank's rows, tokens (local_windows, T + 1): a StepResult, the same on all ranks.
 
@@ -237,15 +227,7 @@ def train_step(run, config, runtime, tokens, step):
         loss = loss + micro_loss.detach()
         if run.slow and not final:
             runtime.poll()                                                             # a stop abandons the step
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(run.raw.parameters(), config.grad_clip or math.inf))
-    loss_sum, signals = runtime.sum(loss, bool(runtime.stop_signal))
-    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)                      # the same on all ranks
-    if finite:
-        run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum / runtime.world_size, grad_norm, finite, signals > 0)
+    return update(run.raw, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
 
 
 def set_learning_rate(run, config, step):
@@ -257,20 +239,11 @@ def set_learning_rate(run, config, step):
 
 
 def check_finite(run, log, result, step, loader):
-    """Count skipped steps. Raises RunFailed after MAX_BAD_STEPS in a row: the weights are past saving.
-
-    The first steps of fp16, in which the GradScaler looks for its scale, do not count.
-    """
-    if result.finite:
-        run.bad_steps, run.scale_found = 0, True
-        return
-    searching = run.scaler.is_enabled() and not run.scale_found and run.scaler.get_scale() >= 1
-    run.bad_steps += 0 if searching else 1
-    log.skipped(step, "the loss scale is too high, halved" if searching else "loss or gradient is not finite",
-                loader.windows_of_step(step))
-    if run.bad_steps >= MAX_BAD_STEPS:
-        raise RunFailed(f"{MAX_BAD_STEPS} steps in a row gave no finite gradient; the checkpoints are as they were. Go "
-                        "back to one and try a smaller --max_lr, --dtype bf16 or fp32, --attention math, or --seed")
+    """Log a step whose update was skipped. Raises RunFailed after too many in a row."""
+    reason = run.skipped.count(result, run.scaler)
+    if reason:
+        log.skipped(step, reason, loader.windows_of_step(step))
+    run.skipped.check()
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from rows import make_batches
 from runtime import StopRequested, command_line, seed_everything
 from shards import permutation
 from tracking import Tracker
+from update import Skipped, update
 
-MAX_BAD_STEPS = 10       # skipped in a row: then the run stops
 STATE_NAME = "state.pt"  # in --out: what a run goes on from
 
 
@@ -80,7 +80,7 @@ class Tuning:
     seconds: float = 0.0       # in steps and evaluations so far, of all starts
     best: Best = field(default_factory=Best)
     first: dict = field(default_factory=dict)    # the facts before training
-    bad_steps: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def trained_weights(model):
@@ -119,12 +119,13 @@ def tune(run, config, runtime, evaluate):
                     break
             start_time = time.perf_counter()
             rate = set_learning_rate(run, config)
-            result = train_step(run, config, runtime)
-            run.tokens += result.n_tokens
-            check_finite(run, result)
+            result, n_tokens = train_step(run, config, runtime)
+            run.tokens += n_tokens
+            run.skipped.count(result, run.scaler)
+            run.skipped.check()
             seconds = time.perf_counter() - start_time
             run.seconds += seconds
-            log.train(result, rate, seconds)
+            log.train(result, rate, n_tokens, seconds)
             if run.step == first_step:
                 runtime.first_step_done()
             run.step, stop = run.step + 1, result.stop
@@ -168,18 +169,8 @@ def end_epoch(run, config, runtime, log, evaluate):
     return False
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave."""
-    loss: float        # mean over the step's targets, nats
-    grad_norm: float   # before clipping
-    finite: bool       # False: the update was skipped, on all ranks
-    stop: bool         # some rank was asked to stop
-    n_tokens: int      # read, all ranks together
-
-
 def train_step(run, config, runtime):
-    """One optimizer step on this rank's share of the rows: a StepResult, the same on all ranks."""
+    """One optimizer step on this rank's share of the rows: its StepResult, and the tokens that all ranks read."""
     seed_everything(config.seed, "step", run.step, runtime.rank)                       # dropout
     indices = rows_of_step(run, config, run.step)
     rows = [run.rows[i] for i in indices]
@@ -194,16 +185,8 @@ def train_step(run, config, runtime):
                 micro_loss = run.ddp(x.to(runtime.device), y.to(runtime.device)) * share
             run.scaler.scale(micro_loss).backward()
         loss = loss + micro_loss.detach()
-    run.scaler.unscale_(run.optimizer)
-    trained = [p for p in run.model.parameters() if p.requires_grad]
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf))
-    loss_sum, signals = runtime.sum(loss, bool(runtime.stop_signal))
-    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)                      # the same on all ranks
-    if finite:
-        run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum / runtime.world_size, grad_norm, finite, signals > 0, sum(map(len, rows)))
+    result = update(run.model, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
+    return result, sum(map(len, rows))
 
 
 def my_batches(run, runtime, indices):
@@ -246,14 +229,6 @@ def set_learning_rate(run, config):
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-def check_finite(run, result):
-    """Count skipped steps. Raises RunFailed after MAX_BAD_STEPS in a row."""
-    run.bad_steps = 0 if result.finite else run.bad_steps + 1
-    if run.bad_steps >= MAX_BAD_STEPS:
-        raise RunFailed(f"{MAX_BAD_STEPS} steps in a row gave no finite gradient; try a smaller --max_lr, or --dtype "
-                        "bf16 or fp32")
 
 
 # -----------------------------------------------------------------------------
@@ -300,13 +275,13 @@ class TuneLog:
             self._file = AppendFile(path)
             self._tracker = Tracker(config, config.out, "fine-tuning", resumed=run.step > 0)
 
-    def train(self, result, rate, seconds):
-        """Log one step."""
+    def train(self, result, rate, n_tokens, seconds):
+        """Log one step; n_tokens: that it read, all ranks together."""
         run = self._run
         self._step_s.append(seconds)
         if not self._runtime.is_main:
             return
-        tok_per_sec = result.n_tokens / seconds
+        tok_per_sec = n_tokens / seconds
         self._row(loss=result.loss, lr=rate, grad_norm=result.grad_norm, ms=1000 * seconds, tok_per_sec=tok_per_sec)
         recent = self._step_s[-50:]
         eta = (run.max_steps - run.step - 1) * sum(recent) / len(recent)
@@ -336,6 +311,7 @@ class TuneLog:
                             f"{human_time(seconds)}. Nothing was kept.")
 
     def close(self):
+        """Close the files."""
         if self._runtime.is_main:
             self._file.close()
             self._tracker.close(finished=False)      # the script adds the results

@@ -204,6 +204,7 @@ def training_entries():
 
 
 def make_checkpoint(folder):
+    """A checkpoint as train.py leaves it."""
     save_checkpoint(folder / "model_00003.pt", training_entries())
 
 
@@ -244,12 +245,14 @@ def logits(opened):
 
 
 def make_pretrained(folder):
+    """A folder in Hugging Face format, with a trained vocabulary."""
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b"), ("ab", "c")], "")
     GPT(GPTConfig(8, tokenizer.n_vocab, 1, 2, 8)).save_pretrained(folder / "hf", tokenizer)
 
 
 def read_pretrained(folder):
+    """What open_model takes from it."""
     opened = open_model(folder / "hf")
     name = opened.tokenizer.name if opened.tokenizer else None
     return digest_of(opened.model.state_dict()), digest_of(opened.model.config_dict()), name, digest_of(logits(opened))
@@ -265,6 +268,7 @@ def make_hellaswag(folder):
 
 
 def read_hellaswag(folder):
+    """The examples in both styles, and how many fit a small model."""
     tokenizer = Tokenizer([], "bytes")
     return [digest_of([(e.context, e.endings, e.label) for e in examples]) + str(
         len(tokenize(examples, tokenizer, 8, style).questions))

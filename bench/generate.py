@@ -25,6 +25,7 @@ N_VOCAB = 50257
 
 @dataclass(kw_only=True)
 class GenerateConfig(DeviceConfig):
+    """The flags of this benchmark."""
     model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
     batch_size: list[int] = flag([], "rows; may be given several times (default: 1 and 8, on a GPU 1 and 32)",
                                  repeat=True, low=1)
@@ -35,6 +36,7 @@ class GenerateConfig(DeviceConfig):
 
 
 def main(argv=None):
+    """Time both by turns, and write the comparison."""
     config = parse_config(GenerateConfig, argv, __doc__.split("\n\n")[0])
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe(device))

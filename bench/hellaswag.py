@@ -25,6 +25,7 @@ from tokenizer import gpt2_tokenizer, load_tokenizer
 
 @dataclass(kw_only=True)
 class BenchConfig(DeviceConfig):
+    """The flags of this benchmark."""
     model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
     checkpoint: str = flag("", "instead of random weights: a file, a Hugging Face folder or a name")
     data: str = flag("", f"JSON-lines file (default: {DATA_FILE}, downloaded once)")
@@ -35,6 +36,7 @@ class BenchConfig(DeviceConfig):
 
 
 def main(argv=None):
+    """Time both by turns, and write the comparison."""
     config = parse_config(BenchConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime:
         if runtime.world_size > 1:

@@ -23,6 +23,7 @@ from shards import ShardFolder, save_shard
 
 @dataclass(kw_only=True)
 class LoaderConfig:
+    """The flags of this benchmark."""
     shard_tokens: int = flag(100_000_000, "tokens of a shard", low=1_000_000)
     block_size: int = flag(1024, "tokens of a row", low=1)
     total_batch_size: int = flag(524_288, "tokens of a step", low=1)
@@ -33,6 +34,7 @@ class LoaderConfig:
 
 
 def main(argv=None):
+    """Time the loader alone, plain slices and the loader at a pace by turns."""
     config = parse_config(LoaderConfig, argv, __doc__.split("\n\n")[0])
     with tempfile.TemporaryDirectory() as folder:
         random_tokens = np.random.default_rng(0)

@@ -23,10 +23,12 @@ RESERVED = 0.92         # of a card: the rest is CUDA's, fragments and the optim
 
 @dataclass(kw_only=True)
 class MemoryConfig:
+    """The flags of this benchmark."""
     block_size: int = flag(1024, "tokens of a row", low=1)
 
 
 def main(argv=None):
+    """Count for every size, and write the table."""
     config = parse_config(MemoryConfig, argv, __doc__.split("\n\n")[0])
     rows = []
     for name, shape in GPT2_SIZES.items():

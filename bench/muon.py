@@ -17,7 +17,7 @@ from config import UserError, flag, parse_config, run_script
 from figures import draw_runs, save_figure
 from history import read_run
 
-WAYS = {     # GPT-3's settings; modded-nanogpt's tuned ones for AdamW and Muon at 124M; twice that rate, for small models
+WAYS = {     # GPT-3's settings; modded-nanogpt's tuned ones for AdamW and Muon at 124M; twice that rate
     "adamw 6e-4": ["--optimizer", "adamw", "--max_lr", "6e-4", "--min_lr", "6e-5"],
     "adamw 1.8e-3": ["--optimizer", "adamw", "--max_lr", "1.8e-3", "--min_lr", "0", "--schedule", "wsd"],
     "adamw 3.6e-3": ["--optimizer", "adamw", "--max_lr", "3.6e-3", "--min_lr", "0", "--schedule", "wsd"],

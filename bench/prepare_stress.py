@@ -34,6 +34,7 @@ config.run_script(prepare_fineweb.main)
 
 @dataclass(kw_only=True)
 class Config:
+    """The flags of this stress test."""
     kills: int = flag(10, "how often the run is killed", low=0)
     kill_megabytes: int = flag(60, "text of the killed run", low=1)
     memory_megabytes: int = flag(200, "text of the run with the slow writer", low=1)
@@ -55,10 +56,12 @@ def write_parquet(path, megabytes, row_group_size, seed):
 
 
 def command(files, out, *flags):
+    """The flags of a prepare_fineweb.py, as strings."""
     return ["--data_files", files, "--out", out, *map(str, flags)]
 
 
 def hashes(folder):
+    """{name: sha256} of the files of a folder."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir() if p.name != ".lock"}
 
 
@@ -124,6 +127,7 @@ def watch_memory(config, folder, row_group_size, name):
 
 
 def main(argv=None):
+    """Kill a run again and again, and watch the memory of a slow one."""
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     with tempfile.TemporaryDirectory() as folder:
         if config.kills:

@@ -37,6 +37,7 @@ from tokenizer import EOT_TEXT, gpt2_tokenizer
 
 @dataclass(kw_only=True)
 class Config:
+    """The flags of this benchmark."""
     data: str = flag("", "text to use, in any format of prepare_text.py (default: CPython's documentation)")
     megabytes: int = flag(40, "how much text; repeated, with the documents in another order, until it is enough", low=1)
     repeats: int = flag(5, "rounds", low=1)
@@ -67,10 +68,12 @@ class Bench:
     workers: int
 
     def n_bytes(self):
+        """Bytes of all texts in UTF-8."""
         return sum(len(text.encode()) for text in self.documents)
 
 
 def make_bench(documents, folder, workers, name):
+    """The Bench of some texts, with its parquet file in a folder."""
     import pyarrow
     import pyarrow.parquet
     path = os.path.join(folder, name)
@@ -125,11 +128,13 @@ def build_nanogpt(bench):
 
 
 def tiktoken_one_thread(bench):
+    """One text after the other."""
     encoding = tiktokens_own()
     return [encoding.encode_ordinary(text) for text in bench.documents]
 
 
 def tiktoken_batch(bench):
+    """tiktoken's own threads."""
     return tiktokens_own().encode_ordinary_batch(bench.documents, num_threads=bench.workers)
 
 
@@ -143,6 +148,7 @@ def _hugging_face_tokenizer():
 
 
 def hugging_face_batch(bench):
+    """tokenizers' own threads."""
     return [encoding.ids for encoding in _hugging_face_tokenizer().encode_batch_fast(bench.documents)]
 
 
@@ -205,6 +211,7 @@ def measure(config, little, whole):
 
 
 def main(argv=None):
+    """Time all methods by turns, check that they agree, and write the comparison."""
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     os.environ["RAYON_NUM_THREADS"] = str(config.workers)      # tokenizers' threads
     documents = make_documents(config)
@@ -231,6 +238,7 @@ def main(argv=None):
 
 
 def print_table(medians, reference, workers):
+    """Print medians and ratios."""
     print("\n| method | MB/s | MB per CPU second | against build-nanogpt | start, CPU s |\n|---|---|---|---|---|")
     for method, name in METHODS.items():
         m = medians[method.__name__]

@@ -38,6 +38,7 @@ PEERS = ("ours", "apart", "transformers", "plain")
 
 @dataclass(kw_only=True)
 class TrainStepConfig(DeviceConfig):
+    """The flags of this benchmark."""
     model: str = flag("gpt2", "GPT-2 size", choices=tuple(GPT2_SIZES))
     block_size: int = flag(256, "tokens of a row", low=1)
     micro_batch_size: int = flag(4, "rows of a forward pass", low=1)
@@ -50,12 +51,14 @@ class TrainStepConfig(DeviceConfig):
     steps: int = flag(2, "steps of a turn", low=1)
 
     def check(self):
+        """Raise UserError for a peer that is none."""
         unknown = set(self.peers.split(",")) - set(PEERS)
         if unknown:
             raise UserError(f"--peers knows {', '.join(PEERS)}, not {sorted(unknown)[0]}")
 
 
 def main(argv=None):
+    """Time all by turns, and the limits of the machine between."""
     config = parse_config(TrainStepConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime, random_tokens(config, runtime) as data:
         makers = dict(ours=ours, apart=functools.partial(ours, reduce=False), transformers=transformers_loop,

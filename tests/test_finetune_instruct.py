@@ -105,7 +105,7 @@ def one_step(rows, budget, rank=0, world_size=1, weights=None):
                  1, 0, 1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = finetune_instruct.InstructConfig(batch_size=len(rows), grad_clip=0.0)
-    result = train_step(run, config, runtime)
+    result, _ = train_step(run, config, runtime)
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}, result
 
 

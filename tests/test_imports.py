@@ -8,7 +8,7 @@ from conftest import ROOT
 # Leaves define things; each imports only leaves listed above it. A new leaf gets its place here.
 LEAVES = ["config", "files", "plan", "hub", "hf_format", "model", "tokenizer", "shards", "documents", "encode",
           "python_docs", "dataloader", "device", "lora", "classifier", "checkpoint", "peers", "runtime", "decoding",
-          "template", "resume", "optimizer", "memory", "choices", "history", "figures", "tracking", "metrics",
+          "template", "resume", "optimizer", "update", "memory", "choices", "history", "figures", "tracking", "metrics",
           "assemble", "rows", "tuning", "finetuning"]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
@@ -117,3 +117,22 @@ def test_modules_with_torch_import_silently_start_nothing_and_load_no_extra(run,
     others = [name for name in names if name not in lean]
     if others:
         probe(run, tmp_path, *others, torch=True)
+
+
+FILES = [path for folder in (ROOT, ROOT / "bench", ROOT / "tests") for path in sorted(folder.glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_public_names_have_docstrings_and_nothing_is_long(path):
+    """450 lines a file, below 60 a function: what is longer is two of something."""
+    def public(body):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                yield node
+                yield from public(node.body if isinstance(node, ast.ClassDef) else [])
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= 450
+    assert not [node.name for node in ast.walk(tree)
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60]
+    assert path.parent.name == "tests" or not [n.name for n in public(tree.body) if not ast.get_docstring(n)]

@@ -1,0 +1,62 @@
+"""The end of an optimizer step: clip the gradients, agree on whether they are finite, update or skip."""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from config import RunFailed
+
+MAX_SKIPPED = 10    # steps in a row: then the run ends
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave, the same on all ranks."""
+    loss: float        # mean over all ranks' targets, nats
+    grad_norm: float   # of the mean gradient, before clipping
+    finite: bool       # False: loss or gradient was inf or NaN, and the update was skipped
+    stop: bool         # some rank was asked to stop
+
+
+def update(model, optimizer, scaler, grad_clip, loss, runtime):
+    """Clip the gradients, step, drop them: a StepResult. loss: this rank's, whose mean over ranks is the step's.
+
+    The one small collective of a step carries the loss and the stop flag. The norm is of gradients that DDP has
+    averaged, so all ranks decide alike whether to skip.
+    """
+    scaler.unscale_(optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf))
+    loss_sum, signals = runtime.sum(loss, bool(runtime.stop_signal))
+    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum / runtime.world_size, grad_norm, finite, signals > 0)
+
+
+@dataclass
+class Skipped:
+    """Updates that were skipped in a row."""
+    in_a_row: int = 0
+    scale_found: bool = False    # fp16: some update was made, so the loss scale is about right
+
+    def count(self, result, scaler):
+        """Count a step: why its update was skipped, "" where it was not.
+
+        The first steps of fp16, in which the GradScaler looks for its scale, do not count.
+        """
+        if result.finite:
+            self.in_a_row, self.scale_found = 0, True
+            return ""
+        if scaler.is_enabled() and not self.scale_found and scaler.get_scale() >= 1:
+            return "the loss scale is too high, halved"
+        self.in_a_row += 1
+        return "loss or gradient is not finite"
+
+    def check(self):
+        """Raise RunFailed after MAX_SKIPPED in a row: the weights are past saving."""
+        if self.in_a_row >= MAX_SKIPPED:
+            raise RunFailed(f"{MAX_SKIPPED} steps in a row gave no finite gradient; the checkpoints are as they were. "
+                            "Go back to one and try a smaller --max_lr, --dtype bf16 or fp32, or --seed")
