@@ -22,8 +22,9 @@ from checkpoint import open_model
 from config import DeviceConfig, UserError, flag, parse_config
 from decoding import likeliest_next, make_decoder
 from device import DTYPES, choose_device, choose_dtype, probe
-from figures import COLOURS, X_LABELS, draw_runs, human_count
+from figures import COLOURS, X_LABELS, draw_runs
 from history import read_run, read_samples
+from human import human_count
 from inference import stream
 from model import GPT2_SIZES
 

@@ -3,26 +3,26 @@
 `assemble(config, runtime)` makes the Run that train.py's loop works with, `warm_up(run, runtime)` compiles it.
 """
 import contextlib
+import dataclasses
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import build_model, checkpoint_path, open_model
+from checkpoint import build_model, checkpoint_path, disk_bytes, open_model
 from config import UserError
 from dataloader import TokenStream, n_val_windows
 from device import attention_backend, choose_compile
-from files import human_bytes
 from hf_format import explain
+from human import human_bytes
 from memory import find_micro_batch_size
-from metrics import disk_bytes
 from model import GPT, GPT2_SIZES, GPTConfig, padded_vocab
 from optimizer import make_optimizer
 from plan import Plan, decay_start, make_plan
-from resume import adopt_choices, check_same_run, differences, find_checkpoint, is_finished
+from resume import adopt_choices, check_same_run, differences, find_checkpoint, last_step, source
 from runtime import code_hash, provenance, seed_everything
 from shards import ShardFolder
 from tokenizer import Tokenizer
@@ -74,14 +74,15 @@ def assemble(config, runtime):
     block_size = raw.config.block_size
     train_stream, val_stream = TokenStream(folder.train, block_size), TokenStream(folder.val, block_size)
     if config.eval_every:
-        n_val_windows(val_stream, config.val_tokens)
+        n_val_windows(val_stream, config.val_tokens)      # a split without one full window is an error now
     plan = make_plan(config, block_size, train_stream.n_windows, runtime.world_size)
     if checkpoint and config.warmup_steps is None:  # derived from the length, which a wsd run may change
-        plan = replace(plan, warmup_steps=checkpoint["resolved"].get("warmup_steps", plan.warmup_steps))
+        plan = dataclasses.replace(plan, warmup_steps=checkpoint["resolved"].get("warmup_steps", plan.warmup_steps))
     run = Run(plan, folder, tokenizer, train_stream, val_stream, raw, provenance(), last_step=plan.max_steps)
     if checkpoint:
         check_same_run(config, checkpoint, requested_shape(config), folder.fingerprint(), plan)
-        if is_finished(config, checkpoint, plan):
+        run.last_step = last_step(config, checkpoint, plan)
+        if checkpoint["finished"] and checkpoint["step"] >= run.last_step:
             runtime.print(f"the run in {config.log_dir} is finished, at step {checkpoint['step']}; to train its model "
                           f"further: --init_from {checkpoint_path(config.log_dir, checkpoint['step'])} --log_dir NEW")
             return None
@@ -89,7 +90,8 @@ def assemble(config, runtime):
     run.micro_batch_size = adopt_choices(config, runtime, checkpoint, plan.local_windows)
     raw.to(runtime.device).train()
     raw.recompute = config.recompute
-    run.micro_batch_size = find_micro_batch_size(raw, run.micro_batch_size, plan.local_windows, runtime)
+    run.micro_batch_size = find_micro_batch_size(raw, block_size, run.micro_batch_size, plan.local_windows, runtime,
+                                                 insist=bool(config.micro_batch_size))
     runtime.together(lambda: check_disk(config, run, runtime))
     build(run, config, runtime, checkpoint)
     describe(run, config, runtime, checkpoint)
@@ -101,8 +103,7 @@ def requested_shape(config):
     named = GPT2_SIZES.get(config.model) or {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd")}
     shape = dict(named, block_size=config.block_size)
     if config.init_from == "scratch":
-        defaults = dict(GPT2_SIZES["gpt2"], block_size=1024)
-        shape = {name: defaults[name] if value is None else value for name, value in shape.items()}
+        shape = {name: getattr(GPTConfig, name) if value is None else value for name, value in shape.items()}
     return shape
 
 
@@ -112,7 +113,7 @@ def make_model(config, runtime, tokenizer, checkpoint):
     Raises UserError for a shape that cannot be, or that those weights do not have.
     """
     if checkpoint:
-        return build_model(checkpoint["config"], checkpoint["model"], f"the checkpoint in {config.log_dir}")
+        return build_model(checkpoint["config"], checkpoint["model"], f"the checkpoint in {source(config)}")
     shape = requested_shape(config)
     if config.init_from == "scratch":
         seed_everything(config.seed, "initial weights")
@@ -139,13 +140,23 @@ def open_weights(source, tokenizer):
     return dict(config=opened.model.config_dict(), model=opened.model.state_dict())
 
 
+def check_disk(config, run, runtime):
+    """Raise UserError, on rank 0, if the checkpoints of the run will not fit on the disk."""
+    if runtime.is_main:
+        free = shutil.disk_usage(config.log_dir).free
+        needed = disk_bytes(config, run.raw) - sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
+        if free < needed:
+            raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
+                            f"{human_bytes(free)}; make room, choose another --log_dir, or fewer --keep_checkpoints")
+
+
 def build(run, config, runtime, checkpoint):
     """Model on its device, compiled and wrapped; optimizer and scaler; their states from the checkpoint.
 
     Raises UserError where --compile on or --attention asks for what the device lacks, or a state does not fit.
     """
     shape = run.raw.config
-    attention = attention_backend(config.attention, runtime.device, runtime.dtype, shape)
+    attention = runtime.together(lambda: attention_backend(config.attention, runtime.device, runtime.dtype, shape))
     compile, notice = runtime.together(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
     if notice:
         runtime.print(notice)
@@ -161,20 +172,11 @@ def build(run, config, runtime, checkpoint):
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype_name == "fp16")
     if checkpoint:
         restore(run, checkpoint)
-    run.resolved = dict(device=runtime.device.type, dtype=runtime.dtype_name, compile=compile, attention=attention,
+    run.resolved = dict(device=runtime.device.type, hardware=runtime.hardware.name, torch=str(torch.__version__),
+                        dtype=runtime.dtype_name, compile=compile, attention=attention,
                         micro_batch_size=run.micro_batch_size, world_size=runtime.world_size,
                         threads=torch.get_num_threads(), max_steps=run.plan.max_steps,
                         warmup_steps=run.plan.warmup_steps, decay_start=decay_start(run.plan))
-
-
-def check_disk(config, run, runtime):
-    """Raise UserError, on rank 0, if the checkpoints of the run will not fit on the disk."""
-    if runtime.is_main:
-        free = shutil.disk_usage(config.log_dir).free
-        needed = disk_bytes(config, run.raw) - sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
-        if free < needed:
-            raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
-                            f"{human_bytes(free)}; make room, choose another --log_dir, or fewer --keep_checkpoints")
 
 
 def restore(run, checkpoint):
@@ -187,35 +189,14 @@ def restore(run, checkpoint):
         raise UserError(f"the checkpoint's optimizer state does not fit the model ({error})") from error
 
 
-def warm_up(run, runtime):
-    """Two forward/backwards on dummy tokens through the final model, the first one synchronised.
-
-    Compiles, proves that the micro-batch fits, and lets DDP rebuild its buckets: after that the order of its sums
-    stays, so that a resumed run adds up as the first one did.
-    """
-    if run.resolved["compile"]:
-        runtime.print("compiling: a minute or two, where it is not in the cache")
-    x = torch.zeros(run.micro_batch_size, run.raw.config.block_size, dtype=torch.long, device=runtime.device)
-    for sync in (True, False):
-        start_time = time.perf_counter()
-        with contextlib.nullcontext() if sync or runtime.world_size == 1 else run.ddp.no_sync():
-            with runtime.autocast():
-                loss = run.ddp(x, x)
-            run.scaler.scale(loss).backward()
-        loss.item()
-    run.optimizer.zero_grad(set_to_none=True)
-    seconds = (time.perf_counter() - start_time) * run.plan.local_windows / run.micro_batch_size
-    run.slow = runtime.sum(seconds)[0] / runtime.world_size > SLOW_STEP_S
-
-
 def describe(run, config, runtime, checkpoint):
     """The banner: what this start will do."""
     c, plan, resolved = run.raw.config, run.plan, run.resolved
     accum = plan.local_windows // run.micro_batch_size
     runtime.print_banner({
         "model": f"GPT-2, {run.raw.n_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels",
-        "tokens": f"block_size {c.block_size}, vocabulary {run.tokenizer.name} of {run.tokenizer.n_vocab:,} "
-                  f"(padded to {c.vocab_size:,})",
+        "tokens": f"block_size {c.block_size}, vocabulary {run.tokenizer.name} of {run.tokenizer.n_vocab:,}"
+                  + f" (padded to {c.vocab_size:,})" * (c.vocab_size > run.tokenizer.n_vocab),
         "data": f"{config.data_dir}: {run.train_stream.n_tokens:,} train and {run.val_stream.n_tokens:,} val tokens in "
                 f"{len(run.folder.shards)} shards",
         "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process{'es' * (runtime.world_size > 1)} x "
@@ -232,3 +213,24 @@ def describe(run, config, runtime, checkpoint):
         changed = differences(checkpoint["resolved"], resolved)
         if changed:
             runtime.print(f"same tokens, not bitwise the same run: {', '.join(changed)}")
+
+
+def warm_up(run, runtime):
+    """Two forward/backwards on dummy tokens through the final model, the first one synchronised.
+
+    Compiles, proves that the micro-batch fits, and lets DDP rebuild its buckets: after that the order of its sums
+    stays, so that a resumed run adds up as the first one did. The second one tells whether steps are slow.
+    """
+    if run.resolved["compile"]:
+        runtime.print("compiling: a minute or two, where it is not in the cache")
+    x = torch.zeros(run.micro_batch_size, run.raw.config.block_size, dtype=torch.long, device=runtime.device)
+    for sync in (True, False):
+        start_time = time.perf_counter()
+        with contextlib.nullcontext() if sync or runtime.world_size == 1 else run.ddp.no_sync():
+            with runtime.autocast():
+                loss = run.ddp(x, x)
+            run.scaler.scale(loss).backward()
+        loss.item()
+    run.optimizer.zero_grad(set_to_none=True)
+    seconds = (time.perf_counter() - start_time) * run.plan.local_windows / run.micro_batch_size
+    run.slow = runtime.sum(seconds)[0] / runtime.world_size > SLOW_STEP_S

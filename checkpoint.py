@@ -18,7 +18,8 @@ import hf_format
 import lora
 from classifier import Classifier
 from config import UserError
-from files import atomic_write, human_bytes
+from files import atomic_write
+from human import human_bytes
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, _name_of, from_checkpoint, load_tokenizer
 
@@ -68,7 +69,15 @@ def checkpoint_bytes(value):
     return sum(storages.values()) + other
 
 
-def read_checkpoint(path, **options):
+def disk_bytes(config, model):
+    """The bytes of disk that a run's checkpoints need: the newest few and the best, each while it is replaced.
+
+    Weights and AdamW's two moments in fp32; the best holds weights alone.
+    """
+    return model.n_params() * 4 * (3 * (config.keep_checkpoints + 1) + 2)
+
+
+def read_checkpoint(path):
     """The dict in a checkpoint file, on the CPU. Raises CheckpointError in one line for whatever is wrong."""
     try:
         open(path, "rb").close()
@@ -80,7 +89,7 @@ def read_checkpoint(path, **options):
         _check_sums(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
             warnings.simplefilter("ignore")  # of a pickle protocol, about to be an error of ours
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip, a pickle that asks for code: torch raises many kinds, OSError too
         why = "it asks to run code" if "GLOBAL" in str(error) else "it is damaged"
         raise CheckpointError(
@@ -101,14 +110,15 @@ def _check_sums(path):
             raise ValueError(f"{damaged} differs from its checksum")
 
 
-def list_checkpoints(log_dir):
-    """(step, path) of the numbered checkpoints in a folder, the newest step first."""
+def list_checkpoints(log_dir, after=-1):
+    """(step, path) of the numbered checkpoints in a folder, the newest step first; of steps above `after` alone."""
     found = [(int(m[1]), p) for p in Path(log_dir).glob("model_*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
-    return sorted(found, reverse=True)
+    return sorted((entry for entry in found if entry[0] > after), reverse=True)
 
 
 def newest_valid(log_dir, check, notice=print):
-    """(path, checkpoint) of the newest step that loads and that `check(checkpoint)` accepts, or None without any file.
+    """(path, checkpoint) of the newest step that loads and that `check(checkpoint, path)` accepts, or None without
+    any file.
 
     Falls back past damaged files with a notice. Raises CheckpointError when there are files and none is good.
     """
@@ -127,9 +137,13 @@ def newest_valid(log_dir, check, notice=print):
     return None
 
 
-def delete_old(log_dir, keep):
-    """Keep the `keep` newest numbered checkpoints of a folder, and nothing that a killed save left half-written."""
-    for path in [*(p for _, p in list_checkpoints(log_dir)[keep:]), *Path(log_dir).glob("model_*.pt.tmp")]:
+def delete_old(log_dir, keep, step):
+    """Keep the `keep` newest numbered checkpoints up to `step`, and nothing that a killed save left half-written.
+
+    One of a later step is a damaged one that the run has fallen back past: it must not displace what was saved since.
+    """
+    until_now = [path for number, path in list_checkpoints(log_dir) if number <= step]
+    for path in [*until_now[keep:], *Path(log_dir).glob("model_*.pt.tmp")]:
         path.unlink(missing_ok=True)
 
 
@@ -182,8 +196,8 @@ def _open_adapter(folder):
         raise UserError(f"the model that the adapter in {folder} belongs to: {error}") from error
     if sha256 and weights_hash(opened.model.state_dict()) != sha256:
         raise CheckpointError(f"{source} holds other weights than those that the adapter in {folder} belongs to")
-    opened.model = lora.merge_folder(opened.model, folder).requires_grad_(True)
-    return OpenedModel(opened.model, opened.tokenizer, str(folder))
+    merged = lora.merge_folder(opened.model, folder).requires_grad_(True)
+    return OpenedModel(merged, opened.tokenizer, str(folder))
 
 
 def weights_hash(state):
@@ -228,11 +242,11 @@ def _open_file(path):
 
 
 def build_model(config, state, source):
-    """The GPT, or the Classifier, of a checkpoint's config (dict) and state dict. Raises CheckpointError."""
+    """The GPT, or the Classifier, of a checkpoint's config (dict) and state dict, in fp32. Raises CheckpointError."""
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
     try:
-        return (Classifier if "labels" in config else GPT).from_state(config, clean_state(state))
+        return (Classifier if "labels" in config else GPT).from_state(config, clean_state(state)).float()
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
 

@@ -6,7 +6,8 @@
 
     config = parse_config(Config)          # --max_steps 100
 
-A user's mistake is a UserError: one line that says what to do, exit status 2. `run_script` prints it.
+A user's mistake is a UserError: one line that says what to do, exit status 2 (1 for a RunFailed). `run_script` prints
+it.
 """
 import argparse
 import dataclasses
@@ -105,8 +106,9 @@ def make_parser(cls, description=None):
     hints = typing.get_type_hints(cls)
     for f in sorted(fields(cls), key=lambda f: f.metadata["group"] == "system"):  # inherited, but least looked for
         m, kind = f.metadata, _value_type(hints[f.name])
-        group = groups.setdefault(m["group"], None) or parser.add_argument_group(m["group"])
-        groups[m["group"]] = group
+        if m["group"] not in groups:
+            groups[m["group"]] = parser.add_argument_group(m["group"])
+        group = groups[m["group"]]
         help_text = m["help"].replace("%", "%%")
         if m["positional"]:
             many = typing.get_origin(hints[f.name]) is list
@@ -165,7 +167,7 @@ def replace(config, **changes):
 
 
 def run_script(main):
-    """Run a script's main(): a UserError becomes one line on standard error and exit status 2 on every rank."""
+    """Run a script's main(): a UserError becomes one line on standard error and an exit status on every rank."""
     try:
         main()
     except UserError as error:

@@ -16,8 +16,8 @@ import torch
 from checkpoint import newest_model, open_model, save_checkpoint
 from classifier import Classifier
 from config import RunFailed, UserError, flag, parse_config, run_script
-from files import human_bytes
 from hf_format import write_pretrained
+from human import human_bytes
 
 PROBE_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 

@@ -11,6 +11,7 @@ import numpy as np
 from config import UserError
 from files import atomic_write
 from history import last_finite
+from human import human_count, human_rate
 
 FORMATS = (".png", ".svg")
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}
@@ -301,20 +302,6 @@ def shorten(text, length):
     return text if len(text) <= length else text[:length - 1] + "\u2026"
 
 
-def human_count(n):
-    """A number for people: 950, 2.5k, 10B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{float(f'{n / size:.3g}'):g}{unit}"  # twice: 999.9 is 1000, not 1e+03
-    return f"{n:.3g}"
-
-
-def human_rate(rate):
-    """A learning rate for people: 6e-4, 1.5e-3."""
-    digits, power = f"{rate:.1e}".split("e")
-    return f"{float(digits):g}e{int(power)}" if rate else "0"
-
-
 def save_figure(figure, path):
     """Write a figure as .png or .svg, by the suffix of the path, atomically. Raises UserError where that fails."""
     path = Path(path)
@@ -324,7 +311,7 @@ def save_figure(figure, path):
         with atomic_write(path) as f:
             figure.savefig(f, format=path.suffix.lower()[1:])
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 # -----------------------------------------------------------------------------

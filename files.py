@@ -66,7 +66,7 @@ class FolderLock:
 
     def __init__(self, folder, wait_s):
         """Wait up to `wait_s` seconds for the lock. Raises UserError when another process keeps it."""
-        import fcntl  # not on Windows, where runs go unlocked
+        import fcntl  # Unix only
         path = Path(folder) / ".lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class FolderLock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):    # Lustre without -o flock
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):    # a file system without locks
                     print(f"warning: cannot lock {path} ({error.strerror}); see to it that one run at a time uses "
                           f"{folder}", flush=True)
                     return
@@ -92,12 +92,3 @@ class FolderLock:
 
     def __exit__(self, *_):
         self._file.close()
-
-
-def human_bytes(n):
-    """A number of bytes for people: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"

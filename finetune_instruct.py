@@ -18,8 +18,9 @@ import torch
 
 from checkpoint import checkpoint_path, save_checkpoint
 from config import RunFailed, UserError, flag, parse_config, run_script
-from files import human_bytes, read_json, write_json
+from files import read_json, write_json
 from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
+from human import human_bytes
 from inference import generate
 from lora import merge, save_adapter
 from model import IGNORED
@@ -41,6 +42,12 @@ class InstructConfig(TuneConfig):
     merge: bool = flag(False, "write a model with the adapter merged into it, besides the adapter", group="result")
     responses: int = flag(20, "answers to write for validation items", group="result", low=0)
     max_tokens: int = flag(128, "tokens of an answer at most", group="result", low=1)
+
+    def check(self):
+        """Raise UserError for flags that are missing or contradict each other."""
+        if self.full and self.merge:
+            raise UserError("--merge is about an adapter, and --full trains without one; leave --merge out")
+        super().check()
 
     def usual_lr(self):
         """The peak learning rate where none is given: LoRA bears a larger one."""
@@ -184,9 +191,10 @@ def write_results(config, run, wrapped, base, val_items, report):
         print(f"adapter: {human_bytes(size)}, {100 * size / full:.2f}% of the model")
         if config.merge:
             report |= dict(merged_logits_differ_by=merge_checked(wrapped, model))
-    path = checkpoint_path(out, run.step)
+    step = run.best.epoch * run.steps_per_epoch       # whose weights these are
+    path = checkpoint_path(out, step)
     if config.full or config.merge:
-        save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=run.step,
+        save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=step,
                                    val_loss=run.best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
                                    base=base.record, provenance=report["provenance"]))
     write_json(out / "metrics.json", report)

@@ -1,7 +1,5 @@
 """What the fine-tuning scripts share around their loop: flags, the model that they begin with, the folder of a run."""
 import contextlib
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,13 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import build_model, open_model, read_checkpoint, weights_hash
 from config import DeviceConfig, RunFailed, UserError, flag, replace
-from files import FolderLock
 from lora import add_adapter
 from memory import find_micro_batch_size
 from model import parameter_groups
 from resume import changed_flags
 from rows import hash_rows
-from runtime import seed_everything
+from runtime import STEADY_TIMEOUT_S, lock_folder, seed_everything, temporary_folder
 from tokenizer import Tokenizer, from_checkpoint
 from tracking import require_mlflow
 from tuning import STATE_NAME, Objective, Tuning, restore, trained_weights
@@ -56,8 +53,11 @@ class TuneConfig(DeviceConfig):
     resume: str = flag("auto", "auto: go on with the run in --out; never", group="system", choices=("auto", "never"))
     seed: int = flag(1337, "of the split, the order, new weights, dropout", group="system", low=0, keep=True)
     deterministic: bool = flag(False, "bitwise repeatable on a GPU too, and slower", group="system")
+    timeout: float = flag(float(STEADY_TIMEOUT_S), "seconds without progress after which several processes end and say "
+                          "which of them hangs; more than writing the results takes", group="system", above=0)
     mlflow: bool = flag(False, "mirror the run in a local MLflow store in --out", group="system")
-    dry_run: bool = flag(False, "show the first examples, what counts in them, and try two steps", group="system")
+    dry_run: bool = flag(False, "show the first examples, what counts in them, try two steps and write the results, "
+                        "which are not kept", group="system")
 
     def check(self):
         """Raise UserError for flags that are missing or contradict each other; choose what is left open."""
@@ -82,11 +82,10 @@ class Base:
     model: nn.Module
     tokenizer: Tokenizer
     record: dict       # {"source", "sha256"}
-    row_budget: int    # tokens of a micro-batch
 
 
 def open_base(config, runtime):
-    """The Base that --init_from names, cut to --block_size, on its device. Raises UserError."""
+    """The Base that --init_from names, cut to --block_size, on its device; says which it is. Raises UserError."""
     def read():
         opened = open_model(config.init_from)
         if opened.tokenizer is None:
@@ -102,10 +101,7 @@ def open_base(config, runtime):
         raise UserError(f"--block_size {config.block_size}, but {config.init_from} reads {model.config.block_size}")
     model.to(runtime.device)
     runtime.print(f"{stored['title']}, weights sha256 {stored['sha256'][:12]}")
-    local = max(1, config.batch_size // runtime.world_size)
-    size = config.micro_batch_size or find_micro_batch_size(model, 0, local, runtime)
-    record = dict(source=config.init_from, sha256=stored["sha256"])
-    return Base(model, from_checkpoint(stored["tokenizer"]), record, size * model.config.block_size)
+    return Base(model, from_checkpoint(stored["tokenizer"]), dict(source=config.init_from, sha256=stored["sha256"]))
 
 
 def add_lora(model, config):
@@ -115,13 +111,16 @@ def add_lora(model, config):
 
 
 def build(config, runtime, state, base, model, head, rows, weights=None):
-    """The Tuning of a model whose trained parameters are those that require gradients, at the state it was left in.
+    """The Tuning of a model that trains what requires gradients, at the state it was left in; says what that is.
 
-    rows: of the training split; a dry run takes two steps of them. weights: Objective's. Raises UserError for the state
-    of another run.
+    base: the Base that the model was made of. state: what find_state found. rows: of the training split; a dry run
+    takes two steps of them. weights: Objective's. Raises UserError for the state of another run, and for micro-batches
+    that do not fit.
     """
-    model.to(runtime.device)
     objective = Objective(model, head, weights).to(runtime.device)
+    block_size = model.config.block_size
+    size = find_micro_batch_size(objective, block_size, config.micro_batch_size,
+                                 max(1, config.batch_size // runtime.world_size), runtime)
     ddp = objective
     if runtime.world_size > 1:
         ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False,
@@ -141,7 +140,7 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     warmup_steps = full_steps // 10 if config.warmup_steps is None else config.warmup_steps
     if warmup_steps > full_steps:
         raise UserError(f"--warmup_steps {warmup_steps} is longer than the run of {full_steps} steps")
-    run = Tuning(model, objective, ddp, optimizer, scaler, rows, base.record, hash_rows(rows), base.row_budget, epoch,
+    run = Tuning(model, objective, ddp, optimizer, scaler, rows, base.record, hash_rows(rows), size * block_size, epoch,
                  epoch if config.dry_run else full_steps, warmup_steps, full_steps)
     runtime.agree("flags", asdict(config))
     runtime.agree("examples", run.data_hash)
@@ -157,15 +156,10 @@ def work_in_folder(config, runtime, work):
     --dry_run: in a temporary folder, which is removed. Raises UserError where --out holds another run.
     """
     if config.dry_run:
-        folder = runtime.from_main(lambda: tempfile.mkdtemp(prefix="dry_run_"))
-        try:
+        with temporary_folder(runtime, beside=config.out or ".") as folder:
             work(replace(config, out=folder, mlflow=False), None)
-        finally:
-            if runtime.is_main:
-                shutil.rmtree(folder)
         return
-    lock = runtime.together(lambda: FolderLock(config.out, wait_s=60) if runtime.is_main else contextlib.nullcontext())
-    with lock:
+    with lock_folder(config.out, runtime):
         state = runtime.from_main(lambda: find_state(config))
         if state and state["finished"]:
             runtime.print(f"the run in {config.out} is finished; for another one choose another --out")
@@ -190,9 +184,11 @@ def find_state(config):
 
 @contextlib.contextmanager
 def writing_results(config):
-    """Around the writing of results: an OSError becomes a RunFailed that says how to get them all the same."""
+    """Around the writing of results: what the disk refuses becomes a RunFailed that says how to get them yet."""
     try:
         yield
-    except OSError as error:
+    except RunFailed:
+        raise
+    except (OSError, UserError) as error:
         raise RunFailed(f"the results in {config.out} could not be written ({error}); make room and run the same "
                         "command: it goes on from the end of the training") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
+from plan import TOKENS_PER_STEP
 
 EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before it is trained
 TRAINED = ("loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms", "peak_mem_gb")
@@ -30,7 +31,7 @@ class Series:
 
 
 @dataclass
-class Run:
+class LoggedRun:
     """What a log folder says, by the names of metrics.jsonl ("loss", "val_loss", ...); absent names have no key."""
     name: str
     path: Path                 # the log that was read
@@ -50,8 +51,8 @@ class Run:
         return int(val.steps[best]), float(val.values[best])
 
 
-def read_run(folder, tokens_per_step=524288):
-    """The Run in a folder: its metrics.jsonl, or where that is absent its log.txt (ours or build-nanogpt's).
+def read_run(folder, tokens_per_step=TOKENS_PER_STEP):
+    """The LoggedRun in a folder: its metrics.jsonl, or where that is absent its log.txt (ours or build-nanogpt's).
 
     log.txt has no tokens, so there they are counted with `tokens_per_step`. Where a resumed run logged a step
     twice the later line counts. Raises UserError for a folder without a readable log.
@@ -75,7 +76,7 @@ def read_run(folder, tokens_per_step=524288):
     series = _collect(good, None if is_json else tokens_per_step)
     if not series.keys() & {"loss", *EVALUATED}:
         raise UserError(f"{path} holds no losses yet; wait for the run's first step, or name another folder")
-    return Run(folder.resolve().name, path, series, skipped)
+    return LoggedRun(folder.resolve().name, path, series, skipped)
 
 
 def read_samples(folder):

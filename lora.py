@@ -32,7 +32,10 @@ def save_adapter(wrapped, folder, base):
     Raises UserError.
     """
     with new_folder(folder) as temporary:
-        wrapped.save_pretrained(temporary, save_embedding_layers=False)
+        try:
+            wrapped.save_pretrained(temporary, save_embedding_layers=False)
+        except Exception as error:      # safetensors' own class for the disk's errors
+            raise UserError(f"cannot write the adapter in {folder}: {error}") from error
         (temporary / "README.md").unlink(missing_ok=True)      # peft's card: a form with nothing filled in
         write_json(temporary / BASE_NAME, base)
         mode = (temporary / BASE_NAME).stat().st_mode

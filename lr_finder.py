@@ -4,13 +4,12 @@
     torchrun --nproc_per_node=8 lr_finder.py
 
 Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py command to run next. Nothing else is
-kept: the run that follows starts from the same weights and the same first token as without it. (Smith 2015,
-arXiv 1506.01186; one tenth of the minimum as in fastai's lr_find.)
+kept but the mirror of --mlflow: the run that follows starts from the same weights and the same first token as without
+it. (Smith 2015, arXiv 1506.01186; one tenth of the minimum as in fastai's lr_find.)
 """
 import csv
 import os
 import shlex
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from assemble import assemble, warm_up
 from checkpoint import list_checkpoints
 from config import RunFailed, UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader
-from figures import draw_lr_finder, human_rate, save_figure
-from files import FolderLock, atomic_write
+from figures import draw_lr_finder, save_figure
+from files import atomic_write
 from history import smooth
-from runtime import StopRequested, start
+from human import human_rate
+from runtime import StopRequested, lock_folder, start
 from tracking import Tracker
 from train import TrainConfig, train_step
 
@@ -62,17 +62,18 @@ def find(config, runtime):
     folder = Path(config.log_dir)
     if list_checkpoints(folder):
         raise UserError(f"{folder} holds a run, which has its learning rate; name the --log_dir of the run to come")
-    with runtime.together(lambda: FolderLock(folder, wait_s=60) if runtime.is_main else nullcontext()):
+    with lock_folder(folder, runtime):
         run = assemble(config, runtime)
         tracker = Tracker(replace(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)
             runtime.started()
             rows = sweep(run, config, runtime, tracker)
-        except (StopRequested, RunFailed) as problem:
+        except RunFailed:
             tracker.close(finished=False)
-            if isinstance(problem, RunFailed):
-                raise
+            raise
+        except StopRequested:
+            tracker.close(finished=False)
             runtime.print("stopped; nothing was written")
             return None
         rates, losses = (np.array([row[name] for row in rows]) for name in ("lr", "loss"))
@@ -108,6 +109,8 @@ def sweep(run, config, runtime, tracker):
                 group["lr"] = group["peak_lr"] * rate / config.max_lr
             result = train_step(run, config, runtime, loader.next_step()[0], step)
             step += 1
+            if step == 1:
+                runtime.first_step_done()
             if result.stop:
                 raise StopRequested
             if not result.finite and run.scaler.is_enabled() and not rows:
@@ -153,11 +156,14 @@ def suggest(rates, smoothed, half):
 
 
 def write_csv(path, rows, smoothed):
-    """A line per step: step, lr, loss, grad_norm, smoothed loss."""
-    with atomic_write(path, "w") as f:
-        table = csv.DictWriter(f, [*rows[0], "smoothed"], lineterminator="\n")
-        table.writeheader()
-        table.writerows(dict(row, smoothed=float(value)) for row, value in zip(rows, smoothed))
+    """A line per step: step, lr, loss, grad_norm, smoothed loss. Raises UserError where the disk refuses."""
+    try:
+        with atomic_write(path, "w") as f:
+            table = csv.DictWriter(f, [*rows[0], "smoothed"], lineterminator="\n")
+            table.writeheader()
+            table.writerows(dict(row, smoothed=float(value)) for row, value in zip(rows, smoothed))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def train_command(config, rate):
@@ -171,8 +177,9 @@ def train_command(config, rate):
         if value != f.default and (f.name != "muon_lr" or config.optimizer == "muon"):
             words.append(f"--{f.name}")
             words += [] if value is True else [shlex.quote(str(value))]
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
+    processes, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    alone = f"torchrun --nproc_per_node={processes}" if processes else "python"
+    launcher = alone if nodes == "1" else "torchrun ..."
     return " ".join([launcher, "train.py", *words])
 
 

@@ -1,21 +1,24 @@
 """What a run writes down: the step line, log.txt in build-nanogpt's columns, metrics.jsonl with everything.
 
 log.txt        250 val 3.9123     250 hella 0.2612     250 train 3.950000
-metrics.jsonl  one JSON object a line: a row per step (training) and a row per evaluation; --mlflow mirrors it
+metrics.jsonl  one JSON object a line: a row per step (training), evaluation, samples, skipped step; --mlflow mirrors it
 """
 import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
 
+from checkpoint import disk_bytes
 from figures import draw_runs, save_figure
-from files import atomic_write, human_bytes
+from files import atomic_write
 from history import read_run
+from human import human_bytes, human_time
 from plan import make_plan
 from tracking import Tracker
 
@@ -66,8 +69,8 @@ class RunLog:
         """Log that a step's update was skipped, and the windows of the train split that it read."""
         if self._runtime.is_main:
             self._row(step, (step + 1) * self._tokens_per_step, skipped=reason, windows=windows.tolist())
-            print(f"step {step}: update skipped on all ranks, {reason} (windows {windows[0]}, {windows[-1]} and "
-                  f"{len(windows) - 2} others: metrics.jsonl)", flush=True)
+            print(f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
+                  f"{windows[0]}: metrics.jsonl has all)", flush=True)
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
@@ -128,7 +131,7 @@ class RunLog:
         return human_time(seconds)
 
     def forecast(self, config, shares):
-        """What the full run takes, from two steps and one evaluation of each kind.
+        """What the full run takes, from two steps and some evaluations of each kind.
 
         shares: the part of its work that an evaluation did here.
         """
@@ -143,14 +146,6 @@ class RunLog:
         return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at "
                 f"most; the full run of {plan.max_steps} steps takes about {human_time(total)} and "
                 f"{human_bytes(disk_bytes(config, self._run.raw))} of disk. Nothing was kept.")
-
-
-def disk_bytes(config, model):
-    """The bytes of disk that a run's checkpoints need: the newest few and the best, each while it is replaced.
-
-    Weights and AdamW's two moments in fp32; the best holds weights alone.
-    """
-    return model.n_params() * 4 * (3 * (config.keep_checkpoints + 1) + 2)
 
 
 class AppendFile:
@@ -194,13 +189,5 @@ def peak_memory_gb(runtime):
     """The most memory used so far, in GB: allocated on the card, or resident on a CPU."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device) / 1e9
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # kilobytes on Linux
-
-
-def human_time(seconds):
-    """5h31m, 12m05s or 42s."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+    import resource  # Unix only
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -79,7 +79,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, attn_mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C). attn_mask: bool, broadcast to (B, nh, T, keys), True = may look; None: causal."""
+        """x (B, T, C) -> (B, T, C). attn_mask: bool, broadcast to (B, nh, T, keys), True = may look; None: causal.
+        With a cache it is what the cache adds to the scores."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # each (B, nh, T, hs)
                    for part in self.c_attn(x).split(C, dim=2))
@@ -143,9 +144,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """GPT-2's initialisation: N(0, 0.02); what writes to the residual stream 1/sqrt(2 n_layer) of that."""
-        if isinstance(module, nn.LayerNorm):
-            return  # ones and zeros already
+        """N(0, 0.02); what writes to the residual stream 1/sqrt(2 n_layer) of that (as nanoGPT and Hugging Face)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -277,7 +276,8 @@ class KVCache:
                                    torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.n_layer)]
 
     def begin(self, T):
-        """The positions of T tokens about to be read; for T = 1 also what is added to their scores."""
+        """The positions of T tokens about to be read, (T,); for T = 1 (B, 1), and what is added to their scores,
+        (B, 1, 1, reserved)."""
         if not self.fixed_shapes:
             self._reserve(int(self.lengths.max()) + T)
         if T > 1:
@@ -293,7 +293,7 @@ class KVCache:
                 layer.grow(self.reserved)
 
     def copy_rows(self, rows, source, source_rows):
-        """Take over rows of another cache, whose max_len may be shorter."""
+        """Take over rows of another cache, whose max_len may be shorter; rows, source_rows: indices (n,)."""
         n = source.reserved
         if not self.fixed_shapes:
             self._reserve(n)
@@ -304,7 +304,7 @@ class KVCache:
 
 
 class _LayerCache:
-    """One layer's share of a KVCache."""
+    """One layer's share of a KVCache: keys and values (B, nh, reserved, hs)."""
 
     def __init__(self, owner, k, v):
         self.owner, self.k, self.v = owner, k, v

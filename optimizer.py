@@ -26,7 +26,8 @@ def make_optimizer(model, config, runtime):
     if not matrices:
         return adamw
     pieces = {p: 3 for name, p in model.named_parameters() if name.endswith("attn.c_attn.weight")}
-    muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.muon_weight_decay, pieces=pieces, dtype=runtime.dtype,
+    dtype = torch.float32 if runtime.dtype == torch.float16 else runtime.dtype     # fp16 would lose small updates
+    muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.muon_weight_decay, pieces=pieces, dtype=dtype,
                 rank=runtime.rank, world_size=runtime.world_size)
     for group in muon.param_groups:
         group["peak_lr"] = config.muon_lr
@@ -54,7 +55,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            by_shape = defaultdict(list)    # shape -> [(rows of the parameter, update)]
+            by_shape = defaultdict(list)    # (rows, columns) -> [(rows of a parameter, their update)]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -65,12 +66,12 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(buffer, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 n = self._pieces.get(p, 1)
-                for rows, piece in zip(p.chunk(n), update.chunk(n)):
-                    by_shape[piece.shape].append((rows, piece))
+                for target, piece in zip(p.chunk(n), update.chunk(n)):
+                    by_shape[piece.shape].append((target, piece))
             for (rows, columns), entries in by_shape.items():
-                updates = self._orthogonalize(torch.stack([piece for _, piece in entries]), group["ns_steps"])
-                for (target, _), update in zip(entries, updates):
-                    target.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                directions = self._orthogonalize(torch.stack([piece for _, piece in entries]), group["ns_steps"])
+                for (target, _), direction in zip(entries, directions):
+                    target.add_(direction, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _orthogonalize(self, batch, steps):
         """newton_schulz of a batch (n, rows, columns), each rank doing its share."""

@@ -24,6 +24,7 @@ from config import RunFailed, UserError
 
 START_GRACE_S = 3     # after a signal during set-up, in which it may still end by itself
 ROLL_CALL_S = 5       # in which the ranks of a hanging run say where they are
+SILENT = "gives no answer: its process is gone or stopped, or the network to it is cut"
 HANG_GRACE_S = 10     # between the roll call's beginning and the time-out of the collectives, which ends the run
 HERE = Path(__file__).parent
 # NCCL keeps its last collectives and writes them to a file when one times out; torchfrtrace reads the files of all
@@ -208,9 +209,6 @@ def roll_call(runtime, store, hosts):
         return answers.get(timeout=ROLL_CALL_S + 2)
     except queue.Empty:
         return f"rank 0 on {hosts[0]} {SILENT}; rank {runtime.rank} on {socket.gethostname()} is at {place}"
-
-
-SILENT = "gives no answer: its process is gone or stopped, or the network to it is cut"
 
 
 def compare(places, hosts):

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from config import UserError
 
+TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
 MAX_STEPS = 19073          # 10B tokens in steps of 524,288
 WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
 DECAY_FRACTION = 0.3       # of a wsd run: the linear decay at its end

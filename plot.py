@@ -13,6 +13,7 @@ from tqdm import tqdm
 from config import UserError, flag, parse_config, run_script
 from figures import X_LABELS, draw_runs, save_figure
 from history import last_finite, read_run
+from plan import TOKENS_PER_STEP
 
 
 @dataclass
@@ -23,8 +24,8 @@ class PlotConfig:
     reference: str = flag("auto", "OpenAI's models as lines; auto: 124M in HellaSwag; gpt2: the loss of GPT-2 124M on "
                            "FineWeb-Edu besides", group="what to draw", choices=("auto", "gpt2", "none"))
     title: str = flag("", "above the figure (default: the name of a single run)", group="what to draw")
-    tokens_per_step: int = flag(524288, "for runs that have log.txt alone, which does not say", group="what to draw",
-                                low=1)
+    tokens_per_step: int = flag(TOKENS_PER_STEP, "for runs that have log.txt alone, which does not say",
+                                group="what to draw", low=1)
     out: str = flag("", "a .png or .svg file (default: plot.png in the first run's folder)", group="output")
 
     def check(self):

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from config import UserError, flag, parse_config, run_script
 from documents import plan_reads
 from encode import available_cpus, encode_tasks
-from files import FolderLock, human_bytes
+from files import FolderLock
 from hub import FORMATS, SourceFile, download, resolve_dataset
+from human import human_bytes
 from shards import Manifest, ShardFolder, ShardWriter, matching_manifest, print_shards, writing_to
 from tokenizer import gpt2_tokenizer
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from config import UserError, flag, parse_config, run_script
 from documents import find_files, read_documents
 from encode import available_cpus, encode_tasks, in_batches
-from files import FolderLock, human_bytes
+from files import FolderLock
+from human import human_bytes
 from python_docs import python_documents
 from shards import Manifest, ShardWriter, matching_manifest, permutation, print_shards, writing_to
 from tokenizer import gpt2_tokenizer, train_tokenizer

@@ -5,30 +5,39 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, list_checkpoints, newest_valid, read_checkpoint
+from checkpoint import CheckpointError, checkpoint_path, list_checkpoints, newest_valid, read_checkpoint
 from config import UserError, kept_fields
 from device import choose_dtype
 from plan import check_micro_batch_size
 
 TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
-                    "resolved": dict, "data": str, "finished": bool}
+                    "resolved": dict, "data": str, "best_val_loss": float, "finished": bool}
 
 
 def find_checkpoint(config, notice):
     """The checkpoint (a dict) that this start goes on from, or None for a fresh run. Raises UserError.
 
-    --resume auto: the newest valid one in log_dir; never: none, and log_dir must not hold a run; FILE: that one.
+    --resume auto: the newest valid one in log_dir; never: none, and log_dir must not hold a run; FILE: that one, or
+    the newest that an earlier start with the same --resume FILE has left in log_dir.
     """
     if config.resume == "never":
         if list_checkpoints(config.log_dir) or (Path(config.log_dir) / "metrics.jsonl").exists():
             raise UserError(f"--resume never, but {config.log_dir} holds a run; choose another --log_dir, or delete it")
         return None
-    if config.resume != "auto":
-        checkpoint = read_checkpoint(config.resume)
-        check_training_entries(checkpoint, config.resume)
+    if config.resume == "auto":
+        found = newest_valid(config.log_dir, check_training_entries, notice)
+        return found[1] if found else None
+    checkpoint = read_checkpoint(config.resume)
+    check_training_entries(checkpoint, config.resume)
+    if not list_checkpoints(config.log_dir, after=checkpoint["step"]):
         return checkpoint
-    found = newest_valid(config.log_dir, check_training_entries, notice)
-    return found[1] if found else None
+    _, newest = newest_valid(config.log_dir, check_training_entries, notice)
+    if newest["step"] <= checkpoint["step"]:        # what is later is damaged
+        return checkpoint
+    if newest["train_config"].get("resume") == config.resume:
+        return newest
+    raise UserError(f"{config.log_dir} holds a later checkpoint, of step {newest['step']}: leave --resume out to go on "
+                    f"from there, or choose another --log_dir to go on from {config.resume}")
 
 
 def check_training_entries(checkpoint, path):
@@ -47,15 +56,20 @@ def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
     differing = changed_flags(config, checkpoint["train_config"])
     for name, value in gpt_config.items():
         if value is not None and value != checkpoint["config"].get(name):
-            differing.append(f"{name} {value} (it has {checkpoint['config'].get(name)})")
+            differing.append(f"--{name} {value} (it has {checkpoint['config'].get(name)})")
     if fingerprint != checkpoint["data"]:
         differing.append("other token shards in --data_dir")
     if plan.warmup_steps != checkpoint["resolved"].get("warmup_steps"):
         differing.append(f"--warmup_steps {plan.warmup_steps} (it has {checkpoint['resolved'].get('warmup_steps')})")
     if differing:
-        raise UserError(f"{config.log_dir} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. "
+        raise UserError(f"{source(config)} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. "
                         "Use its flags to continue it, or another --log_dir to start a new run")
     _check_length(config, checkpoint, plan)
+
+
+def source(config):
+    """Where the checkpoint that a start goes on from is, for messages."""
+    return config.log_dir if config.resume == "auto" else config.resume
 
 
 def changed_flags(config, stored):
@@ -71,15 +85,17 @@ def _check_length(config, checkpoint, plan):
         return
     decaying = step > checkpoint["resolved"].get("decay_start", 0)
     if config.schedule != "wsd" or plan.max_steps < old or decaying:
-        raise UserError(f"{config.log_dir} holds a run of {old} steps, now asked for {plan.max_steps}: its learning "
+        raise UserError(f"{source(config)} holds a run of {old} steps, now asked for {plan.max_steps}: its learning "
                         f"rates depend on its length. To train its model further: --init_from "
-                        f"{config.log_dir}/model_{step:05d}.pt --log_dir NEW")
+                        f"{checkpoint_path(config.log_dir, step)} --log_dir NEW")
 
 
-def is_finished(config, checkpoint, plan):
-    """Whether the run has reached its last step, or its stop_loss, already."""
-    reached = 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
-    return checkpoint["finished"] and (checkpoint["step"] >= plan.max_steps or reached)
+def last_step(config, checkpoint, plan):
+    """The step at which the run ends: plan.max_steps, or the checkpoint's own where its stop_loss was reached there."""
+    at_end = checkpoint["finished"] or checkpoint.get("last_step") == checkpoint["step"]
+    early = checkpoint["step"] < checkpoint["resolved"].get("max_steps", 0)
+    reached = at_end and early and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
+    return checkpoint["step"] if reached else plan.max_steps
 
 
 def adopt_choices(config, runtime, checkpoint, local_windows):

@@ -10,10 +10,12 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -25,6 +27,7 @@ import torch.distributed as dist
 
 from config import RunFailed, UserError
 from device import DTYPES, Hardware, choose_device, choose_dtype, keep_freed_memory, probe, set_deterministic
+from files import FolderLock
 from peers import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
@@ -197,19 +200,19 @@ def _put_tensors(tree, fetch, source):
 def start(config):
     """Set the process up from its environment (torchrun's or none) and yield its Runtime.
 
-    Raises UserError for devices and dtypes that this machine lacks, before a process group exists.
+    Raises UserError for devices and dtypes that this machine lacks, before a process group exists, and RunFailed where
+    the processes do not meet.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    hardware = probe(device)
-    runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware),
+    device, hardware, dtype_name = _choose_hardware(config, rank, local_rank)
+    runtime = Runtime(rank, local_rank, world_size, device, hardware, dtype_name,
                       timeout_s=getattr(config, "timeout", STEADY_TIMEOUT_S))
     die_with_launcher()
     previous = _catch_signals(runtime)
     if getattr(config, "deterministic", False):
         set_deterministic()
-    torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for what stays fp32 in a bf16 run
+    torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for matrix products in fp32
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
@@ -255,6 +258,40 @@ def start(config):
         dist.destroy_process_group()
 
 
+def _choose_hardware(config, rank, local_rank):
+    """(device, Hardware, dtype name) of this process. Raises UserError for what this machine lacks."""
+    try:
+        device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        hardware = probe(device)
+        return device, hardware, choose_dtype(config.dtype, hardware)
+    except UserError as error:
+        if rank and not local_rank:    # rank 0 speaks for its own node alone
+            print(f"error on {socket.gethostname()}, rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise
+
+
+def lock_folder(folder, runtime):
+    """A context in which no other run uses the folder; rank 0 holds the lock. Raises UserError on all ranks."""
+    return runtime.together(lambda: FolderLock(folder, wait_s=60) if runtime.is_main else contextlib.nullcontext())
+
+
+@contextlib.contextmanager
+def temporary_folder(runtime, beside="."):
+    """A folder, the same on all ranks, that is gone at the end; on the disk of `beside`, which need not exist yet."""
+    def make():
+        place = next(path for path in (Path(beside).resolve(), *Path(beside).resolve().parents) if path.is_dir())
+        try:
+            return tempfile.mkdtemp(prefix=".dry_run_", dir=place)
+        except OSError as error:
+            raise UserError(f"cannot write in {place}: {error.strerror}") from error
+    folder = runtime.from_main(make)
+    try:
+        yield folder
+    finally:
+        if runtime.is_main:
+            shutil.rmtree(folder)
+
+
 def die_with_launcher():
     """Under torchrun on Linux, ask the kernel to kill this process when torchrun dies, even by kill -9.
 
@@ -269,7 +306,7 @@ def die_with_launcher():
 
 
 def _catch_signals(runtime):
-    """Turn the stop signals into a flag that the ranks agree on; a second SIGINT ends at once.
+    """Turn the stop signals into a flag that the ranks agree on; a SIGINT after any of them ends at once.
 
     Returns the handlers that were there before, {signal: handler}.
     """
@@ -310,7 +347,7 @@ def code_hash():
 
 
 def provenance():
-    """Where this process' results come from: commit, versions, command; plain strings."""
+    """Where this process' results come from: commit, versions, the machine's GPU, command; plain values."""
     here = Path(__file__).parent
 
     def git(*words):

@@ -6,8 +6,6 @@
 
 Killed, preempted or crashed: the same command continues from the newest checkpoint in --log_dir.
 """
-import shutil
-import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +13,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from assemble import assemble, warm_up
+from assemble import assemble, restore, warm_up
 from checkpoint import checkpoint_path, delete_old, save_checkpoint
 from config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
-from files import FolderLock, human_bytes
 from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
+from human import human_bytes
 from inference import generate
 from metrics import RunLog
 from model import GPT2_SIZES, IGNORED
-from plan import MAX_STEPS, WARMUP_STEPS, learning_rate_factor
-from runtime import STEADY_TIMEOUT_S, StopRequested, command_line, seed_everything, start
+from plan import MAX_STEPS, TOKENS_PER_STEP, WARMUP_STEPS, learning_rate_factor
+from resume import find_checkpoint
+from runtime import (
+    STEADY_TIMEOUT_S,
+    StopRequested,
+    command_line,
+    lock_folder,
+    seed_everything,
+    start,
+    temporary_folder,
+)
 from tracking import require_mlflow
 from update import update
 
@@ -41,7 +48,7 @@ class TrainConfig(DeviceConfig):
     """Every flag of train.py. The defaults are the GPT-2 124M run; keep=True: a resumed run must have the same."""
     data_dir: str = flag("data/edu_fineweb10B", "folder of token shards", group="data")
 
-    model: str = flag(None, "GPT-2 size (default: gpt2)", group="model", choices=tuple(GPT2_SIZES))
+    model: str | None = flag(None, "GPT-2 size (default: gpt2)", group="model", choices=tuple(GPT2_SIZES))
     n_layer: int | None = flag(None, "layers, instead of a named size", group="model", low=1)
     n_head: int | None = flag(None, "attention heads", group="model", low=1)
     n_embd: int | None = flag(None, "channels", group="model", low=1)
@@ -50,8 +57,8 @@ class TrainConfig(DeviceConfig):
     init_from: str = flag("scratch", "where the weights begin: scratch, a GPT-2 name, a Hugging Face folder, FILE.pt",
                           group="model")
 
-    total_batch_size: int = flag(524288, "tokens per optimizer step, all processes together", group="batch", low=1,
-                                 keep=True)
+    total_batch_size: int = flag(TOKENS_PER_STEP, "tokens per optimizer step, all processes together", group="batch",
+                                 low=1, keep=True)
     micro_batch_size: int = flag(0, "rows per forward pass of a process; 0: as many as fit", group="batch", low=0)
 
     max_steps: int | None = flag(None, f"optimizer steps (default: {MAX_STEPS})", group="length", low=0)
@@ -124,12 +131,12 @@ def main(argv=None):
 
 
 def train(config, runtime, hellaswag_items=0):
-    """One run, from its first step or from where it was left; its RunLog, None where it was finished already.
+    """One run, from its first step or from where it was left: (Run, RunLog); None where it was finished already or was
+    stopped before its first step.
 
-    hellaswag_items: score that many only (a dry run).
+    hellaswag_items: score that many only (a dry run). Raises UserError for what does not go together, RunFailed.
     """
-    lock = runtime.together(lambda: FolderLock(config.log_dir, wait_s=60) if runtime.is_main else nullcontext())
-    with lock:
+    with lock_folder(config.log_dir, runtime):
         run = assemble(config, runtime)
         if run is None:
             return None
@@ -142,13 +149,14 @@ def train(config, runtime, hellaswag_items=0):
         except StopRequested:
             runtime.print("stopped before the first step; there was nothing to save")
             return None
-        return loop(run, config, runtime)
+        return run, loop(run, config, runtime)
 
 
 def loop(run, config, runtime):
     """At step k: evaluate, save, then train step k; the end is evaluated and saved by the same lines.
 
-    A stop that was asked for saves state k, untrained. Returns the RunLog.
+    A stop that was asked for saves state k, untrained. Returns the RunLog. Raises RunFailed where too many steps were
+    skipped, or the last checkpoint could not be written.
     """
     log = RunLog(runtime, config, run)
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, run.first_step,
@@ -185,13 +193,16 @@ def loop(run, config, runtime):
             if result.finite and result.loss < config.stop_loss:
                 run.last_step = step + 1
             step, stop = step + 1, result.stop
-        path = checkpoint_path(config.log_dir, step)
-        runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
-                      f"      python inference.py --checkpoint {path} --prompt \"...\"")
+        if not config.dry_run:
+            path = checkpoint_path(config.log_dir, step)
+            runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
+                          f"      python inference.py --checkpoint {path} --prompt \"...\"")
     except StopRequested:
         if step > run.first_step:
             save(run, config, runtime, step)
-        runtime.print(f"stopped before step {step}, nothing is lost; the same command continues:\n{command_line()}")
+        lost = "this step could not be saved, the newest checkpoint is an older one" if run.save_failed else \
+            "nothing is lost"
+        runtime.print(f"stopped before step {step}, {lost}; the same command continues:\n{command_line()}")
     finally:
         loader.close()
         log.close()
@@ -263,12 +274,12 @@ def validate(run, config, runtime, log, step):
         runtime.poll()
     run.raw.train()
     loss, count = runtime.sum(loss, count)
-    run.val = step, loss / count
-    log.validation(step, loss / count, int(count))
-    if loss / count < run.best_val_loss:
-        run.best_val_loss = loss / count
-        if step > 0:
-            write_checkpoint(runtime, Path(config.log_dir) / "model_best.pt", model_entries(run, step))
+    mean = loss / count
+    run.val = step, mean
+    log.validation(step, mean, int(count))
+    best = Path(config.log_dir) / "model_best.pt"
+    if mean < run.best_val_loss and (step == 0 or write_checkpoint(runtime, best, model_entries(run, step))):
+        run.best_val_loss = mean
 
 
 def hellaswag_tokens(run):
@@ -300,10 +311,10 @@ def save(run, config, runtime, step, finished=False):
     """
     run.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, step), dict(
         model_entries(run, step), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
-        best_val_loss=run.best_val_loss, train_config=asdict(config), resolved=run.resolved,
+        best_val_loss=run.best_val_loss, last_step=run.last_step, train_config=asdict(config), resolved=run.resolved,
         data=run.folder.fingerprint(), finished=finished, provenance=run.provenance))
     if runtime.is_main and not run.save_failed:
-        delete_old(config.log_dir, config.keep_checkpoints)
+        delete_old(config.log_dir, config.keep_checkpoints, step)
     if finished and run.save_failed:
         raise RunFailed(f"the last checkpoint could not be written; make room on the disk of {config.log_dir} and run "
                         "the same command: it repeats the steps since the newest checkpoint")
@@ -318,25 +329,24 @@ def write_checkpoint(runtime, path, entries):
             print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
         except OSError as error:
             problem = str(error)
-            print(f"warning: not written, training goes on, the older checkpoints are intact: {problem}", flush=True)
+            print(f"warning: not written, the older checkpoints are intact: {problem}", flush=True)
     return runtime.sum(bool(problem))[0] == 0
 
 
 def dry_run(config, runtime):
     """Two steps, an evaluation, a save and a load in a temporary folder: what the full run would take."""
-    folder = runtime.from_main(lambda: tempfile.mkdtemp(prefix="dry_run_"))
-    try:
+    with temporary_folder(runtime, beside=config.log_dir) as folder:
         small = replace(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
-                        log_dir=folder, checkpoint_every=1, dry_run=False, mlflow=False,
+                        log_dir=folder, checkpoint_every=1, mlflow=False,
                         val_tokens=min(config.val_tokens, config.total_batch_size))
-        log = train(small, runtime, DRY_RUN_ITEMS)
-        train(small, runtime, DRY_RUN_ITEMS)                                           # loads what the first one saved
+        run, log = train(small, runtime, DRY_RUN_ITEMS) or (None, None)
         if log and log.steps_done == 2:
-            shares = dict(validation=small.val_tokens / config.val_tokens, HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)
+            restore(run, runtime.from_main(lambda: find_checkpoint(small, runtime.print)))
+            shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)
+            if config.eval_every:
+                here, there = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))
+                shares["validation"] = here / there
             runtime.print(log.forecast(config, shares))
-    finally:
-        if runtime.is_main:
-            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

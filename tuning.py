@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from checkpoint import save_checkpoint
 from config import RunFailed, UserError
-from metrics import AppendFile, cut_back, human_time
+from human import human_time
+from metrics import AppendFile, cut_back
 from model import IGNORED
 from plan import learning_rate_factor
 from rows import make_batches
@@ -88,9 +89,9 @@ def trained_weights(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def rows_of_step(run, config, step):
-    """The numbers of the training rows of a step: a pure function of (seed, step)."""
-    epoch, place = divmod(step, run.steps_per_epoch)
+def rows_of_step(run, config):
+    """The numbers of the training rows of this step: a pure function of (seed, step)."""
+    epoch, place = divmod(run.step, run.steps_per_epoch)
     order = permutation(len(run.rows), config.seed, "examples", epoch)
     return order[place * config.batch_size:(place + 1) * config.batch_size].tolist()
 
@@ -121,11 +122,11 @@ def tune(run, config, runtime, evaluate):
             rate = set_learning_rate(run, config)
             result, n_tokens = train_step(run, config, runtime)
             run.tokens += n_tokens
-            run.skipped.count(result, run.scaler)
-            run.skipped.check()
+            skipped = run.skipped.count(result, run.scaler)
             seconds = time.perf_counter() - start_time
             run.seconds += seconds
-            log.train(result, rate, n_tokens, seconds)
+            log.train(result, rate, n_tokens, seconds, skipped)
+            run.skipped.check()
             if run.step == first_step:
                 runtime.first_step_done()
             run.step, stop = run.step + 1, result.stop
@@ -172,7 +173,7 @@ def end_epoch(run, config, runtime, log, evaluate):
 def train_step(run, config, runtime):
     """One optimizer step on this rank's share of the rows: its StepResult, and the tokens that all ranks read."""
     seed_everything(config.seed, "step", run.step, runtime.rank)                       # dropout
-    indices = rows_of_step(run, config, run.step)
+    indices = rows_of_step(run, config)
     rows = [run.rows[i] for i in indices]
     share = runtime.world_size / run.objective.amount(rows)                            # DDP divides by world_size
     batches = list(my_batches(run, runtime, indices)) or [nothing()]
@@ -224,7 +225,7 @@ def mean_loss(run, runtime, rows):
 
 
 def set_learning_rate(run, config):
-    """Set the learning rate of this step and return it."""
+    """Set the learning rate of this step and return it; a Tuning has the fields of a Plan that count here."""
     rate = config.max_lr * learning_rate_factor(run.step, run, "cosine", config.min_lr / config.max_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -275,8 +276,8 @@ class TuneLog:
             self._file = AppendFile(path)
             self._tracker = Tracker(config, config.out, "fine-tuning", resumed=run.step > 0)
 
-    def train(self, result, rate, n_tokens, seconds):
-        """Log one step; n_tokens: that it read, all ranks together."""
+    def train(self, result, rate, n_tokens, seconds, skipped):
+        """Log one step; n_tokens: that it read, all ranks together; skipped: why it was no update, "" where it was."""
         run = self._run
         self._step_s.append(seconds)
         if not self._runtime.is_main:
@@ -285,10 +286,9 @@ class TuneLog:
         self._row(loss=result.loss, lr=rate, grad_norm=result.grad_norm, ms=1000 * seconds, tok_per_sec=tok_per_sec)
         recent = self._step_s[-50:]
         eta = (run.max_steps - run.step - 1) * sum(recent) / len(recent)
-        skipped = "" if result.finite else " | update skipped: not finite"
         print(f"step {run.step:>{len(str(run.max_steps))}}/{run.max_steps} | loss {result.loss:.4f} | lr {rate:.2e} | "
               f"norm {result.grad_norm:.3f} | {1000 * seconds:.0f} ms | {tok_per_sec:,.0f} tok/s | "
-              f"eta {human_time(eta)}{skipped}", flush=True)
+              f"eta {human_time(eta)}{skipped and f' | update skipped: {skipped}'}", flush=True)
 
     def evaluation(self, epoch, facts, better, seconds):
         """Log what an evaluation measured, {name: number}."""

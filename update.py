@@ -19,7 +19,8 @@ class StepResult:
 
 
 def update(model, optimizer, scaler, grad_clip, loss, runtime):
-    """Clip the gradients, step, drop them: a StepResult. loss: this rank's, whose mean over ranks is the step's.
+    """Clip the gradients, step, drop them: a StepResult. loss: this rank's, a scalar tensor in
+    nats; the mean over ranks is the step's.
 
     The one small collective of a step carries the loss and the stop flag. The norm is of gradients that DDP has
     averaged, so all ranks decide alike whether to skip.
@@ -58,5 +59,6 @@ class Skipped:
     def check(self):
         """Raise RunFailed after MAX_SKIPPED in a row: the weights are past saving."""
         if self.in_a_row >= MAX_SKIPPED:
-            raise RunFailed(f"{MAX_SKIPPED} steps in a row gave no finite gradient; the checkpoints are as they were. "
-                            "Go back to one and try a smaller --max_lr, --dtype bf16 or fp32, or --seed")
+            raise RunFailed(f"{MAX_SKIPPED} steps in a row gave no finite gradient; what was saved is as it was. Go on "
+                            "from it with --dtype bf16 or fp32 (train.py: or --attention math), or begin anew in "
+                            "another folder with a smaller --max_lr or another --seed")

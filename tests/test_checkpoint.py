@@ -194,10 +194,13 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (5, 10, 99_999, 100_000):
         checkpoint_path(tmp_path, step).touch()
     (tmp_path / "model_best.pt").touch()
-    delete_old(tmp_path, 2)
+    delete_old(tmp_path, 2, 10**6)
     assert {p.name for p in tmp_path.iterdir()} == {"model_99999.pt", "model_100000.pt", "model_best.pt"}
-    delete_old(tmp_path, 5)
+    delete_old(tmp_path, 5, 10**6)
     assert len(list_checkpoints(tmp_path)) == 2
+    checkpoint_path(tmp_path, 200).touch()
+    delete_old(tmp_path, 1, 200)      # the later ones are damaged: the run fell back and has just saved step 200
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [100_000, 99_999, 200]
 
 
 class Bomb:

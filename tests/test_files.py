@@ -9,7 +9,8 @@ import pytest
 from conftest import script_env
 
 from config import UserError
-from files import FolderLock, atomic_write, human_bytes, read_json, write_json
+from files import FolderLock, atomic_write, read_json, write_json
+from human import human_bytes
 
 
 def background(code, home):

@@ -189,7 +189,7 @@ def test_it_follows_instructions_and_its_adapter_travels(data, base, tmp_path, c
     assert report["base"] == json.loads((out / "adapter" / "base.json").read_text())
     merged = next(out.glob("model_*.pt"))
     checkpoint = read_checkpoint(merged)
-    assert checkpoint["base"] == report["base"] and checkpoint["step"] == 72
+    assert checkpoint["base"] == report["base"] and checkpoint["step"] == 6 * report["best_epoch"]
 
     answers = json.loads((out / "responses.json").read_text())
     assert len(answers) == 5 and {a["output"] for a in answers} <= {f"{c} {c}" for c in COLOURS}

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 # Leaves define things; each imports only leaves listed above it. A new leaf gets its place here.
-LEAVES = ["config", "files", "plan", "hub", "hf_format", "model", "tokenizer", "shards", "documents", "encode",
+LEAVES = ["config", "files", "human", "plan", "hub", "hf_format", "model", "tokenizer", "shards", "documents", "encode",
           "python_docs", "dataloader", "device", "lora", "classifier", "checkpoint", "peers", "runtime", "decoding",
           "template", "resume", "optimizer", "update", "memory", "choices", "history", "figures", "tracking", "metrics",
           "assemble", "rows", "tuning", "finetuning"]
@@ -15,7 +15,7 @@ TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for 
 SCRIPTS = [name for name in MODULES
            if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in TREES[name].body)]
 WITHOUT_TORCH = [name for name in MODULES if name.startswith("prepare_") or name in (
-    "config", "files", "plan", "tokenizer", "shards", "hub", "history", "figures", "plot")]
+    "config", "files", "human", "plan", "tokenizer", "shards", "hub", "history", "figures", "plot")]
 LATER = {"datasets", "transformers", "matplotlib", "pandas", "pyarrow", "tokenizers", "safetensors", "huggingface_hub",
          "mlflow", "streamlit", "sklearn", "scipy", "peft"}     # imported by the functions that need them
 

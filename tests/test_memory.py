@@ -12,47 +12,54 @@ def card(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):
     """A runtime on a device on which up to so many rows fit; the tries are recorded."""
     tried = []
 
-    def fits(raw, size, runtime):
+    def fits(module, block_size, size, runtime):
         tried.append(size)
         return size <= rows_that_fit
     monkeypatch.setattr(memory, "fits", fits)
     return SimpleNamespace(device=torch.device(kind), minimum=minimum), tried
 
 
-RAW = SimpleNamespace(config=SimpleNamespace(block_size=1024))
+RAW = SimpleNamespace()
 
 
 def test_the_largest_divisor_that_fits_is_found_by_halving(monkeypatch):
     runtime, tried = card(monkeypatch, 20)
-    assert memory.find_micro_batch_size(RAW, 0, 512, runtime) == 16
+    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 16
     assert tried == [64, 32, 16]                      # 64 x 1024 tokens already fill a card
     runtime, tried = card(monkeypatch, 9)
-    assert memory.find_micro_batch_size(RAW, 0, 60, runtime) == 6   # 60, 30, 15, 6: each a divisor of 60
+    assert memory.find_micro_batch_size(RAW, 1024, 0, 60, runtime) == 6   # 60, 30, 15, 6: each a divisor of 60
 
 
 def test_the_smallest_of_the_ranks_counts(monkeypatch):
     runtime, _ = card(monkeypatch, 64, minimum=lambda value: min(value, 8))
-    assert memory.find_micro_batch_size(RAW, 0, 512, runtime) == 8
+    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 8
 
 
 def test_a_size_that_does_not_fit_names_the_next_smaller_valid_one(monkeypatch):
     runtime, _ = card(monkeypatch, 20)
     with pytest.raises(UserError, match="use --micro_batch_size 16, or 0"):
-        memory.find_micro_batch_size(RAW, 32, 512, runtime)
-    assert memory.find_micro_batch_size(RAW, 16, 512, runtime) == 16
+        memory.find_micro_batch_size(RAW, 1024, 32, 512, runtime)
+    assert memory.find_micro_batch_size(RAW, 1024, 16, 512, runtime) == 16
+    with pytest.raises(UserError, match="use --micro_batch_size 32, or 0"):
+        memory.find_micro_batch_size(RAW, 1024, 48, 96, runtime)
+
+
+def test_a_size_that_was_found_on_a_larger_card_is_found_anew(monkeypatch):
+    runtime, tried = card(monkeypatch, 20)
+    assert memory.find_micro_batch_size(RAW, 1024, 64, 512, runtime, insist=False) == 16
+    assert tried == [64, 64, 32, 16]
 
 
 def test_not_even_one_row(monkeypatch):
     runtime, _ = card(monkeypatch, 0)
     with pytest.raises(UserError, match="--recompute"):
-        memory.find_micro_batch_size(RAW, 0, 512, runtime)
+        memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime)
 
 
 def test_on_a_cpu_a_micro_batch_has_at_most_4096_tokens(monkeypatch):
     runtime, tried = card(monkeypatch, 0, kind="cpu")
-    assert memory.find_micro_batch_size(RAW, 0, 512, runtime) == 4 and tried == []
-    long = SimpleNamespace(config=SimpleNamespace(block_size=8192))
-    assert memory.find_micro_batch_size(long, 0, 512, runtime) == 1
+    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 4 and tried == []
+    assert memory.find_micro_batch_size(RAW, 8192, 0, 512, runtime) == 1
 
 
 def test_a_try_leaves_the_weights_bitwise_as_they_are():
@@ -61,7 +68,7 @@ def test_a_try_leaves_the_weights_bitwise_as_they_are():
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
-    assert memory.fits(model, 2, runtime)
+    assert memory.fits(model, 8, 2, runtime)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -73,4 +80,4 @@ def test_out_of_memory_is_no_error_but_an_answer():
         def forward(self, idx, targets):
             raise torch.OutOfMemoryError("CUDA out of memory")
     runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
-    assert not memory.fits(Full(2, 2), 2, runtime)
+    assert not memory.fits(Full(2, 2), 8, 2, runtime)

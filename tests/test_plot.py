@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import figures
+import human
 import plot
 from config import UserError
-from history import Run, Series, read_run, smooth
+from history import LoggedRun, Series, read_run, smooth
 
 REPOSITORY = Path(__file__).parent.parent
 BUILD_NANOGPT_LOG = """0 val 10.9512
@@ -170,12 +171,12 @@ def test_long_curves_keep_their_spikes_and_gaps():
 
 @pytest.mark.parametrize("n, text", [(0, "0"), (950, "950"), (2500, "2.5k"), (999_900, "1000k"), (9.9992e9, "10B")])
 def test_counts_for_people(n, text):
-    assert figures.human_count(n) == text
+    assert human.human_count(n) == text
 
 
 @pytest.mark.parametrize("rate, text", [(0, "0"), (6e-4, "6e-4"), (1.5e-3, "1.5e-3"), (1, "1e0")])
 def test_rates_for_people(rate, text):
-    assert figures.human_rate(rate) == text
+    assert human.human_rate(rate) == text
 
 
 # -----------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_rates_for_people(rate, text):
 def made_up_run(name, **values):
     series = {key: Series(np.arange(len(v)), np.arange(len(v)) * 8.0, np.arange(len(v)) / 10, np.array(v, dtype=float))
               for key, v in values.items()}
-    return Run(name, Path(name) / "metrics.jsonl", series)
+    return LoggedRun(name, Path(name) / "metrics.jsonl", series)
 
 
 def titles(figure):
@@ -315,7 +316,7 @@ def test_tokens_of_log_txt_and_damage_are_told(tmp_path):
     (["text", "--x", "hours"], "does not tell the hours"),
     (["json", "text", "--x", "hours"], "log.txt does not tell the hours"),
     (["json", "--x", "days"], "--x must be one of"), (["text", "--tokens_per_step", "0"], "--tokens_per_step must be"),
-    (["json", "--out", "json/metrics.jsonl/plot.png"], "choose another --out")])
+    (["json", "--out", "json/metrics.jsonl/plot.png"], "choose another place")])
 def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, words, message):
     write_realistic(tmp_path / "json")
     write_text(tmp_path / "text", BUILD_NANOGPT_LOG)
