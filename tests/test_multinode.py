@@ -131,5 +131,5 @@ def test_the_rank_that_hangs_is_named(train, make_shards, tmp_path):  # noqa: F8
     said = re.search(r"error on (\S+), rank 0: no progress for 2 s: (.*)", out)
     assert codes == [1, 1] and said, out
     assert re.fullmatch(rf"rank 1 on {re.escape(said[1])} is at train\.py:\d+ in loop; rank 0 on \S+ is at "
-                        r"update\.py:\d+ in update", said[2]), said[0]
+                        r"train\.py:\d+ in train_step", said[2]), said[0]
     assert "Traceback" not in out
