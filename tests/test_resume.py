@@ -7,10 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, script_env
+
+from checkpoint import checkpoint_path, save_checkpoint
+from config import UserError
+from resume import find_checkpoint, last_step
 
 CHAOS = "tests/chaos.py"
 # 18 windows of 16 tokens, 8 a step: an epoch ends inside every third batch, and shards end everywhere.
@@ -258,3 +263,37 @@ def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(train,
     codes, out = train(1, *flags, ACCIDENT="full:save:9")
     assert codes == [0] and out.count("warning: not written") == 2, out   # at 4 and 8; tried again at 10
     assert [p.name for p in sorted((tmp_path / "logs").glob("*.pt"))] == ["model_00010.pt", "model_00012.pt"]
+
+
+def stored(step, **more):
+    """The entries that training needs, of a run that was to be 100 steps long."""
+    return dict(dict(model={}, config={}, step=step, optimizer={}, scaler={}, train_config={"resume": "auto"},
+                     resolved={"max_steps": 100}, data="", best_val_loss=1.0, finished=False), **more)
+
+
+def test_going_back_to_an_older_checkpoint_goes_on_from_there_when_killed(tmp_path):
+    """--resume FILE: later checkpoints of another start stand in the way, those of the same start are gone on from."""
+    older, later = checkpoint_path(tmp_path, 4), checkpoint_path(tmp_path, 8)
+    save_checkpoint(older, stored(4))
+    config = SimpleNamespace(resume=str(older), log_dir=str(tmp_path))
+    assert find_checkpoint(config, print)["step"] == 4
+    save_checkpoint(later, stored(8))
+    with pytest.raises(UserError, match=r"holds a later checkpoint, of step 8: leave --resume out"):
+        find_checkpoint(config, print)
+    save_checkpoint(later, stored(8, train_config={"resume": str(older)}))
+    assert find_checkpoint(config, print)["step"] == 8
+    later.write_bytes(b"damaged")
+    assert find_checkpoint(config, lambda _: None)["step"] == 4
+
+
+@pytest.mark.parametrize("entries, stop_loss, expected", [
+    (stored(7), 0.1, 100),
+    (stored(7, train_config={"stop_loss": 0.1}, last_step=7), 0.1, 7),       # stopped in its last evaluation
+    (stored(7, train_config={"stop_loss": 0.1}, finished=True), 0.1, 7),
+    (stored(7, train_config={"stop_loss": 0.1}, last_step=7), 0.05, 100),    # now asked for less
+    (stored(7, train_config={"stop_loss": 0.1}, last_step=100), 0.1, 100),   # not reached yet
+    (stored(100, train_config={"stop_loss": 0.1}, finished=True), 0.1, 120),  # a wsd run that may grow
+])
+def test_a_run_ends_where_its_stop_loss_was_reached(entries, stop_loss, expected):
+    plan = SimpleNamespace(max_steps=120 if entries["step"] == 100 else 100)
+    assert last_step(SimpleNamespace(stop_loss=stop_loss), entries, plan) == expected
