@@ -240,7 +240,7 @@ def verify(folder):
         "sizes and token ids are right; there is no manifest.json to hold hashes against"
     print(f"{folder}: {len(shards.shards)} shards, {n_bytes // 2:,} tokens: {what}")
     if shards.manifest and not shards.manifest.complete:
-        print("it is incomplete: run the prepare command again, it continues")
+        print("it is incomplete: run the same prepare command again, which completes it")
 
 
 def main(argv=None):

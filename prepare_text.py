@@ -109,14 +109,15 @@ def iter_batch(batch):
 def split_documents(lengths, order, val_fraction):
     """(val, train): the documents of each split, in seeded order; val is empty where no document fits.
 
-    Documents go to val until it holds val_fraction of the tokens; one that would make it twice that is left to train.
+    lengths (documents,) in tokens. Documents go to val until it holds val_fraction of the tokens; one that would make
+    it more than twice that, or all there is, is left to train.
     """
     target = val_fraction * lengths.sum()
     val, n_val = [], 0
     for document in order:
         if n_val >= target:
             break
-        if n_val + lengths[document] <= 2 * target:
+        if n_val + lengths[document] <= min(2 * target, lengths.sum() - 1):
             val.append(document)
             n_val += int(lengths[document])
     return np.array(val, dtype=np.int64), order[~np.isin(order, val)]
@@ -141,7 +142,7 @@ def write_shards(folder, manifest, tokens, starts, config):
 
 
 def cut_tail(starts, ends, n_tail):
-    """The same pieces (starts, ends) in another order: the last n_tail tokens first, the piece at the border cut."""
+    """The same pieces in another order, (2, pieces): the last n_tail tokens first, the piece at the border cut."""
     before = np.cumsum(ends - starts) - (ends - starts)         # tokens in front of each piece
     border = before[-1] + ends[-1] - starts[-1] - n_tail
     i = int(np.searchsorted(before, border, side="right")) - 1  # the piece that holds the border
@@ -160,17 +161,17 @@ def main(argv=None):
                         seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
-    found = matching_manifest(folder, manifest)
-    if found and found.complete:
-        print(f"{folder} already holds the shards of this command")
-        return print_shards(folder)
-    if config.train_tokenizer:
-        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
-        tokenizer = train_tokenizer((text for text, _ in corpus), config.train_tokenizer)
-    else:
-        tokenizer = gpt2_tokenizer()
-    manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
     with FolderLock(folder, wait_s=0), writing_to(folder):
+        found = matching_manifest(folder, manifest)
+        if found and found.complete:
+            print(f"{folder} already holds the shards of this command")
+            return print_shards(folder)
+        if config.train_tokenizer:
+            print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
+            tokenizer = train_tokenizer((text for text, _ in corpus), config.train_tokenizer)
+        else:
+            tokenizer = gpt2_tokenizer()
+        manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
         manifest.save(folder)           # incomplete as yet: a killed run is recognised and done again
         tokenizer.save(folder)
         with tempfile.TemporaryFile(dir=folder) as file:    # nameless: a killed run leaves none

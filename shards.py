@@ -169,7 +169,7 @@ class ShardFolder:
                             "prepare_text.py, or name their folder with --data_dir")
         self.manifest = load_manifest(folder)
         if need_complete and self.manifest and not self.manifest.complete:
-            raise UserError(f"{folder} is incomplete: run the same prepare command again, it continues")
+            raise UserError(f"{folder} is incomplete: run the same prepare command again, which completes it")
         names = [p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name)]
         if self.manifest:
             names = self._listed_names(set(names))

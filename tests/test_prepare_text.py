@@ -58,7 +58,7 @@ def brute_force_split(lengths, order, val_fraction):
     for d in order:
         held = sum(lengths[i] for i in val)
         full = full or held >= val_fraction * total
-        fits = held + lengths[d] <= 2 * val_fraction * total
+        fits = held + lengths[d] <= 2 * val_fraction * total and held + lengths[d] < total
         (val if not full and fits else train).append(d)
     return val, train
 
@@ -88,6 +88,13 @@ def test_where_no_document_fits_the_tail_is_cut_off(tmp_path, shard_tokens):
     assert stream(tmp_path / "out", "train") == whole[:-n_val]
     assert len(ShardFolder(tmp_path / "out").val) == 1
     assert {s.n_tokens for s in ShardFolder(tmp_path / "out").train[:-1]} <= {shard_tokens}
+
+
+def test_val_never_takes_all_there_is(tmp_path):
+    (tmp_path / "two.txt").write_text("one two three four|one two three four")
+    prepare_text.main([str(tmp_path / "two.txt"), "--separator", "|", "--out", str(tmp_path / "out"),
+                       "--val_fraction", "0.6"])
+    assert stream(tmp_path / "out", "val") == stream(tmp_path / "out", "train") != []
 
 
 @pytest.mark.parametrize("n", range(1, 14))
@@ -187,7 +194,7 @@ def test_the_pool_makes_the_same_bytes(jsonl, tmp_path, monkeypatch):
 def test_the_same_command_again_does_nothing_and_another_one_is_refused(jsonl, tmp_path, capsys):
     command = [str(jsonl), "--out", str(tmp_path / "out")]
     prepare_text.main(command)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name != ".lock"}
     prepare_text.main(command)
     assert "already holds" in capsys.readouterr().out
     for more, named in ((["--seed", "1"], "seed"), (["--val_fraction", "0.1"], "val_fraction"),
@@ -197,7 +204,7 @@ def test_the_same_command_again_does_nothing_and_another_one_is_refused(jsonl, t
     jsonl.write_text(jsonl.read_text().replace("Once", "Twice"))
     with pytest.raises(UserError, match="differing: text"):
         prepare_text.main(command)
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name != ".lock"} == before
 
 
 def test_a_folder_of_other_things_is_left_alone(jsonl, tmp_path):
