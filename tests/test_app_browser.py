@@ -90,6 +90,7 @@ def browser(tmp_path):
     driver.quit()
 
 
+@pytest.mark.slow
 def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
     for step in (7, 9):
         save_model(tmp_path / "logs" / f"model_{step:05d}.pt", step)

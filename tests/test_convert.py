@@ -169,6 +169,7 @@ def foreign(request, run, tiny_gpt2, tmp_path):
     return path, theirs
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_works_in_every_script(foreign, run, make_shards, tmp_path, capsys):
     path, theirs = foreign
     tokenizer = open_model(path).tokenizer

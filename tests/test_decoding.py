@@ -233,6 +233,7 @@ def test_tokens_that_are_read_late_are_the_same(model, monkeypatch):
     assert written(model, RAGGED) == expected
 
 
+@pytest.mark.slow
 def test_the_compiled_step_gives_the_plain_steps_text(model):
     """With fixed shapes and, on a CPU, frozen weights; ragged rows, across the edge of the window."""
     from torch._dynamo.utils import counters  # slow to import

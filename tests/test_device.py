@@ -62,6 +62,7 @@ def test_auto_compile_is_on_exactly_where_a_compiled_function_runs(monkeypatch, 
         choose_compile("on", hardware, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_problem_is_one_line(run, tmp_path):
     code = "import torch, device; print(device.compile_problem(torch.device('cpu')))"
     env = {"CC": "/none/cc", "CXX": "/none/c++", "PATH": "/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -163,6 +163,7 @@ def test_frozen_layers_do_not_move_and_the_others_do(reviews, base, tmp_path, tr
     assert open_model(tmp_path / "out" / "classifier.pt", classifiers=True).model.config.labels == ["bad", "good"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_classifier(run, reviews, base, tmp_path, capsys):
     extra = ("--dropout", 0.1, "--train", "last:1", "--num_epochs", 3, "--patience", 0)
     straight, stopped = ((*flags_for(reviews, base, tmp_path / name), *extra) for name in ("straight", "stopped"))
@@ -203,6 +204,7 @@ def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(reviews, base, tmp
     assert ended.value.code == 130 and "stopped before there was a result" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_classifier_of_one(run_ranks, reviews, base, tmp_path):
     extra = ("--num_epochs", 1, "--batch_size", 111)       # the epoch's second step has one row: a rank has none
     codes, output = run_ranks(2, "finetune_classifier.py", *flags_for(reviews, base, tmp_path / "two"), *extra)

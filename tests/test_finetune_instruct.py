@@ -235,6 +235,7 @@ def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_its_responses(
     assert texts == [prompt + a["response"] for prompt, a in zip(prompts, answers)]
 
 
+@pytest.mark.slow
 def test_two_processes_tune_the_same_adapter_as_one(run_ranks, data, base, tmp_path):
     flags = (*TINY, "--data", data, "--init_from", base[0], "--responses", 0, "--num_epochs", 1)
     codes, output = run_ranks(2, "finetune_instruct.py", *flags, "--out", tmp_path / "two")

@@ -207,6 +207,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self.do_HEAD() or b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(run, tmp_path, with_tokenizer):
     torch.manual_seed(0)

@@ -71,6 +71,7 @@ def test_keep_downloads(corpus, edu, prepare_from, tmp_path):
         assert (tmp_path / "downloads/sample/10BT" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_faults_of_the_network_are_outlived(corpus, edu, prepare_from, tmp_path):
     faults = [("GET", f"/api/datasets/{EDU}", 503), ("POST", "paths-info", 500), ("GET", "000.parquet", 502),
               ("GET", "001.parquet", "damage"), ("GET", "001.parquet", (500, {"Retry-After": "1"})),

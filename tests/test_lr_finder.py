@@ -73,6 +73,7 @@ def finder(*flags):
     lr_finder.main([str(f) for f in flags])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlflow", [False, True])
 def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_been(make_shards, tmp_path, capsys,
                                                                                     mlflow):
@@ -106,6 +107,7 @@ def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_be
         assert len(train_run.history["loss"]) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_with_other_micro_batches_see_the_same_losses(make_shards, run, tmp_path):
     data = make_shards([4000])
     flags = (*TINY, "--data_dir", data, "--total_batch_size", 128, "--steps", 12, "--lr_high", 1e-2)

@@ -64,6 +64,7 @@ with start(SimpleNamespace(device="cpu", dtype="fp32")) as runtime:
 """
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_equal_on_all_ranks_and_those_of_one_process(run, tmp_path):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     env = {"OUT": str(tmp_path / "grads")}
@@ -158,6 +159,7 @@ def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards
     assert not any(k.startswith("_orig_mod") for k in saved)
 
 
+@pytest.mark.slow
 def test_compile_on_without_a_compiler_is_one_line(run, make_shards, tmp_path):
     rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([900]), "--total_batch_size", 64, "--max_steps", 1,
                      "--compile", "on", "--log_dir", tmp_path / "logs",
@@ -165,6 +167,7 @@ def test_compile_on_without_a_compiler_is_one_line(run, make_shards, tmp_path):
     assert rc == 2 and "--compile off" in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.slow
 def test_muon_is_the_same_on_one_and_two_processes(run, make_shards, tmp_path):
     flags = (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 256, "--micro_batch_size", 4,
              "--max_steps", 8, "--optimizer", "muon")

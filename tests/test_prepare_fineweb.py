@@ -64,6 +64,7 @@ def test_the_genuine_sample_through_parquet(tmp_path):
         assert loaded(tmp_path / name) == build_nanogpt(texts, 50_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2, 5])
 def test_any_number_of_workers_makes_the_same_bytes(corpus, tmp_path, num_proc):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000]
@@ -89,6 +90,7 @@ def test_any_start_method_makes_the_same_tokens(run, start_method):
     assert (rc, out) == (0, "20\n"), err
 
 
+@pytest.mark.slow
 def test_work_in_flight_is_bounded_however_slow_the_consumer():
     planned = []
 
@@ -146,6 +148,7 @@ def test_pieces_of_json_lines(tmp_path, monkeypatch, piece_bytes):
 # --- killed and continued
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [0, 2])
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", "2500", "--num_proc", str(num_proc)]

@@ -92,6 +92,7 @@ def test_thirty_steps_equal_a_plain_loop_with_transformers_and_torch(run, make_s
     assert expected[-1] < expected[0] - 0.05          # the comparison is of a loop that learns
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(run, make_shards, tmp_path):
     flags = (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 256, "--max_steps", 8, "--max_lr", 3e-3)
     rc, _, err = run("train.py", *flags, "--micro_batch_size", 4, "--log_dir", tmp_path / "one")
@@ -173,6 +174,7 @@ def test_a_mistake_exits_with_status_2_and_no_traceback(run, make_shards, tmp_pa
     assert rc == 2 and err.startswith("train.py: error: --total_batch_size 100") and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_is_said_once(run, make_shards, tmp_path):
     rc, out, err = torchrun(run, 2, *TINY, "--data_dir", make_shards([200]), "--total_batch_size", 48, "--log_dir",
                             tmp_path / "logs", timeout=60)
