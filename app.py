@@ -162,9 +162,7 @@ def the_desk():
 
 def make_writer(source, config):
     """Open a model and make it ready to write. Raises UserError."""
-    opened = open_model(source)
-    if opened.tokenizer is None:
-        raise UserError(f"{source} comes without a tokenizer, so text cannot be encoded for it")
+    opened = open_model(source).with_tokenizer()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe(device))
     c = opened.model.config

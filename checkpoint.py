@@ -21,7 +21,7 @@ from config import UserError
 from files import atomic_write
 from human import human_bytes
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, _name_of, from_checkpoint, load_tokenizer
+from tokenizer import Tokenizer, from_checkpoint, from_merges, load_tokenizer
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
 PADDING_ROWS = 1024      # nobody pads an embedding by more: with so many spare rows the vocabulary is another one
@@ -157,6 +157,13 @@ class OpenedModel:
     val_loss: float | None = None
     extra: dict = field(default_factory=dict)   # the checkpoint's other plain entries
 
+    def with_tokenizer(self):
+        """Itself, if text can be encoded for the model. Raises UserError where the weights came without a tokenizer."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.source} comes without a tokenizer for its {self.model.config.vocab_size:,} tokens, "
+                            "so text cannot be encoded for it")
+        return self
+
     def describe(self):
         """One line for people: source, size, step, validation loss."""
         facts = [f"{self.model.n_params():,} parameters"]
@@ -216,8 +223,7 @@ def _folder_tokenizer(folder, vocab_size):
         tokenizer = load_tokenizer(folder)
         return tokenizer if 0 <= vocab_size - tokenizer.n_vocab < PADDING_ROWS else None
     merges, ids = stored
-    tokenizer = from_checkpoint({"name": "", "merges": merges})
-    tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))
+    tokenizer = from_merges(merges, folder)
     ours = json.loads(tokenizer.encoder_json())
     if tokenizer.n_vocab > vocab_size or any(ids.get(token) != i for token, i in ours.items()):
         return None      # its ids stand in another order: special tokens first, say

@@ -298,8 +298,7 @@ def predict(config, runtime):
     opened = open_model(config.checkpoint, classifiers=True)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is no classifier, it writes text; make one of it with --init_from")
-    if opened.tokenizer is None:
-        raise UserError(f"{config.checkpoint} comes without a tokenizer, so text cannot be encoded for it")
+    opened.with_tokenizer()
     texts = read_texts(config) if config.predict_file else config.predict
     model, labels = opened.model.to(runtime.device).eval(), opened.model.config.labels
     rows = [encode(text, NO_LABEL, opened.tokenizer, model.config.block_size) for text in texts]

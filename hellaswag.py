@@ -15,7 +15,6 @@ prepare_hellaswag() and evaluate_hellaswag() serve train.py too.
 """
 import json
 import math
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -82,12 +81,9 @@ def main(argv=None):
 
 def score_checkpoint(config, runtime):
     """Score the model that the flags name; print and write the result."""
-    opened = runtime.together(lambda: open_scorable(config.checkpoint or newest_model()))
+    opened = runtime.together(lambda: open_model(config.checkpoint or newest_model()).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
-    runtime.print(f"{opened.source}: {model.n_params():,} parameters"
-                  + (f", step {opened.step}" if opened.step is not None else "")
-                  + (f", validation loss {opened.val_loss:.4f}" if opened.val_loss is not None else "")
-                  + f", on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
+    runtime.print(f"{opened.describe()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,
                                   config.limit)
     runtime.started()
@@ -101,14 +97,6 @@ def score_checkpoint(config, runtime):
             acc_norm_stderr=score.stderr(score.acc_norm), n_cut=score.n_cut, checkpoint=opened.source,
             data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name,
             seconds=round(seconds, 3)))
-
-
-def open_scorable(source):
-    """The OpenedModel of a checkpoint, folder or name, if text can be encoded for it. Raises UserError."""
-    opened = open_model(source)
-    if opened.tokenizer is None or opened.tokenizer.n_vocab > opened.model.config.vocab_size:
-        raise UserError(f"{opened.source} comes without its tokenizer, so text cannot be encoded for it")
-    return opened
 
 
 def write_result(path, result):
@@ -143,7 +131,7 @@ def find_hellaswag(path=DATA_FILE):
         return str(path)
     print(f"downloading {DATASET} to {path}", flush=True)
     if not hub.reachable():     # then only what was downloaded before counts, and it fails at once
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        hub.work_offline()
     try:
         from datasets import load_dataset
         rows = load_dataset(DATASET, split="validation")
@@ -191,7 +179,7 @@ def read_example(line, style, where):
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON; if the file was cut short, delete it, then it is downloaded again"
+        raise UserError(f"{where}: not valid JSON; if it is {DATA_FILE}, cut short, delete it: it is downloaded again"
                         ) from error
     if not isinstance(item, dict):
         raise UserError(f"{where}: a JSON {type(item).__name__}, not an example")

@@ -67,16 +67,22 @@ def _download(name):
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     logging.set_verbosity_error()      # a line for each retry
     print(f"{name} is no folder here; asking the Hugging Face hub", file=sys.stderr)
-    fetch = functools.partial(hf_hub_download, name, local_files_only=not hub.reachable())
+    online = hub.reachable()
+    fetch = functools.partial(hf_hub_download, name, local_files_only=not online)
     try:
         path = fetch("config.json")
         try:
             fetch("model.safetensors")
         except EntryNotFoundError:
             fetch("pytorch_model.bin")
-        for vocabulary in ("merges.txt", "vocab.json"):
-            with contextlib.suppress(EntryNotFoundError):
-                fetch(vocabulary)
+        for vocabulary in (("merges.txt", "vocab.json"), ("tokenizer.json",)):      # or neither
+            try:
+                for file in vocabulary:
+                    fetch(file)
+                break
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and online:           # the network is gone
+                    raise
         return Path(path).parent
     except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
         unreached = isinstance(error, LocalEntryNotFoundError)  # an EntryNotFoundError too: no network, not cached
@@ -158,6 +164,8 @@ def read_vocabulary(folder):
             return lines, read_json(Path(folder) / "vocab.json")
         if whole.exists():
             model = read_json(whole)["model"]
+            if model.get("type", "BPE") != "BPE":
+                return [], {}       # words or pieces: no vocabulary of ours has these ids
             return [m if isinstance(m, str) else " ".join(m) for m in model["merges"]], dict(model["vocab"])
     except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}") from error

@@ -34,6 +34,12 @@ class SourceFile:
     sha256: str = ""       # where the hub says it
 
 
+def work_offline():
+    """Have huggingface_hub and, not imported yet, datasets use only what was downloaded before, in this process."""
+    import huggingface_hub.constants
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def reachable():
     """Whether the hub answers at all, within seconds; behind a proxy it is trusted to."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):

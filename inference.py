@@ -63,10 +63,7 @@ def main(argv=None):
     with contextlib.suppress(AttributeError):              # a test's or a notebook's stream
         sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a letter shows "?"
     prompts = collect_prompts(config)
-    opened = open_model(config.checkpoint or newest_model())
-    if opened.tokenizer is None:
-        raise UserError(f"{opened.source} comes without a tokenizer for its {opened.model.config.vocab_size:,} tokens, "
-                        "so text cannot be encoded for it")
+    opened = open_model(config.checkpoint or newest_model()).with_tokenizer()
     decoder = ready(opened, config)
     try:
         if prompts is None:

@@ -176,6 +176,13 @@ def _merge_lines(lines):
     return [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
 
 
+def from_merges(lines, source):
+    """The Tokenizer of a list of merges, "a b" each, named by their hash. Raises UserError that names the source."""
+    tokenizer = _build(lines, "", source)
+    tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))
+    return tokenizer
+
+
 def _name_of(vocab_bpe):
     digest = hashlib.sha256(vocab_bpe).hexdigest()
     return "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
@@ -237,7 +244,5 @@ def train_tokenizer(texts, n_vocab):
     trainable.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=n_vocab - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty()))
-    merges = [tuple(m) for m in json.loads(trainable.to_str())["model"]["merges"]]
-    tokenizer = Tokenizer(merges, "")
-    tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))
-    return tokenizer
+    merges = json.loads(trainable.to_str())["model"]["merges"]
+    return from_merges([" ".join(pair) for pair in merges], "the trained vocabulary")

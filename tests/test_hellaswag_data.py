@@ -74,7 +74,7 @@ def test_a_bad_example_is_refused_by_its_line(tmp_path, style, change, complaint
 @pytest.mark.parametrize("data, complaint", [
     (b"", "line 1: the file is empty"),
     (b"\n \n", "line 1: the file is empty"),
-    (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:40], "line 2: not valid JSON; if the file was cut"),
+    (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:40], "line 2: not valid JSON; if it is data"),
     (b"\xff\xfe{}\n", "line 1: not valid JSON"),
     (b"[1, 2]\n", "line 1: a JSON list, not an example"),
     (b"[" * 100_000, "line 1: not valid JSON"),

@@ -208,13 +208,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(run, tmp_path, with_tokenizer):
+@pytest.mark.parametrize("vocabulary", [{"merges.txt", "vocab.json"}, {"tokenizer.json"}, set()], ids=str)
+def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(run, tmp_path, vocabulary):
     torch.manual_seed(0)
-    tokenizer = Tokenizer([("a", "b"), ("Ġ", "ab")], "") if with_tokenizer else None
+    tokenizer = Tokenizer([("a", "b"), ("Ġ", "ab")], "") if vocabulary else None
     model = GPT(GPTConfig(8, 50257 if tokenizer is None else tokenizer.n_vocab, 1, 2, 8))
     model.save_pretrained(tmp_path / "model", tokenizer)
-    Hub.files = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
+    others = {"merges.txt", "vocab.json", "tokenizer.json"} - vocabulary
+    Hub.files = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir() if f.name not in others}
     Hub.asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -228,11 +229,11 @@ print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), 
         rc, out, err = run("-c", code, env=env)
         server.shutdown()
     assert rc == 0, err
-    ids = [257] if with_tokenizer else gpt2_tokenizer().encode(" ab")
+    ids = [257] if vocabulary else gpt2_tokenizer().encode(" ab")
     assert out == f"gpt2 {model.transformer.wte.weight.double().sum().item()} {ids}\n"
     assert run("-c", code, env=env)[:2] == (0, out)      # the hub is gone: what was downloaded stays of use
     files = {path.split("/resolve/main/")[1] for path in Hub.asked if "/resolve/main/" in path}
-    assert files == {"config.json", "model.safetensors", "merges.txt", "vocab.json"}
+    assert files == {"config.json", "model.safetensors", "merges.txt", *(vocabulary or {"tokenizer.json"})}
 
 
 @pytest.mark.parametrize("options", [
