@@ -76,9 +76,9 @@ TABLE = {
     "python plot.py logs/adamw logs/muon --x hours --out compare.svg": Run("", ["compare.svg"]),
     "python lr_finder.py --data_dir data/demo --log_dir logs/new --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 "
     "--total_batch_size 2048 --max_steps 600": Run(f"{TINY} --steps 12", ["logs/new/lr_finder.png"]),
-    "python lr_finder.py --data_dir data/demo --log_dir logs/demo --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 "
+    "python lr_finder.py --data_dir data/demo --log_dir logs/new --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 "
     "--total_batch_size 2048 --max_steps 600 --steps 120 --lr_low 1e-5":
-        Run(f"{TINY} --steps 12 --log_dir logs/another", ["logs/another/lr_finder.csv"]),
+        Run(f"{TINY} --steps 12", ["logs/new/lr_finder.csv"]),
     "streamlit run app.py": Probe("--server.port {port} --server.headless true"),
     "streamlit run app.py -- --checkpoint gpt2 --device cpu": Skip("the same server; test_app.py gives it flags"),
     "python train.py --mlflow ...": Run(f"{TINY} --data_dir data/demo --log_dir logs/tracked",
