@@ -118,8 +118,8 @@ def compare(straight, killed, n_steps):
     logs = [(f / "log.txt").read_text() for f in (straight, killed)]
     rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
-    compared = ("model", "optimizer", "scaler", "best_val_loss", "val_loss")
-    return dict(bitwise_equal=all(equal(ends[0][k], ends[1][k]) for k in compared),
+    entries = ("model", "optimizer", "scaler", "best_val_loss", "val_loss")
+    return dict(bitwise_equal=all(equal(ends[0][k], ends[1][k]) for k in entries),
                 logs_equal=logs[0] == logs[1] and steps == list(range(n_steps)))
 
 
@@ -187,7 +187,8 @@ def kill_later(process, log_dir, dice, target):
     patience = time.monotonic() + (3 if dice.random() < 0.5 else 0)  # half of the kills wait for a save
     while not (saving := any(log_dir.glob("*.tmp"))) and time.monotonic() < patience:
         pass
-    for pid in dict(worker=[dice.choice(workers)], launcher=[process.pid], group=[*workers, process.pid])[target]:
+    victims = dict(worker=workers and [dice.choice(workers)], launcher=[process.pid], group=[*workers, process.pid])
+    for pid in victims[target]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return target, saving

@@ -144,6 +144,7 @@ class Bench:
             process = forks.start(script, words, env, home / ".out", home / ".err")
             process.join(SCRIPT_SLOW_S)
             process.kill()
+            process.join()
         error = (home / ".err").read_text(errors="replace")
         shutil.rmtree(home)
         if process.exitcode == -signal.SIGKILL:

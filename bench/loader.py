@@ -51,7 +51,7 @@ def main(argv=None):
     write_results("loader", dict(machine=machine(), config=vars(config), tokens_per_s=spread(fast),
                                  plain_tokens_per_s=spread(plain), wait_share_at_pace=spread(waits)), [
         compared("loader alone", "tokens/s", spread(fast)[0], "plain slices in file order", spread(plain)[0]),
-        compared("loader, waited at 500,000 tokens/s", "% of a step", 100 * spread(waits)[0])])
+        compared(f"loader, waited at {config.pace:,} tokens/s", "% of a step", 100 * spread(waits)[0])])
 
 
 def drain(stream, config, seed, seconds_per_step=0.0):

@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from config import DeviceConfig, UserError, flag, parse_config, run_script
 from dataloader import DataOrder, TrainLoader
 from device import choose_device, choose_dtype, probe
 from model import GPT, GPT2_SIZES, GPTConfig, parameter_groups
-from runtime import Runtime, start
+from runtime import Runtime, start, temporary_folder
 from shards import save_shard
 from train import TrainConfig, set_learning_rate, train_step
 
@@ -55,12 +54,15 @@ class TrainStepConfig(DeviceConfig):
         unknown = set(self.peers.split(",")) - set(PEERS)
         if unknown:
             raise UserError(f"--peers knows {', '.join(PEERS)}, not {sorted(unknown)[0]}")
+        if "ours" not in self.peers.split(","):
+            raise UserError("--peers must have ours: everything is compared with it")
 
 
 def main(argv=None):
     """Time all by turns, and the limits of the machine between."""
     config = parse_config(TrainStepConfig, argv, __doc__.split("\n\n")[0])
-    with start(config) as runtime, random_tokens(config, runtime) as data:
+    with start(config) as runtime, temporary_folder(runtime, tempfile.gettempdir()) as data:
+        runtime.from_main(lambda: save_tokens(config, data))
         makers = dict(ours=ours, apart=functools.partial(ours, reduce=False), transformers=transformers_loop,
                       plain=plain_loop)
         here = makers if runtime.device.type != "cpu" else ("ours", "apart")
@@ -89,7 +91,7 @@ def report(config, runtime, tokens_per_s, limits):
     median = {name: statistics.median(values) for name, values in tokens_per_s.items()}
     limit = statistics.median(limits["matmul_tflops"]) * 1e12 / flops * runtime.world_size
     ratios = {f"ours / {name}": statistics.median(np.divide(tokens_per_s["ours"], tokens_per_s[name]))
-              for name in median if name != "ours" and "ours" in median}
+              for name in median if name != "ours"}
     peak = runtime.hardware.peak_flops()
     memory = torch.cuda.max_memory_allocated() / 1e9 if runtime.device.type == "cuda" else None
     write_results(f"train_step_{runtime.device.type}_{config.model}_{runtime.world_size}", dict(
@@ -146,25 +148,16 @@ def serve_steps(maker, config, connection):
             connection.send("done")
 
 
-@contextlib.contextmanager
-def random_tokens(config, runtime):
-    """The path of a folder of token shards, the same on all ranks, for as long as the context lasts."""
-    with tempfile.TemporaryDirectory() if runtime.is_main else contextlib.nullcontext() as folder:
-        yield Path(runtime.from_main(lambda: save_tokens(config, folder)))
-        runtime.sum(0)     # nobody reads it any more
-
-
 def save_tokens(config, folder):
-    """Write the shards; their folder."""
+    """Write shards of random tokens into a folder."""
     tokens = np.random.default_rng(0)
     for i, n in enumerate((config.block_size + 1, max(4 * config.total_batch_size, 100_000))):
-        save_shard(Path(folder), "random", "train" if i else "val", i, tokens.integers(0, 50257, n))
-    return folder
+        save_shard(folder, "random", "train" if i else "val", i, tokens.integers(0, 50257, n))
 
 
 def ours(config, runtime, data, reduce=True):
     """A function that makes one step as train.py makes it. reduce=False: but for the reduction of gradients."""
-    training = TrainConfig(data_dir=str(data), log_dir=str(data), model=config.model, block_size=config.block_size,
+    training = TrainConfig(data_dir=data, log_dir=data, model=config.model, block_size=config.block_size,
                            total_batch_size=config.total_batch_size, micro_batch_size=config.micro_batch_size,
                            compile=config.compile, optimizer=config.optimizer, recompute=config.recompute,
                            device=config.device, dtype=config.dtype, eval_every=0, max_steps=10 ** 6)
