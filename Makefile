@@ -8,10 +8,12 @@ PY     := $(VENV)/bin/python
 help:
 	@echo "make demo       a small GPT-2, trained on this CPU (or GPU) in minutes: data, training, plot, samples"
 	@echo "make test       the whole test suite"
-	@echo "make test-fast  the tests that take less than a few seconds each"
+	@echo "make test-fast  the tests that take less than three seconds each"
 	@echo "make bench      the benchmarks at CPU size, into bench/results"
 	@echo "make bench-gpu  the benchmarks on one GPU (bench/README.md says what it needs)"
-	@echo "make run-gpu    GPT-2 124M on 48M tokens of Wikipedia, 4 epochs, on one GPU"
+	@echo "make run-gpu    GPT-2 124M on 48M tokens of Wikipedia, 4 epochs, on one GPU (likewise)"
+	@echo "make run-gpu-shakespeare   GPT-2 124M learns tinyshakespeare by heart (likewise)"
+	@echo "make clean      remove .venv and the demo"
 
 demo: $(VENV)/.core
 	$(PY) prepare_text.py --demo --train_tokenizer 4096 --out data/demo

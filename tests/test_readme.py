@@ -97,8 +97,6 @@ TABLE = {
     "python finetune_instruct.py --data alpaca.json --init_from gpt2 --out logs/instruct":
         Run(TUNED, ["logs/instruct/adapter/adapter_config.json"]),
     "python finetune_instruct.py --data alpaca.json --init_from gpt2 --out logs/instruct --merge": Run(TUNED),
-    'python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colours."':
-        Run("--device cpu --max_tokens 4"),
     'python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors." --temperature 0 '
     "--num_seq 1": Run("--device cpu --max_tokens 4"),
     "python convert.py --checkpoint logs/demo/model_00600.pt --out demo_hf": Run("", ["demo_hf/model.safetensors"]),
