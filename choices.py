@@ -1,7 +1,8 @@
 """How likely a model finds each of several endings of one context, the context computed once.
 
-A question is one row of tokens: the context, and behind it the endings without their last tokens, which predict
-nothing. An ending sees the context and itself, and its positions go on from the context's, as if it stood there alone:
+A question is one row of tokens (one per ending, where that is too long): the context, and behind it the endings without
+their last tokens, which predict nothing. An ending sees the context and itself, and its positions go on from the
+context's, as if it stood there alone:
 
     tokens     c c c c | a a | b b b | d | e e
     positions  0 1 2 3 | 4 5 | 4 5 6 | 4 | 4 5
@@ -130,7 +131,10 @@ def pack(questions, members, T, n_endings):
 
 
 def token_losses(model, tokens, positions, segments, places, targets):
-    """The loss of each scored token: (S,) in nats and fp32."""
+    """The loss of each scored token: (S,) in nats and fp32.
+
+    tokens, positions, segments (B, T); places of the scored ones in B T, and targets, (S,): see pack above.
+    """
     T = tokens.size(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     seen = segments[:, None, :]

@@ -38,10 +38,10 @@ class Sampling:
 def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, seed=42, **sampling):
     """Continue rows of token ids; yields, per step, a list with each row's new id (None once it has ended).
 
-    model: a Decoder, or a GPT in eval mode, whose parameters' dtype is the dtype of the computation. prompts: lists of
-    ids, of different lengths. Ids from n_vocab on (padding of the embedding) are never sampled; a row ends before the
-    token `eot`. When a row's window is full, its last block_size // 2 tokens are read again. sampling: Sampling's
-    fields. seed: a number or a tuple of them.
+    model: a Decoder, or a GPT in eval mode, whose parameters' dtype is the dtype of the computation; a Decoder makes
+    one generation at a time, the next takes over its cache. prompts: at least one list of at least one id. Ids from n_vocab
+    on (padding of the embedding) are never sampled; a row ends before the token `eot`. When a row's window is full, its
+    last block_size // 2 tokens are read again. sampling: Sampling's fields. seed: a number or a tuple of them.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     generator = torch.Generator(device=decoder.device).manual_seed(seed_from("sample", seed))
@@ -137,7 +137,6 @@ class Decoder:
                 setattr(self, part, False)
                 if part == "compile":
                     self._forward = step.forward = self._read_token
-
 
     def _compile(self, step):
         """Run a step once, which compiles it; on a CPU with freezing, which lays out the weights for the kernels."""

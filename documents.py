@@ -231,8 +231,8 @@ def plan_reads(path, column, start=0):
 
     start: where the piece begins (a row of a parquet file, a byte of a .jsonl file), with which a later call goes on.
     share: of the file before it, 0 to 1. read(*args), in any process, yields the piece's documents (text, True).
-    Row groups of more than LARGE_GROUP are read here and their text travels; all else is read where it is needed.
-    Raises UserError.
+    Row groups of more than LARGE_GROUP are read here and their text travels, likewise the one that `start` lies in; all
+    else is read where it is needed. Raises UserError.
     """
     return (_plan_parquet if Path(path).suffix == ".parquet" else _plan_jsonl)(str(path), column, start)
 

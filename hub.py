@@ -1,7 +1,8 @@
 """Data sets of the Hugging Face hub: which files hold a configuration's text, and one file at a time onto the disk.
 
 Transient faults (429, 5xx, time-outs, broken connections, bytes with another hash) are tried again with growing,
-jittered pauses, never shorter than the server's Retry-After; lasting ones are a UserError that says what to do.
+jittered pauses, none shorter than the server's Retry-After in seconds (ten minutes at most); lasting ones are a
+UserError that says what to do.
 """
 import errno
 import functools
@@ -58,7 +59,8 @@ def resolve_dataset(dataset, name=None):
     """(commit, [SourceFile]): the parquet or jsonl files of the train split of a data set's configuration, by path.
 
     name: the configuration (None: the default one). The data set's card says which files; without a card's word its
-    parquet files are taken, else those that the hub converted. Raises UserError.
+    parquet and jsonl files are taken, those below a folder called `name` where one is given, else those that the hub
+    converted. Raises UserError.
     """
     info = _dataset_info(dataset)
     paths = [s.rfilename for s in info.siblings or []]

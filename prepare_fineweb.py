@@ -55,7 +55,7 @@ class Config:
                         group="system")
 
     def check(self):
-        """Choose what is left open. Raises UserError for flags that contradict each other."""
+        """Choose what is left open."""
         is_fineweb = self.dataset == FINEWEB_EDU
         if self.name is None and is_fineweb and not self.data_files:
             self.name = SAMPLE_10BT

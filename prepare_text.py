@@ -43,7 +43,7 @@ class Config:
     seed: int = flag(1337, "of the order of the documents", group="tokens", low=0)
 
     def check(self):
-        """Raise UserError for flags that are missing or contradict each other."""
+        """Raise UserError for flags that are missing or contradict each other; read the escapes in --separator."""
         if self.demo == bool(self.paths):
             raise UserError("--demo brings its own text; drop the files" if self.demo else
                             "name the files and directories to read, or --demo")

@@ -30,18 +30,19 @@ _SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\
 
 @dataclass
 class Manifest:
-    """What a shard folder holds and how it was made; the truth that a continued prepare script starts from."""
+    """What a shard folder holds and how it was made; the truth that a continued prepare_fineweb.py starts from
+    (prepare_text.py begins again)."""
     source: str                # where the text came from
     tokenizer: str             # "gpt2", or the name of a trained vocabulary
     vocab_size: int
     eot: int                   # id of the end-of-text token
     seed: int = 0              # of the document order
     revision: str = ""         # commit of a hub data set
-    settings: dict = field(default_factory=dict)   # flags that a continued prepare must keep
+    settings: dict = field(default_factory=dict)   # what the same command has the same: flags, the hash of the text
     files: list = field(default_factory=list)      # source files {path, size, sha256} that position counts
     shards: list = field(default_factory=list)     # rows {file, split, tokens, sha256}
     rows: int = 0              # documents consumed
-    position: dict = field(default_factory=dict)   # where in the source the next shard begins
+    position: dict = field(default_factory=dict)   # where in the source the next shard begins; empty at the end
     complete: bool = False
     format: int = FORMAT_VERSION
 
@@ -90,7 +91,7 @@ class Shard:
     header_bytes: int          # where the tokens begin
 
     def row(self):
-        """What identifies a shard's content place: (name, split, tokens); the path does not matter."""
+        """What the fingerprint of a folder takes of a shard: (name, split, tokens); the path does not matter."""
         return (self.path.name, self.split, self.n_tokens)
 
     def open(self):
@@ -382,6 +383,7 @@ class ShardWriter:
     def finish(self):
         """Write the last, shorter shard and mark the manifest complete."""
         self.manifest.complete = True
+        self.manifest.position = {}
         if self._filled:
             self._flush({})
         else:

@@ -30,7 +30,7 @@ GPT2_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)
 LONG_SPACE = 50_000        # a million whitespace characters before a word are too many: the look-ahead panics
 _SPACE = re.compile(r"[^\S\x1c-\x1f]*")      # Rust's \s, which is without \x1c to \x1f
 EOT_TEXT = "<|endoftext|>"
-MAX_VOCAB = 65535  # ids are stored as uint16
+MAX_VOCAB = 65535  # ids are stored as uint16; one is kept free
 
 
 @functools.cache
