@@ -39,9 +39,10 @@ def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, seed=42, *
     """Continue rows of token ids; yields, per step, a list with each row's new id (None once it has ended).
 
     model: a Decoder, or a GPT in eval mode, whose parameters' dtype is the dtype of the computation; a Decoder makes
-    one generation at a time, the next takes over its cache. prompts: at least one list of at least one id. Ids from n_vocab
-    on (padding of the embedding) are never sampled; a row ends before the token `eot`. When a row's window is full, its
-    last block_size // 2 tokens are read again. sampling: Sampling's fields. seed: a number or a tuple of them.
+    one generation at a time, the next takes over its cache. prompts: at least one list of at least one id. Ids from
+    n_vocab on (padding of the embedding) are never sampled; a row ends before the token `eot`. When a row's window is
+    full, its last block_size // 2 tokens are read again. sampling: Sampling's fields. seed: a number or a tuple of
+    them.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     generator = torch.Generator(device=decoder.device).manual_seed(seed_from("sample", seed))

@@ -363,3 +363,13 @@ def test_the_newest_model_is_the_file_written_last_in_any_run(tmp_path):
     assert newest_model(tmp_path) == tmp_path / "b/c/model_00010.pt"
     assert "no model_XXXXX.pt below" in refusal(newest_model, tmp_path / "empty")
     assert "--checkpoint" in refusal(newest_model, tmp_path / "empty")
+
+
+def test_weights_in_half_precision_open_in_fp32(tmp_path):
+    """From fp16 a GradScaler refuses to train, from bf16 training would have no fp32 master weights."""
+    model = GPT(GPTConfig(8, 320, 1, 2, 8))
+    halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path / "half.pt", dict(model=halves, config=model.config_dict()))
+    opened = open_model(tmp_path / "half.pt").model.state_dict()
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, halves[name].float())
+               for name, tensor in opened.items())

@@ -1,6 +1,7 @@
 """finetune_instruct.py: only answers count, each token as much as any other; adapters merge, travel, and follow."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import convert
 import finetune_instruct
 import inference
 from checkpoint import open_model, read_checkpoint, save_checkpoint
-from config import UserError
+from config import RunFailed, UserError
 from device import Hardware
 from finetune_instruct import encode, encode_item, read_items
+from finetuning import writing_results
 from inference import generate
 from lora import add_adapter, merge
 from model import GPT, IGNORED, GPTConfig
@@ -293,3 +295,10 @@ def test_the_instruction_file_is_read():
         pytest.skip(f"{SHARED_DATA} is not on this machine")
     items = read_items(str(SHARED_DATA / "instruction_data.json"))
     assert len(items) == 1100 and items[2] == ("Convert 45 kilometers to meters.", "", "45 kilometers is 45000 meters.")
+
+
+def test_results_that_cannot_be_written_say_how_to_get_them_yet():
+    config = SimpleNamespace(out="somewhere")
+    for problem in (OSError(28, "No space left on device"), UserError("cannot write somewhere/adapter")):
+        with pytest.raises(RunFailed, match="it goes on from the end of the training"), writing_results(config):
+            raise problem

@@ -131,6 +131,19 @@ def test_the_command_repeats_the_flags_that_were_typed(monkeypatch):
     assert again == parse_config(train.TrainConfig, [*typed[:4], "--max_lr", "2.3e-3", "--min_lr", "0", typed[-1]])
 
 
+def test_on_several_nodes_the_command_leaves_the_launcher_open(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert train_command(FinderConfig(max_lr=1e-3), 1e-3).startswith("torchrun ... train.py")
+
+
+def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "lr_finder.csv").mkdir()
+    rows = [dict(step=1, lr=1e-3, loss=2.0, grad_norm=1.0)]
+    with pytest.raises(UserError, match=r"cannot write .*lr_finder\.csv"):
+        lr_finder.write_csv(tmp_path / "lr_finder.csv", rows, [2.0])
+
+
 def test_mistakes_are_one_line():
     for flags, message in ((["--lr_low", "1", "--lr_high", "0.1"], "--lr_low 1 must be below --lr_high 0.1"),
                            (["--steps", "5"], "--steps must be >= 10"), (["--resume", "x.pt"], "leave --resume out"),

@@ -206,4 +206,5 @@ def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
                        "--log_dir", tmp_path / "logs", "--dry_run", env={"TMPDIR": str(tmp_path)})
     assert rc == 0, err
     assert "full run of 50 steps takes about" in out
+    assert "finished" not in out and "next:" not in out and ".dry_run_" not in out.split("full run of")[1]
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
