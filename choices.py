@@ -27,7 +27,7 @@ MASKED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, 
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """A row for the model, and what to score in it: arrays of T tokens and of S scored ones."""
     tokens: np.ndarray       # (T,) the context, then endings without their last token
     positions: np.ndarray    # (T,)
@@ -37,24 +37,24 @@ class Row:
     owners: np.ndarray       # (S,) of this ending
 
 
-def make_rows(context, endings, block_size):
+def pack_question(context, endings, block_size):
     """The Rows of a question (ids; a context of at least one): one if it fits block_size, else one per ending.
 
     A context that is too long even for one ending is cut from the left, for each ending as far as that one needs,
     as lm-evaluation-harness does; an ending longer than the window is scored on its last block_size tokens.
     """
     if len(context) + sum(len(e) - 1 for e in endings) <= block_size:
-        return [make_row(context, dict(enumerate(endings)))]
+        return [pack_endings(context, dict(enumerate(endings)))]
     rows = []
     for k, ending in enumerate(endings):
         window = (context + ending)[-(block_size + 1):]
         n_scored = min(len(ending), block_size)
-        rows.append(make_row(window[:-n_scored], {k: window[-n_scored:]}))
+        rows.append(pack_endings(window[:-n_scored], {k: window[-n_scored:]}))
     return rows
 
 
-def make_row(context, endings):
-    """The Row of a context (ids, at least one) and of some endings, {number: ids}."""
+def pack_endings(context, endings):
+    """The PackedRow of a context (ids, at least one) and of some endings, {number: ids}."""
     n = len(context)
     tokens, positions, segments, places, targets, owners = list(context), list(range(n)), [0] * n, [], [], []
     for k, ending in endings.items():
@@ -64,7 +64,7 @@ def make_row(context, endings):
         tokens += ending[:-1]
         positions += range(n, n + len(ending) - 1)
         segments += [k + 1] * (len(ending) - 1)
-    return Row(*(np.array(v, dtype=np.int32) for v in (tokens, positions, segments, places, targets, owners)))
+    return PackedRow(*(np.array(v, dtype=np.int32) for v in (tokens, positions, segments, places, targets, owners)))
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
     the batch during which any was signalled.
     """
     batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if runtime.device.type == "cpu" else BATCH_TOKENS)
-    batches = list(make_batches(questions, model.config.block_size, batch_tokens, runtime.world_size))
+    batches = list(plan_batches(questions, model.config.block_size, batch_tokens, runtime.world_size))
     bar = tqdm(batches, progress, unit="batch", leave=False, disable=None if progress and runtime.is_main else True)
     losses, owners, mine = [], [], []
     # One autocast context around all batches: it casts the weights once.
@@ -97,7 +97,7 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
     return sums.reshape(-1, n_endings), np.array(mine, dtype=np.int64)
 
 
-def make_batches(questions, block_size, batch_tokens, world_size):
+def plan_batches(questions, block_size, batch_tokens, world_size):
     """(T, numbers of questions) of each forward pass of all ranks together: rows of like length, few shapes.
 
     A rank's share takes at most batch_tokens tokens, but one question always. Longest first: what does not fit into

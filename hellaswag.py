@@ -25,7 +25,7 @@ import torch
 
 import hub
 from checkpoint import newest_model, open_model
-from choices import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, make_rows
+from choices import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 from config import DeviceConfig, UserError, flag, parse_config, run_script
 from files import atomic_write, write_json
 from runtime import StopRequested, start
@@ -253,7 +253,7 @@ def tokenize(examples, tokenizer, block_size, style):
     questions, lengths, n_cut = [], [], 0
     for example in examples:
         context, endings = encode(example, tokenizer, style)
-        questions.append(make_rows(context, endings, block_size))
+        questions.append(pack_question(context, endings, block_size))
         n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
         n_scored = [min(len(ending), block_size) for ending in endings]
         lengths.append([len(text) for text in example.endings] if style == "lm_eval" else n_scored)

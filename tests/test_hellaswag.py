@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED_DATA, as_ours, script_env
 from torch.nn import functional as F
 
 import hellaswag
-from choices import ending_losses, make_batches, make_rows
+from choices import ending_losses, pack_question, plan_batches
 from device import Hardware
 from hellaswag import evaluate_hellaswag, load_hellaswag, main, read_example, tokenize
 from model import GPT, GPTConfig
@@ -131,16 +131,16 @@ def test_packed_rows_score_as_one_row_at_a_time(gpt, bytes_tokenizer, style, blo
 
 def test_a_context_is_cut_from_the_left_as_far_as_each_ending_needs():
     context, endings = list(range(100, 110)), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
-    rows = make_rows(context, endings, 6)
+    rows = pack_question(context, endings, 6)
     assert [row.tokens.tolist() for row in rows] == [
         [106, 107, 108, 109, 1, 2], [104, 105, 106, 107, 108, 109], [5, 6, 7, 8, 9, 10], [105, 106, 107, 108, 109, 12]]
     assert [row.targets.tolist() for row in rows] == [[1, 2, 3], [4], [6, 7, 8, 9, 10, 11], [12, 13]]
     assert [row.places.tolist() for row in rows] == [[3, 4, 5], [5], [0, 1, 2, 3, 4, 5], [4, 5]]
     assert [row.owners.tolist() for row in rows] == [[k] * n for k, n in enumerate([3, 1, 6, 2])]
-    packed, = make_rows(context[:4], endings, 14)
+    packed, = pack_question(context[:4], endings, 14)
     assert packed.tokens.tolist() == [100, 101, 102, 103, 1, 2, 5, 6, 7, 8, 9, 10, 12]
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 4]
-    assert len(make_rows(context[:4], endings, 12)) == 4
+    assert len(pack_question(context[:4], endings, 12)) == 4
 
 
 @torch.no_grad()
@@ -261,7 +261,7 @@ def test_all_of_hellaswag_is_read_in_both_styles_into_few_shapes(tmp_path):
     path = real_rows(tmp_path, 10042)
     for style in hellaswag.STYLES:
         prepared = tokenize(load_hellaswag(path, style), gpt2_tokenizer(), 1024, style)
-        batches = list(make_batches(prepared.questions, 1024, 8192, 1))
+        batches = list(plan_batches(prepared.questions, 1024, 8192, 1))
         assert len(prepared.questions) == 10042 and prepared.n_cut == 0
         assert sorted(i for _, members in batches for i in members) == list(range(10042))
         assert all(T % 16 == 0 and T * len(members) <= 8192 for T, members in batches)
