@@ -23,6 +23,7 @@ from config import DeviceConfig, UserError, flag, parse_config
 from decoding import likeliest_next, make_decoder
 from device import DTYPES, choose_device, choose_dtype, probe
 from figures import COLOURS, X_LABELS, draw_runs
+from files import find_visible
 from history import read_run, read_samples
 from human import human_count
 from inference import stream
@@ -97,8 +98,8 @@ def main():
 
 def find_models(config):
     """{label: source} of what a visitor may choose: --checkpoint, what lies below log_dir (newest first), hub names."""
-    found = [p for p in Path(config.log_dir).rglob("model_*.pt") if p.is_file()]
-    found += [p.parent for p in Path(config.log_dir).rglob("config.json")
+    found = [p for p in find_visible(config.log_dir, "model_*.pt") if p.is_file()]
+    found += [p.parent for p in find_visible(config.log_dir, "config.json")
               if any(p.parent.glob("*.safetensors")) or (p.parent / "pytorch_model.bin").exists()]
     found = [str(p) for p in sorted(found, key=last_change, reverse=True)]
     named = [name for name in GPT2_SIZES if name != config.checkpoint]
@@ -342,7 +343,7 @@ def show_training(log_dir):
 def find_runs(log_dir):
     """{name: log file} of the runs below log_dir, the one that was written to last first."""
     root = Path(log_dir)
-    logs = {p.parent: p for name in ("log.txt", "metrics.jsonl") for p in root.rglob(name)}
+    logs = {p.parent: p for name in ("log.txt", "metrics.jsonl") for p in find_visible(root, name)}
     logs = sorted(logs.values(), key=last_change, reverse=True)
     return {str(p.parent.relative_to(root)) if p.parent != root else str(root): p for p in logs}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import build_model, checkpoint_path, disk_bytes, open_model
+from checkpoint import build_model, disk_bytes, open_model
 from config import UserError
 from dataloader import TokenStream, n_val_windows
 from device import attention_backend, choose_compile
@@ -22,7 +22,7 @@ from memory import find_micro_batch_size
 from model import GPT, GPT2_SIZES, GPTConfig, padded_vocab
 from optimizer import make_optimizer
 from plan import Plan, decay_start, make_plan
-from resume import adopt_choices, check_same_run, differences, find_checkpoint, last_step, source
+from resume import adopt_choices, advised, check_same_run, differences, find_checkpoint, last_step, source
 from runtime import code_hash, provenance, seed_everything
 from shards import ShardFolder
 from tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def assemble(config, runtime):
         run.last_step = last_step(config, checkpoint, plan)
         if checkpoint["finished"] and checkpoint["step"] >= run.last_step:
             runtime.print(f"the run in {config.log_dir} is finished, at step {checkpoint['step']}; to train its model "
-                          f"further: --init_from {checkpoint_path(config.log_dir, checkpoint['step'])} --log_dir NEW")
+                          f"further: --init_from {advised(config, checkpoint['step'])} --log_dir NEW")
             return None
         run.first_step, run.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
     run.micro_batch_size = adopt_choices(config, runtime, checkpoint, plan.local_windows)

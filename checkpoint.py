@@ -18,7 +18,7 @@ import hf_format
 import lora
 from classifier import Classifier
 from config import UserError
-from files import atomic_write
+from files import atomic_write, find_visible
 from human import human_bytes
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, from_checkpoint, from_merges, load_tokenizer
@@ -110,10 +110,10 @@ def _check_sums(path):
             raise ValueError(f"{damaged} differs from its checksum")
 
 
-def list_checkpoints(log_dir, after=-1):
-    """(step, path) of the numbered checkpoints in a folder, the newest step first; of steps above `after` alone."""
+def list_checkpoints(log_dir):
+    """(step, path) of the numbered checkpoints in a folder, the newest step first."""
     found = [(int(m[1]), p) for p in Path(log_dir).glob("model_*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
-    return sorted((entry for entry in found if entry[0] > after), reverse=True)
+    return sorted(found, reverse=True)
 
 
 def newest_valid(log_dir, check, notice=print):
@@ -283,7 +283,7 @@ def _plain_number(value):
 
 def newest_model(log_dir="logs"):
     """The language model written last anywhere below `log_dir`, but for model_best.pt. Raises UserError without one."""
-    files = [p for p in Path(log_dir).rglob("model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
+    files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
     if not files:
         raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with "
                         "--checkpoint (a file, a Hugging Face folder, or gpt2)")

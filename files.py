@@ -61,6 +61,12 @@ def read_json(path, kind=dict):
     return value
 
 
+def find_visible(folder, pattern):
+    """The paths below a folder that match a pattern, but for those in hidden folders, such as a dry run's."""
+    return [path for path in Path(folder).rglob(pattern)
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 class FolderLock:
     """An exclusive lock on FOLDER/.lock, held until the end of the `with` or of the process, however it ends."""
 

@@ -154,7 +154,7 @@ def work_in_folder(config, runtime, work):
     --dry_run: in a temporary folder, which is removed. Raises UserError where --out holds another run.
     """
     if config.dry_run:
-        with temporary_folder(runtime, beside=config.out or ".") as folder:
+        with temporary_folder(runtime, config.out or ".") as folder:
             work(replace(config, out=folder, mlflow=False), None)
         return
     with lock_folder(config.out, runtime):

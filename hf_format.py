@@ -164,10 +164,10 @@ def read_vocabulary(folder):
             return lines, read_json(Path(folder) / "vocab.json")
         if whole.exists():
             model = read_json(whole)["model"]
-            if model.get("type", "BPE") != "BPE":
+            if model.get("type") not in (None, "BPE"):
                 return [], {}       # words or pieces: no vocabulary of ours has these ids
             return [m if isinstance(m, str) else " ".join(m) for m in model["merges"]], dict(model["vocab"])
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}") from error
     return None
 

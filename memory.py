@@ -10,7 +10,7 @@ SMALLER = "use a smaller --block_size or model (train.py also has --recompute)"
 
 
 def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True):
-    """Rows per micro-batch: `wanted` if it fits, else the largest divisor of local_windows that does.
+    """Rows per micro-batch: `wanted` if it fits, else the first divisor of local_windows that does, halving.
 
     Of the divisors those count that make up at most CUDA_TOKENS, on a CPU CPU_TOKENS; there that is all. On CUDA a
     size is tried with the module, module(x, x) being a loss, on the device: forward, backward and an optimizer step
@@ -45,7 +45,7 @@ def fits(module, block_size, size, runtime):
     x = torch.zeros(size, block_size, dtype=torch.long, device=runtime.device)
     try:
         with runtime.autocast():
-            loss = module(x, x)
+            loss = 0.0 * module(x, x)      # zero gradients: those of a sum overflow fp16
         loss.backward()
         optimizer.step()
         loss.item()

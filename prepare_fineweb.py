@@ -259,7 +259,11 @@ def main(argv=None):
         return print_shards(folder)
     manifest = manifest or wanted
     find_sources(config, manifest)
+    n_shards = len(manifest.shards)
     with FolderLock(folder, wait_s=0), writing_to(folder):
+        now = matching_manifest(folder, wanted)
+        if now and len(now.shards) != n_shards:
+            raise UserError(f"another process has made shards in {folder} meanwhile; run the same command again")
         manifest.save(folder)
         tokenizer.save(folder)
         if manifest.shards:

@@ -151,6 +151,15 @@ def cut_tail(starts, ends, n_tail):
     return np.array([p for p in pieces if p[0] < p[1]]).T
 
 
+def is_made(folder, manifest):
+    """Whether a folder holds the shards of this command; says so. Raises UserError where it holds other things."""
+    found = matching_manifest(folder, manifest)
+    if found and found.complete:
+        print(f"{folder} already holds the shards of this command")
+        return True
+    return False
+
+
 def main(argv=None):
     """Make shards as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
@@ -161,10 +170,10 @@ def main(argv=None):
                         seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
+    if is_made(folder, manifest):
+        return print_shards(folder)
     with FolderLock(folder, wait_s=0), writing_to(folder):
-        found = matching_manifest(folder, manifest)
-        if found and found.complete:
-            print(f"{folder} already holds the shards of this command")
+        if is_made(folder, manifest):    # by another process, meanwhile
             return print_shards(folder)
         if config.train_tokenizer:
             print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)

@@ -27,15 +27,15 @@ def find_checkpoint(config, notice):
     if config.resume == "auto":
         found = newest_valid(config.log_dir, check_training_entries, notice)
         return found[1] if found else None
+    newest = None
+    with contextlib.suppress(CheckpointError):       # all of log_dir's damaged: FILE may yet be whole
+        newest = (newest_valid(config.log_dir, check_training_entries, notice) or (None, None))[1]
+    if newest and newest["train_config"].get("resume") == config.resume:
+        return newest                                # by now FILE itself may have been deleted as an old one
     checkpoint = read_checkpoint(config.resume)
     check_training_entries(checkpoint, config.resume)
-    if not list_checkpoints(config.log_dir, after=checkpoint["step"]):
+    if not newest or newest["step"] <= checkpoint["step"]:
         return checkpoint
-    _, newest = newest_valid(config.log_dir, check_training_entries, notice)
-    if newest["step"] <= checkpoint["step"]:        # what is later is damaged
-        return checkpoint
-    if newest["train_config"].get("resume") == config.resume:
-        return newest
     raise UserError(f"{config.log_dir} holds a later checkpoint, of step {newest['step']}: leave --resume out to go on "
                     f"from there, or choose another --log_dir to go on from {config.resume}")
 
@@ -72,6 +72,12 @@ def source(config):
     return config.log_dir if config.resume == "auto" else config.resume
 
 
+def advised(config, step):
+    """The file to begin another run with, for messages."""
+    path = checkpoint_path(config.log_dir, step)
+    return path if path.exists() else source(config)
+
+
 def changed_flags(config, stored):
     """The flags that a resumed run must keep and that differ from the stored ones, as ["--seed 2 (it has 1)"]."""
     return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in kept_fields(type(config))
@@ -87,7 +93,7 @@ def _check_length(config, checkpoint, plan):
     if config.schedule != "wsd" or plan.max_steps < old or decaying:
         raise UserError(f"{source(config)} holds a run of {old} steps, now asked for {plan.max_steps}: its learning "
                         f"rates depend on its length. To train its model further: --init_from "
-                        f"{checkpoint_path(config.log_dir, step)} --log_dir NEW")
+                        f"{advised(config, step)} --log_dir NEW")
 
 
 def last_step(config, checkpoint, plan):

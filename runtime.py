@@ -276,14 +276,14 @@ def lock_folder(folder, runtime):
 
 
 @contextlib.contextmanager
-def temporary_folder(runtime, beside="."):
-    """A folder, the same on all ranks, that is gone at the end; on the disk of `beside`, which need not exist yet."""
+def temporary_folder(runtime, place):
+    """A hidden folder, the same on all ranks, that is gone at the end: in `place`, or in what is above it so far."""
     def make():
-        place = next(path for path in (Path(beside).resolve(), *Path(beside).resolve().parents) if path.is_dir())
+        here = next(path for path in (Path(place).resolve(), *Path(place).resolve().parents) if path.is_dir())
         try:
-            return tempfile.mkdtemp(prefix=".dry_run_", dir=place)
+            return tempfile.mkdtemp(prefix=".dry_run_", dir=here)
         except OSError as error:
-            raise UserError(f"cannot write in {place}: {error.strerror}") from error
+            raise UserError(f"cannot write in {here}: {error.strerror}") from error
     folder = runtime.from_main(make)
     try:
         yield folder

@@ -200,9 +200,9 @@ def loop(run, config, runtime):
     except StopRequested:
         if step > run.first_step:
             save(run, config, runtime, step)
-        lost = "this step could not be saved, the newest checkpoint is an older one" if run.save_failed else \
-            "nothing is lost"
-        runtime.print(f"stopped before step {step}, {lost}; the same command continues:\n{command_line()}")
+        saved = "this step could not be saved" if run.save_failed else "nothing is lost"
+        runtime.print("the dry run was stopped" if config.dry_run else
+                      f"stopped before step {step}, {saved}; the same command continues:\n{command_line()}")
     finally:
         loader.close()
         log.close()
@@ -335,7 +335,7 @@ def write_checkpoint(runtime, path, entries):
 
 def dry_run(config, runtime):
     """Two steps, an evaluation, a save and a load in a temporary folder: what the full run would take."""
-    with temporary_folder(runtime, beside=config.log_dir) as folder:
+    with temporary_folder(runtime, config.log_dir) as folder:
         small = replace(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
                         log_dir=folder, checkpoint_every=1, mlflow=False,
                         val_tokens=min(config.val_tokens, config.total_batch_size))

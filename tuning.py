@@ -140,7 +140,8 @@ def tune(run, config, runtime, evaluate):
     except StopRequested:
         if run.step > first_step:
             save_state(run, config, runtime)
-        runtime.print(f"stopped before step {run.step}, nothing is lost; the same command continues:\n{command_line()}")
+        runtime.print("the dry run was stopped" if config.dry_run else
+                      f"stopped before step {run.step}, nothing is lost; the same command continues:\n{command_line()}")
         return False
     finally:
         log.close()

@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from config import UserError
+from config import RunFailed, UserError
 from model import GPT, GPTConfig
+from runtime import temporary_folder
 from tokenizer import Tokenizer, gpt2_tokenizer
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -373,3 +375,13 @@ def test_weights_in_half_precision_open_in_fp32(tmp_path):
     opened = open_model(tmp_path / "half.pt").model.state_dict()
     assert all(tensor.dtype == torch.float32 and torch.equal(tensor, halves[name].float())
                for name, tensor in opened.items())
+
+
+def test_a_dry_run_is_never_the_newest_model_and_is_gone_after_an_error(tmp_path):
+    save_checkpoint(checkpoint_path(tmp_path, 7), dict(step=7))
+    runtime = SimpleNamespace(is_main=True, from_main=lambda action: action())
+    with pytest.raises(RunFailed), temporary_folder(runtime, tmp_path) as folder:
+        save_checkpoint(checkpoint_path(folder, 2), dict(step=2))
+        assert newest_model(tmp_path) == checkpoint_path(tmp_path, 7)
+        raise RunFailed("an accident")
+    assert [p.name for p in tmp_path.iterdir()] == ["model_00007.pt"]

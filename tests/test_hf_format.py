@@ -208,13 +208,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocabulary", [{"merges.txt", "vocab.json"}, {"tokenizer.json"}, set()], ids=str)
+@pytest.mark.parametrize("vocabulary", [["merges.txt", "vocab.json"], ["tokenizer.json"], []], ids=str)
 def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(run, tmp_path, vocabulary):
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b"), ("Ġ", "ab")], "") if vocabulary else None
     model = GPT(GPTConfig(8, 50257 if tokenizer is None else tokenizer.n_vocab, 1, 2, 8))
     model.save_pretrained(tmp_path / "model", tokenizer)
-    others = {"merges.txt", "vocab.json", "tokenizer.json"} - vocabulary
+    others = {"merges.txt", "vocab.json", "tokenizer.json"} - set(vocabulary)
     Hub.files = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir() if f.name not in others}
     Hub.asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -233,7 +233,7 @@ print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), 
     assert out == f"gpt2 {model.transformer.wte.weight.double().sum().item()} {ids}\n"
     assert run("-c", code, env=env)[:2] == (0, out)      # the hub is gone: what was downloaded stays of use
     files = {path.split("/resolve/main/")[1] for path in Hub.asked if "/resolve/main/" in path}
-    assert files == {"config.json", "model.safetensors", "merges.txt", *(vocabulary or {"tokenizer.json"})}
+    assert files == {"config.json", "model.safetensors", "merges.txt", *(vocabulary or ["tokenizer.json"])}
 
 
 @pytest.mark.parametrize("options", [
@@ -338,3 +338,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 run_script(lambda: model.save_pretrained({str(tmp_path / "hf")!r}))""")
     assert (rc, out) == (2, "") and len(err.splitlines()) == 1 and "cannot write the weights in" in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", [None, [], "BPE", {"type": "BPE"}, {"merges": [1], "vocab": {}}])
+def test_a_damaged_tokenizer_json_is_one_line(tmp_path, model):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(UserError, match="cannot read the tokenizer in"):
+        hf_format.read_vocabulary(tmp_path)

@@ -5,7 +5,11 @@ import pytest
 import torch
 
 import memory
+from classifier import Classifier
 from config import UserError
+from lora import add_adapter
+from model import GPT, GPTConfig
+from tuning import Objective
 
 
 def card(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):
@@ -63,7 +67,6 @@ def test_on_a_cpu_a_micro_batch_has_at_most_4096_tokens(monkeypatch):
 
 
 def test_a_try_leaves_the_weights_bitwise_as_they_are():
-    from model import GPT, GPTConfig
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -81,3 +84,22 @@ def test_out_of_memory_is_no_error_but_an_answer():
             raise torch.OutOfMemoryError("CUDA out of memory")
     runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
     assert not memory.fits(Full(2, 2), 8, 2, runtime)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "balanced", "head"])
+def test_a_try_of_fine_tuning_leaves_weights_and_what_is_frozen(kind):
+    model = GPT(GPTConfig(block_size=1024, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
+    if kind in ("balanced", "head"):
+        model = Classifier.from_gpt(model, ["a", "b"])
+    if kind == "head":
+        model.requires_grad_(False).score.requires_grad_(True)
+    if kind == "lora":
+        add_adapter(model, 2, 4, 0.0, "base")
+    objective = Objective(model, "score" if hasattr(model, "score") else "lm_head",
+                          torch.ones(2) if kind == "balanced" else None)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    frozen = [not p.requires_grad for p in model.parameters()]
+    runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.float16))
+    assert memory.fits(objective, 1024, 64, runtime)      # 65,536 targets: their sum is beyond fp16
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert frozen == [not p.requires_grad for p in model.parameters()]

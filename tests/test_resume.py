@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, script_env
 
-from checkpoint import checkpoint_path, save_checkpoint
+from checkpoint import checkpoint_path, delete_old, save_checkpoint
 from config import UserError
 from resume import find_checkpoint, last_step
 
@@ -283,6 +283,24 @@ def test_going_back_to_an_older_checkpoint_goes_on_from_there_when_killed(tmp_pa
     save_checkpoint(later, stored(8, train_config={"resume": str(older)}))
     assert find_checkpoint(config, print)["step"] == 8
     later.write_bytes(b"damaged")
+    assert find_checkpoint(config, lambda _: None)["step"] == 4
+
+
+def test_the_same_resume_file_goes_on_when_rotation_has_deleted_it(tmp_path):
+    file = checkpoint_path(tmp_path, 4)
+    save_checkpoint(file, stored(4))
+    for step in (8, 12, 16):
+        save_checkpoint(checkpoint_path(tmp_path, step), stored(step, train_config={"resume": str(file)}))
+        delete_old(tmp_path, 3, step)
+    assert not file.exists()
+    assert find_checkpoint(SimpleNamespace(resume=str(file), log_dir=str(tmp_path)), print)["step"] == 16
+
+
+def test_a_file_from_elsewhere_is_gone_on_from_where_log_dir_is_damaged(tmp_path):
+    (tmp_path / "logs").mkdir()
+    checkpoint_path(tmp_path / "logs", 8).write_bytes(b"damaged")
+    save_checkpoint(tmp_path / "backup.pt", stored(4))
+    config = SimpleNamespace(resume=str(tmp_path / "backup.pt"), log_dir=str(tmp_path / "logs"))
     assert find_checkpoint(config, lambda _: None)["step"] == 4
 
 
