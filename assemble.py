@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import build_model, disk_bytes, open_model
 from config import UserError
 from dataloader import TokenStream, n_val_windows
-from device import attention_backend, choose_compile
+from device import attention_backend, choose_compile, keep_freed_memory
 from hf_format import explain
 from human import human_bytes
 from memory import find_micro_batch_size
@@ -221,6 +221,7 @@ def warm_up(run, runtime):
     Compiles, proves that the micro-batch fits, and lets DDP rebuild its buckets: after that the order of its sums
     stays, so that a resumed run adds up as the first one did. The second one tells whether steps are slow.
     """
+    keep_freed_memory(runtime.device)
     if run.resolved["compile"]:
         runtime.print("compiling: a minute or two, where it is not in the cache")
     x = torch.zeros(run.micro_batch_size, run.raw.config.block_size, dtype=torch.long, device=runtime.device)

@@ -164,13 +164,33 @@ def set_deterministic():
         inductor.deterministic = True
 
 
-def keep_freed_memory():
-    """Have the C library keep what is freed on a CPU, where it has this setting (glibc).
+def keep_freed_memory(device):
+    """Have the C library keep what is freed on a CPU, where it has this setting (glibc): for steps of equal shapes.
 
     By default large blocks go back to the system, and the next step's tensors fault them in again page by page: a
-    fifth of a training step. The numbers are malloc.h's M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
+    fifth of a training step.
     """
+    if device.type == "cpu":
+        _malloc_options(M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 * 2**20)
+
+
+@contextlib.contextmanager
+def returning_freed_memory(device):
+    """Around work of ever other shapes in a process that keeps freed memory: give large blocks back meanwhile.
+
+    What one shape has freed does not fit the next: all of HellaSwag would leave 39 GB of holes.
+    """
+    if device.type == "cpu":
+        _malloc_options(M_MMAP_MAX=65536, M_MMAP_THRESHOLD=32 * 2**20)
+    try:
+        yield
+    finally:
+        keep_freed_memory(device)
+
+
+def _malloc_options(**options):
+    numbers = dict(M_TRIM_THRESHOLD=-1, M_TOP_PAD=-2, M_MMAP_THRESHOLD=-3, M_MMAP_MAX=-4)    # of glibc's malloc.h
     if sys.platform.startswith("linux"):
-        with contextlib.suppress(AttributeError):
-            for setting, value in ((-4, 0), (-1, -1), (-2, 64 * 2**20)):
-                ctypes.CDLL(None).mallopt(setting, value)
+        with contextlib.suppress(AttributeError):      # another C library
+            for name, value in options.items():
+                ctypes.CDLL(None).mallopt(numbers[name], value)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from config import RunFailed, UserError
-from device import DTYPES, Hardware, choose_device, choose_dtype, keep_freed_memory, probe, set_deterministic
+from device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
 from files import FolderLock
 from peers import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
 
@@ -215,8 +215,6 @@ def start(config):
     torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for matrix products in fp32
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        keep_freed_memory()
     meeting = None
     if world_size > 1:
         meeting = meet(rank, world_size, START_TIMEOUT_S)

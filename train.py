@@ -17,6 +17,7 @@ from assemble import assemble, restore, warm_up
 from checkpoint import checkpoint_path, delete_old, save_checkpoint
 from config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
+from device import returning_freed_memory
 from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
 from human import human_bytes
 from inference import generate
@@ -171,11 +172,11 @@ def loop(run, config, runtime):
                 with log.pause("validation", config.eval_every):
                     validate(run, config, runtime, log, step)
             if due(step, config.hellaswag_every, last):
-                with log.pause("HellaSwag", config.hellaswag_every):
+                with log.pause("HellaSwag", config.hellaswag_every), returning_freed_memory(runtime.device):
                     log.hellaswag(step, evaluate_hellaswag(run.raw, run.hellaswag, runtime, hellaswag_tokens(run),
                                                            progress="HellaSwag"))
             if due(step, config.sample_every, last):
-                with log.pause("samples", config.sample_every):
+                with log.pause("samples", config.sample_every), returning_freed_memory(runtime.device):
                     log.samples(step, write_samples(run, config, runtime, step))
             if last or (step > run.first_step and save_due(run, config, step)):
                 with log.pause("checkpoint", config.checkpoint_every):

@@ -1,4 +1,6 @@
 """device.py: what "auto" means on hardware that tests write down, and what this CPU really does."""
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -170,3 +172,29 @@ def test_mps_has_one_backend(restored_attention):
     assert attention_backend("auto", torch.device("mps"), torch.float32, shape) == "mps"
     with pytest.raises(UserError, match="--attention flash: mps has no such backend"):
         attention_backend("flash", torch.device("mps"), torch.float32, shape)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_work_of_ever_other_shapes_gives_its_memory_back(run):
+    """Blocks each a little larger than the hole that the last one left, with something small between them."""
+    code = """
+import sys, torch
+from device import keep_freed_memory, returning_freed_memory
+cpu = torch.device("cpu")
+def grown():
+    rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+    before, small = rss(), []
+    for n in range(10):
+        block = torch.ones((34 + n) * 2**18)
+        small.append(torch.ones(2**10))
+        del block
+    return rss() - before
+keep_freed_memory(cpu)
+with returning_freed_memory(cpu):
+    inside = grown()
+print(inside, grown())
+"""
+    rc, out, err = run("-c", code)
+    assert rc == 0, err
+    inside, after = map(float, out.split())
+    assert inside < 60 and after > 200, out      # MB: at most one block; nearly all of them, since steps keep theirs
