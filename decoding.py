@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from device import keep_freed_memory
 from model import KVCache
 from runtime import seed_from
 
@@ -152,6 +153,7 @@ def make_decoder(model, device, dtype, compile="auto"):
     compile: "auto" for what is fast and starts at once (CUDA graphs on a GPU, packed weights for bf16 on a CPU); "on"
     for torch.compile, with CUDA graphs; "off" for plain steps.
     """
+    keep_freed_memory(device)
     model = model.to(device=device, dtype=dtype).eval()
     if compile == "auto" and device.type == "cpu" and dtype == torch.bfloat16:
         pack_linears(model)

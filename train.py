@@ -176,7 +176,7 @@ def loop(run, config, runtime):
                     log.hellaswag(step, evaluate_hellaswag(run.raw, run.hellaswag, runtime, hellaswag_tokens(run),
                                                            progress="HellaSwag"))
             if due(step, config.sample_every, last):
-                with log.pause("samples", config.sample_every), returning_freed_memory(runtime.device):
+                with log.pause("samples", config.sample_every):
                     log.samples(step, write_samples(run, config, runtime, step))
             if last or (step > run.first_step and save_due(run, config, step)):
                 with log.pause("checkpoint", config.checkpoint_every):
