@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import build_model, disk_bytes, open_model
-from config import UserError
+from config import UserError, explain
 from dataloader import TokenStream, n_val_windows
 from device import attention_backend, choose_compile, keep_freed_memory
-from hf_format import explain
 from human import human_bytes
 from memory import find_micro_batch_size
 from model import GPT, GPT2_SIZES, GPTConfig, padded_vocab
@@ -29,7 +27,6 @@ from tokenizer import Tokenizer
 from update import Skipped
 
 SLOW_STEP_S = 5   # in a longer step a stop is looked for after each micro-batch
-BUCKET_MB = 100   # of gradients that are reduced at once: large messages use a fast network better
 
 
 @dataclass
@@ -163,13 +160,9 @@ def build(run, config, runtime, checkpoint):
     if compile and runtime.device.type == "cpu":  # inductor's C++ adds its gradient up word by word: a fifth of a step
         run.raw.transformer.wte.forward = torch.compiler.disable(run.raw.transformer.wte.forward)
     run.compiled = torch.compile(run.raw, dynamic=False) if compile else run.raw
-    run.ddp = run.compiled
-    if runtime.world_size > 1:
-        run.ddp = DistributedDataParallel(run.compiled, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                          bucket_cap_mb=BUCKET_MB,
-                                          device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
+    run.ddp = runtime.data_parallel(run.compiled)
     run.optimizer = make_optimizer(run.raw, config, runtime)
-    run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype_name == "fp16")
+    run.scaler = runtime.grad_scaler()
     if checkpoint:
         restore(run, checkpoint)
     run.resolved = dict(device=runtime.device.type, hardware=runtime.hardware.name, torch=str(torch.__version__),

@@ -166,6 +166,14 @@ def replace(config, **changes):
     return check_config(dataclasses.replace(config, **changes))
 
 
+def explain(build, source):
+    """build(), with its ValueError as a UserError that names where the values came from."""
+    try:
+        return build()
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
 def run_script(main):
     """Run a script's main(): a UserError becomes one line on standard error and an exit status on every rank."""
     try:

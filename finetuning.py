@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import build_model, open_model, read_checkpoint, weights_hash
 from config import DeviceConfig, RunFailed, UserError, flag, replace
@@ -119,13 +118,8 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     block_size = model.config.block_size
     size = find_micro_batch_size(objective, block_size, config.micro_batch_size,
                                  max(1, config.batch_size // runtime.world_size), runtime)
-    ddp = objective
-    if runtime.world_size > 1:
-        ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                      device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=(0.9, 0.98),
                                   fused=True)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype_name == "fp16")
     epoch = -(-len(rows) // config.batch_size)
     full_steps = epoch * config.num_epochs
     trained = sum(w.numel() for w in trained_weights(model).values())
@@ -138,8 +132,9 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     warmup_steps = full_steps // 10 if config.warmup_steps is None else config.warmup_steps
     if warmup_steps > full_steps:
         raise UserError(f"--warmup_steps {warmup_steps} is longer than the run of {full_steps} steps")
-    run = Tuning(model, objective, ddp, optimizer, scaler, rows, base.record, hash_rows(rows), size * block_size, epoch,
-                 epoch if config.dry_run else full_steps, warmup_steps, full_steps)
+    run = Tuning(model, objective, runtime.data_parallel(objective), optimizer, runtime.grad_scaler(), rows,
+                 base=base.record, data_hash=hash_rows(rows), budget=size * block_size, steps_per_epoch=epoch,
+                 max_steps=epoch if config.dry_run else full_steps, warmup_steps=warmup_steps, full_steps=full_steps)
     runtime.agree("flags", asdict(config))
     runtime.agree("examples", run.data_hash)
     if state:

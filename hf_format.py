@@ -25,14 +25,6 @@ CLASSIFIER = "GPT2ForSequenceClassification"       # the name of classifier.py's
 FIXED_SETTINGS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
-def explain(build, source):
-    """build(), with its ValueError as a UserError that names where the weights came from."""
-    try:
-        return build()
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
-
-
 def read_pretrained(name_or_folder):
     """(config, state) of a folder in Hugging Face format or of a name on the hub: GPTConfig's fields as a dict,
     and a state dict in our names and layout. Raises UserError."""

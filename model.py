@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hf_format
+from config import explain
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
@@ -240,7 +241,7 @@ class GPT(nn.Module):
         Raises UserError for a folder or name that holds none.
         """
         config, state = hf_format.read_pretrained(name_or_folder)
-        return hf_format.explain(lambda: cls.from_state(config, state), name_or_folder)
+        return explain(lambda: cls.from_state(config, state), name_or_folder)
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write a folder in Hugging Face format, which from_pretrained and transformers read. Raises UserError.

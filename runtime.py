@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from config import RunFailed, UserError
 from device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
@@ -32,6 +33,7 @@ from peers import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
 STEADY_TIMEOUT_S = 600   # after it, but for --timeout: longer than the longest thing that rank 0 does alone (a save)
+BUCKET_MB = 100          # of gradients that are reduced at once: large messages use a fast network better
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
@@ -69,6 +71,18 @@ class Runtime:
     def autocast(self):
         """The context of a forward pass: matrix products in `dtype`, sums and norms in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype_name != "fp32")
+
+    def data_parallel(self, module):
+        """The module, wrapped where there are several processes so that its gradients are the mean over them."""
+        if self.world_size == 1:
+            return module
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                       bucket_cap_mb=BUCKET_MB,
+                                       device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def grad_scaler(self):
+        """The scaler of losses, which does nothing but in fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype_name == "fp16")
 
     def print(self, *words):
         """Print on rank 0."""
