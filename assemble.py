@@ -80,7 +80,7 @@ def assemble(config, runtime):
         check_same_run(config, checkpoint, requested_shape(config), folder.fingerprint(), plan)
         run.last_step = last_step(config, checkpoint, plan)
         if checkpoint["finished"] and checkpoint["step"] >= run.last_step:
-            runtime.print(f"the run in {config.log_dir} is finished, at step {checkpoint['step']}; to train its model "
+            runtime.print(f"the run in {source(config)} is finished, at step {checkpoint['step']}; to train its model "
                           f"further: --init_from {advised(config, checkpoint['step'])} --log_dir NEW")
             return None
         run.first_step, run.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]

@@ -1,6 +1,6 @@
 """Convert a checkpoint: any that is read here into a Hugging Face folder, or into a .pt file of ours.
 
-    python convert.py --checkpoint logs/model_19073.pt --out gpt2-mine     # for transformers, vLLM, lm-eval
+    python convert.py --checkpoint logs/model_19073.pt --out gpt2-mine     # for transformers, lm-eval
     python convert.py --checkpoint gpt2 --out logs/gpt2.pt                 # OpenAI's weights from the hub
     python convert.py --checkpoint ckpt.pt --out nano.pt                   # nanoGPT's, build-nanogpt's
     python convert.py --checkpoint logs/spam/classifier.pt --out spam      # a classifier, for transformers

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import re
 import sys
 import warnings
@@ -75,7 +76,16 @@ def probe(device):
     if device.type == "mps":
         return Hardware("mps", "Apple GPU")
     has_bf16 = [getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile")]
-    return Hardware("cpu", "CPU", cpu_bf16=any(has_bf16))
+    return Hardware("cpu", cpu_name(), cpu_bf16=any(has_bf16))
+
+
+def cpu_name():
+    """The model of the CPU, as Linux or else Python has it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def choose_dtype(requested, hardware):

@@ -1,6 +1,7 @@
 """Files that have their final name only when they are complete, and a lock on a folder."""
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import time
@@ -62,9 +63,13 @@ def read_json(path, kind=dict):
 
 
 def find_visible(folder, pattern):
-    """The paths below a folder that match a pattern, but for those in hidden folders, such as a dry run's."""
-    return [path for path in Path(folder).rglob(pattern)
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """The paths of files below a folder whose names match a pattern. Hidden folders, such as a dry run's, do not count,
+    and what goes away meanwhile is left out."""
+    found = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(here, name) for name in fnmatch.filter(names, pattern)]
+    return found
 
 
 class FolderLock:

@@ -55,7 +55,7 @@ def _download(name):
 
     Where the hub cannot be reached it is the one downloaded before, if any.
     """
-    from huggingface_hub import hf_hub_download, logging
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, logging, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     logging.set_verbosity_error()      # a line for each retry
     print(f"{name} is no folder here; asking the Hugging Face hub", file=sys.stderr)
@@ -73,8 +73,9 @@ def _download(name):
                     fetch(file)
                 break
             except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError) and online:           # the network is gone
-                    raise
+                known_absent = try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
+                if isinstance(error, LocalEntryNotFoundError) and online and not known_absent:
+                    raise                                                           # the network is gone
         return Path(path).parent
     except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
         unreached = isinstance(error, LocalEntryNotFoundError)  # an EntryNotFoundError too: no network, not cached
@@ -144,20 +145,19 @@ def our_state(theirs):
 
 
 def read_vocabulary(folder):
-    """(["a b", ...], {token: id}) of a folder's byte-pair vocabulary, its merges in order; None where it has none.
+    """(lines, {token: id}) of a folder's byte-pair vocabulary, its merges "a b" in order; None where it has none.
 
     From merges.txt and vocab.json, else from tokenizer.json. Raises UserError for damaged ones.
     """
     merges, whole = Path(folder) / "merges.txt", Path(folder) / "tokenizer.json"
     try:
         if merges.exists():
-            lines = merges.read_text(encoding="utf-8").split("\n")
-            lines = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
-            return lines, read_json(Path(folder) / "vocab.json")
+            return merges.read_text(encoding="utf-8").split("\n"), read_json(Path(folder) / "vocab.json")
         if whole.exists():
-            model = read_json(whole)["model"]
-            if model.get("type") not in (None, "BPE"):
-                return [], {}       # words or pieces: no vocabulary of ours has these ids
+            stored = read_json(whole)
+            model = stored["model"]
+            if model.get("type") not in (None, "BPE") or '"ByteLevel"' not in json.dumps(stored.get("pre_tokenizer")):
+                return [], {}       # words, pieces, or pairs of other letters: no vocabulary of ours has these ids
             return [m if isinstance(m, str) else " ".join(m) for m in model["merges"]], dict(model["vocab"])
     except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}") from error
@@ -168,13 +168,14 @@ def read_vocabulary(folder):
 # writing
 
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
-    """Write a folder that transformers, vLLM and lm-evaluation-harness read: weights in fp32 and, with a Tokenizer, its
+    """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and, with a Tokenizer, its
     files. The rows beyond its vocabulary are left out.
 
     config: GPTConfig's fields; state: a state dict of ours. The folder has its name only when it is complete and
     check(temporary folder) has not raised. Raises UserError for a folder that holds something, and where the disk
     refuses.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     n_vocab = tokenizer.n_vocab if tokenizer else config["vocab_size"]
     eot = tokenizer.eot if tokenizer else None
@@ -190,7 +191,7 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
             weights = temporary / "model.safetensors"
             save_file(their_state(config, state, n_vocab), weights, metadata={"format": "pt"})
             weights.chmod((temporary / "config.json").stat().st_mode)      # safetensors lets only the owner read
-        except Exception as error:  # safetensors' own class for the disk's errors
+        except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the weights in {folder}: {error}") from error
         if check:
             check(temporary)

@@ -31,10 +31,11 @@ def save_adapter(wrapped, folder, base):
 
     Raises UserError.
     """
+    from safetensors import SafetensorError
     with new_folder(folder) as temporary:
         try:
             wrapped.save_pretrained(temporary, save_embedding_layers=False)
-        except Exception as error:      # safetensors' own class for the disk's errors
+        except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the adapter in {folder}: {error}") from error
         (temporary / "README.md").unlink(missing_ok=True)      # peft's card: a form with nothing filled in
         write_json(temporary / BASE_NAME, base)

@@ -1,6 +1,6 @@
 """Learning-rate range test: one short run whose rate grows from step to step, and what its loss says.
 
-    python lr_finder.py --data_dir data/demo --log_dir logs/demo --n_layer 4 ...    # the flags that you will train with
+    python lr_finder.py --data_dir data/demo --log_dir logs/new --n_layer 4 ...    # the flags that you will train with
     torchrun --nproc_per_node=8 lr_finder.py
 
 Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py command to run next. Nothing else is

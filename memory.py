@@ -27,11 +27,9 @@ def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, in
         smaller = next((d for d in divisors(local_windows) if d < wanted), None)
         advice = f"use --micro_batch_size {smaller}, or 0" if smaller else SMALLER
         raise UserError(f"--micro_batch_size {wanted} does not fit into the memory of the card; {advice}")
-    size = sizes[0]
-    while not fits(module, block_size, size, runtime):
+    size = next((d for d in sizes if d < wanted), 0) if wanted else sizes[0]
+    while size and not fits(module, block_size, size, runtime):
         size = next((d for d in sizes if d <= size // 2), 0)
-        if size == 0:
-            break
     size = int(runtime.minimum(size))
     if size == 0:
         raise UserError(f"not one row fits into the card's memory; {SMALLER}")

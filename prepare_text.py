@@ -112,12 +112,14 @@ def split_documents(lengths, order, val_fraction):
     lengths (documents,) in tokens. Documents go to val until it holds val_fraction of the tokens; one that would make
     it more than twice that, or all there is, is left to train.
     """
-    target = val_fraction * lengths.sum()
+    total = lengths.sum()
+    target = val_fraction * total
+    most = min(2 * target, total - 1)
     val, n_val = [], 0
     for document in order:
         if n_val >= target:
             break
-        if n_val + lengths[document] <= min(2 * target, lengths.sum() - 1):
+        if n_val + lengths[document] <= most:
             val.append(document)
             n_val += int(lengths[document])
     return np.array(val, dtype=np.int64), order[~np.isin(order, val)]

@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -76,8 +75,7 @@ class Runtime:
         """The module, wrapped where there are several processes so that its gradients are the mean over them."""
         if self.world_size == 1:
             return module
-        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                       bucket_cap_mb=BUCKET_MB,
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB,
                                        device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def grad_scaler(self):
@@ -289,19 +287,28 @@ def lock_folder(folder, runtime):
 
 @contextlib.contextmanager
 def temporary_folder(runtime, place):
-    """A hidden folder, the same on all ranks, that is gone at the end: in `place`, or in what is above it so far."""
-    def make():
-        here = next(path for path in (Path(place).resolve(), *Path(place).resolve().parents) if path.is_dir())
+    """A new folder, the same on all ranks, that is gone at the end: in the hidden .dry_run of `place`, or of what is
+    above it so far. What a killed process left there goes first.
+
+    Raises UserError where `place` cannot be a folder, or another process is at it.
+    """
+    def choose():
+        here = next(path for path in (Path(place).resolve(), *Path(place).resolve().parents) if path.exists())
+        if not here.is_dir():
+            raise UserError(f"{here} is a file, not a folder")
+        return here / ".dry_run"
+
+    def renew():
+        shutil.rmtree(hidden / "run", ignore_errors=True)
+        (hidden / "run").mkdir(parents=True)
+        return str(hidden / "run")
+    hidden = runtime.from_main(choose)
+    with lock_folder(hidden, runtime):
         try:
-            return tempfile.mkdtemp(prefix=".dry_run_", dir=here)
-        except OSError as error:
-            raise UserError(f"cannot write in {here}: {error.strerror}") from error
-    folder = runtime.from_main(make)
-    try:
-        yield folder
-    finally:
-        if runtime.is_main:
-            shutil.rmtree(folder)
+            yield runtime.from_main(renew)
+        finally:
+            if runtime.is_main:
+                shutil.rmtree(hidden, ignore_errors=True)
 
 
 def die_with_launcher():

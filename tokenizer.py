@@ -138,7 +138,11 @@ class Tokenizer:
 
 
 def _build(lines, name, source):
-    """The tokenizer of a list of merges, "a b" each. Raises UserError that names the source."""
+    """The tokenizer of the lines of a list of merges: "a b" each, perhaps "#version: 0.2" first and an empty one last.
+
+    Raises UserError that names the source.
+    """
+    lines = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
     try:
         return Tokenizer([line.split(" ") for line in lines], name)
     except ValueError as error:
@@ -165,19 +169,14 @@ def load_tokenizer(folder):
         lines = data.decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); make the shards again") from error
-    tokenizer = _build(_merge_lines(lines), _name_of(data), path)
+    tokenizer = _build(lines, _name_of(data), path)
     if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
         raise UserError(f"{ids_path} gives other ids than {path}; make the shards again")
     return tokenizer
 
 
-def _merge_lines(lines):
-    """Without the "#version: 0.2" that vocab.bpe begins with and the line end that it ends with."""
-    return [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
-
-
 def from_merges(lines, source):
-    """The Tokenizer of a list of merges, "a b" each, named by their hash. Raises UserError that names the source."""
+    """The Tokenizer of the lines of a list of merges, named by their hash. Raises UserError that names the source."""
     tokenizer = _build(lines, "", source)
     tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))
     return tokenizer

@@ -156,8 +156,8 @@ def train(config, runtime, hellaswag_items=0):
 def loop(run, config, runtime):
     """At step k: evaluate, save, then train step k; the end is evaluated and saved by the same lines.
 
-    A stop that was asked for saves state k, untrained. Returns the RunLog. Raises RunFailed where too many steps were
-    skipped, or the last checkpoint could not be written.
+    A stop that was asked for saves state k, untrained. Returns the RunLog, None where a dry run was stopped. Raises
+    RunFailed where too many steps were skipped, or the last checkpoint could not be written.
     """
     log = RunLog(runtime, config, run)
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, run.first_step,
@@ -199,11 +199,13 @@ def loop(run, config, runtime):
             runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
                           f"      python inference.py --checkpoint {path} --prompt \"...\"")
     except StopRequested:
+        if config.dry_run:
+            runtime.print("the dry run was stopped")
+            return None
         if step > run.first_step:
             save(run, config, runtime, step)
         saved = "this step could not be saved" if run.save_failed else "nothing is lost"
-        runtime.print("the dry run was stopped" if config.dry_run else
-                      f"stopped before step {step}, {saved}; the same command continues:\n{command_line()}")
+        runtime.print(f"stopped before step {step}, {saved}; the same command continues:\n{command_line()}")
     finally:
         loader.close()
         log.close()
@@ -341,7 +343,7 @@ def dry_run(config, runtime):
                         log_dir=folder, checkpoint_every=1, mlflow=False,
                         val_tokens=min(config.val_tokens, config.total_batch_size))
         run, log = train(small, runtime, DRY_RUN_ITEMS) or (None, None)
-        if log and log.steps_done == 2:
+        if log:
             restore(run, runtime.from_main(lambda: find_checkpoint(small, runtime.print)))
             shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)
             if config.eval_every:

@@ -138,10 +138,12 @@ def tune(run, config, runtime, evaluate):
             log.forecast()
         return True
     except StopRequested:
+        if config.dry_run:
+            runtime.print("the dry run was stopped")
+            return False
         if run.step > first_step:
             save_state(run, config, runtime)
-        runtime.print("the dry run was stopped" if config.dry_run else
-                      f"stopped before step {run.step}, nothing is lost; the same command continues:\n{command_line()}")
+        runtime.print(f"stopped before step {run.step}, nothing is lost; the same command continues:\n{command_line()}")
         return False
     finally:
         log.close()

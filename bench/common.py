@@ -15,12 +15,9 @@ def machine():
     """Hardware and versions, as plain strings: without them a figure says nothing."""
     import numpy
     import torch
-    model = ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else ""
-    return dict(date=datetime.date.today().isoformat(), cpu=f"{model or platform.processor()} x {os.cpu_count()}",
+
+    from device import cpu_name
+    return dict(date=datetime.date.today().isoformat(), cpu=f"{cpu_name()} x {os.cpu_count()}",
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "", python=platform.python_version(),
                 torch=str(torch.__version__), numpy=numpy.__version__, system=platform.platform())
 

@@ -21,6 +21,14 @@ WITHOUT_GPU = ": no GPU was at hand yet, so there are no GPU rows (`make bench-g
 
 def main():
     """Write the table."""
+    text = table()
+    with atomic_write(RESULTS / "README.md", "w") as f:
+        f.write(text)
+    print(f"wrote {RESULTS / 'README.md'}")
+
+
+def table():
+    """The page's text, made of the results as they are now."""
     lines, gpus = [], set()
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
@@ -30,9 +38,7 @@ def main():
         gpus.add(machine["gpu"])
         where = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"
         lines += [f"| {line_of(row)} | {where} | [{machine['date']}]({path.name}) |" for row in result["table"]]
-    with atomic_write(RESULTS / "README.md", "w") as f:
-        f.write(HEAD.format(without_gpu="" if any(gpus) else WITHOUT_GPU) + "\n".join(lines) + "\n")
-    print(f"wrote {RESULTS / 'README.md'}: {len(lines)} rows")
+    return HEAD.format(without_gpu="" if any(gpus) else WITHOUT_GPU) + "\n".join(lines) + "\n"
 
 
 def line_of(row):

@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -379,9 +380,15 @@ def test_weights_in_half_precision_open_in_fp32(tmp_path):
 
 def test_a_dry_run_is_never_the_newest_model_and_is_gone_after_an_error(tmp_path):
     save_checkpoint(checkpoint_path(tmp_path, 7), dict(step=7))
-    runtime = SimpleNamespace(is_main=True, from_main=lambda action: action())
+    runtime = SimpleNamespace(is_main=True, from_main=lambda action: action(), together=lambda action: action())
+    left = checkpoint_path(tmp_path / ".dry_run" / "run", 1)       # of one that was killed
+    left.parent.mkdir(parents=True)
+    left.touch()
     with pytest.raises(RunFailed), temporary_folder(runtime, tmp_path) as folder:
+        assert list(Path(folder).iterdir()) == []
         save_checkpoint(checkpoint_path(folder, 2), dict(step=2))
         assert newest_model(tmp_path) == checkpoint_path(tmp_path, 7)
         raise RunFailed("an accident")
     assert [p.name for p in tmp_path.iterdir()] == ["model_00007.pt"]
+    with pytest.raises(UserError, match="is a file, not a folder"), temporary_folder(runtime, newest_model(tmp_path)):
+        pass

@@ -231,7 +231,8 @@ print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), 
     assert rc == 0, err
     ids = [257] if vocabulary else gpt2_tokenizer().encode(" ab")
     assert out == f"gpt2 {model.transformer.wte.weight.double().sum().item()} {ids}\n"
-    assert run("-c", code, env=env)[:2] == (0, out)      # the hub is gone: what was downloaded stays of use
+    for gone in ({}, dict(http_proxy="http://127.0.0.1:9")):     # the hub is gone: what was downloaded stays of use
+        assert run("-c", code, env={**env, **gone})[:2] == (0, out)
     files = {path.split("/resolve/main/")[1] for path in Hub.asked if "/resolve/main/" in path}
     assert files == {"config.json", "model.safetensors", "merges.txt", *(vocabulary or ["tokenizer.json"])}
 
@@ -340,8 +341,17 @@ run_script(lambda: model.save_pretrained({str(tmp_path / "hf")!r}))""")
     assert list(tmp_path.iterdir()) == []
 
 
+def test_pairs_of_other_letters_are_no_vocabulary_of_ours(tmp_path):
+    """SentencePiece's pairs, as converted to a tokenizer.json: the model opens, and reads and writes ids."""
+    GPT(GPTConfig(8, 320, 1, 2, 8)).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps({
+        "pre_tokenizer": {"type": "Metaspace"},
+        "model": {"type": "BPE", "vocab": {"\u2581": 0, "t": 1, "\u2581t": 2}, "merges": ["\u2581 t"]}}))
+    assert open_model(tmp_path / "hf").tokenizer is None
+
+
 @pytest.mark.parametrize("model", [None, [], "BPE", {"type": "BPE"}, {"merges": [1], "vocab": {}}])
 def test_a_damaged_tokenizer_json_is_one_line(tmp_path, model):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}))
     with pytest.raises(UserError, match="cannot read the tokenizer in"):
         hf_format.read_vocabulary(tmp_path)

@@ -206,5 +206,14 @@ def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
                        "--log_dir", tmp_path / "logs", "--dry_run", env={"TMPDIR": str(tmp_path)})
     assert rc == 0, err
     assert "full run of 50 steps takes about" in out
-    assert "finished" not in out and "next:" not in out and ".dry_run_" not in out.split("full run of")[1]
+    assert "finished" not in out and "next:" not in out
+    assert [p.name for p in tmp_path.iterdir()] == ["shards"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_that_is_stopped_forecasts_nothing(run, make_shards, tmp_path):
+    rc, out, err = run("tests/chaos.py", *TINY, "--total_batch_size", 64, "--eval_every", 1, "--data_dir",
+                       make_shards([900], val_sizes=[100]), "--log_dir", tmp_path / "logs", "--dry_run",
+                       env={"ACCIDENT": "term:validate:2"})
+    assert rc == 0 and "the dry run was stopped" in out and "takes about" not in out, err
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
