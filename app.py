@@ -10,6 +10,7 @@ import contextlib
 import gc
 import html
 import io
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -76,6 +77,8 @@ def main():
     except UserError as error:
         show_problem(error)
         return
+    if not st.runtime.exists():
+        sys.exit("app.py: error: this is a page, start it with: streamlit run app.py")
     models = find_models(config)
     with st.sidebar:
         st.title("GPT-2")

@@ -115,7 +115,8 @@ def make_model(config, runtime, tokenizer, checkpoint):
     if config.init_from == "scratch":
         seed_everything(config.seed, "initial weights")
         vocab_size = padded_vocab(tokenizer.n_vocab)
-        return explain(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)), "flags")
+        return explain(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)),
+                       "the model's flags")
     stored = runtime.from_main(lambda: open_weights(config.init_from, tokenizer))
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if shape["block_size"] and shape["block_size"] < model.config.block_size:

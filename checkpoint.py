@@ -82,7 +82,9 @@ def read_checkpoint(path):
     try:
         open(path, "rb").close()
     except FileNotFoundError as error:
-        raise CheckpointError(f"no checkpoint {path}") from error
+        raise CheckpointError(f"no checkpoint {path}: there is no such file") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path} is a folder; name a file in it, such as model_XXXXX.pt") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
@@ -130,7 +132,7 @@ def newest_valid(log_dir, check, notice=print):
             return path, checkpoint
         except CheckpointError as error:
             problem = error
-            notice(f"skipping {error}")
+            notice(f"skipping a checkpoint: {error}")
     if problem:
         raise CheckpointError(f"no checkpoint in {log_dir} can be read ({problem}); move them away or choose another "
                               "--log_dir")
@@ -182,7 +184,10 @@ def open_model(source, classifiers=False):
         opened = _open_file(path)
     elif lora.is_adapter(path):
         opened = _open_adapter(path)
-    elif path.is_dir() and list_checkpoints(path) and not (path / "config.json").exists():
+    elif path.is_dir() and not (path / "config.json").exists():
+        if not list_checkpoints(path):
+            raise UserError(f"{source} holds neither a model_XXXXX.pt nor a config.json; name the folder of a run, or "
+                            "of a model in Hugging Face format")
         opened = _open_file(newest_model(path))
     else:
         folder = hf_format.local_folder(source)
@@ -200,7 +205,8 @@ def _open_adapter(folder):
     try:
         opened = open_model(source)
     except UserError as error:
-        raise UserError(f"the model that the adapter in {folder} belongs to: {error}") from error
+        raise UserError(f"the adapter in {folder} belongs to {source}, as seen from where it was trained: {error}"
+                        ) from error
     if sha256 and weights_hash(opened.model.state_dict()) != sha256:
         raise CheckpointError(f"{source} holds other weights than those that the adapter in {folder} belongs to")
     merged = lora.merge_folder(opened.model, folder).requires_grad_(True)

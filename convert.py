@@ -27,7 +27,8 @@ class ConvertConfig:
     """The flags of this script."""
     checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="files")
-    out: str = flag(help="a new folder for Hugging Face's format, a new file NAME.pt for ours", group="files")
+    out: str = flag(help="a new folder for Hugging Face's format, a new file NAME.pt for ours (required)",
+                    group="files")
 
 
 def main(argv=None):

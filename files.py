@@ -62,6 +62,16 @@ def read_json(path, kind=dict):
     return value
 
 
+def check_new_file(path, name):
+    """Raise UserError unless a file can be made at `path`, the flag `name`: nothing is written over."""
+    path = Path(path).absolute()
+    if path.exists():
+        raise UserError(f"{name} {path} exists already, and nothing is written over; choose another")
+    here = next(folder for folder in path.parents if folder.exists())
+    if not (here.is_dir() and os.access(here, os.W_OK)):
+        raise UserError(f"{name} {path}: cannot write in {here}; choose another")
+
+
 def find_visible(folder, pattern):
     """The paths of files below a folder whose names match a pattern. Hidden folders, such as a dry run's, do not count,
     and what goes away meanwhile is left out."""
@@ -82,9 +92,11 @@ class FolderLock:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "w")
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{folder} cannot be a folder: {error.filename} is a file") from error
         except OSError as error:
             raise UserError(f"cannot write in {folder}: {error.strerror}") from error
-        deadline = time.monotonic() + wait_s
+        deadline, waits = time.monotonic() + wait_s, False
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,6 +108,9 @@ class FolderLock:
                     return
                 if time.monotonic() > deadline:
                     raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
+                if not waits:
+                    print(f"another run is using {folder}; waiting up to {wait_s:g} s for its end", flush=True)
+                waits = True
                 time.sleep(0.2)
 
     def __enter__(self):

@@ -25,7 +25,7 @@ from classifier import Classifier
 from config import UserError, flag, parse_config, run_script
 from documents import read_rows
 from figures import draw_confusion, save_figure
-from files import atomic_write, write_json
+from files import atomic_write, check_new_file, write_json
 from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
 from lora import merge
 from memory import CPU_TOKENS, CUDA_TOKENS
@@ -189,9 +189,9 @@ def stratified(examples, n, config):
                                 stratify=[label for _, label in examples])
     except ValueError as error:
         label, count = collections.Counter(label for _, label in examples).most_common()[-1]
-        raise UserError(f"{config.data} cannot be divided label by label ({error}); the rarest label, {label!r}, is "
-                        f"there {count} time{'s' * (count > 1)}. Bring more rows, or --val_data and --test_data"
-                        ) from error
+        raise UserError(f"{config.data} cannot be divided label by label, {n} of {len(examples)} rows apart; the "
+                        f"rarest label, {label!r}, is there {count} time{'s' * (count > 1)}. Bring more rows, or "
+                        "--val_data and --test_data") from error
 
 
 def check_labels(examples, config):
@@ -295,6 +295,8 @@ def write_results(config, run, base, labels, reports, sizes):
 
 def predict(config, runtime):
     """Label the texts of the flags, or of a file into a file; with the probability of each label."""
+    if config.out:
+        runtime.from_main(lambda: check_new_file(config.out, "--out"))
     opened = open_model(config.checkpoint, classifiers=True)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is no classifier, it writes text; make one of it with --init_from")

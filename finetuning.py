@@ -22,12 +22,12 @@ from tuning import STATE_NAME, Objective, Tuning, restore, trained_weights
 @dataclass(kw_only=True)
 class TuneConfig(DeviceConfig):
     """The flags that the fine-tuning scripts share; keep=True: a resumed run must have the same."""
-    data: str = flag("", "the examples", group="data")
+    data: str = flag("", "the examples (required)", group="data")
     val_fraction: float = flag(0.1, "share of the examples for validation", group="data", above=0, below=1, keep=True)
-    out: str = flag("", "folder of the result", group="data")
+    out: str = flag("", "folder of the result (required)", group="data")
 
-    init_from: str = flag("", "the model to tune: model_XXXXX.pt, a Hugging Face folder, or a name such as gpt2",
-                          group="model")
+    init_from: str = flag("", "the model to tune: model_XXXXX.pt, a Hugging Face folder, or a name such as gpt2 "
+                              "(required)", group="model")
     block_size: int | None = flag(None, "tokens that are read at most, the rest is cut off (default: all that the "
                                         "model can)", group="model", low=2, keep=True)
     dropout: float = flag(0.0, "dropout probability in the model", group="model", low=0.0, below=1.0, keep=True)
@@ -41,8 +41,8 @@ class TuneConfig(DeviceConfig):
                            keep=True)
     micro_batch_size: int = flag(0, "full rows per forward pass of a process, of shorter ones as many more; 0: as many "
                                     "as fit", group="training", low=0)
-    max_lr: float | None = flag(None, "peak learning rate (default: by what is trained)", group="training", above=0,
-                                keep=True)
+    max_lr: float | None = flag(None, "peak learning rate (default: by what is trained, see docs/finetuning.md)",
+                                group="training", above=0, keep=True)
     min_lr: float = flag(0.0, "learning rate at the end of the cosine", group="training", low=0.0, keep=True)
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth)", group="training", low=0,
                                     keep=True)
@@ -169,7 +169,10 @@ def find_state(config):
         raise UserError(f"--resume never, but {config.out} holds a run; choose another --out, or delete it")
     state = read_checkpoint(path)
     differing = changed_flags(config, state["config"])
-    if differing and not state["finished"]:
+    if state["finished"]:       # the loop, which compares the data and the base themselves, will not begin
+        differing += [f"--{name} {getattr(config, name)} (it has {state['config'][name]})"
+                      for name in ("data", "init_from") if getattr(config, name) != state["config"][name]]
+    if differing:
         raise UserError(f"{config.out} holds another run: {', '.join(differing)}. Use its flags to continue it, or "
                         "another --out")
     return state

@@ -27,7 +27,7 @@ import hub
 from checkpoint import newest_model, open_model
 from choices import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 from config import DeviceConfig, UserError, flag, parse_config, run_script
-from files import atomic_write, write_json
+from files import atomic_write, check_new_file, write_json
 from runtime import StopRequested, start
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # its validation split
@@ -81,6 +81,8 @@ def main(argv=None):
 
 def score_checkpoint(config, runtime):
     """Score the model that the flags name; print and write the result."""
+    if config.json:
+        runtime.from_main(lambda: check_new_file(config.json, "--json"))
     opened = runtime.together(lambda: open_model(config.checkpoint or newest_model()).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
     runtime.print(f"{opened.describe()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")

@@ -28,7 +28,8 @@ from template import alpaca_prompt
 @dataclass(kw_only=True)
 class InferenceConfig(DeviceConfig):
     """Every flag of this script."""
-    prompt: list[str] = flag([], "text to continue; may be given several times", group="text", repeat=True)
+    prompt: list[str] = flag([], "text to continue; may be given several times (default: standard input, a prompt a "
+                             "line at a terminal)", group="text", repeat=True)
     prompt_file: list[str] = flag([], "a file whose text is a prompt; may be given several times", group="text",
                                   repeat=True)
     instruction: str = flag("", "for an instruction-tuned checkpoint: what it is to do", group="text")

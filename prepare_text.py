@@ -180,6 +180,8 @@ def main(argv=None):
         if config.train_tokenizer:
             print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
             tokenizer = train_tokenizer((text for text, _ in corpus), config.train_tokenizer)
+            if tokenizer.n_vocab < config.train_tokenizer:
+                print(f"this text has pairs for {tokenizer.n_vocab:,} entries only")
         else:
             tokenizer = gpt2_tokenizer()
         manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot

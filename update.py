@@ -59,6 +59,6 @@ class Skipped:
     def check(self):
         """Raise RunFailed after MAX_SKIPPED in a row: the weights are past saving."""
         if self.in_a_row >= MAX_SKIPPED:
-            raise RunFailed(f"{MAX_SKIPPED} steps in a row gave no finite gradient; what was saved is as it was. Go on "
-                            "from it with --dtype bf16 or fp32 (train.py: or --attention math), or begin anew in "
-                            "another folder with a smaller --max_lr or another --seed")
+            raise RunFailed(f"{MAX_SKIPPED} steps in a row gave no finite gradient: begin anew in another folder, with "
+                            "a smaller --max_lr or another --seed. What was saved before is as it was; --dtype fp32 "
+                            "(train.py: or --attention math) may go on from it")

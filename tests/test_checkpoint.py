@@ -165,7 +165,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_one_line(tmp_path, damage):
     notices = []
     path, found = newest_valid(tmp_path, accept, notices.append)
     assert path == checkpoint_path(tmp_path, 5) and found["step"] == 5
-    assert len(notices) == 1 and notices[0].startswith(f"skipping {newest} ") and "\n" not in notices[0]
+    assert len(notices) == 1 and notices[0].startswith(f"skipping a checkpoint: {newest} ") and "\n" not in notices[0]
     assert "run code" not in notices[0]
     newest_of_damaged = checkpoint_path(tmp_path, 5)
     newest_of_damaged.write_bytes(damage(newest_of_damaged.read_bytes()))
@@ -185,7 +185,7 @@ def test_the_newest_is_the_highest_step_that_the_check_accepts(tmp_path):
             raise CheckpointError(f"{path} has no optimizer")
     notices = []
     assert newest_valid(tmp_path, check, notices.append)[1]["step"] == 7
-    assert [n.split(": ")[0].rsplit("/", 1)[1] for n in notices] == ["model_100000.pt has no optimizer",
+    assert [n.split(": ")[1].rsplit("/", 1)[1] for n in notices] == ["model_100000.pt has no optimizer",
                                                                      "model_99999.pt has no optimizer"]
 
 
@@ -257,9 +257,10 @@ def test_a_file_of_something_else_is_named(tmp_path, stored, message):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    assert refusal(open_model, tmp_path / "x.pt") == f"no checkpoint {tmp_path / 'x.pt'}"
+    assert refusal(open_model, tmp_path / "x.pt") == f"no checkpoint {tmp_path / 'x.pt'}: there is no such file"
     (tmp_path / "folder.pt").mkdir()
-    assert f"cannot read {tmp_path / 'folder.pt'}: Is a directory" in refusal(read_checkpoint, tmp_path / "folder.pt")
+    assert "folder.pt is a folder; name a file in it" in refusal(read_checkpoint, tmp_path / "folder.pt")
+    assert "holds neither a model_XXXXX.pt nor a config.json" in refusal(open_model, tmp_path)
 
 
 def test_prefixes_of_compile_and_ddp_go_in_any_chain_and_masks_with_them():

@@ -120,7 +120,7 @@ def test_mistakes_are_one_line_and_touch_nothing(trained, tmp_path, monkeypatch,
                            (["--out", "new"], "no model_XXXXX.pt below logs/"),
                            (["--out", "new", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
                            (["--out", "new", "--checkpoint", "garbage.pt"], "garbage.pt cannot be loaded"),
-                           (["--out", "new", "--checkpoint", "full"], "cannot read full/config.json"),
+                           (["--out", "new", "--checkpoint", "full"], "full holds neither a model_XXXXX.pt nor"),
                            (["--out", "garbage.pt/new", "--checkpoint", "ours.pt"], "cannot write"),
                            (["--out", "garbage.pt/new.pt", "--checkpoint", "ours.pt"], "cannot write")):
         with pytest.raises(UserError) as caught:

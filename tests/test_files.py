@@ -1,5 +1,6 @@
 """files.py: a file is the old one or the new one, never a part; a folder belongs to one process."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from conftest import script_env
 
 from config import UserError
-from files import FolderLock, atomic_write, read_json, write_json
+from files import FolderLock, atomic_write, check_new_file, find_visible, read_json, write_json
 from human import human_bytes
 
 
@@ -108,13 +109,34 @@ with FolderLock({str(tmp_path)!r}, wait_s=0):
     waiting = background(f"from files import FolderLock; FolderLock({str(tmp_path)!r}, 30); print('got it')", tmp_path)
     time.sleep(0.3)
     kill(holder)
-    assert waiting.communicate(timeout=10)[0] == "got it\n"
+    said = waiting.communicate(timeout=10)[0].splitlines()
+    assert said == [f"another run is using {tmp_path}; waiting up to 30 s for its end", "got it"]
 
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write in .*file"):
+    with pytest.raises(UserError, match=r"file cannot be a folder: .*file is a file"):
         FolderLock(tmp_path / "file", wait_s=0)
+    with pytest.raises(UserError, match=r"cannot be a folder"):
+        FolderLock(tmp_path / "file" / "below", wait_s=0)
+
+
+def test_a_new_file_writes_over_nothing(tmp_path):
+    (tmp_path / "there").touch()
+    check_new_file(tmp_path / "not" / "yet", "--out")
+    for path, problem in (("there", "exists already"), ("there/below", "cannot write in")):
+        with pytest.raises(UserError, match=f"--out .*{problem}"):
+            check_new_file(tmp_path / path, "--out")
+
+
+def test_what_is_hidden_or_goes_away_is_not_found(tmp_path, monkeypatch):
+    for name in (".dry_run/run", "a", "a/b"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "model_1.pt").touch()
+    assert sorted(find_visible(tmp_path, "model_*.pt")) == [tmp_path / "a/b/model_1.pt", tmp_path / "a/model_1.pt"]
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed(path if str(path)[-1:] != "b" else tmp_path / "gone"))
+    assert find_visible(tmp_path, "model_*.pt") == [tmp_path / "a/model_1.pt"]
 
 
 @pytest.mark.parametrize("n, text", [

@@ -128,6 +128,12 @@ def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transf
         inference.main(["--checkpoint", str(out / "classifier.pt"), "--prompt", "x"])
     main(*flags_for(reviews, base, out), "--class_weights", "balanced")
     assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds another run: --seed 5 \(it has 1337\)"):
+        main(*flags_for(reviews, base, out), "--class_weights", "balanced", "--seed", 5)
+    other = tmp_path / "other.csv"
+    other.write_bytes(reviews.read_bytes())
+    with pytest.raises(UserError, match=r"holds another run: --data .*other\.csv"):
+        main(*flags_for(other, base, out), "--class_weights", "balanced")
 
 
 def check_export(path, tmp_path, capsys):
@@ -139,6 +145,8 @@ def check_export(path, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("text\n" + "\n".join(f'"{t}"' for t in texts) + "\n")
     for name, source in (("ours.csv", path), ("theirs.csv", tmp_path / "hf")):
         main("--checkpoint", source, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / name, *TINY[:4])
+    with pytest.raises(UserError, match=r"--out .*new\.csv exists already, and nothing is written over"):
+        main("--checkpoint", path, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / "new.csv", *TINY[:4])
     ours, theirs = (list(csv.DictReader(open(tmp_path / name))) for name in ("ours.csv", "theirs.csv"))
     assert ours == theirs and [row["text"] for row in ours] == texts
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")

@@ -88,7 +88,12 @@ def test_a_damaged_file_is_refused_by_its_line(tmp_path, data, complaint):
 
 def test_a_mistake_is_one_line_and_status_2(run, tmp_path):
     rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", ROWS, "--device", "cpu")
-    assert (rc, out) == (2, "") and err == f"hellaswag.py: error: no checkpoint {tmp_path / 'none.pt'}\n"
+    assert (rc, out) == (2, "") and err.startswith(f"hellaswag.py: error: no checkpoint {tmp_path / 'none.pt'}: there")
+    (tmp_path / "rows.jsonl").write_bytes(ROWS.read_bytes())
+    rc, out, err = run("hellaswag.py", "--data", tmp_path / "rows.jsonl", "--json", tmp_path / "rows.jsonl", "--device",
+                       "cpu")
+    assert (rc, out) == (2, "") and "rows.jsonl exists already, and nothing is written over" in err
+    assert (tmp_path / "rows.jsonl").read_bytes() == ROWS.read_bytes()
 
 
 def fake_hub(monkeypatch, load):
