@@ -10,7 +10,6 @@ import contextlib
 import gc
 import html
 import io
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ import streamlit as st
 import torch
 
 from checkpoint import open_model
-from config import DeviceConfig, UserError, flag, parse_config
+from config import DeviceConfig, UserError, flag, parse_config, run_script
 from decoding import likeliest_next, make_decoder
 from device import DTYPES, choose_device, choose_dtype, probe
 from figures import COLOURS, X_LABELS, draw_runs
@@ -70,6 +69,9 @@ class PageConfig(DeviceConfig):
 
 def main():
     """The page, from top to bottom: Streamlit runs this anew after every click."""
+    if not st.runtime.exists():
+        parse_config(PageConfig)        # --help
+        raise UserError("this is a page, start it with: streamlit run app.py")
     st.set_page_config("GPT-2", ":material/edit_note:", layout="wide")
     st.html(STYLE)
     try:
@@ -77,8 +79,6 @@ def main():
     except UserError as error:
         show_problem(error)
         return
-    if not st.runtime.exists():
-        sys.exit("app.py: error: this is a page, start it with: streamlit run app.py")
     models = find_models(config)
     with st.sidebar:
         st.title("GPT-2")
@@ -376,4 +376,4 @@ def picture(logs, changes, x):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -114,6 +114,11 @@ def test_without_a_model_it_says_how_to_make_one_and_never_fails(page, tmp_path)
     assert not at.exception and "unknown argument --nonsense" in at.code[0].value
 
 
+def test_without_streamlit_around_it_one_line_says_how_to_start_it(run):
+    rc, out, err = run("app.py")
+    assert (rc, out) == (2, "") and err.endswith("app.py: error: this is a page, start it with: streamlit run app.py\n")
+
+
 def test_a_visitor_can_name_no_file_that_was_not_offered(page, tmp_path, monkeypatch):
     save_model(tmp_path / "secret" / "model_00001.pt")
     save_model(tmp_path / "logs" / "model_00002.pt")
