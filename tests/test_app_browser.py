@@ -126,7 +126,7 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         wait_for(lambda: lengths.add(len(text(".gpt-card"))) or len(lengths) >= 5, "a text that grows")
         button("Stop").click()
         wait_for(lambda: not button("Stop").is_enabled() and not find(".caret"), "the stop")
-        stopped = text(".gpt-note")
+        stopped = wait_for(lambda: text(".gpt-card") and text(".gpt-note"), "the page, drawn anew")
         assert 0 < int(stopped.split(": ")[1].split()[0].replace(",", "")) < 2000 and "tokens/s" in stopped
         shown = text(".gpt-card")
         assert shown.count("Return a new <b>bold</b>") == 2 and not find(".gpt-card b")
