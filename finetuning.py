@@ -170,8 +170,8 @@ def find_state(config):
     state = read_checkpoint(path)
     differing = changed_flags(config, state["config"])
     if state["finished"]:       # the loop, which compares the data and the base themselves, will not begin
-        differing += [f"--{name} {getattr(config, name)} (it has {state['config'][name]})"
-                      for name in ("data", "init_from") if getattr(config, name) != state["config"][name]]
+        differing += [f"--{name} {getattr(config, name)} (it has {state['config'].get(name)})"
+                      for name in ("data", "init_from") if getattr(config, name) != state["config"].get(name)]
     if differing:
         raise UserError(f"{config.out} holds another run: {', '.join(differing)}. Use its flags to continue it, or "
                         "another --out")
