@@ -114,6 +114,7 @@ def test_without_a_model_it_says_how_to_make_one_and_never_fails(page, tmp_path)
     assert not at.exception and "unknown argument --nonsense" in at.code[0].value
 
 
+@pytest.mark.slow
 def test_without_streamlit_around_it_one_line_says_how_to_start_it(run):
     rc, out, err = run("app.py")
     assert (rc, out) == (2, "") and err.endswith("app.py: error: this is a page, start it with: streamlit run app.py\n")

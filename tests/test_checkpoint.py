@@ -78,6 +78,7 @@ def test_the_size_is_known_before_it_is_written(tmp_path):
     assert checkpoint_bytes(big) == pytest.approx((tmp_path / "a.pt").stat().st_size, rel=0.25)
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run, tmp_path):
     """A child saves checkpoint after checkpoint under one name; it is killed 12 times."""
     rc, out, err = run("-c", f"""

@@ -147,6 +147,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_gradient_of_one(run_ranks, tmp_path):
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS.replace("TESTS", str(ROOT / "tests")))
     codes, output = run_ranks(2, tmp_path / "two_ranks.py", tmp_path / "found.pt")

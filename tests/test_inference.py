@@ -166,6 +166,7 @@ def test_bf16_writes_with_packed_weights_and_compile_off_without(byte_model, sav
         assert out.count("> Once") == 2 and "on cpu in bf16" in err
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_asks_line_by_line_until_ctrl_d(saved, tmp_path):
     pty = pytest.importorskip("pty")
     terminal, its_end = pty.openpty()

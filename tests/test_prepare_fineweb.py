@@ -275,6 +275,7 @@ def test_wrong_commands_are_one_line(tmp_path, run, flags, message):
     assert "jsonl" in message or not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_row_group_keeps_what_is_done(corpus, tmp_path):
     shutil.copytree(corpus[0], tmp_path / "files")
     path, flags = tmp_path / "files" / "002.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]

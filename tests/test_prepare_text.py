@@ -233,6 +233,7 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_shards(jsonl, tmp_
 # --- the demo, and real text
 
 
+@pytest.mark.slow
 def test_demo_is_documentation_in_a_vocabulary_of_its_own(tmp_path, run):
     rc, out, err = run("prepare_text.py", "--demo", "--train_tokenizer", 1000, "--out", tmp_path / "demo")
     assert (rc, err) == (0, "") and f"python train.py --data_dir {tmp_path / 'demo'}" in out

@@ -47,6 +47,7 @@ def logged(log_dir, name):
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_resumed_is_one_run_in_the_store_with_every_step_once(make_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, log_dir = make_shards([2000], tokens=[k % 7 for k in range(2064)]), tmp_path / "logs" / "one"
@@ -113,6 +114,7 @@ def test_training_goes_on_without_a_store_that_cannot_be_used(make_shards, tmp_p
     assert (log_dir / "model_00002.pt").exists() and len(logged(log_dir, "loss")) == 2
 
 
+@pytest.mark.slow
 def test_a_store_that_comes_back_gets_what_it_missed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.05)
     Tracker(Config(), tmp_path, "other").close()
