@@ -68,7 +68,10 @@ class PageConfig(DeviceConfig):
 
 
 def main():
-    """The page, from top to bottom: Streamlit runs this anew after every click."""
+    """The page, from top to bottom: Streamlit runs this anew after every click.
+
+    Raises UserError where it is run without Streamlit.
+    """
     if not st.runtime.exists():
         parse_config(PageConfig)        # --help
         raise UserError("this is a page, start it with: streamlit run app.py")

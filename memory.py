@@ -10,7 +10,7 @@ SMALLER = "use a smaller --block_size or model (train.py also has --recompute)"
 
 
 def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True):
-    """Rows per micro-batch: `wanted` if it fits, else the first divisor of local_windows that does, halving.
+    """Rows per micro-batch: `wanted` if it fits, else the first smaller divisor of local_windows that does, halving.
 
     Of the divisors those count that make up at most CUDA_TOKENS, on a CPU CPU_TOKENS; there that is all. On CUDA a
     size is tried with the module, module(x, x) being a loss, on the device: forward, backward and an optimizer step

@@ -290,7 +290,7 @@ def temporary_folder(runtime, place):
     """A new folder, the same on all ranks, that is gone at the end: in the hidden .dry_run of `place`, or of what is
     above it so far. What a killed process left there goes first.
 
-    Raises UserError where `place` cannot be a folder, or another process is at it.
+    Raises UserError where `place` cannot be written to, or another run has such a folder there.
     """
     def choose():
         here = next(path for path in (Path(place).resolve(), *Path(place).resolve().parents) if path.exists())
@@ -300,7 +300,10 @@ def temporary_folder(runtime, place):
 
     def renew():
         shutil.rmtree(hidden / "run", ignore_errors=True)
-        (hidden / "run").mkdir(parents=True)
+        try:
+            (hidden / "run").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot make {hidden / 'run'}: {error.strerror}") from error
         return str(hidden / "run")
     hidden = runtime.from_main(choose)
     with lock_folder(hidden, runtime):
