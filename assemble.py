@@ -16,7 +16,7 @@ from config import UserError, explain
 from dataloader import TokenStream, n_val_windows
 from device import attention_backend, choose_compile, keep_freed_memory
 from human import human_bytes
-from memory import find_micro_batch_size
+from memory import CompilationFailed, dummy_rows, find_micro_batch_size
 from model import GPT, GPT2_SIZES, GPTConfig, padded_vocab
 from optimizer import make_optimizer
 from plan import Plan, decay_start, make_plan
@@ -55,18 +55,20 @@ class Run:
     slow: bool = False                # a step lasts so long that a stop is looked for after each micro-batch
 
 
-def assemble(config, runtime):
+def assemble(config, runtime, saves=True):
     """The Run that the loop needs, checked; None where it is finished already. `warm_up` comes next.
 
-    Raises UserError for data, flags, checkpoints, weights or disks that do not go together.
+    saves: checkpoints will be written, for which the disk must have room. Raises UserError for data, flags,
+    checkpoints, weights or disks that do not go together.
     """
     folder = runtime.together(lambda: ShardFolder(config.data_dir))
-    tokenizer = runtime.together(folder.tokenizer)
+    tokenizer = runtime.together(lambda: folder.tokenizer(config.tokenizer))
     runtime.together(lambda: folder.check_vocabulary(tokenizer.n_vocab))
     runtime.agree("flags", asdict(config))
     runtime.agree("code", code_hash())
     runtime.agree("token shards", folder.fingerprint())
-    checkpoint = runtime.from_main(lambda: find_checkpoint(config, runtime.print))
+    found = runtime.together(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
+    checkpoint = runtime.from_main(lambda: found and {**found, "optimizer": None}, on_device=True)
     raw = make_model(config, runtime, tokenizer, checkpoint)
     block_size = raw.config.block_size
     train_stream, val_stream = TokenStream(folder.train, block_size), TokenStream(folder.val, block_size)
@@ -84,14 +86,17 @@ def assemble(config, runtime):
                           f"further: --init_from {advised(config, checkpoint['step'])} --log_dir NEW")
             return None
         run.first_step, run.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+    if saves:
+        check_disk(config, run, runtime)
     run.micro_batch_size = adopt_choices(config, runtime, checkpoint, plan.local_windows)
     raw.to(runtime.device).train()
     raw.recompute = config.recompute
-    run.micro_batch_size = find_micro_batch_size(raw, block_size, run.micro_batch_size, plan.local_windows, runtime,
-                                                 insist=bool(config.micro_batch_size))
-    runtime.together(lambda: check_disk(config, run, runtime))
-    build(run, config, runtime, checkpoint)
-    describe(run, config, runtime, checkpoint)
+    build(run, config, runtime)
+    if checkpoint:
+        # Rank 0's copy is the only one in host memory: the others get tensor after tensor on their cards, and the
+        # optimizer's only now, so that they did not lie there while the micro-batch was sought.
+        restore(run, runtime.from_main(lambda: state_to_restore(found), on_device=True))
+    describe(run, config, runtime, checkpoint, saves)
     return run
 
 
@@ -117,7 +122,7 @@ def make_model(config, runtime, tokenizer, checkpoint):
         vocab_size = padded_vocab(tokenizer.n_vocab)
         return explain(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)),
                        "the model's flags")
-    stored = runtime.from_main(lambda: open_weights(config.init_from, tokenizer))
+    stored = runtime.from_main(lambda: open_weights(config.init_from, tokenizer, config.tokenizer))
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if shape["block_size"] and shape["block_size"] < model.config.block_size:
         model.crop_block_size(shape["block_size"])
@@ -127,9 +132,9 @@ def make_model(config, runtime, tokenizer, checkpoint):
     return model
 
 
-def open_weights(source, tokenizer):
+def open_weights(source, tokenizer, folder):
     """Config and weights of a model to start from, as plain data. Raises UserError if its vocabulary is another one."""
-    opened = open_model(source)
+    opened = open_model(source, tokenizer=folder)
     if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
         raise UserError(f"{source} speaks the vocabulary {opened.tokenizer.name}, the shards are in {tokenizer.name}")
     rows = opened.model.config.vocab_size
@@ -139,33 +144,37 @@ def open_weights(source, tokenizer):
 
 
 def check_disk(config, run, runtime):
-    """Raise UserError, on rank 0, if the checkpoints of the run will not fit on the disk."""
-    if runtime.is_main:
+    """Raise UserError on every rank if the checkpoints of the run will not fit on the disk."""
+    def check():
         free = shutil.disk_usage(config.log_dir).free
-        needed = disk_bytes(config, run.raw) - sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
+        needed = disk_bytes(config, run.raw, run.plan.max_steps)
+        needed -= sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
         if free < needed:
             raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
                             f"{human_bytes(free)}; make room, choose another --log_dir, or fewer --keep_checkpoints")
+    runtime.together(check if runtime.is_main else lambda: None)
 
 
-def build(run, config, runtime, checkpoint):
-    """Model on its device, compiled and wrapped; optimizer and scaler; their states from the checkpoint.
+def build(run, config, runtime):
+    """Attention, compilation, DDP, the micro-batch that fits what then runs; optimizer and scaler.
 
-    Raises UserError where --compile on or --attention asks for what the device lacks, or a state does not fit.
+    Raises UserError where --compile on or --attention asks for what the device lacks, or no micro-batch fits.
     """
     shape = run.raw.config
     attention = runtime.together(lambda: attention_backend(config.attention, runtime.device, runtime.dtype, shape))
     compile, notice = runtime.together(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
     if notice:
         runtime.print(notice)
-    if compile and runtime.device.type == "cpu":  # inductor's C++ adds its gradient up word by word: a fifth of a step
-        run.raw.transformer.wte.forward = torch.compiler.disable(run.raw.transformer.wte.forward)
-    run.compiled = torch.compile(run.raw, dynamic=False) if compile else run.raw
-    run.ddp = runtime.data_parallel(run.compiled)
+    try:
+        wrap(run, config, runtime, compile)
+    except CompilationFailed as error:
+        if config.compile == "on":
+            raise UserError(f"--compile on: the model cannot be compiled here ({error}); use --compile off") from error
+        runtime.print(f"torch.compile is off: the model cannot be compiled here ({error})")
+        compile = False
+        wrap(run, config, runtime, compile)
     run.optimizer = make_optimizer(run.raw, config, runtime)
     run.scaler = runtime.grad_scaler()
-    if checkpoint:
-        restore(run, checkpoint)
     run.resolved = dict(device=runtime.device.type, hardware=runtime.hardware.name, torch=str(torch.__version__),
                         dtype=runtime.dtype_name, compile=compile, attention=attention,
                         micro_batch_size=run.micro_batch_size, world_size=runtime.world_size,
@@ -173,21 +182,41 @@ def build(run, config, runtime, checkpoint):
                         warmup_steps=run.plan.warmup_steps, decay_start=decay_start(run.plan))
 
 
-def restore(run, checkpoint):
+def wrap(run, config, runtime, compile):
+    """The model compiled, or not, and in DDP, and the micro-batch that fits it. Raises CompilationFailed, UserError.
+
+    Nothing runs the compiled model before DDP does: torch cuts its graph where DDP's buckets end, so that gradients
+    are reduced while the layers before them still compute, but only if DDP's first forward pass is what compiles it.
+    """
+    if compile and runtime.device.type == "cpu":  # inductor's C++ adds its gradient up word by word: a fifth of a step
+        run.raw.transformer.wte.forward = torch.compiler.disable(run.raw.transformer.wte.forward)
+    run.compiled = torch.compile(run.raw, dynamic=False) if compile else run.raw
+    run.ddp = runtime.data_parallel(run.compiled)
+    run.micro_batch_size = find_micro_batch_size(
+        run.ddp, run.raw.config.block_size, run.micro_batch_size, run.plan.local_windows, runtime,
+        insist=bool(config.micro_batch_size))
+
+
+def state_to_restore(checkpoint):
+    """What `restore` needs of a checkpoint."""
+    return {name: checkpoint[name] for name in ("optimizer", "scaler")}
+
+
+def restore(run, state):
     """Put the optimizer's and scaler's state back. Raises UserError for states that do not fit the model."""
     try:
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        if run.scaler.is_enabled() and checkpoint["scaler"]:
-            run.scaler.load_state_dict(checkpoint["scaler"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.scaler.is_enabled() and state["scaler"]:
+            run.scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"the checkpoint's optimizer state does not fit the model ({error})") from error
 
 
-def describe(run, config, runtime, checkpoint):
+def describe(run, config, runtime, checkpoint, saves):
     """The banner: what this start will do."""
     c, plan, resolved = run.raw.config, run.plan, run.resolved
     accum = plan.local_windows // run.micro_batch_size
-    runtime.print_banner({
+    lines = {
         "model": f"GPT-2, {run.raw.n_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels",
         "tokens": f"block_size {c.block_size}, vocabulary {run.tokenizer.name} of {run.tokenizer.n_vocab:,}"
                   + f" (padded to {c.vocab_size:,})" * (c.vocab_size > run.tokenizer.n_vocab),
@@ -199,9 +228,11 @@ def describe(run, config, runtime, checkpoint):
                   f"with {plan.warmup_steps} steps of warm-up",
         "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, {resolved['attention']} "
                    f"attention, compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
-        "disk": f"{human_bytes(disk_bytes(config, run.raw))} in {config.log_dir} for {config.keep_checkpoints} "
-                "checkpoints",
-    })
+    }
+    if saves:
+        lines["disk"] = (f"{human_bytes(disk_bytes(config, run.raw, plan.max_steps))} in {config.log_dir} for "
+                         f"{config.keep_checkpoints} checkpoints")
+    runtime.print_banner(lines)
     if checkpoint:
         runtime.print(f"going on from step {run.first_step}")
         changed = differences(checkpoint["resolved"], resolved)
@@ -218,12 +249,12 @@ def warm_up(run, runtime):
     keep_freed_memory(runtime.device)
     if run.resolved["compile"]:
         runtime.print("compiling: a minute or two, where it is not in the cache")
-    x = torch.zeros(run.micro_batch_size, run.raw.config.block_size, dtype=torch.long, device=runtime.device)
+    x, y = dummy_rows(run.micro_batch_size, run.raw.config.block_size, runtime.device)    # (B, T) each
     for sync in (True, False):
         start_time = time.perf_counter()
         with contextlib.nullcontext() if sync or runtime.world_size == 1 else run.ddp.no_sync():
             with runtime.autocast():
-                loss = run.ddp(x, x)
+                loss = run.ddp(x, y)
             run.scaler.scale(loss).backward()
         loss.item()
     run.optimizer.zero_grad(set_to_none=True)

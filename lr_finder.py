@@ -63,7 +63,7 @@ def find(config, runtime):
     if list_checkpoints(folder):
         raise UserError(f"{folder} holds a run, which has its learning rate; name the --log_dir of the run to come")
     with lock_folder(folder, runtime):
-        run = assemble(config, runtime)
+        run = assemble(config, runtime, saves=False)
         tracker = Tracker(replace(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)

@@ -145,7 +145,7 @@ class RunLog:
                                               for kind, s in pauses.items())
         return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at "
                 f"most; the full run of {plan.max_steps} steps takes about {human_time(total)} and "
-                f"{human_bytes(disk_bytes(config, self._run.raw))} of disk. Nothing was kept.")
+                f"{human_bytes(disk_bytes(config, self._run.raw, plan.max_steps))} of disk. Nothing was kept.")
 
 
 class AppendFile:

@@ -95,12 +95,21 @@ class Runtime:
         """The sums over ranks of some numbers, as Python floats: one small collective."""
         if self.world_size == 1:
             return [float(v) for v in values]
+        return self.read(self.reduce(*values))
+
+    def reduce(self, *values):
+        """The sums over ranks of n numbers, as a tensor (n,) on the device: `read` waits for it."""
         kind = torch.float64 if self.device.type != "mps" else torch.float32
         tensor = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device) for v in values])
-        dist.all_reduce(tensor)
-        sums = tensor.tolist()
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def read(self, tensor):
+        """The numbers of a reduced tensor, as Python floats, once all ranks have met."""
+        numbers = tensor.tolist()
         self.last_progress = time.monotonic()
-        return sums
+        return numbers
 
     def minimum(self, value):
         """The smallest of the ranks' numbers."""
@@ -144,9 +153,10 @@ class Runtime:
                 if other != expected:
                     raise UserError(f"rank {rank} on {host} has other {what} than rank 0 on {host_0}; make them equal")
 
-    def from_main(self, action):
+    def from_main(self, action, on_device=False):
         """What action() gives on rank 0, on every rank: plain data and tensors, so that only rank 0 needs the file.
 
+        on_device: the other ranks get the tensors on their devices and not in host memory, of which a node has one.
         Raises on every rank the UserError that action() raised.
         """
         value = self.together(action if self.is_main else lambda: None)
@@ -155,14 +165,18 @@ class Runtime:
         tensors = []
         box = [_take_tensors(value, tensors)]
         dist.broadcast_object_list(box, src=0)
-        return _put_tensors(box[0], self._broadcast_tensor, iter(tensors))
+        source = iter(tensors)
+        return _put_tensors(box[0], lambda place: self._broadcast_tensor(place, source, on_device))
 
-    def _broadcast_tensor(self, shape, dtype, source):
+    def _broadcast_tensor(self, place, source, on_device):
         """A CPU tensor of rank 0 on every rank, through the device that the process group speaks for."""
-        tensor = next(source) if self.is_main else torch.empty(shape, dtype=dtype)
-        moving = tensor.to(self.device).contiguous()
-        dist.broadcast(moving, src=0)
-        return tensor if self.is_main else moving.cpu()
+        if self.is_main:
+            tensor = next(source)
+            dist.broadcast(tensor.to(self.device).contiguous(), src=0)
+            return tensor
+        tensor = torch.empty(place.shape, dtype=place.dtype, device=self.device)
+        dist.broadcast(tensor, src=0)
+        return tensor if on_device else tensor.cpu()
 
     def started(self):
         """The set-up is over on all ranks: from here on a stop saves. Raises StopRequested if one was asked for."""
@@ -197,14 +211,14 @@ def _take_tensors(tree, tensors):
     return tree
 
 
-def _put_tensors(tree, fetch, source):
-    """The tree with fetch(shape, dtype, source) for each tensor that was taken out, in the same order."""
+def _put_tensors(tree, fetch):
+    """The tree with fetch(place) for each tensor that was taken out, in the same order."""
     if isinstance(tree, _TensorPlace):
-        return fetch(tree.shape, tree.dtype, source)
+        return fetch(tree)
     if isinstance(tree, dict):
-        return {k: _put_tensors(v, fetch, source) for k, v in tree.items()}
+        return {k: _put_tensors(v, fetch) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_put_tensors(v, fetch, source) for v in tree)
+        return type(tree)(_put_tensors(v, fetch) for v in tree)
     return tree
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from assemble import assemble, restore, warm_up
+from assemble import assemble, restore, state_to_restore, warm_up
 from checkpoint import checkpoint_path, delete_old, save_checkpoint
 from config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
@@ -344,7 +344,8 @@ def dry_run(config, runtime):
                         val_tokens=min(config.val_tokens, config.total_batch_size))
         run, log = train(small, runtime, DRY_RUN_ITEMS) or (None, None)
         if log:
-            restore(run, runtime.from_main(lambda: find_checkpoint(small, runtime.print)))
+            restore(run, runtime.from_main(lambda: state_to_restore(find_checkpoint(small, runtime.print)),
+                                           on_device=True))
             shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)
             if config.eval_every:
                 here, there = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))

@@ -19,22 +19,32 @@ class StepResult:
 
 
 def update(model, optimizer, scaler, grad_clip, loss, runtime):
-    """Clip the gradients, step, drop them: a StepResult. loss: this rank's, a scalar tensor in
-    nats; the mean over ranks is the step's.
+    """Clip the gradients, step, drop them: a StepResult. loss: this rank's, a scalar tensor in nats; the mean over
+    ranks is the step's.
 
     The one small collective of a step carries the loss and the stop flag. The norm is of gradients that DDP has
     averaged, so all ranks decide alike whether to skip.
     """
     scaler.unscale_(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf))
-    loss_sum, signals = runtime.sum(loss, bool(runtime.stop_signal))
-    finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
-    if finite:
-        scaler.step(optimizer)
-    scaler.update()
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+    sums = runtime.reduce(loss, bool(runtime.stop_signal))
+    facts = torch.cat([sums, grad_norm.to(sums.dtype)[None]])              # (3,): loss, stop signals, norm
+    if isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled():
+        # Whether to skip is decided on the device: a card that waited for this process to look would idle meanwhile.
+        optimizer.found_inf = (~facts.isfinite().all()).float()             # 1: the fused kernel leaves all as it is
+        optimizer.step()
+        del optimizer.found_inf
+        loss_sum, signals, norm = runtime.read(facts)
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    else:
+        loss_sum, signals, norm = runtime.read(facts)
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        if finite:
+            scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum / runtime.world_size, grad_norm, finite, signals > 0)
+    return StepResult(loss_sum / runtime.world_size, norm, finite, signals > 0)
 
 
 @dataclass

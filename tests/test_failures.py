@@ -73,7 +73,8 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, mak
 @pytest.mark.slow
 def test_a_disk_too_small_for_the_run_is_refused_at_the_start(run, make_shards, small_disk):
     disk = small_disk(200)
-    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs", "--max_steps", 2)
+    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs",
+                     "--max_steps", 30)
     assert rc == 2 and "make room, choose another --log_dir, or fewer --keep_checkpoints" in err
     assert len(err.splitlines()) == 1
 

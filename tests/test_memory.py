@@ -1,10 +1,16 @@
 """The micro-batch search, with the card's memory faked."""
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.parallel import DistributedDataParallel
 
+import assemble
 import memory
+import train
 from classifier import Classifier
 from config import UserError
 from lora import add_adapter
@@ -24,6 +30,7 @@ def card(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):
 
 
 RAW = SimpleNamespace()
+RUNTIME = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
 
 
 def test_the_largest_divisor_that_fits_is_found_by_halving(monkeypatch):
@@ -34,9 +41,11 @@ def test_the_largest_divisor_that_fits_is_found_by_halving(monkeypatch):
     assert memory.find_micro_batch_size(RAW, 1024, 0, 60, runtime) == 6   # 60, 30, 15, 6: each a divisor of 60
 
 
-def test_the_smallest_of_the_ranks_counts(monkeypatch):
-    runtime, _ = card(monkeypatch, 64, minimum=lambda value: min(value, 8))
+def test_a_size_fits_where_it_fits_on_every_rank(monkeypatch):
+    runtime, tried = card(monkeypatch, 64)
+    runtime.minimum = lambda answer: min(answer, tried[-1] <= 8)       # another rank's answer
     assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 8
+    assert tried == [64, 32, 16, 8]                                    # the ranks try the same sizes
 
 
 def test_a_size_that_does_not_fit_names_the_next_smaller_valid_one(monkeypatch):
@@ -70,20 +79,105 @@ def test_a_try_leaves_the_weights_bitwise_as_they_are():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
-    assert memory.fits(model, 8, 2, runtime)
+    assert memory.fits(model, 8, 2, RUNTIME)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_out_of_memory_is_no_error_but_an_answer():
-    class Full(torch.nn.Linear):
-        config = SimpleNamespace(block_size=8)
+class Watched(GPT):
+    """A GPT that records, at each forward pass, its rows' strides and what of the optimizer and gradients is there."""
 
-        def forward(self, idx, targets):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-    runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
-    assert not memory.fits(Full(2, 2), 8, 2, runtime)
+    def forward(self, x, y):
+        p = self.transformer.wte.weight
+        adam = next(o for o in gc.get_objects() if isinstance(o, torch.optim.AdamW) and p in o.state)
+        self.seen.append((x.stride(), y.stride(), len(adam.state[p]), p.grad is not None))
+        return super().forward(x, y)
+
+
+def test_a_try_holds_what_a_step_with_accumulation_holds(monkeypatch):
+    """AdamW's state from the start, rows laid out as training's, a second micro-batch beside the first's gradients."""
+    model = Watched(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
+    model.seen, steps = [], []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(len(model.seen)), step(self)))
+    assert memory.fits(model, 8, 2, RUNTIME)
+    assert model.seen == [((9, 1), (9, 1), 3, False), ((9, 1), (9, 1), 3, True)]
+    assert steps == [0, 2]                     # one makes the state, one updates
+
+
+def test_a_try_in_ddp_reduces_nothing_and_makes_gradients_beside_the_buckets():
+    """A rank that runs out of memory must not leave the others waiting in a collective."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        reduced, grads = [], []
+        ddp.register_comm_hook(None, lambda _, bucket: reduced.append(bucket))
+        model.transformer.wte.weight.register_post_accumulate_grad_hook(lambda p: grads.append(p.grad._is_view()))
+        assert memory.fits(ddp, 8, 2, RUNTIME)
+        assert reduced == [] and grads == [False, False]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), BackendCompilerFailed(None, torch.OutOfMemoryError("full"), None),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_out_of_memory_is_no_error_but_an_answer(error):
+    assert not memory.fits(Failing(error), 8, 2, RUNTIME)
+
+
+def test_any_other_error_is_one():
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        memory.fits(Failing(RuntimeError("CUDA error: an illegal memory access")), 8, 2, RUNTIME)
+
+
+class Failing(torch.nn.Linear):
+    """A module whose forward pass raises."""
+
+    def __init__(self, error):
+        super().__init__(2, 2)
+        self.error = error
+
+    def forward(self, x, y):
+        raise self.error
+
+
+@pytest.mark.parametrize("problem", ["here", "on another rank"])
+def test_a_compiler_that_fails_on_one_rank_fails_on_all(monkeypatch, problem):
+    runtime, _ = card(monkeypatch, 64)
+    if problem == "here":
+        def fits(*_):
+            raise BackendCompilerFailed(None, ValueError("no ptxas\n here"), None)
+        monkeypatch.setattr(memory, "fits", fits)
+    else:
+        runtime.minimum = lambda answer: -1
+    with pytest.raises(memory.CompilationFailed, match="no ptxas here" if problem == "here" else problem) as caught:
+        memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime)
+    assert len(str(caught.value)) <= 160
+
+
+def test_where_the_model_cannot_be_compiled_the_micro_batch_is_sought_again(monkeypatch, make_shards, tmp_path, capsys):
+    """What fits compiled may not fit eager. --compile on: an error."""
+    def find(module, *_, insist):
+        tried.append(type(module).__name__)
+        if len(tried) == 1:
+            raise memory.CompilationFailed("no ptxas")
+        return 2
+    monkeypatch.setattr(assemble, "find_micro_batch_size", find)
+    monkeypatch.setattr(assemble, "choose_compile", lambda *_: (True, None))
+    flags = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8", "--device", "cpu",
+             "--total_batch_size", "32", "--max_steps", "1", "--hellaswag_every", "0", "--sample_every", "0",
+             "--eval_every", "0", "--data_dir", str(make_shards([900])), "--log_dir", str(tmp_path / "logs")]
+    tried = []
+    train.main(flags)
+    assert tried == ["OptimizedModule", "GPT"]
+    out = capsys.readouterr().out
+    assert "torch.compile is off: the model cannot be compiled here (no ptxas)" in out
+    assert "compile off" in out and "2 micro-batches x 2 rows" in out
+    tried = []
+    with pytest.raises(UserError, match=r"--compile on: .*\(no ptxas\); use --compile off"):
+        train.main([*flags, "--log_dir", str(tmp_path / "other"), "--compile", "on"])
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "balanced", "head"])
