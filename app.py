@@ -169,7 +169,7 @@ def the_desk():
 
 def make_writer(source, config):
     """Open a model and make it ready to write. Raises UserError."""
-    opened = open_model(source).with_tokenizer()
+    opened = open_model(source, tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe(device))
     c = opened.model.config

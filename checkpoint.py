@@ -21,10 +21,10 @@ from config import UserError
 from files import atomic_write, find_visible
 from human import human_bytes
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, from_checkpoint, from_merges, load_tokenizer
+from tokenizer import GPT2_ENTRIES, Tokenizer, confirm, from_checkpoint, from_merges, load_tokenizer
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
-PADDING_ROWS = 1024      # nobody pads an embedding by more: with so many spare rows the vocabulary is another one
+PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more spare rows the vocabulary is another one
 
 
 class CheckpointError(UserError):
@@ -163,7 +163,7 @@ class OpenedModel:
         """Itself, if text can be encoded for the model. Raises UserError where the weights came without a tokenizer."""
         if self.tokenizer is None:
             raise UserError(f"{self.source} comes without a tokenizer for its {self.model.config.vocab_size:,} tokens, "
-                            "so text cannot be encoded for it")
+                            "so text cannot be encoded for it; name a folder that has its with --tokenizer")
         return self
 
     def describe(self):
@@ -174,36 +174,43 @@ class OpenedModel:
         return f"{self.source}: {', '.join(facts)}"
 
 
-def open_model(source, classifiers=False):
+def open_model(source, classifiers=False, tokenizer=""):
     """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name, a LoRA
     adapter (merged into its base), or the newest one in the folder of a run. classifiers: a Classifier will do, too.
-    Raises UserError naming the file and what is wrong with it.
+    tokenizer: the folder of the vocabulary where the source has none. Raises UserError naming the file and what is
+    wrong with it, and where that vocabulary is not the model's.
     """
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
-        opened = _open_file(path)
+        opened = _open_file(path, tokenizer)
     elif lora.is_adapter(path):
-        opened = _open_adapter(path)
+        opened = _open_adapter(path, tokenizer)
     elif path.is_dir() and not (path / "config.json").exists():
         if not list_checkpoints(path):
             raise UserError(f"{source} holds neither a model_XXXXX.pt nor a config.json; name the folder of a run, or "
                             "of a model in Hugging Face format")
-        opened = _open_file(newest_model(path))
+        opened = _open_file(newest_model(path), tokenizer)
     else:
         folder = hf_format.local_folder(source)
         model = build_model(*hf_format.read_pretrained(folder), source)
-        opened = OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size), str(source))
+        opened = OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size, tokenizer), str(source))
+    n_rows = opened.model.config.vocab_size
+    if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # nothing that the model was trained on
+        opened.tokenizer = None
+    if tokenizer and opened.tokenizer is None:
+        raise UserError(f"--tokenizer {tokenizer}: that is not the vocabulary of {source}, whose model has {n_rows:,} "
+                        "tokens; leave it out or name the right folder")
     if isinstance(opened.model, Classifier) and not classifiers:
         raise UserError(f"{source} writes no text, it is a classifier ({', '.join(opened.model.config.labels)}): "
                         f"python finetune_classifier.py --checkpoint {source} --predict \"...\"")
     return opened
 
 
-def _open_adapter(folder):
+def _open_adapter(folder, tokenizer):
     """The model that a LoRA adapter belongs to, with the adapter merged into it."""
     source, sha256 = lora.base_of(folder)
     try:
-        opened = open_model(source)
+        opened = open_model(source, tokenizer=tokenizer)
     except UserError as error:
         raise UserError(f"the adapter in {folder} belongs to {source}, as seen from where it was trained: {error}"
                         ) from error
@@ -222,21 +229,25 @@ def weights_hash(state):
     return digest.hexdigest()
 
 
-def _folder_tokenizer(folder, vocab_size):
-    """The Tokenizer of a Hugging Face folder; GPT-2's where it has none; None if it cannot be the model's."""
+def _folder_tokenizer(folder, vocab_size, otherwise):
+    """A Hugging Face folder's Tokenizer, else that of `otherwise`, else GPT-2's; None if it cannot be the model's."""
     stored = hf_format.read_vocabulary(folder)
     if stored is None:
-        tokenizer = load_tokenizer(folder)
-        return tokenizer if 0 <= vocab_size - tokenizer.n_vocab < PADDING_ROWS else None
+        is_known = otherwise or (folder / "vocab.bpe").exists()
+        return load_tokenizer(folder, otherwise) if is_known or _may_be_gpt2s(vocab_size) else None
     merges, ids = stored
-    tokenizer = from_merges(merges, folder)
+    tokenizer = confirm(from_merges(merges, folder), otherwise, folder)
     ours = json.loads(tokenizer.encoder_json())
-    if tokenizer.n_vocab > vocab_size or any(ids.get(token) != i for token, i in ours.items()):
-        return None      # its ids stand in another order: special tokens first, say
-    return tokenizer
+    is_ours = all(ids.get(token) == i for token, i in ours.items())     # and not special tokens first, say
+    return tokenizer if is_ours else None
 
 
-def _open_file(path):
+def _may_be_gpt2s(vocab_size):
+    """Whether a model that comes without a vocabulary has about as many embedding rows as GPT-2."""
+    return 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
+
+
+def _open_file(path, folder):
     checkpoint = read_checkpoint(path)
     if "model_args" in checkpoint:
         config = _nanogpt_config(checkpoint)
@@ -245,10 +256,8 @@ def _open_file(path):
         config, step, val_loss = checkpoint.get("config"), checkpoint.get("step"), checkpoint.get("val_loss")
     model = build_model(config, checkpoint.get("model"), path)
     stored = checkpoint.get("tokenizer")
-    tokenizer = from_checkpoint(stored)
-    spare_rows = model.config.vocab_size - tokenizer.n_vocab
-    if spare_rows < 0 or (stored is None and spare_rows >= PADDING_ROWS):
-        tokenizer = None    # characters in nanoGPT's way, or another vocabulary: GPT-2's was only assumed
+    is_known = stored is not None or folder
+    tokenizer = from_checkpoint(stored, folder) if is_known or _may_be_gpt2s(model.config.vocab_size) else None
     extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
     return OpenedModel(model, tokenizer, str(path), step, _plain_number(val_loss), extra)
 

@@ -48,7 +48,14 @@ def flag(default=MISSING, help="", *, group="options", choices=None, low=None, h
 
 
 @dataclass(kw_only=True)
-class DeviceConfig:
+class TokenizerConfig:
+    """The flag of every script that opens models."""
+    tokenizer: str = flag("", "folder with vocab.bpe and encoder.json, for models and shards that come without a "
+                          "vocabulary (default: GPT-2's)", group="system")
+
+
+@dataclass(kw_only=True)
+class DeviceConfig(TokenizerConfig):
     """The flags of every script that runs a model."""
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
     dtype: str = flag("auto", "auto: bf16 where the hardware computes in it, fp16 on older CUDA cards, else fp32",

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import newest_model, open_model, save_checkpoint
 from classifier import Classifier
-from config import RunFailed, UserError, flag, parse_config, run_script
+from config import RunFailed, TokenizerConfig, UserError, flag, parse_config, run_script
 from hf_format import write_pretrained
 from human import human_bytes
 
@@ -23,7 +23,7 @@ PROBE_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> 
 
 
 @dataclass(kw_only=True)
-class ConvertConfig:
+class ConvertConfig(TokenizerConfig):
     """The flags of this script."""
     checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="files")
@@ -37,7 +37,7 @@ def main(argv=None):
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and out.suffix != ".pt" and not any(out.iterdir())):
         raise UserError(f"{out} exists already; choose another --out or move it away")
-    opened = open_model(config.checkpoint or newest_model(), classifiers=True)
+    opened = open_model(config.checkpoint or newest_model(), classifiers=True, tokenizer=config.tokenizer)
     opened.model.eval()
     classifies = isinstance(opened.model, Classifier)
     print(opened.describe())

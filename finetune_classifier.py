@@ -297,7 +297,7 @@ def predict(config, runtime):
     """Label the texts of the flags, or of a file into a file; with the probability of each label."""
     if config.out:
         runtime.from_main(lambda: check_new_file(config.out, "--out"))
-    opened = open_model(config.checkpoint, classifiers=True)
+    opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is no classifier, it writes text; make one of it with --init_from")
     opened.with_tokenizer()

@@ -86,7 +86,7 @@ class Base:
 def open_base(config, runtime):
     """The Base that --init_from names, cut to --block_size, on its device; says which it is. Raises UserError."""
     def read():
-        opened = open_model(config.init_from).with_tokenizer()
+        opened = open_model(config.init_from, tokenizer=config.tokenizer).with_tokenizer()
         state = opened.model.state_dict()
         return dict(config=opened.model.config_dict(), model=state, tokenizer=opened.tokenizer.to_checkpoint(),
                     sha256=weights_hash(state), title=opened.describe())

@@ -83,7 +83,8 @@ def score_checkpoint(config, runtime):
     """Score the model that the flags name; print and write the result."""
     if config.json:
         runtime.from_main(lambda: check_new_file(config.json, "--json"))
-    opened = runtime.together(lambda: open_model(config.checkpoint or newest_model()).with_tokenizer())
+    opened = runtime.together(lambda: open_model(config.checkpoint or newest_model(),
+                                                 tokenizer=config.tokenizer).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
     runtime.print(f"{opened.describe()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,

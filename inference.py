@@ -64,7 +64,7 @@ def main(argv=None):
     with contextlib.suppress(AttributeError):              # a test's or a notebook's stream
         sys.stdout.reconfigure(errors="replace")           # a terminal that lacks a letter shows "?"
     prompts = collect_prompts(config)
-    opened = open_model(config.checkpoint or newest_model()).with_tokenizer()
+    opened = open_model(config.checkpoint or newest_model(), tokenizer=config.tokenizer).with_tokenizer()
     decoder = ready(opened, config)
     try:
         if prompts is None:

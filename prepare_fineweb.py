@@ -30,7 +30,7 @@ from files import FolderLock
 from hub import FORMATS, SourceFile, download, resolve_dataset
 from human import human_bytes
 from shards import Manifest, ShardFolder, ShardWriter, matching_manifest, print_shards, writing_to
-from tokenizer import gpt2_tokenizer
+from tokenizer import default_tokenizer
 
 FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
@@ -48,6 +48,8 @@ class Config:
                            "set)", group="shards")
     shard_tokens: int = flag(100_000_000, "tokens in a shard", group="shards", low=1, high=2_000_000_000)
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
+    tokenizer: str = flag("", "folder whose vocab.bpe and encoder.json encode the text, such as one with shards "
+                          "(default: GPT-2's vocabulary)", group="shards")
     num_proc: int | None = flag(None, "tokenising processes, 0 for none but this one (default: one a core)",
                                 group="system", low=0, high=1024)
     keep_downloads: bool = flag(False, "keep the source files in OUT/downloads", group="system")
@@ -229,13 +231,13 @@ def announce(config, manifest, sources):
           f"{human_bytes(max(needed, 0))}, {human_bytes(free)} are free{may_not_do}", flush=True)
 
 
-def verify(folder):
-    """Read every token of the shards. Raises UserError at the first fault."""
+def verify(folder, tokenizer=""):
+    """Read every token of the shards. tokenizer: the flag. Raises UserError at the first fault."""
     shards = ShardFolder(folder, need_complete=False)
-    tokenizer = shards.tokenizer()
+    n_vocab = shards.tokenizer(tokenizer).n_vocab
     n_bytes = sum(2 * s.n_tokens for s in shards.shards)
     with tqdm(desc="verifying", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        shards.verify(tokenizer.n_vocab, bar.update)
+        shards.verify(n_vocab, bar.update)
     what = "hashes, sizes and token ids are right" if shards.manifest else \
         "sizes and token ids are right; there is no manifest.json to hold hashes against"
     print(f"{folder}: {len(shards.shards)} shards, {n_bytes // 2:,} tokens: {what}")
@@ -248,10 +250,10 @@ def main(argv=None):
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
     if config.verify:
-        return verify(folder)
+        return verify(folder, config.tokenizer)
     # Chunks of what is downloaded once would fill a second place on the disk.
     os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
-    tokenizer = gpt2_tokenizer()
+    tokenizer = default_tokenizer(config.tokenizer)
     wanted = new_manifest(config, tokenizer)
     manifest = matching_manifest(folder, wanted)
     if manifest and manifest.complete:

@@ -22,7 +22,7 @@ from files import FolderLock
 from human import human_bytes
 from python_docs import python_documents
 from shards import Manifest, ShardWriter, matching_manifest, permutation, print_shards, writing_to
-from tokenizer import gpt2_tokenizer, train_tokenizer
+from tokenizer import default_tokenizer, train_tokenizer
 
 POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save
 
@@ -35,8 +35,10 @@ class Config:
     separator: str = flag("", r"what stands between the documents of a .txt (\n and \t are understood); "
                           "without it a file is one document", group="text")
     text_column: str = flag("text", "the column of .jsonl, .csv, .tsv and .parquet that holds the text", group="text")
-    train_tokenizer: int | None = flag(None, "train a byte-pair vocabulary of N entries on this text (default: GPT-2's "
-                                       "50,257)", group="tokens", low=257, high=65535)
+    tokenizer: str = flag("", "folder whose vocab.bpe and encoder.json encode the text, such as one with shards "
+                          "(default: GPT-2's vocabulary)", group="tokens")
+    train_tokenizer: int | None = flag(None, "train a byte-pair vocabulary of N entries on this text instead",
+                                       group="tokens", low=257, high=65535)
     out: str = flag("", "the folder to make, such as data/NAME (required)", group="tokens")
     val_fraction: float = flag(0.05, "share of the tokens kept for validation", group="tokens", above=0, below=1)
     shard_tokens: int = flag(100_000_000, "tokens in a shard", group="tokens", low=1, high=2_000_000_000)
@@ -49,6 +51,8 @@ class Config:
                             "name the files and directories to read, or --demo")
         if not self.out:
             raise UserError("say where the shards go: --out data/NAME")
+        if self.tokenizer and self.train_tokenizer:
+            raise UserError("--tokenizer and --train_tokenizer exclude each other: drop one of them")
         self.separator = self.separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -166,10 +170,11 @@ def main(argv=None):
     """Make shards as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
+    tokenizer = None if config.train_tokenizer else default_tokenizer(config.tokenizer)
     corpus = Corpus(config)
     n_documents, n_bytes, digest = corpus.survey()
-    manifest = Manifest(source="CPython documentation" if config.demo else "text", tokenizer="", vocab_size=0, eot=0,
-                        seed=config.seed, settings=dict(
+    manifest = Manifest(source="CPython documentation" if config.demo else "text", vocab_size=0, eot=0,
+                        tokenizer=tokenizer.name if tokenizer else "", seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
     if is_made(folder, manifest):
@@ -177,13 +182,11 @@ def main(argv=None):
     with FolderLock(folder, wait_s=0), writing_to(folder):
         if is_made(folder, manifest):    # by another process, meanwhile
             return print_shards(folder)
-        if config.train_tokenizer:
+        if tokenizer is None:
             print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
             tokenizer = train_tokenizer((text for text, _ in corpus), config.train_tokenizer)
             if tokenizer.n_vocab < config.train_tokenizer:
                 print(f"this text has pairs for {tokenizer.n_vocab:,} entries only")
-        else:
-            tokenizer = gpt2_tokenizer()
         manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
         manifest.save(folder)           # incomplete as yet: a killed run is recognised and done again
         tokenizer.save(folder)

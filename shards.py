@@ -218,16 +218,16 @@ class ShardFolder:
                     what = f"is missing before {following:06d}" if following > index else "is there twice"
                     raise UserError(f"{self.folder}: {split} shard {min(index + 1, following):06d} {what}")
 
-    def tokenizer(self):
-        """The tokenizer of these shards: its files lie beside them; GPT-2's where there are none.
+    def tokenizer(self, otherwise=""):
+        """The tokenizer of these shards: its files lie beside them, else in the folder `otherwise`; else GPT-2's.
 
-        Raises UserError where the manifest names another one.
+        Raises UserError where the manifest names another one, and where both folders have one and they differ.
         """
-        tokenizer = load_tokenizer(self.folder)
+        tokenizer = load_tokenizer(self.folder, otherwise)
         m = self.manifest
         if m and (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) != (m.tokenizer, m.vocab_size, m.eot):
-            raise UserError(f"{self.folder}: the shards were made with the vocabulary {m.tokenizer!r}, but vocab.bpe "
-                            f"beside them gives {tokenizer.name!r}; bring the right file or make the shards again")
+            raise UserError(f"{self.folder}: the shards were made with the vocabulary {m.tokenizer!r}, not with "
+                            f"{tokenizer.name!r}; bring the right vocab.bpe or make the shards again")
         return tokenizer
 
     def fingerprint(self):
@@ -302,6 +302,8 @@ def matching_manifest(folder, wanted):
         return None
     differing = [k for k, v in {**wanted.settings, "seed": wanted.seed}.items()
                  if {**found.settings, "seed": found.seed}.get(k) != v]
+    if wanted.tokenizer not in ("", found.tokenizer):       # "": still to be trained
+        differing.append("tokenizer")
     if differing or found.source != wanted.source:
         raise UserError(f"{folder} holds shards of another command (differing: {', '.join(differing) or 'source'}); "
                         f"choose another --out, or delete {folder}")

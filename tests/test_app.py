@@ -124,7 +124,7 @@ def test_a_visitor_can_name_no_file_that_was_not_offered(page, tmp_path, monkeyp
     save_model(tmp_path / "secret" / "model_00001.pt")
     save_model(tmp_path / "logs" / "model_00002.pt")
     opened, open_model = [], checkpoint.open_model
-    monkeypatch.setattr(checkpoint, "open_model", lambda source: opened.append(source) or open_model(source))
+    monkeypatch.setattr(checkpoint, "open_model", lambda source, **options: opened.append(source) or open_model(source))
     at = page()
     with monkeypatch.context() as forged:                     # a browser may send any text as its choice
         forged.setattr(st, "selectbox", lambda *a, **k: str(tmp_path / "secret" / "model_00001.pt"))
@@ -158,7 +158,7 @@ def test_reruns_and_visitors_share_one_model_and_a_new_file_or_another_choice_re
     os.utime(first, (1, 1))
     opened, open_model = [], checkpoint.open_model
 
-    def watch(source):
+    def watch(source, **options):
         gc.collect()
         assert not any(model() for _, model in opened)        # the old one is gone before the new one comes
         result = open_model(source)

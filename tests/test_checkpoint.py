@@ -12,12 +12,15 @@ import pytest
 import torch
 from conftest import as_ours, in_our_layout
 
+import train
+from assemble import check_disk
 from checkpoint import (
     CheckpointError,
     checkpoint_bytes,
     checkpoint_path,
     clean_state,
     delete_old,
+    disk_bytes,
     list_checkpoints,
     newest_model,
     newest_valid,
@@ -129,6 +132,29 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mon
     with pytest.raises(OSError, match=r"needs 4\.0 MB, the disk has 1\.0 kB left"):
         save_checkpoint(path, dict(w=torch.zeros(1_000_000)))
     assert read_checkpoint(path) == dict(step=1)
+
+
+@pytest.mark.parametrize("flags, files, bests", [
+    (dict(), 4, 2), (dict(checkpoint_every=0), 1, 2), (dict(checkpoint_every=0, eval_every=0), 1, 0),
+    (dict(max_steps=3, checkpoint_every=2, eval_every=3), 2, 1), (dict(max_steps=0), 1, 0),
+    (dict(max_steps=1000), 1, 2), (dict(max_steps=1001, keep_checkpoints=1), 2, 2)])
+def test_the_disk_needs_room_for_the_files_that_a_run_will_write(flags, files, bests):
+    """The newest few and the best, each beside the one that it replaces; what is written once replaces none."""
+    config = train.TrainConfig(**flags)
+    model = SimpleNamespace(n_params=lambda: 1000)
+    steps = train.MAX_STEPS if config.max_steps is None else config.max_steps
+    assert disk_bytes(config, model, steps) == 4000 * (3 * files + bests)
+
+
+def test_a_disk_of_64_gb_has_room_for_a_large_model_that_is_saved_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(64 * 10**9, 0, 60 * 10**9))
+    run = SimpleNamespace(raw=SimpleNamespace(n_params=lambda: 1_557_611_200), plan=SimpleNamespace(max_steps=1000))
+    runtime = SimpleNamespace(is_main=True, together=lambda action: action())
+    once = dict(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=0)
+    check_disk(train.TrainConfig(**once), run, runtime)                           # 18.7 GB, and twice 6.2 of the best
+    check_disk(train.TrainConfig(**once, eval_every=0), run, runtime)
+    with pytest.raises(UserError, match=r"the checkpoints need 87\.2 GB more, the disk of .* has 60\.0 GB"):
+        check_disk(train.TrainConfig(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=250), run, runtime)
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
@@ -287,6 +313,35 @@ def test_our_checkpoint_opens_with_its_tokenizer_step_and_loss(tmp_path):
 def test_a_hugging_face_folder_opens_without_a_tokenizer_of_its_own(gpt_nano):
     opened = open_model(gpt_nano)
     assert opened.tokenizer is None and opened.model.config.vocab_size == 3
+
+
+def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must_fit(tmp_path, monkeypatch):
+    def nothing_here():
+        raise UserError("GPT-2's vocabulary is not on this machine")
+    gpt2, own = gpt2_tokenizer(), Tokenizer([("a", "b")], "")
+    for name, tokenizer in (("gpt2", gpt2), ("own", own)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.bpe").write_text(tokenizer.vocab_bpe(), encoding="utf-8")
+    monkeypatch.setattr("tokenizer.gpt2_tokenizer", nothing_here)
+    sources = {}
+    for n_rows, stored in ((50304, None), (50304, {"name": "gpt2"}), (320, None), (320, own.to_checkpoint())):
+        model = GPT(GPTConfig(8, n_rows, 1, 2, 8))
+        sources[n_rows, bool(stored)] = source = tmp_path / f"{n_rows}{bool(stored)}.pt"
+        save_checkpoint(source, dict(model=model.state_dict(), config=model.config_dict(), tokenizer=stored))
+        if not stored:
+            sources[n_rows, "hf"] = tmp_path / f"hf{n_rows}"
+            model.save_pretrained(sources[n_rows, "hf"])
+    for kind in (False, True, "hf"):
+        assert open_model(sources[50304, kind], tokenizer=tmp_path / "gpt2").tokenizer.name == "gpt2"
+        assert "not on this machine" in refusal(open_model, sources[50304, kind])
+    for kind in (False, "hf"):
+        assert open_model(sources[320, kind]).tokenizer is None      # and GPT-2's vocabulary is not even looked for
+        assert open_model(sources[320, kind], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
+        assert "whose model has 320 tokens" in refusal(open_model, sources[320, kind], False, tmp_path / "gpt2")
+    assert "--tokenizer" in refusal(open_model(sources[320, False]).with_tokenizer)
+    assert open_model(sources[320, True], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
+    for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own")):
+        assert "but --tokenizer" in refusal(open_model, source, False, tmp_path / folder)
 
 
 def nano_state(theirs, bias):

@@ -147,7 +147,8 @@ def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(run):
     assert out.startswith("usage: thing.py [--flag value ...]") and "\nDoes it.\n" in out
     assert max(map(len, out.splitlines())) <= 100
     groups = out.split("\n\n")
-    for title, flags in {"system": ("--device TEXT", "--dtype auto|bf16|fp16|fp32"), "data": ("--source TEXT",),
+    for title, flags in {"system": ("--tokenizer TEXT", "--device TEXT", "--dtype auto|bf16|fp16|fp32"),
+                         "data": ("--source TEXT",),
                          "length": ("--steps N", "--epochs X"), "text": ("--prompt TEXT", "--verbose"),
                          "model": ("--layers N", "--dropout X", "--kind cosine|wsd", "--copies 1|2")}.items():
         [group] = [g for g in groups if g.startswith(f"{title}:")]

@@ -17,7 +17,7 @@ from documents import plan_reads
 from encode import encode_tasks
 from prepare_fineweb import Config, fetch_ahead, main
 from shards import ShardFolder, load_manifest
-from tokenizer import gpt2_tokenizer
+from tokenizer import Tokenizer, gpt2_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,19 @@ def test_the_genuine_sample_through_parquet(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_vocabulary_of_another_folder_encodes_the_text(corpus, tmp_path):
+    own = Tokenizer([("a", "b")], "")
+    own.save(tmp_path)
+    flags = ["--data_files", f"{corpus[0]}/*.parquet", "--max_tokens", 3000, "--num_proc", 0]
+    prepare(tmp_path / "out", *flags, "--tokenizer", tmp_path)
+    tokens = [token for shard in loaded(tmp_path / "out").values() for token in shard]
+    assert ShardFolder(tmp_path / "out").tokenizer().merges == own.merges
+    assert len(tokens) == 3000 and max(tokens) == own.eot
+    prepare(tmp_path / "out", "--verify", "--tokenizer", tmp_path)
+    with pytest.raises(UserError, match="differing: tokenizer"):
+        prepare(tmp_path / "out", *flags)
+
+
 @pytest.mark.parametrize("num_proc", [1, 2, 5])
 def test_any_number_of_workers_makes_the_same_bytes(corpus, tmp_path, num_proc):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000]

@@ -17,7 +17,7 @@ import prepare_text
 from config import UserError
 from documents import find_files, read_documents, read_rows
 from shards import ShardFolder, permutation
-from tokenizer import gpt2_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 EOT = 50256
 STORIES = [f"Story {i}. " + "Once upon a time, ü 😀\n" * (i % 7) + f"The end of {i}" for i in range(40)]
@@ -195,16 +195,25 @@ def test_the_same_command_again_does_nothing_and_another_one_is_refused(jsonl, t
     command = [str(jsonl), "--out", str(tmp_path / "out")]
     prepare_text.main(command)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name != ".lock"}
+    Tokenizer([("a", "b")], "").save(tmp_path)
     prepare_text.main(command)
     assert "already holds" in capsys.readouterr().out
     for more, named in ((["--seed", "1"], "seed"), (["--val_fraction", "0.1"], "val_fraction"),
-                        (["--train_tokenizer", "300"], "train_tokenizer"), (["--shard_tokens", "50"], "shard_tokens")):
+                        (["--train_tokenizer", "300"], "train_tokenizer"), (["--shard_tokens", "50"], "shard_tokens"),
+                        (["--tokenizer", str(tmp_path)], "tokenizer")):
         with pytest.raises(UserError, match=f"differing: {named}"):
             prepare_text.main(command + more)
     jsonl.write_text(jsonl.read_text().replace("Once", "Twice"))
     with pytest.raises(UserError, match="differing: text"):
         prepare_text.main(command)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name != ".lock"} == before
+
+
+def test_the_vocabulary_of_another_folder_encodes_the_text(jsonl, tmp_path):
+    prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x"), "--train_tokenizer", "300"])
+    prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x"), "--tokenizer", str(tmp_path / "a" / "x")])
+    trained, again = contents(tmp_path / "a" / "x"), contents(tmp_path / "b" / "x")
+    assert trained.pop("manifest.json") != again.pop("manifest.json") and trained == again
 
 
 def test_a_folder_of_other_things_is_left_alone(jsonl, tmp_path):
@@ -308,6 +317,8 @@ def test_a_damaged_page_of_a_parquet_file_is_found_before_anything_is_written(tm
     (["--demo", "a.txt", "--out", "x"], "drop the files"),
     (["--demo", "--out", "x", "--val_fraction", "1"], "--val_fraction must be < 1"),
     (["--demo", "--out", "x", "--train_tokenizer", "256"], "--train_tokenizer must be >= 257"),
+    (["--demo", "--out", "x", "--train_tokenizer", "300", "--tokenizer", "."], "exclude each other: drop one of them"),
+    (["--demo", "--out", "x", "--tokenizer", "y"], "--tokenizer y: there is no vocab.bpe; name a folder"),
     (["--demo", "--out", "x", "--shards", "3"], "unknown argument --shards"),
     (["--demo", "--out", "x", "--val", "0.1"], "unknown argument --val"),
     ([".", "--out", "x"], "no text under ."),

@@ -2,6 +2,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -240,9 +241,23 @@ def test_a_manifest_without_its_tokenizer_is_refused(make_shards, tmp_path):
     train_tokenizer(["some other text, some other vocabulary"], 300).save(folder)
     with pytest.raises(UserError, match="made with the vocabulary"):
         ShardFolder(folder).tokenizer()
+    (folder / "vocab.bpe").rename(tmp_path / "vocab.bpe")
+    for otherwise in ("", tmp_path):
+        with pytest.raises(UserError, match="made with the vocabulary"):
+            ShardFolder(folder).tokenizer(otherwise)
+
+
+def test_shards_without_a_vocabulary_take_that_of_the_folder_and_others_must_have_it(make_shards, tmp_path):
+    folder, n_vocab = make_shards([100]), 257
+    (tmp_path / "same").mkdir()
+    (tmp_path / "other").mkdir()
+    shutil.copy(folder / "vocab.bpe", tmp_path / "same")
+    train_tokenizer(["some other text, some other vocabulary"], 300).save(tmp_path / "other")
+    with pytest.raises(UserError, match="but --tokenizer"):
+        ShardFolder(folder).tokenizer(tmp_path / "other")
+    assert ShardFolder(folder).tokenizer(tmp_path / "same").n_vocab == n_vocab
     (folder / "vocab.bpe").unlink()
-    with pytest.raises(UserError, match="made with the vocabulary"):
-        ShardFolder(folder).tokenizer()
+    assert ShardFolder(folder).tokenizer(tmp_path / "same").n_vocab == n_vocab
 
 
 @pytest.mark.parametrize("place", [0, 50_000, 99_999])

