@@ -315,35 +315,6 @@ def test_a_hugging_face_folder_opens_without_a_tokenizer_of_its_own(gpt_nano):
     assert opened.tokenizer is None and opened.model.config.vocab_size == 3
 
 
-def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must_fit(tmp_path, monkeypatch):
-    def nothing_here():
-        raise UserError("GPT-2's vocabulary is not on this machine")
-    gpt2, own = gpt2_tokenizer(), Tokenizer([("a", "b")], "")
-    for name, tokenizer in (("gpt2", gpt2), ("own", own)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "vocab.bpe").write_text(tokenizer.vocab_bpe(), encoding="utf-8")
-    monkeypatch.setattr("tokenizer.gpt2_tokenizer", nothing_here)
-    sources = {}
-    for n_rows, stored in ((50304, None), (50304, {"name": "gpt2"}), (320, None), (320, own.to_checkpoint())):
-        model = GPT(GPTConfig(8, n_rows, 1, 2, 8))
-        sources[n_rows, bool(stored)] = source = tmp_path / f"{n_rows}{bool(stored)}.pt"
-        save_checkpoint(source, dict(model=model.state_dict(), config=model.config_dict(), tokenizer=stored))
-        if not stored:
-            sources[n_rows, "hf"] = tmp_path / f"hf{n_rows}"
-            model.save_pretrained(sources[n_rows, "hf"])
-    for kind in (False, True, "hf"):
-        assert open_model(sources[50304, kind], tokenizer=tmp_path / "gpt2").tokenizer.name == "gpt2"
-        assert "not on this machine" in refusal(open_model, sources[50304, kind])
-    for kind in (False, "hf"):
-        assert open_model(sources[320, kind]).tokenizer is None      # and GPT-2's vocabulary is not even looked for
-        assert open_model(sources[320, kind], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
-        assert "whose model has 320 tokens" in refusal(open_model, sources[320, kind], False, tmp_path / "gpt2")
-    assert "--tokenizer" in refusal(open_model(sources[320, False]).with_tokenizer)
-    assert open_model(sources[320, True], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
-    for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own")):
-        assert "but --tokenizer" in refusal(open_model, source, False, tmp_path / folder)
-
-
 def nano_state(theirs, bias):
     """The state dict that nanoGPT and build-nanogpt store for the weights of a GPT2LMHeadModel."""
     state = {}

@@ -13,7 +13,9 @@ import tiktoken_ext.openai_public
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import tokenizer as tokenizer_module
+from checkpoint import open_model, save_checkpoint
 from config import UserError
+from model import GPT, GPTConfig
 from python_docs import python_documents
 from tokenizer import GPT2_SHA256, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer, train_tokenizer
 
@@ -131,13 +133,12 @@ def test_without_the_package_tiktoken_downloads(monkeypatch, reference, capsys):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Neither the package nor a network, and nothing kept from before."""
+    """Neither the package nor a network."""
     def refuse(name):
         raise ConnectionError
     monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
     monkeypatch.setattr(tokenizer_module, "gpt2_tokenizer", gpt2_tokenizer.__wrapped__)
-    tokenizer_module._tokenizer.cache_clear()
 
 
 def test_without_package_and_network_it_says_what_to_bring(offline):
@@ -146,16 +147,11 @@ def test_without_package_and_network_it_says_what_to_bring(offline):
 
 
 def test_a_checkpoint_brings_its_vocabulary_and_a_folder_stands_in_for_one_without(tmp_path, offline):
-    gpt2_files = tmp_path / "gpt2"
-    gpt2_files.mkdir()
-    for name in GPT2_SHA256:
-        (gpt2_files / name).symlink_to(BPE_FILES / name)
-    gpt2 = load_tokenizer(gpt2_files)
-    assert gpt2.name == "gpt2"
-    for stored, folder in ((gpt2.to_checkpoint(), ""), (gpt2.to_checkpoint(), gpt2_files),
-                           ({"name": "gpt2"}, gpt2_files), (None, gpt2_files)):
+    gpt2 = gpt2_tokenizer()
+    for stored, folder in ((gpt2.to_checkpoint(), ""), (gpt2.to_checkpoint(), BPE_FILES),
+                           ({"name": "gpt2"}, BPE_FILES), (None, BPE_FILES)):
         assert from_checkpoint(stored, folder) is gpt2               # made once, not at each reading
-    assert load_tokenizer(tmp_path, gpt2_files) is gpt2
+    assert load_tokenizer(tmp_path, BPE_FILES) is gpt2
 
 
 def test_a_folder_that_disagrees_with_what_is_carried_is_refused(trained, tmp_path):
@@ -174,6 +170,39 @@ def test_the_stored_name_is_not_believed(trained):
     stored = trained.to_checkpoint()
     for old_or_forged in ({**stored, "name": "gpt2"}, {**stored, "merges": stored["merges"].split("\n")[1:-1]}):
         assert from_checkpoint(old_or_forged).name == trained.name != "gpt2"
+
+
+def refusal(read, *args):
+    """The message with which something is refused."""
+    with pytest.raises(UserError) as caught:
+        read(*args)
+    return str(caught.value)
+
+
+def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must_fit(tmp_path, offline):
+    gpt2, own = gpt2_tokenizer(), Tokenizer([("a", "b")], "")
+    for name, tokenizer in (("gpt2", gpt2), ("own", own)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.bpe").write_text(tokenizer.vocab_bpe(), encoding="utf-8")
+    sources = {}
+    for n_rows, stored in ((50304, None), (50304, {"name": "gpt2"}), (320, None), (320, own.to_checkpoint())):
+        model = GPT(GPTConfig(8, n_rows, 1, 2, 8))
+        sources[n_rows, bool(stored)] = source = tmp_path / f"{n_rows}{bool(stored)}.pt"
+        save_checkpoint(source, dict(model=model.state_dict(), config=model.config_dict(), tokenizer=stored))
+        if not stored:
+            sources[n_rows, "hf"] = tmp_path / f"hf{n_rows}"
+            model.save_pretrained(sources[n_rows, "hf"])
+    for kind in (False, True, "hf"):
+        assert open_model(sources[50304, kind], tokenizer=tmp_path / "gpt2").tokenizer.name == "gpt2"
+        assert "--tokenizer FOLDER" in refusal(open_model, sources[50304, kind])
+    for kind in (False, "hf"):
+        assert open_model(sources[320, kind]).tokenizer is None      # and GPT-2's vocabulary is not even looked for
+        assert open_model(sources[320, kind], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
+        assert "whose model has 320 tokens" in refusal(open_model, sources[320, kind], False, tmp_path / "gpt2")
+    assert "--tokenizer" in refusal(open_model(sources[320, False]).with_tokenizer)
+    assert open_model(sources[320, True], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
+    for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own")):
+        assert "but --tokenizer" in refusal(open_model, source, False, tmp_path / folder)
 
 
 BARE_MACHINE = """
