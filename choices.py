@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
+
+from model import UNPLANNED_ATTENTION
 
 PADDING = -1             # the segment of padding; a context is segment 0, its endings are 1, 2, ...
 ROW_MULTIPLE = 16        # rows are padded to a multiple of this: 18 lengths for HellaSwag, 5% padding (32: 10%)
 BATCH_TOKENS = 8192      # of a forward pass; the logits take 3 GB, most of what it needs
 CPU_BATCH_TOKENS = 2048
-# The backends that take a mask ("flash" does on CPUs). cuDNN's would too, but plans for 30 ms at each new shape.
-MASKED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
     bar = tqdm(batches, progress, unit="batch", leave=False, disable=None if progress and runtime.is_main else True)
     losses, owners, mine = [], [], []
     # One autocast context around all batches: it casts the weights once.
-    with runtime.autocast(), sdpa_kernel(MASKED_ATTENTION):
+    with runtime.autocast(), sdpa_kernel(UNPLANNED_ATTENTION):
         for T, members in bar:
             # Every rank goes through every batch and takes its share, be it none, so that all poll equally often.
             members = members[runtime.rank::runtime.world_size]

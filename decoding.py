@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.nn.attention import sdpa_kernel
 
 from device import keep_freed_memory
-from model import KVCache
+from model import UNPLANNED_ATTENTION, KVCache
 from runtime import seed_from
 
 GREEDY_BELOW = 1e-5    # a temperature: logits divided by less make a one-hot softmax, or overflow
@@ -78,7 +79,12 @@ class Decoder:
     def __init__(self, model, compile=False, cuda_graph=False):
         self.model, self.compile, self.cuda_graph = model, compile, cuda_graph
         self.device = next(model.parameters()).device
-        self._forward = torch.compile(self._read_token, dynamic=False, fullgraph=True) if compile else self._read_token
+
+        def read_token(tokens, cache):             # no method: Decoder and step would hold each other in a circle
+            """The logits (B, V) after one more token of each row (B,)."""
+            return model(tokens[:, None], cache=cache)[:, 0]
+        self._read_token = read_token
+        self._forward = torch.compile(read_token, dynamic=False, fullgraph=True) if compile else read_token
         self._step = None      # the last DecodeStep: the next call has the same shape more often than not
 
     def steps(self, prompts, n_vocab, max_tokens, sampling, generator):
@@ -118,10 +124,6 @@ class Decoder:
             self._warm_up(self._step)
         self._step.cache.lengths.zero_()
         return self._step
-
-    def _read_token(self, tokens, cache):
-        """The logits (B, V) after one more token of each row (B,)."""
-        return self.model(tokens[:, None], cache=cache)[:, 0]
 
     def _warm_up(self, step):
         """Compile and record the step; without what fails."""
@@ -253,7 +255,8 @@ def read_prompts(model, cache, indices, rows):
     for row, i in numbers.items():
         idx[i, :len(row)] = torch.tensor(row)
     read = new_cache(model, len(numbers), idx.size(1))
-    hidden = model.hidden(idx.to(device), cache=read)                                  # (distinct, T, C)
+    with sdpa_kernel(UNPLANNED_ATTENTION):
+        hidden = model.hidden(idx.to(device), cache=read)                              # (distinct, T, C)
     read.lengths += lengths.to(device)
     which = torch.tensor([numbers[tuple(row)] for row in rows], device=device)
     cache.copy_rows(indices, read, which)

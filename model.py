@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 import hf_format
@@ -29,6 +30,8 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 IGNORED = -1  # a target that does not count
+# Attention of ever new shapes, on these backends: cuDNN's, which torch prefers on Hopper, plans for 30 ms at each one.
+UNPLANNED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CACHE_STEP = 64  # a KVCache holds a multiple of this many tokens: even sizes are several times as fast as odd ones
 
 
@@ -259,8 +262,8 @@ class KVCache:
     """Keys and values of the tokens read so far, for B rows of different lengths; the caller owns it.
 
     A forward pass of T > 1 tokens reads prompts, right-padded, into an empty cache; one of T = 1 reads the next token
-    of each row. After each pass the caller adds what was read to `lengths` (B,). Padding leaves rubbish beyond a
-    row's length: later tokens write over it, and no mask ever shows it.
+    of each row. After each pass the caller adds what was read to `lengths` (B,), in place: the layers share it.
+    Padding leaves rubbish beyond a row's length: later tokens write over it, and no mask ever shows it.
     fixed_shapes: memory for max_len tokens is there from the start, and nothing is read back from the device, as
     torch.compile and CUDA graphs need it; else it grows with the longest row.
     """
@@ -273,7 +276,7 @@ class KVCache:
         self.dtype, self.fixed_shapes = dtype, fixed_shapes
         self.reserved = max_len if fixed_shapes else 0
         shape = (batch_size, config.n_head, self.reserved, config.n_embd // config.n_head)   # (B, nh, reserved, hs)
-        self.layers = [_LayerCache(self, torch.zeros(shape, dtype=dtype, device=device),
+        self.layers = [_LayerCache(self.rows, self.lengths, torch.zeros(shape, dtype=dtype, device=device),
                                    torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.n_layer)]
 
     def begin(self, T):
@@ -305,10 +308,13 @@ class KVCache:
 
 
 class _LayerCache:
-    """One layer's share of a KVCache: keys and values (B, nh, reserved, hs)."""
+    """One layer's share of a KVCache: keys and values (B, nh, reserved, hs), and the cache's own rows and lengths.
 
-    def __init__(self, owner, k, v):
-        self.owner, self.k, self.v = owner, k, v
+    Not the cache itself: in a circle they would hold each other, and their memory, until Python's collector comes.
+    """
+
+    def __init__(self, rows, lengths, k, v):
+        self.rows, self.lengths, self.k, self.v = rows, lengths, k, v
 
     def grow(self, n):
         """Have room for n tokens per row."""
@@ -325,9 +331,8 @@ class _LayerCache:
             T = k.size(2)
             self.k[:, :, :T], self.v[:, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        rows, lengths = self.owner.rows, self.owner.lengths
-        self.k[rows, :, lengths] = k[:, :, 0].to(self.k.dtype)                         # (B, nh, hs)
-        self.v[rows, :, lengths] = v[:, :, 0].to(self.v.dtype)
+        self.k[self.rows, :, self.lengths] = k[:, :, 0].to(self.k.dtype)               # (B, nh, hs)
+        self.v[self.rows, :, self.lengths] = v[:, :, 0].to(self.v.dtype)
         scores = q.contiguous() @ self.k.transpose(2, 3)                               # (B, nh, 1, reserved)
         scores = torch.add(bias, scores, alpha=q.size(-1) ** -0.5)
         return torch.softmax(scores, dim=-1) @ self.v                                  # (B, nh, 1, hs)

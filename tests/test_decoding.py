@@ -1,5 +1,7 @@
 """decoding.py: the cache changes nothing, the batch changes nothing, samples follow the model's distribution."""
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -215,6 +217,45 @@ def test_a_decoder_forgets_the_call_before_even_one_that_was_left_in_the_middle(
         begun = generate_ids(decoder, prompts, n_vocab=65, **options)
         next(begun), next(begun)
         assert written(decoder, prompts, **options) == written(model, prompts, **options)
+
+
+@pytest.fixture
+def no_collector():
+    """Python without its garbage collector: what lies in a circle stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_dropped_cache_frees_its_memory_at_once(model, no_collector):
+    cache = decoding.new_cache(model, 2, 32)
+    with torch.no_grad():
+        read_prompts(model, cache, [0, 1], RAGGED[:2])
+        model(torch.tensor([[3], [4]]), cache=cache)
+    dropped = [weakref.ref(part) for part in (cache, cache.layers[0], cache.layers[0].k, cache.lengths)]
+    del cache
+    assert [part() for part in dropped] == [None] * 4
+
+
+def test_a_generation_and_its_decoder_leave_nothing_behind(model, no_collector, monkeypatch):
+    made, begin = [], decoding.KVCache.begin
+    monkeypatch.setattr(decoding.KVCache, "begin", lambda cache, T: made.append(weakref.ref(cache)) or begin(cache, T))
+    written(model, RAGGED, max_tokens=3)
+    assert len(made) == 3 and not any(cache() for cache in made)
+
+
+def test_prompts_are_read_without_cudnn_which_plans_for_each_length(model, monkeypatch):
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watch(*args, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **options)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    written(model, RAGGED, max_tokens=3)
+    decoding.likeliest_next(model, RAGGED[0], 65)
+    assert seen == [False] * 4 and torch.backends.cuda.cudnn_sdp_enabled()       # two layers, twice
 
 
 def test_one_ahead_asks_for_the_next_before_it_hands_out_and_loses_none():
