@@ -1,0 +1,21 @@
+"""bench.generate warms up with what it times: a minute of compilation for each batch size, not two."""
+import torch
+
+from bench import generate
+from decoding import Decoder
+
+TINY = dict(n_layer=1, n_head=1, n_embd=4)
+
+
+def test_the_decode_step_is_compiled_once_for_each_batch_size(monkeypatch):
+    compiled = []
+    monkeypatch.setitem(generate.GPT2_SIZES, "gpt2", TINY)
+    monkeypatch.setattr(generate, "load_peers", lambda *args: {"fp32": None})
+    monkeypatch.setattr(generate, "fastest", lambda *args: "fp32")
+    for name in ("check_equal_work", "transformers_generate", "write_results"):
+        monkeypatch.setattr(generate, name, lambda *args: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(Decoder, "_compile", lambda decoder, step: compiled.append(len(step.tokens)))
+    generate.main(["--device", "cpu", "--dtype", "fp32", "--compile", "on", "--rounds", "1", "--prompt_tokens", "100",
+                   "--max_tokens", "40"])        # 108 tokens would fit a smaller cache than 140
+    assert compiled == [1, 8]
