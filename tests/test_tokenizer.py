@@ -1,4 +1,5 @@
 """tokenizer.py against tiktoken and transformers, each built from the same two files without our code."""
+import ast
 import itertools
 import json
 import pickle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
+from test_imports import TREES
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import tokenizer as tokenizer_module
@@ -201,8 +203,16 @@ def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must
         assert "whose model has 320 tokens" in refusal(open_model, sources[320, kind], False, tmp_path / "gpt2")
     assert "--tokenizer" in refusal(open_model(sources[320, False]).with_tokenizer)
     assert open_model(sources[320, True], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
-    for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own")):
+    GPT(GPTConfig(8, 320, 1, 2, 8)).save_pretrained(tmp_path / "carries", own)
+    for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own"), (tmp_path / "carries", "gpt2")):
         assert "but --tokenizer" in refusal(open_model, source, False, tmp_path / folder)
+
+
+def test_every_script_hands_its_flag_to_open_model():
+    calls = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree)
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "open_model"]
+    assert len(calls) >= 8
+    assert not [name for name, call in calls if "tokenizer" not in {keyword.arg for keyword in call.keywords}]
 
 
 BARE_MACHINE = """
