@@ -3,13 +3,12 @@ import torch
 
 from bench import generate
 from decoding import Decoder
-
-TINY = dict(n_layer=1, n_head=1, n_embd=4)
+from model import GPT2_SIZES
 
 
 def test_the_decode_step_is_compiled_once_for_each_batch_size(monkeypatch):
     compiled = []
-    monkeypatch.setitem(generate.GPT2_SIZES, "gpt2", TINY)
+    monkeypatch.setitem(GPT2_SIZES, "gpt2", dict(n_layer=1, n_head=1, n_embd=4))
     monkeypatch.setattr(generate, "load_peers", lambda *args: {"fp32": None})
     monkeypatch.setattr(generate, "fastest", lambda *args: "fp32")
     for name in ("check_equal_work", "transformers_generate", "write_results"):
