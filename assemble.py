@@ -252,7 +252,7 @@ def warm_up(run, runtime):
     x, y = dummy_rows(run.micro_batch_size, run.raw.config.block_size, runtime.device)    # (B, T) each
     for sync in (True, False):
         start_time = time.perf_counter()
-        with contextlib.nullcontext() if sync or runtime.world_size == 1 else run.ddp.no_sync():
+        with contextlib.nullcontext() if sync or runtime.alone else run.ddp.no_sync():
             with runtime.autocast():
                 loss = run.ddp(x, y)
             run.scaler.scale(loss).backward()

@@ -69,12 +69,16 @@ def checkpoint_bytes(value):
     return sum(storages.values()) + other
 
 
-def disk_bytes(config, model):
-    """The bytes of disk that a run's checkpoints need: the newest few and the best, each while it is replaced.
+def disk_bytes(config, model, max_steps):
+    """The most bytes of disk that a run's checkpoints take: the newest few and the best, each while it is replaced.
 
-    Weights and AdamW's two moments in fp32; the best holds weights alone.
+    Weights and AdamW's two moments in fp32; the best holds weights alone. What is written once has nothing to replace.
     """
-    return model.n_params() * 4 * (3 * (config.keep_checkpoints + 1) + 2)
+    def times(every):      # written at every so many steps, and at the last
+        return max(0, max_steps - 1) // every + 1
+    saves = min(times(config.checkpoint_every) if config.checkpoint_every else 1, config.keep_checkpoints + 1)
+    bests = min(times(config.eval_every), 2) if config.eval_every and max_steps else 0
+    return model.n_params() * 4 * (3 * saves + bests)
 
 
 def read_checkpoint(path):

@@ -63,6 +63,11 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def alone(self):
+        """Whether there is no process group: nothing is reduced, sent or waited for."""
+        return self.world_size == 1 and not dist.is_initialized()
+
+    @property
     def dtype(self):
         """The torch.dtype of matrix products."""
         return DTYPES[self.dtype_name]
@@ -73,7 +78,7 @@ class Runtime:
 
     def data_parallel(self, module):
         """The module, wrapped where there are several processes so that its gradients are the mean over them."""
-        if self.world_size == 1:
+        if self.alone:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB,
                                        device_ids=[self.device.index] if self.device.type == "cuda" else None)
@@ -93,7 +98,7 @@ class Runtime:
 
     def sum(self, *values):
         """The sums over ranks of some numbers, as Python floats: one small collective."""
-        if self.world_size == 1:
+        if self.alone:
             return [float(v) for v in values]
         return self.read(self.reduce(*values))
 
@@ -101,7 +106,7 @@ class Runtime:
         """The sums over ranks of n numbers, as a tensor (n,) on the device: `read` waits for it."""
         kind = torch.float64 if self.device.type != "mps" else torch.float32
         tensor = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device) for v in values])
-        if self.world_size > 1:
+        if not self.alone:
             dist.all_reduce(tensor)
         return tensor
 
@@ -113,7 +118,7 @@ class Runtime:
 
     def minimum(self, value):
         """The smallest of the ranks' numbers."""
-        if self.world_size == 1:
+        if self.alone:
             return float(value)
         tensor = torch.tensor(float(value), device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
@@ -134,7 +139,7 @@ class Runtime:
             result = action()
         except UserError as error:
             problem = str(error)
-        if self.world_size > 1:
+        if not self.alone:
             problems = [None] * self.world_size
             where = f" (on {socket.gethostname()}, rank {self.rank})"
             dist.all_gather_object(problems, problem and problem + ("" if self.is_main else where))
@@ -145,7 +150,7 @@ class Runtime:
 
     def agree(self, what, value):
         """Raise UserError on all ranks, naming the first that differs, unless all have rank 0's value."""
-        if self.world_size > 1:
+        if not self.alone:
             values = [None] * self.world_size
             dist.all_gather_object(values, (value, socket.gethostname()))
             expected, host_0 = values[0]
@@ -160,7 +165,7 @@ class Runtime:
         Raises on every rank the UserError that action() raised.
         """
         value = self.together(action if self.is_main else lambda: None)
-        if self.world_size == 1:
+        if self.alone:
             return value
         tensors = []
         box = [_take_tensors(value, tensors)]
@@ -186,7 +191,7 @@ class Runtime:
     def first_step_done(self):
         """Shorten the time-outs to their steady length and take the garbage collector out of the loop's way."""
         self.patience_s = self.timeout_s
-        if self.world_size > 1:
+        if not self.alone:
             dist.distributed_c10d._set_pg_timeout(_collective_timeout(self), dist.group.WORLD)
         gc.collect()
         gc.freeze()   # what lives now lives to the end: later collections need not look at it (nanochat's finding)
@@ -226,6 +231,7 @@ def _put_tensors(tree, fetch):
 def start(config):
     """Set the process up from its environment (torchrun's or none) and yield its Runtime.
 
+    A config that has process_group=True gets a process group, and so DDP, for a single process too (bench/).
     Raises UserError for devices and dtypes that this machine lacks, before a process group exists, and RunFailed where
     the processes do not meet.
     """
@@ -242,7 +248,7 @@ def start(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     meeting = None
-    if world_size > 1:
+    if world_size > 1 or getattr(config, "process_group", False):
         meeting = meet(rank, world_size, START_TIMEOUT_S)
         record_collectives(meeting.name)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
@@ -271,7 +277,7 @@ def start(config):
         runtime.starting, runtime.ended = False, True
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if world_size > 1:
+    if not runtime.alone:
         gc.unfreeze()
         gc.collect()  # a DDP object that outlives the process group aborts the interpreter's exit
         try:

@@ -234,7 +234,7 @@ def train_step(run, config, runtime, tokens, step):
         x, y = rows[:, :-1], rows[:, 1:]                                               # (B, T) each
         final = i + 1 == len(micro_batches)
         # Forward and backward both inside no_sync: DDP decides in the forward pass whether gradients are reduced.
-        with nullcontext() if final or runtime.world_size == 1 else run.ddp.no_sync():
+        with nullcontext() if final or runtime.alone else run.ddp.no_sync():
             with runtime.autocast():
                 micro_loss = run.ddp(x, y) / len(micro_batches)
             run.scaler.scale(micro_loss).backward()

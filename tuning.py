@@ -184,7 +184,7 @@ def train_step(run, config, runtime):
     for i, (_, x, y) in enumerate(batches):
         # Forward and backward both inside no_sync: DDP decides in the forward pass whether gradients are reduced.
         final = i + 1 == len(batches)
-        with contextlib.nullcontext() if final or runtime.world_size == 1 else run.ddp.no_sync():
+        with contextlib.nullcontext() if final or runtime.alone else run.ddp.no_sync():
             with runtime.autocast():
                 micro_loss = run.ddp(x.to(runtime.device), y.to(runtime.device)) * share
             run.scaler.scale(micro_loss).backward()

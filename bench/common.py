@@ -8,7 +8,9 @@ from pathlib import Path
 
 from files import write_json
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"                  # what is committed
+OUT = Path(os.environ.get("OUT", RESULTS / "gpu"))            # what bench.gpu leaves to be copied from the machine
+WRITTEN_TO = Path(os.environ.get("BENCH_RESULTS", RESULTS))  # bench.gpu collects its stages' elsewhere
 
 
 def machine():
@@ -22,6 +24,15 @@ def machine():
                 torch=str(torch.__version__), numpy=numpy.__version__, system=platform.platform())
 
 
+def record(**facts):
+    """Add a line to OUT/results.jsonl, and print it."""
+    line = json.dumps(facts)
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / "results.jsonl", "a", encoding="utf-8") as f:
+        f.write(line + "\n")
+    print(line, flush=True)
+
+
 def spread(values):
     """The median, and with it the spread: (median, smallest, largest)."""
     return statistics.median(values), min(values), max(values)
@@ -33,10 +44,10 @@ def compared(what, unit, ours, peer="", theirs=None):
 
 
 def write_results(name, result, table=()):
-    """Write a dict of plain values to bench/results/NAME.json, and print where and its beginning.
+    """Write a dict of plain values to bench/results/NAME.json (or $BENCH_RESULTS), and print where and its beginning.
 
     table: the rows (see `compared`) by which bench.table shows it.
     """
-    path = RESULTS / f"{name}.json"
+    path = WRITTEN_TO / f"{name}.json"
     write_json(path, dict(result, table=list(table)))
     print(f"wrote {path}: {json.dumps(result)[:200]}")

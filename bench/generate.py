@@ -15,18 +15,18 @@ from dataclasses import dataclass
 import torch
 
 from bench.common import compared, machine, spread, write_results
-from config import DeviceConfig, flag, parse_config, run_script
+from bench.sizes import SizeConfig
+from config import flag, parse_config, run_script
 from decoding import generate_ids, make_decoder
 from device import DTYPES, choose_device, choose_dtype, probe
-from model import GPT, GPT2_SIZES, GPTConfig
+from model import GPT, GPTConfig
 
 N_VOCAB = 50257
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(DeviceConfig):
+class GenerateConfig(SizeConfig):
     """The flags of this benchmark."""
-    model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
     batch_size: list[int] = flag([], "rows; may be given several times (default: 1 and 8, on a GPU 1 and 32)",
                                  repeat=True, low=1)
     prompt_tokens: int = flag(32, "tokens of a prompt", low=1)
@@ -42,7 +42,7 @@ def main(argv=None):
     dtype = choose_dtype(config.dtype, probe(device))
     compile = config.compile or ("on" if device.type == "cuda" else "auto")
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=N_VOCAB, **GPT2_SIZES[config.model]))
+    model = GPT(GPTConfig(vocab_size=N_VOCAB, **config.shape))
     weight_bytes = model.n_params() * DTYPES[dtype].itemsize
     peers = load_peers(model, device, dtype)
     check_equal_work(model, peers["fp32"], config)
@@ -56,10 +56,10 @@ def main(argv=None):
         results[batch_size] = compare(ways, batch_size, config, device)
         results[batch_size].update(transformers_dtype=name,
                                    weights_gb_per_s=weight_bytes * results[batch_size]["steps_per_s"] / 1e9)
-    write_results(f"generate_{device.type}_{config.model}", dict(
+    write_results(f"generate_{device.type}_{config.name}", dict(
         machine=machine(), config=vars(config), compile=compile, dtype=dtype, threads=torch.get_num_threads(),
         load_average=os.getloadavg()[0], batches=results), [
-            compared(f"generation, {config.model}, batch {n}", "tokens/s", r["tokens_per_s"]["ours"][0],
+            compared(f"generation, {config.name}, batch {n}", "tokens/s", r["tokens_per_s"]["ours"][0],
                      f"transformers ({r['transformers_dtype']})", r["tokens_per_s"]["transformers"][0])
             for n, r in results.items()])
     print("| batch | ours, tokens/s | transformers | ratio | ratio of CPU time |\n|---|---|---|---|---|")

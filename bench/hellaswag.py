@@ -15,10 +15,11 @@ import torch
 from torch.nn import functional as F
 
 from bench.common import compared, machine, write_results
+from bench.sizes import SizeConfig
 from checkpoint import open_model
-from config import DeviceConfig, UserError, flag, parse_config, run_script
+from config import UserError, flag, parse_config, run_script
 from hellaswag import DATA_FILE, evaluate_hellaswag, find_hellaswag, load_hellaswag, tokenize
-from model import GPT, GPT2_SIZES, GPTConfig
+from model import GPT, GPTConfig
 from runtime import start
 from tokenizer import default_tokenizer
 
@@ -27,9 +28,8 @@ WARM_UP = 32     # examples, one at a time
 
 
 @dataclass(kw_only=True)
-class BenchConfig(DeviceConfig):
+class BenchConfig(SizeConfig):
     """The flags of this benchmark."""
-    model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
     checkpoint: str = flag("", "instead of random weights: a file, a Hugging Face folder or a name")
     data: str = flag("", f"JSON-lines file (default: {DATA_FILE}, downloaded once)")
     limit: int | None = flag(None, f"examples, spread evenly over the file; 0: all (default: {GPU_LIMIT:,}, on a CPU "
@@ -45,7 +45,7 @@ def main(argv=None):
         if runtime.world_size > 1:
             raise UserError("this compares two ways on one device; run it without torchrun")
         model, tokenizer = make_model(config, runtime.device)
-        name = config.checkpoint or f"{config.model}, random weights"
+        name = config.checkpoint or f"{config.name}, random weights"
         limit = config.limit if config.limit is not None else CPU_LIMIT if runtime.device.type == "cpu" else GPU_LIMIT
         examples = spread(load_hellaswag(config.data or find_hellaswag()), limit)
         prepared = tokenize(examples, tokenizer, model.config.block_size, "karpathy")
@@ -71,7 +71,7 @@ def make_model(config, device):
         return opened.model.to(device).eval(), opened.tokenizer
     torch.manual_seed(0)
     with device:
-        return GPT(GPTConfig(**GPT2_SIZES[config.model])).eval(), default_tokenizer(config.tokenizer)
+        return GPT(GPTConfig(**config.shape)).eval(), default_tokenizer(config.tokenizer)
 
 
 def spread(examples, limit):

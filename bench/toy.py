@@ -1,0 +1,35 @@
+"""Made-up data under the names that the GPU stages read, for a try without a card or its data."""
+import json
+
+import numpy as np
+
+from files import atomic_write
+from shards import Manifest, save_shard
+from tokenizer import load_tokenizer
+
+TOKENS = dict(val=500, train=4_100)      # 4 steps of 1,024 tokens
+
+
+def make_shards(folder, tokenizer, seed=0):
+    """Write a complete folder of random tokens, with their vocabulary beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    tokenizer = load_tokenizer(folder)      # with the name that the folder gives it
+    random = np.random.default_rng(seed)
+    manifest = Manifest("made up", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
+    for i, (split, n) in enumerate(TOKENS.items()):
+        tokens = random.integers(0, tokenizer.n_vocab, n).astype("<u2")
+        manifest.shards.append(save_shard(folder, "toy", split, i, tokens))
+    manifest.save(folder)
+
+
+def make_toy_data(data, tokenizer):
+    """Write data/wikipedia_48m, data/tinyshakespeare and data/hellaswag, where they are not there yet."""
+    for name in ("wikipedia_48m", "tinyshakespeare"):
+        if not (data / name / "manifest.json").exists():
+            make_shards(data / name, tokenizer)
+    with atomic_write(data / "hellaswag" / "hellaswag_val.jsonl", "w") as f:
+        for i in range(8):
+            endings = [f"goes {'on ' * (k + 1)}to the {word}." for k, word in enumerate(("sea", "hill", "town", "end"))]
+            f.write(json.dumps(dict(activity_label="Walking", ctx=f"Person {i} stands up and", endings=endings,
+                                    label=i % 4)) + "\n")
