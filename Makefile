@@ -10,9 +10,9 @@ help:
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the tests that take less than three seconds each"
 	@echo "make bench      the benchmarks at CPU size, into bench/results"
-	@echo "make bench-gpu  the benchmarks on one GPU (bench/README.md says what it needs)"
-	@echo "make run-gpu    GPT-2 124M on 48M tokens of Wikipedia, 4 epochs, on one GPU (likewise)"
-	@echo "make run-gpu-shakespeare   GPT-2 124M learns tinyshakespeare by heart (likewise)"
+	@echo "make bench-gpu  everything worth measuring on one GPU, in 30 minutes (bench/README.md says what it needs)"
+	@echo "make run-gpu    of that, GPT-2 124M trained on 48M tokens of Wikipedia"
+	@echo "make run-gpu-shakespeare   GPT-2 124M learns tinyshakespeare by heart"
 	@echo "make clean      remove .venv and the demo"
 
 demo: $(VENV)/.core
@@ -41,35 +41,15 @@ bench: $(VENV)/.extras
 	test ! -d data/wikipedia_48m || $(PY) -m bench.muon
 	$(PY) -m bench.table
 
-# On a GPU machine with its own torch: no .venv. data/packed: see bench/README.md.
-GPU_STEP := --model gpt2 --block_size 1024 --micro_batch_size 64 --total_batch_size 524288
+# On a GPU machine with its own torch: no .venv.
+bench-gpu:
+	$(PYTHON) -m bench.gpu --minutes 30
 
-bench-gpu: data/unpacked
-	$(PYTHON) -m bench.train_step $(GPU_STEP) --rounds 3 --steps 2
-	$(PYTHON) -m bench.train_step --model gpt2-medium --block_size 1024 --micro_batch_size 32 \
-	    --total_batch_size 524288 --peers ours --rounds 2 --steps 1
-	$(PYTHON) -m bench.train_step --model gpt2-xl --block_size 1024 --micro_batch_size 16 \
-	    --total_batch_size 131072 --peers ours --rounds 2 --steps 1
-	$(PYTHON) -m bench.generate
-	$(PYTHON) -m bench.hellaswag --repeats 1 --tokenizer data/wikipedia_48m
-	$(PYTHON) -m bench.table
+run-gpu:
+	$(PYTHON) -m bench.gpu --minutes 12 --only unpack,run,plot,samples
 
-run-gpu: data/unpacked
-	$(PYTHON) train.py --data_dir data/wikipedia_48m --log_dir logs/wikipedia_124m --num_epochs 4 --warmup_steps 40 \
-	    --eval_every 60 --val_tokens 983040 --hellaswag_every 179 --sample_every 60 --checkpoint_every 179
-	$(PYTHON) plot.py logs/wikipedia_124m
-
-run-gpu-shakespeare: data/unpacked
-	$(PYTHON) train.py --data_dir data/tinyshakespeare --log_dir logs/shakespeare_124m --block_size 64 \
-	    --total_batch_size 4096 --micro_batch_size 16 --max_steps 10000 --stop_loss 0.09 --eval_every 250 \
-	    --val_tokens 16384 --hellaswag_every 0 --sample_every 500
-	$(PYTHON) plot.py logs/shakespeare_124m
-
-data/unpacked: data/packed
-	$(PYTHON) data/packed/unpack.py data
-	cp data/packed/vocab.bpe data/packed/encoder.json data/wikipedia_48m/
-	cp -r data/packed/tinyshakespeare data/
-	touch $@
+run-gpu-shakespeare:
+	$(PYTHON) -m bench.gpu --minutes 12 --only unpack,shakespeare
 
 # Reinstalled when its list changes; otherwise make finds the stamp and does nothing.
 $(VENV)/.core: requirements.txt

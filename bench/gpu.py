@@ -104,18 +104,20 @@ def attempt(stage, left, work):
         record(stage=stage.name, skipped=f"{max(0, left):.0f} s left, {stage.least:.0f} needed")
         return
     limit = min(left, stage.most)
-    fallback = read_fallbacks(work)
-    words = [*stage.words, *fallback.get(stage.takes, [])]
-    if stage.name == "run":
-        words += ["--num_epochs", str(epochs(limit, work))]
     n_lines = len(recorded())
-    rc, seconds = run([sys.executable, *words], limit, stage.name, {
-        **fallback.get("env", {}), "BENCH_RESULTS": str(work / "results"), "OUT": str(OUT.resolve())})
+    rc, seconds = run([sys.executable, *words_of(stage, limit, work)], limit, stage.name, {
+        **read_fallbacks(work).get("env", {}), "BENCH_RESULTS": str(work / "results"), "OUT": str(OUT.resolve())})
     if stage.name == "smoke":
         keep_fallbacks(recorded()[n_lines:], work)
     stopped = dict(stopped="its time was up") if seconds >= limit else {}
     record(stage=stage.name, rc=rc, seconds=round(seconds, 1), **stopped,
            time=datetime.datetime.now().isoformat(timespec="seconds"))
+
+
+def words_of(stage, limit, work):
+    """A stage's command after `python`, with what the smoke stage and the time left add to it."""
+    length = ["--num_epochs", str(epochs(limit, work))] if stage.name == "run" else []
+    return [*stage.words, *length, *read_fallbacks(work).get(stage.takes, [])]
 
 
 def run(command, limit, name, env):
@@ -236,10 +238,11 @@ TOY_RUN = "--device cpu --dtype fp32 --n_layer 1 --n_head 2 --n_embd 16 --block_
           "--warmup_steps 0 --val_tokens 64"
 TOY = dict(  # the last of two equal flags counts
     unpack="", smoke="--device cpu", dry_run=TOY_RUN, step=TOY_STEP, peers=TOY_STEP, run=TOY_RUN, plot="",
-    samples="--device cpu --dtype fp32 --num_seq 1 --max_tokens 8", group=TOY_STEP, medium=TOY_STEP, xl=TOY_STEP,
+    samples="--device cpu --dtype fp32 --num_seq 1 --max_tokens 8",
     generate="--device cpu --dtype fp32 --n_layer 1 --batch_size 2 --prompt_tokens 4 --max_tokens 4 --rounds 1 "
              "--compile off",
-    hellaswag="--device cpu --dtype fp32 --n_layer 1 --limit 2", shakespeare=f"{TOY_RUN} --max_steps 4")
+    hellaswag="--device cpu --dtype fp32 --n_layer 1 --limit 2", medium=TOY_STEP, xl=TOY_STEP, group=TOY_STEP,
+    shakespeare=f"{TOY_RUN} --max_steps 4")
 
 
 if __name__ == "__main__":

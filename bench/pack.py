@@ -20,13 +20,13 @@ VOCABULARY = ("vocab.bpe", "encoder.json")
 @dataclass
 class PackConfig:
     """The flags of this script."""
-    folder: str = flag(None, "where the files are", positional=True)
+    folder: list[str] = flag([], "where the files are", positional=True)
     unpack: bool = flag(False, "unpack what was collected")
     data: str = flag("data", "the folder of packed, and of what comes out of it")
 
     def check(self):
         """Raise UserError unless one thing is asked for."""
-        if bool(self.folder) == self.unpack:
+        if len(self.folder) != (0 if self.unpack else 1):
             raise UserError("name the folder of the files to collect, or give --unpack")
 
 
@@ -37,7 +37,7 @@ def main(argv=None):
     if config.unpack:
         unpack(data)
     else:
-        pack(Path(config.folder), data / "packed")
+        pack(Path(config.folder[0]), data / "packed")
 
 
 def pack(folder, packed):

