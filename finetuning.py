@@ -115,8 +115,9 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     that do not fit.
     """
     objective = Objective(model, head, weights).to(runtime.device)
+    ddp = runtime.data_parallel(objective)
     block_size = model.config.block_size
-    size = find_micro_batch_size(objective, block_size, config.micro_batch_size,
+    size = find_micro_batch_size(ddp, block_size, config.micro_batch_size,
                                  max(1, config.batch_size // runtime.world_size), runtime)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=(0.9, 0.98),
                                   fused=True)
@@ -132,7 +133,7 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     warmup_steps = full_steps // 10 if config.warmup_steps is None else config.warmup_steps
     if warmup_steps > full_steps:
         raise UserError(f"--warmup_steps {warmup_steps} is longer than the run of {full_steps} steps")
-    run = Tuning(model, objective, runtime.data_parallel(objective), optimizer, runtime.grad_scaler(), rows,
+    run = Tuning(model, objective, ddp, optimizer, runtime.grad_scaler(), rows,
                  base=base.record, data_hash=hash_rows(rows), budget=size * block_size, steps_per_epoch=epoch,
                  max_steps=epoch if config.dry_run else full_steps, warmup_steps=warmup_steps, full_steps=full_steps)
     runtime.agree("flags", asdict(config))

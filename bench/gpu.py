@@ -88,7 +88,8 @@ def main(argv=None):
     if not on_card:
         make_toy_data(work / "data", default_tokenizer(config.tokenizer))
         print("no CUDA device: all stages at toy size, on made-up data; the figures mean nothing", flush=True)
-    for stage in stages(config, on_card):
+    for i in range(len(stages(config, on_card))):
+        stage = stages(config, on_card)[i]      # as things are now: what "unpack" has brought is there
         if stage.name in config.names() or not (config.only or stage.on_request):
             attempt(stage, end - time.monotonic() - MARGIN_S, work)
             collect(work)
@@ -182,13 +183,15 @@ def epochs(seconds, work):
 
 
 def collect(work):
-    """Renew the archive of what was measured: small files, not the weights."""
-    files = [*work.glob("results/*.json"), *work.glob("logs/*/*.jsonl"), *work.glob("logs/*/log.txt"),
-             *work.glob("logs/*/*.png")]
+    """Renew the archive of what was measured, as it goes into bench/: small files, not the weights."""
+    named = {path: f"results/{path.name}" for path in work.glob("results/*.json")}
+    named.update({path: f"results/{path.parent.name}_gpu/{path.name}" for pattern in ("*.jsonl", "log.txt", "*.png")
+                  for path in work.glob(f"logs/*/{pattern}")})
+    OUT.mkdir(parents=True, exist_ok=True)
     archive = OUT / "measured.tar.gz"
     with tarfile.open(f"{archive}.tmp", "w:gz") as tar:
-        for path in files:
-            tar.add(path, path.relative_to(work))
+        for path, name in named.items():
+            tar.add(path, name)
     os.replace(f"{archive}.tmp", archive)
 
 

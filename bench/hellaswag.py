@@ -59,7 +59,8 @@ def main(argv=None):
         }, len(examples), config, runtime)
         rates = {name: len(examples) / seconds for name, seconds in result["median_cpu_seconds" if
                  runtime.device.type == "cpu" else "median_seconds"].items()}
-        write_results(f"hellaswag_{runtime.device.type}", dict(machine=machine(), model=name, **result), [
+        kind = "" if config.checkpoint or config.name == "gpt2" else f"_{config.name}"
+        write_results(f"hellaswag_{runtime.device.type}{kind}", dict(machine=machine(), model=name, **result), [
             compared(f"HellaSwag, {len(examples):,} items, {name}", "items/CPU s" if runtime.device.type == "cpu" else
                      "items/s", rates["packed"], "one item at a time", rates["one at a time"])])
 

@@ -16,7 +16,7 @@ measured{without_gpu}.
 | what | ours | peer | ours / peer | machine | date |
 |---|---|---|---|---|---|
 """
-WITHOUT_GPU = ": no GPU was at hand yet, so there are no GPU rows (`make bench-gpu` makes them)"
+WITHOUT_GPU = ": no GPU was at hand yet, so there are no GPU rows (`python -m bench.gpu` makes them)"
 
 
 def main():

@@ -54,7 +54,7 @@ def test_every_stage_runs_where_only_a_gpu_machines_packages_are(run, tmp_path):
         names.append(stage.name)
     assert names == ["dry_run", "step", "run", "plot", "samples", "generate", "hellaswag", "group", "shakespeare"]
     written = {path.name for path in (tmp_path / "results").iterdir()}
-    assert written == {"train_step_cpu_gpt2_1_layers_1.json", "generate_cpu_gpt2_1_layers.json", "hellaswag_cpu.json"}
+    assert written == {"train_step_cpu_gpt2_1_layers_1.json", "generate_cpu_gpt2_1_layers.json", "hellaswag_cpu_gpt2_1_layers.json"}
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ class Skip:
 TINY = "--device cpu --dtype fp32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --max_steps 2 --eval_every 1 " \
        "--val_tokens 64 --sample_every 0 --hellaswag_every 0 --total_batch_size 128 --micro_batch_size 2"
 INSTALLS = Skip("installs what this test runs with")
-GPU = Skip("needs a GPU")
+GPU = Skip("test_gpu.py runs it, at toy size")
 CLUSTER = Skip("needs a cluster; test_examples.py runs the script, test_multinode.py two nodes")
 ACCOUNT = Skip("needs an account of the hub")
 TUNED = "--device cpu --dtype fp32 --num_epochs 1 --batch_size 4"
@@ -108,9 +108,10 @@ TABLE = {
     "hf repos create USER/my-gpt2 --type space --space-sdk docker": ACCOUNT,
     "hf upload USER/my-gpt2 /tmp/space . --repo-type space": ACCOUNT,
     "make bench": Skip("it takes long; its results are committed"),
-    "make bench-gpu": GPU,
-    "make run-gpu": GPU,
-    "make run-gpu-shakespeare": GPU,
+    "python -m bench.pack FOLDER": GPU,
+    "python -m bench.gpu --minutes 30": GPU,
+    "python -m bench.gpu --minutes 5 --only unpack,smoke,dry_run,step,peers": GPU,
+    "python -m bench.table": Skip("test_docs.py compares what it writes"),
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=gpt2 --rdzv_endpoint=node0:29400 "
     "--max_restarts=3 --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train.py": CLUSTER,
     "sbatch examples/slurm.sbatch": CLUSTER,
