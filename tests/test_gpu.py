@@ -212,6 +212,14 @@ def test_a_gradient_that_is_wrong_by_a_fifth_is_noticed(out, monkeypatch):
     assert checked(gpu_smoke.gradients, out)["error"] == "the gradients are wrong without torch.compile already"
 
 
+def test_the_switch_that_a_wrong_gradient_leads_to_is_one_of_this_torch(run):
+    code = "import torch._inductor.config as c; print(c.triton.mix_order_reduction)"
+    for value in "10":
+        assert run("-c", code, env={"TORCHINDUCTOR_MIX_ORDER_REDUCTION": value})[1] == f"{value == '1'}\n"
+    with torch._inductor.config.patch(gpu_smoke.MIX_ORDER_OFF):
+        assert not torch._inductor.config.triton.mix_order_reduction
+
+
 def test_a_check_that_breaks_is_a_line_and_the_next_one_runs(out):
     def broken(runtime, sizes):
         raise ValueError("CUDA error: no such\nkernel")

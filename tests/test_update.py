@@ -69,14 +69,14 @@ def test_a_skipped_update_leaves_every_bit_as_it_was(name, bad):
 
 
 class Watch(TorchDispatchMode):
-    """Records AdamW's kernel and each time that a number is read from the device."""
+    """Records AdamW's kernel and each time that a number is read from the device or copied to it."""
 
     def __init__(self, seen):
         super().__init__()
         self.seen = seen
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function.overloadpacket.__name__ in ("_fused_adamw_", "_local_scalar_dense"):
+        if function.overloadpacket.__name__ in ("_fused_adamw_", "_local_scalar_dense", "lift_fresh", "item"):
             self.seen.append(function.overloadpacket.__name__)
         return function(*arguments, **(options or {}))
 
@@ -86,8 +86,9 @@ def test_nothing_is_read_from_the_card_before_the_update_is_launched(monkeypatch
     model, optimizer = trained("adamw")
     seen = []
     monkeypatch.setattr(Runtime, "read", lambda self, tensor: seen.append("read") or tensor.tolist())
+    loss, scaler = torch.tensor(2.0), torch.amp.GradScaler("cpu", enabled=False)
     with Watch(seen):
-        updated(model, optimizer)
+        update(model, optimizer, scaler, 1.0, loss, RUNTIME)
     assert seen == ["_fused_adamw_", "_fused_adamw_", "read"]       # of matrices, of vectors
 
 
