@@ -238,7 +238,7 @@ def stages(config, on_card):
 TOY_STEP = "--device cpu --dtype fp32 --n_layer 1 --block_size 16 --total_batch_size 32 --compile off --rounds 1 " \
            "--steps 1"
 TOY_RUN = "--device cpu --dtype fp32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --total_batch_size 1024 " \
-          "--warmup_steps 0 --val_tokens 64"
+          "--warmup_steps 0 --val_tokens 64 --hellaswag_every 0"
 TOY = dict(  # the last of two equal flags counts
     unpack="", smoke="--device cpu", dry_run=TOY_RUN, step=TOY_STEP, peers=TOY_STEP, run=TOY_RUN, plot="",
     samples="--device cpu --dtype fp32 --num_seq 1 --max_tokens 8",

@@ -7,6 +7,7 @@ from files import atomic_write
 from shards import Manifest, save_shard
 from tokenizer import load_tokenizer
 
+
 def make_shards(folder, tokenizer, val=500, train=4_100):
     """Write a complete folder of random tokens, so many a split, with their vocabulary beside them."""
     folder.mkdir(parents=True, exist_ok=True)
