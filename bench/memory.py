@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.common import machine, write_results
 from bench.fake_cuda import compile_for_card, pretend_card
-from config import flag, parse_config, run_script
+from config import UserError, flag, parse_config, run_script
 from model import GPT, GPT2_SIZES, GPTConfig
 
 CARDS_GB = {"16 GB": 16, "24 GB": 24, "40 GB": 40, "80 GB": 80, "141 GB": 141}
@@ -35,6 +35,11 @@ class MemoryConfig:
     """The flags of this benchmark."""
     model: list[str] = flag(list(GPT2_SIZES), "a GPT-2 size; may be repeated", choices=tuple(GPT2_SIZES), repeat=True)
     block_size: int = flag(1024, "tokens of a row", low=1)
+
+    def check(self):
+        """Tell sizes that grow with the rows from those that do not."""
+        if self.block_size % ROWS == 0:
+            raise UserError(f"--block_size must not be a multiple of {ROWS}, but is {self.block_size}")
 
 
 def main(argv=None):
