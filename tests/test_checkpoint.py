@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import as_ours, in_our_layout
 
+import assemble
 import train
 from assemble import check_disk
 from checkpoint import (
@@ -30,7 +31,7 @@ from checkpoint import (
 )
 from config import RunFailed, UserError
 from model import GPT, GPTConfig
-from runtime import temporary_folder
+from runtime import Runtime, temporary_folder
 from tokenizer import Tokenizer, gpt2_tokenizer
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -155,6 +156,25 @@ def test_a_disk_of_64_gb_has_room_for_a_large_model_that_is_saved_once(monkeypat
     check_disk(train.TrainConfig(**once, eval_every=0), run, runtime)
     with pytest.raises(UserError, match=r"the checkpoints need 87\.2 GB more, the disk of .* has 60\.0 GB"):
         check_disk(train.TrainConfig(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=250), run, runtime)
+
+
+def test_the_optimizers_state_comes_to_the_other_ranks_last_and_onto_their_cards(monkeypatch, make_shards, tmp_path):
+    """Else a node held the checkpoint in memory once a rank, and a card twice while the micro-batch is sought."""
+    flags = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8", "--device", "cpu", "--dtype",
+             "fp32", "--total_batch_size", "32", "--hellaswag_every", "0", "--sample_every", "0", "--eval_every", "0",
+             "--schedule", "wsd", "--warmup_steps", "0", "--data_dir", str(make_shards([900])), "--log_dir",
+             str(tmp_path / "logs"), "--max_steps"]
+    train.main([*flags, "1"])
+    sent, from_main, find = [], Runtime.from_main, assemble.find_micro_batch_size
+    monkeypatch.setattr(Runtime, "from_main", lambda self, action, **how: (
+        sent.append((from_main(self, action), how)), sent[-1][0])[1])
+    monkeypatch.setattr(assemble, "find_micro_batch_size", lambda *args, **more: (sent.append("sought"),
+                                                                                  find(*args, **more))[1])
+    train.main([*flags, "20"])
+    (checkpoint, first), sought, (state, last) = sent
+    assert sought == "sought" and first == last == dict(on_device=True)
+    assert checkpoint["step"] == 1 and checkpoint["optimizer"] is None
+    assert set(state) == {"optimizer", "scaler"} and state["optimizer"]["state"]
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):

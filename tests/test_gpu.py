@@ -51,6 +51,7 @@ def test_every_stage_runs_where_only_a_gpu_machines_packages_are(run, tmp_path):
             continue
         rc, out, err = run("tests/bare.py", *gpu.words_of(stage, 60, tmp_path / "work"), env=env, timeout=60)
         assert rc == 0, f"{stage.name}: {stage.words}\n{out}\n{err}"
+        assert ("one step under the profiler" in out and "aten::mm" in out) == ("--profile" in stage.words)
         names.append(stage.name)
     assert names == ["dry_run", "step", "run", "plot", "samples", "generate", "hellaswag", "group", "shakespeare"]
     written = {path.name for path in (tmp_path / "results").iterdir()}
