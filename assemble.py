@@ -194,7 +194,7 @@ def wrap(run, config, runtime, compile):
     run.ddp = runtime.data_parallel(run.compiled)
     run.micro_batch_size = find_micro_batch_size(
         run.ddp, run.raw.config.block_size, run.micro_batch_size, run.plan.local_windows, runtime,
-        insist=bool(config.micro_batch_size))
+        insist=bool(config.micro_batch_size), gpt=run.raw)
 
 
 def state_to_restore(checkpoint):

@@ -25,20 +25,36 @@ def dummy_rows(size, block_size, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True):
+def least_bytes(model, n_tokens):
+    """A bound on the memory of a GPT's training step with micro-batches of n_tokens: what no step does without.
+
+    A parameter's weight, gradient and two moments in fp32; for a token its logits in 16 bits, and of each layer, in
+    units of C, two normalised inputs in fp32 (8 bytes), what the LayerNorms give (4), queries, keys, values and what
+    attention gives (8), the MLP's hidden units before the GELU (8) and after it (8); with --recompute the block's
+    input alone. Within a percent it is what the compiled step keeps (bench.memory counts that).
+    """
+    c = model.config
+    layer = 4 if model.recompute else 36 if "gelu" in c.activation else 28
+    return 16 * model.n_params() + n_tokens * (2 * c.vocab_size + layer * c.n_layer * c.n_embd)
+
+
+def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True, gpt=None):
     """Rows per micro-batch: `wanted` if it fits, else the first smaller divisor of local_windows that does, halving.
 
     Of the divisors those count that make up at most CUDA_TOKENS, on a CPU CPU_TOKENS; there that is all. On CUDA a
     size is tried with the module itself, as it will train: compiled, in DDP, on its device; module(x, y) is a loss. The
-    ranks try the same sizes, and one fits where it fits on all. Raises UserError where nothing fits, and with `insist`
-    where `wanted` does not, naming the next smaller valid size; CompilationFailed.
+    ranks try the same sizes, and one fits where it fits on all. gpt: the GPT inside, if all of it is trained: then a
+    size that its least_bytes rule out costs no try, which may be minutes of compilation. Raises UserError where nothing
+    fits, and with `insist` where `wanted` does not, naming the next smaller valid size; CompilationFailed.
     """
     most = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     sizes = [d for d in divisors(local_windows) if d == 1 or d * block_size <= most]
     if runtime.device.type != "cuda":
         return wanted or sizes[0]
+    card = runtime.minimum(torch.cuda.mem_get_info(runtime.device)[1]) if gpt else 0
     size = wanted or sizes[0]
-    while size and not fits_everywhere(module, block_size, size, runtime):
+    while size and ((gpt and least_bytes(gpt, size * block_size) > card)
+                    or not fits_everywhere(module, block_size, size, runtime)):
         if wanted and insist:
             smaller = next((d for d in divisors(local_windows) if d < wanted), None)
             advice = f"use --micro_batch_size {smaller}, or 0" if smaller else SMALLER

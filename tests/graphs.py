@@ -24,9 +24,9 @@ def count(graph, inputs):
     return graph.forward
 
 
-def as_on_a_card(module, block_size, wanted, local_windows, runtime, insist=True):
+def as_on_a_card(module, block_size, wanted, local_windows, runtime, **options):
     """find_micro_batch_size, with a try."""
-    size = memory.find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist)
+    size = memory.find_micro_batch_size(module, block_size, wanted, local_windows, runtime, **options)
     assert memory.fits_everywhere(module, block_size, size, runtime)
     return size
 

@@ -1,5 +1,6 @@
 """The micro-batch search, with the card's memory faked."""
 import gc
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 import assemble
 import memory
 import train
+from bench.common import RESULTS
 from classifier import Classifier
 from config import UserError
 from lora import add_adapter
-from model import GPT, GPTConfig
+from model import GPT, GPT2_SIZES, GPTConfig
 from tuning import Objective
 
 
@@ -61,6 +63,33 @@ def test_a_size_that_was_found_on_a_larger_card_is_found_anew(monkeypatch):
     runtime, tried = card(monkeypatch, 20)
     assert memory.find_micro_batch_size(RAW, 1024, 64, 512, runtime, insist=False) == 16
     assert tried == [64, 32, 16]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_the_bound_is_just_below_what_the_compiled_step_was_counted_to_keep(name, recompute):
+    rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
+    [counted] = [r for r in rows if (r["model"], r["recompute"], r["compiled"]) == (name, recompute, True)]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**GPT2_SIZES[name]))
+    model.recompute = recompute
+    state = memory.least_bytes(model, 0)
+    assert state == counted["state_gb"] * 1e9
+    assert 0.98 < (memory.least_bytes(model, 1024) - state) / 1024 / (1e6 * counted["mb_per_token"]) < 1
+
+
+def test_a_size_that_cannot_fit_costs_no_try(monkeypatch):
+    """80 GB, GPT-2 1558M: 64 and 32 rows are ruled out by what they must keep; who asks for them is refused at once."""
+    runtime, tried = card(monkeypatch, 64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 10**9, 80 * 10**9))
+    with torch.device("meta"):
+        xl = GPT(GPTConfig(**GPT2_SIZES["gpt2-xl"]))
+    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 16 and tried == [16]
+    runtime.minimum = lambda value: min(value, 40e9)                   # another rank's card
+    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 4 and tried == [16, 4]
+    with pytest.raises(UserError, match="use --micro_batch_size 4, or 0"):
+        memory.find_micro_batch_size(RAW, 1024, 8, 512, runtime, gpt=xl)
+    assert tried == [16, 4]
 
 
 def test_not_even_one_row(monkeypatch):
@@ -162,7 +191,7 @@ def test_a_compiler_that_fails_on_one_rank_fails_on_all(monkeypatch, problem):
 
 def test_where_the_model_cannot_be_compiled_the_micro_batch_is_sought_again(monkeypatch, make_shards, tmp_path, capsys):
     """What fits compiled may not fit eager. --compile on: an error."""
-    def find(module, *_, insist):
+    def find(module, *_, **options):
         tried.append(type(module).__name__)
         if len(tried) == 1:
             raise memory.CompilationFailed("no ptxas")
