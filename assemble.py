@@ -4,6 +4,7 @@
 """
 import contextlib
 import dataclasses
+import gc
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -171,7 +172,9 @@ def build(run, config, runtime):
         if config.compile == "on":
             raise UserError(f"--compile on: the model cannot be compiled here ({error}); use --compile off") from error
         runtime.print(f"torch.compile is off: the model cannot be compiled here ({error})")
-        compile = False
+        compile, run.compiled, run.ddp = False, None, None
+    if run.ddp is None:
+        gc.collect()      # the first DDP and its buckets, 4 bytes a parameter
         wrap(run, config, runtime, compile)
     run.optimizer = make_optimizer(run.raw, config, runtime)
     run.scaler = runtime.grad_scaler()

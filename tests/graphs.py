@@ -1,9 +1,11 @@
 """train.py with a compiler that only counts. Prints, at the end of each rank, the graphs that torch.compile made.
 
 Run as train.py is run. The micro-batch is tried as on a card (memory.fits), the embedding stays in the graph as on a
-card, and DDP's buckets hold a megabyte, so that a small model fills several.
+card, and DDP's buckets hold a megabyte, so that a small model fills several. With COMPILATION=fails in the environment
+it does, after the first try.
 """
 import functools
+import os
 import sys
 
 import torch
@@ -28,6 +30,8 @@ def as_on_a_card(module, block_size, wanted, local_windows, runtime, **options):
     """find_micro_batch_size, with a try."""
     size = memory.find_micro_batch_size(module, block_size, wanted, local_windows, runtime, **options)
     assert memory.fits_everywhere(module, block_size, size, runtime)
+    if os.environ.pop("COMPILATION", "") == "fails":
+        raise memory.CompilationFailed("no compiler")
     return size
 
 

@@ -103,7 +103,8 @@ def test_what_is_packed_here_is_unpacked_there(run, tmp_path):
 
 def test_a_stage_that_hangs_is_killed_with_all_that_it_started(out, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "GRACE_S", 0.3)
-    code = ("import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, lambda *_: print('not now', flush=True))\n"
+    code = ("import os, signal, subprocess, sys, time\n"
+            "signal.signal(signal.SIGTERM, lambda *_: print('not now', flush=True))\n"
             "child = subprocess.Popen(['sleep', '600']); print('child', child.pid, flush=True)\n"
             "while True: time.sleep(600)")
     rc, seconds = gpu.run([sys.executable, "-c", code], 1.5, "hangs", {})

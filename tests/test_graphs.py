@@ -1,4 +1,5 @@
 """What torch.compile makes of a run: one graph to train, one to validate, and DDP's cuts where its buckets end."""
+import json
 import re
 
 FLAGS = ("--n_head", 2, "--n_embd", 192, "--block_size", 16, "--device", "cpu", "--dtype", "fp32", "--total_batch_size",
@@ -6,9 +7,9 @@ FLAGS = ("--n_head", 2, "--n_embd", 192, "--block_size", 16, "--device", "cpu", 
          "--hellaswag_every", 0, "--checkpoint_every", 0)
 
 
-def counted(run_ranks, n, *flags):
+def counted(run_ranks, n, *flags, **env):
     """(graphs compiled, breaks, graphs captured), the same on every rank of a run of train.py in n processes."""
-    codes, out = run_ranks(n, "tests/graphs.py", *FLAGS, *flags)
+    codes, out = run_ranks(n, "tests/graphs.py", *FLAGS, *flags, env=env)
     assert codes == [0] * n, out
     found = set(re.findall(r"^(\d+) graphs, (\d+) breaks, (\d+) captured", out, re.M))
     assert len(found) == 1, out
@@ -29,3 +30,15 @@ def test_start_up_leaves_ddp_the_graph_cut_where_its_buckets_end(run_ranks, make
     flags = ("--n_layer", 4, "--data_dir", make_shards([900], [100]), "--log_dir", tmp_path / "logs")
     compiled, breaks, captured = counted(run_ranks, 2, *flags)
     assert (breaks, captured) == (0, 2) and compiled >= 1 + 4       # the validation's, and the pieces
+
+
+def test_a_model_that_cannot_be_compiled_trains_without_in_a_ddp_of_its_own(run_ranks, make_shards, tmp_path):
+    """As one that was started with --compile off, after a DDP of the compiled model."""
+    flags = ("--n_layer", 1, "--data_dir", make_shards([900], [100]), "--log_dir")
+    compiled, breaks, captured = counted(run_ranks, 2, *flags, tmp_path / "fails", COMPILATION="fails")
+    assert (breaks, captured) == (0, 1) and compiled > 1             # the try
+    codes, out = run_ranks(2, "train.py", *FLAGS, *flags, tmp_path / "off", "--compile", "off")
+    assert codes == [0, 0], out
+    losses = [[json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+              for name in ("fails", "off")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
