@@ -149,7 +149,7 @@ def test_without_package_and_network_it_says_what_to_bring(offline):
 
 
 def test_a_checkpoint_brings_its_vocabulary_and_a_folder_stands_in_for_one_without(tmp_path, offline):
-    gpt2 = gpt2_tokenizer()
+    gpt2 = load_tokenizer(BPE_FILES)
     for stored, folder in ((gpt2.to_checkpoint(), ""), (gpt2.to_checkpoint(), BPE_FILES),
                            ({"name": "gpt2"}, BPE_FILES), (None, BPE_FILES)):
         assert from_checkpoint(stored, folder) is gpt2               # made once, not at each reading
