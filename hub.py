@@ -42,12 +42,14 @@ def work_offline():
 
 
 def reachable():
-    """Whether the hub answers at all, within seconds; behind a proxy it is trusted to."""
+    """Whether the hub answers at all, within seconds; behind a proxy, whether that does."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
-    if urllib.request.getproxies():
-        return True
     url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname):
+        url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     try:
         socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), REACH_S).close()
     except OSError:

@@ -47,13 +47,13 @@ def test_every_stage_runs_where_only_a_gpu_machines_packages_are(run, tmp_path):
     assert rc == 0 and load_tokenizer(tmp_path / "shards").name == "gpt2", err
     names = []
     for stage in stages(config, on_card=False):
-        if stage.name in ("unpack", "smoke", "peers", "medium", "xl"):   # two have their tests, three are "step" again
-            continue
+        if stage.name in ("unpack", "smoke", "peers", "medium", "xl", "group", "shakespeare"):
+            continue                    # the first two have tests of their own, the others are "step" and "run" again
         rc, out, err = run("tests/bare.py", *gpu.words_of(stage, 60, tmp_path / "work"), env=env, timeout=60)
         assert rc == 0, f"{stage.name}: {stage.words}\n{out}\n{err}"
         assert ("one step under the profiler" in out and "aten::mm" in out) == ("--profile" in stage.words)
         names.append(stage.name)
-    assert names == ["dry_run", "step", "run", "plot", "samples", "generate", "hellaswag", "group", "shakespeare"]
+    assert names == ["dry_run", "step", "run", "plot", "samples", "generate", "hellaswag"]
     written = {path.name for path in (tmp_path / "results").iterdir()}
     assert written == {f"{name}.json" for name in ("train_step_cpu_gpt2_1_layers_1", "generate_cpu_gpt2_1_layers",
                                                    "hellaswag_cpu_gpt2_1_layers")}
@@ -217,8 +217,8 @@ def test_a_gradient_that_is_wrong_by_a_fifth_is_noticed(out, monkeypatch):
 
 def test_the_switch_that_a_wrong_gradient_leads_to_is_one_of_this_torch(run):
     code = "import torch._inductor.config as c; print(c.triton.mix_order_reduction)"
-    for value in "10":
-        assert run("-c", code, env={"TORCHINDUCTOR_MIX_ORDER_REDUCTION": value})[1] == f"{value == '1'}\n"
+    assert torch._inductor.config.triton.mix_order_reduction
+    assert run("-c", code, env={"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"})[1] == "False\n"
     with torch._inductor.config.patch(gpu_smoke.MIX_ORDER_OFF):
         assert not torch._inductor.config.triton.mix_order_reduction
 

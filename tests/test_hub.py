@@ -1,5 +1,6 @@
 """hub.py, and prepare_fineweb.py on it, against a server on this machine that plays the hub with faults."""
 import hashlib
+import socket
 import subprocess
 import sys
 import time
@@ -237,3 +238,21 @@ def test_patterns_of_cards(pattern):
     paths = {"a/b": ["a/*"], "a/b/c": [], "sub/x.jsonl": ["**/sub/*.jsonl"], "y/z/sub/x.jsonl": ["**/sub/*.jsonl"],
              "data-1.parquet": ["data-?.parquet"], "data-12.parquet": [], "x/y/z": ["./x/**"], "data-/.parquet": []}
     assert [p for p in paths if hub._glob(pattern).fullmatch(p)] == [p for p in paths if pattern in paths[p]]
+
+
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_behind_a_proxy_the_hub_is_within_reach_if_the_proxy_is(monkeypatch, variable, form):
+    """Through a dead one each file would be tried for a minute before what was downloaded is used."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv(variable, form.format(port=proxy.getsockname()[1]))
+        assert hub.reachable()
+        monkeypatch.setenv("no_proxy", "hub.invalid")
+        assert not hub.reachable()
+        monkeypatch.delenv("no_proxy")
+    assert not hub.reachable()
