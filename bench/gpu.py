@@ -33,7 +33,7 @@ from hellaswag import DATA_FILE
 from tokenizer import default_tokenizer
 
 GRACE_S = 20        # from the request to stop, which train.py answers with a checkpoint, to the kill
-MARGIN_S = 10       # that a stage leaves for what comes after it
+MARGIN_S = 25       # that a stage leaves, for this and for the archive
 TOKENS = 524288     # of a training step
 WIKIPEDIA_TOKENS = 46_998_597      # of an epoch
 
@@ -146,9 +146,13 @@ def run(command, limit, name, env):
 
 
 def recorded():
-    """The lines of results.jsonl, as dicts."""
-    path = OUT / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of results.jsonl, as dicts; a stage that was killed may have left half of one."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError), open(OUT / "results.jsonl", encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
 
 
 def keep_fallbacks(lines, work):
@@ -200,7 +204,8 @@ def stages(config, on_card):
     work = Path(config.work)
     data, logs = Path(config.data) if on_card else work / "data", work / "logs"
     wikipedia, hellaswag = data / "wikipedia_48m", data / "hellaswag" / "hellaswag_val.jsonl"
-    vocabulary = ["--tokenizer", config.tokenizer or str(wikipedia)]
+    tokenizer = config.tokenizer or (str(wikipedia) if (wikipedia / "vocab.bpe").exists() else "")
+    vocabulary = ["--tokenizer", tokenizer] if tokenizer else []
     # A micro-batch of 0 rows is the largest that fits this card, up to 64.
     step = ["-m", "bench.train_step", *vocabulary, *split("--block_size 1024 --micro_batch_size 0 --rounds 2")]
     ours = [*step, "--peers", "ours"]
@@ -217,18 +222,18 @@ def stages(config, on_card):
         Stage("unpack", 5, 60, ["-m", "bench.pack", "--unpack", "--data", str(data)], data / "packed"),
         Stage("smoke", 20, 150, ["-m", "bench.gpu_smoke"]),
         Stage("dry_run", 60, 180, [*train, "--num_epochs", "4", "--dry_run"], wikipedia, "train"),
-        Stage("step", 40, 120, [*ours, *full, "--profile"], wikipedia, "train"),
-        Stage("peers", 70, 150, [*step, *full, "--steps", "1"], wikipedia, "train"),
+        Stage("step", 40, 120, [*ours, *full, "--profile"], takes="train"),
+        Stage("peers", 70, 150, [*step, *full, "--steps", "1"], takes="train"),
         Stage("run", 200, 600, train, wikipedia, "train"),
         Stage("plot", 5, 60, ["plot.py", str(logs / "wikipedia")], logs / "wikipedia" / "metrics.jsonl"),
         Stage("samples", 20, 60, [*write, "--prompt", "The history of", "--num_seq", "3"], logs / "wikipedia", "write"),
         Stage("generate", 50, 150, ["-m", "bench.generate"], takes="write"),
         Stage("hellaswag", 30, 120, ["-m", "bench.hellaswag", *vocabulary, "--data", str(hellaswag), "--repeats", "1"],
               hellaswag),
-        Stage("medium", 70, 200, [*ours, *full, "--model", "gpt2-medium", "--steps", "1"], wikipedia, "train"),
-        Stage("xl", 150, 400, [*ours, "--total_batch_size", "131072", "--model", "gpt2-xl", "--steps", "1"], wikipedia,
-              "train"),
-        Stage("group", 40, 120, [*ours, *full, "--process_group"], wikipedia, "train"),
+        Stage("medium", 70, 200, [*ours, *full, "--model", "gpt2-medium", "--steps", "1"], takes="train"),
+        Stage("xl", 150, 400, [*ours, "--total_batch_size", "131072", "--model", "gpt2-xl", "--steps", "1"],
+              takes="train"),
+        Stage("group", 40, 120, [*ours, *full, "--process_group"], takes="train"),
         Stage("shakespeare", 120, 600, shakespeare, data / "tinyshakespeare", "train", on_request=True),
     ]
     return everything if on_card else [replace(stage, least=2, most=60, words=[*stage.words, *split(TOY[stage.name])])

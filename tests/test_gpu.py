@@ -136,6 +136,8 @@ def test_stages_that_fail_or_have_no_time_do_not_stop_the_next(out, monkeypatch,
 
 def test_what_the_smoke_stage_finds_wrong_is_left_out_afterwards(out, monkeypatch, tmp_path):
     """In this call and the next; flags go to those that take them, variables to all."""
+    (out / "results.jsonl").parent.mkdir()
+    (out / "results.jsonl").write_text('{"check": "half a li\n')
     lines = [dict(check="attention", error="wrong", fallback=dict(train=["--attention", "flash"])),
              dict(check="writing", error="wrong", fallback=dict(write=["--compile", "off"])),
              dict(check="gradients", error="wrong", fallback=dict(env={"A_SWITCH": "0"})), dict(check="products")]
@@ -163,10 +165,11 @@ def test_a_run_has_as_many_epochs_as_there_is_time_for_and_keeps_them(tmp_path):
 
 
 def test_the_stages_on_a_card_are_train_sized_and_toy_ones_end_with_flags_that_make_them_small(tmp_path):
-    config = GpuConfig(work=str(tmp_path))
+    config = GpuConfig(work=str(tmp_path), data=str(tmp_path / "data"))
     real, toy = stages(config, on_card=True), stages(config, on_card=False)
     assert [stage.name for stage in real] == [stage.name for stage in toy] == list(gpu.TOY)
     step = next(stage for stage in real if stage.name == "step")
+    assert "--tokenizer" not in step.words                     # no vocabulary lies beside the data: the package has one
     assert " ".join(step.words).endswith("--block_size 1024 --micro_batch_size 0 --rounds 2 --peers ours "
                                          "--total_batch_size 524288 --profile")
     assert all(stage.least <= stage.most and not set(SMALL.split()) & set(stage.words) for stage in real)
