@@ -43,7 +43,7 @@ bench: $(VENV)/.extras
 
 # On a GPU machine with its own torch: no .venv.
 bench-gpu:
-	$(PYTHON) -m bench.gpu --minutes 30
+	$(PYTHON) -m bench.gpu
 
 run-gpu:
 	$(PYTHON) -m bench.gpu --minutes 12 --only unpack,run,plot,samples

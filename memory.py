@@ -9,6 +9,7 @@ from plan import divisors
 
 CPU_TOKENS = 4096      # tokens of a micro-batch where memory is not what limits it: more is not faster
 CUDA_TOKENS = 65536    # the same on a card: 64 rows of 1024 already fill it with work
+FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")      # as CUDA, Triton; cuBLAS; cuDNN say it
 SMALLER = "use a smaller --block_size or model (train.py also has --recompute)"
 
 
@@ -121,7 +122,7 @@ def fits(module, block_size, size, runtime):
 def out_of_memory(error):
     """Whether an error says that memory is full, or wraps one that does, as the compiler's do."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL):
             return True
         error = getattr(error, "inner_exception", None) or error.__cause__
     return False

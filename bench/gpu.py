@@ -1,15 +1,16 @@
 """Measure a rented card within the minutes that were paid for: every stage in order of worth, none of which can hang.
 
-    python -m bench.gpu --minutes 12
-    python -m bench.gpu --minutes 5 --only smoke,dry_run,step,peers
+    python -m bench.gpu --minutes 30
+    python -m bench.gpu --minutes 7 --only smoke,dry_run,step,peers
 
-A stage is a process group with a least and a most time. It is left out where the time left is too short or its data
-is not there, asked to stop when its time is up, and killed when it does not. $OUT (default: bench/results/gpu) gets
-results.jsonl, a line a stage and a line a check of the smoke stage; log.txt, all that they print; and, renewed after
-each stage, measured.tar.gz: results, curves and samples, without the weights. A path that the smoke stage finds wrong
-is left out in the stages after it. Without a card all stages run at toy size on made-up data.
+A stage is a command with a shortest useful time and a time limit. It is skipped if the time left is too short or its
+data is not there, asked to stop at its limit, and killed if it does not. $OUT (default: bench/results/gpu) gets
+results.jsonl, a line a stage and a line a check of the smoke stage; log.txt, all that the stages print; and, renewed
+after each stage, measured.tar.gz: results, curves and samples, without the weights. Later stages run without whatever
+the smoke stage finds wrong. Without a card all stages run at toy size on made-up data.
 """
 import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -39,30 +40,35 @@ WIKIPEDIA_TOKENS = 46_998_597      # of an epoch
 
 
 def fast_folder():
-    """Where checkpoints go that nobody keeps: memory, if it holds one of them, else the disk."""
-    memory = Path("/dev/shm")
-    has_room = memory.is_dir() and shutil.disk_usage(memory).free > 8e9
-    return (memory if has_room else Path(tempfile.gettempdir())) / "exactgpt_gpu"
+    """Where checkpoints go that nobody keeps: where an earlier call left them, else memory that holds some, or a disk."""
+    memory, disk = (Path(folder) / "exactgpt_gpu" for folder in ("/dev/shm", tempfile.gettempdir()))
+    if memory.exists() or disk.exists():
+        return memory if memory.exists() else disk
+    has_room = memory.parent.is_dir() and shutil.disk_usage(memory.parent).free > 8e9
+    return memory if has_room else disk
 
 
 @dataclass(kw_only=True)
 class GpuConfig:
     """The flags of this script."""
-    minutes: float = flag(12.0, "time for all stages together", above=0)
-    only: str = flag("", "stages, separated by commas (default: all but shakespeare)")
+    minutes: float = flag(30.0, "time for all stages together", above=0)
+    only: str = flag("", "some of the stages unpack, smoke, dry_run, step, peers, run, plot, samples, generate, hellaswag, "
+                         "medium, xl, group, shakespeare, separated by commas (default: all but the last)")
     data: str = flag("data", "folder with wikipedia_48m, hellaswag and tinyshakespeare, or with packed (bench.pack)")
-    work: str = flag(str(fast_folder()), "folder for checkpoints and what a second call needs")
+    work: str = flag("", "folder for what the stages hand on; give the same one to a second call (default: one in "
+                         "memory or the temporary folder)")
     tokenizer: str = flag("", "folder with vocab.bpe and encoder.json (default: DATA/wikipedia_48m, if it has them)")
 
     def check(self):
-        """Raise UserError for a stage that is none."""
+        """Raise UserError for a stage that is none; choose the folder."""
+        self.work = self.work or str(fast_folder())
         unknown = [name for name in self.names() if name not in TOY]
         if unknown:
             raise UserError(f"--only knows {', '.join(TOY)}, not {unknown[0]}")
 
     def names(self):
         """The stages that --only asks for."""
-        return self.only.split(",") if self.only else []
+        return [name.strip() for name in self.only.split(",")] if self.only else []
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # `finally` ends the stage that runs
     end = time.monotonic() + 60 * config.minutes
     on_card = torch.cuda.is_available()
+    if not on_card:
+        config.work = str(Path(config.work) / "toy")       # never what a run on a card goes on from
     work = Path(config.work)
     work.mkdir(parents=True, exist_ok=True)
     if not on_card:
@@ -92,8 +100,8 @@ def main(argv=None):
         stage = stages(config, on_card)[i]      # as things are now: what "unpack" has brought is there
         if stage.name in config.names() or not (config.only or stage.on_request):
             attempt(stage, end - time.monotonic() - MARGIN_S, work)
-            collect(work)
-    print(f"results, log and archive: {OUT}")
+            collect(work, "results" if on_card else "toy_results")
+    print(f"{OUT}: results.jsonl, log.txt, and measured.tar.gz, to be unpacked in bench/")
 
 
 def attempt(stage, left, work):
@@ -105,6 +113,7 @@ def attempt(stage, left, work):
         record(stage=stage.name, skipped=f"{max(0, left):.0f} s left, {stage.least:.0f} needed")
         return
     limit = min(left, stage.most)
+    print(f"{stage.name}: up to {limit:.0f} s ...", flush=True)
     n_lines = len(recorded())
     rc, seconds = run([sys.executable, *words_of(stage, limit, work)], limit, stage.name, {
         **read_fallbacks(work).get("env", {}), "BENCH_RESULTS": str(work / "results"), "OUT": str(OUT.resolve())})
@@ -113,6 +122,9 @@ def attempt(stage, left, work):
     stopped = dict(stopped="its time was up") if seconds >= limit else {}
     record(stage=stage.name, rc=rc, seconds=round(seconds, 1), **stopped,
            time=datetime.datetime.now().isoformat(timespec="seconds"))
+    if rc:
+        last = (OUT / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+        print(f"the end of what {stage.name} printed (all of it: {OUT / 'log.txt'}):", *last, sep="\n    ", flush=True)
 
 
 def words_of(stage, limit, work):
@@ -131,7 +143,7 @@ def run(command, limit, name, env):
     with open(OUT / "log.txt", "ab", buffering=0) as log:
         log.write(f"\n===== {name}: {' '.join(command)}\n".encode())
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                                   env={**os.environ, "PYTHONUNBUFFERED": "1", **env})
+                                   preexec_fn=die_with_parent, env={**os.environ, "PYTHONUNBUFFERED": "1", **env})
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -141,8 +153,15 @@ def run(command, limit, name, env):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):      # one that the kernel cannot end, deep in a driver
+                process.wait(10)
     return process.returncode, time.monotonic() - begun
+
+
+def die_with_parent():
+    """Ask Linux to end this process when the one that started it ends, however that happens."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)     # 1: PR_SET_PDEATHSIG
 
 
 def recorded():
@@ -179,17 +198,17 @@ def epochs(seconds, work):
     chosen = work / "epochs"
     if chosen.exists() and (work / "logs" / "wikipedia").exists():
         return int(chosen.read_text())
-    measured = work / "results" / "train_step_cuda_gpt2_1.json"
-    rate = json.loads(measured.read_text())["tokens_per_s"]["ours"][0] if measured.exists() else 400_000
+    measured = sorted(work.glob("results/train_step_cuda_gpt2_1_profile.json"))
+    rate = json.loads(measured[0].read_text())["tokens_per_s"]["ours"][0] if measured else 400_000
     n = max(1, min(4, int((seconds - 90) * rate / WIKIPEDIA_TOKENS)))       # 90 s: start, compilation, evaluations
     chosen.write_text(str(n))
     return n
 
 
-def collect(work):
+def collect(work, folder):
     """Renew the archive of what was measured, as it goes into bench/: small files, not the weights."""
-    named = {path: f"results/{path.name}" for path in work.glob("results/*.json")}
-    named.update({path: f"results/{path.parent.name}_gpu/{path.name}" for pattern in ("*.jsonl", "log.txt", "*.png")
+    named = {path: f"{folder}/{path.name}" for path in work.glob("results/*.json")}
+    named.update({path: f"{folder}/{path.parent.name}_gpu/{path.name}" for pattern in ("*.jsonl", "log.txt", "*.png")
                   for path in work.glob(f"logs/*/{pattern}")})
     OUT.mkdir(parents=True, exist_ok=True)
     archive = OUT / "measured.tar.gz"
@@ -220,24 +239,24 @@ def stages(config, on_card):
     write = ["inference.py", "--checkpoint", str(logs / "wikipedia"), *vocabulary]
     everything = [
         Stage("unpack", 5, 60, ["-m", "bench.pack", "--unpack", "--data", str(data)], data / "packed"),
-        Stage("smoke", 20, 150, ["-m", "bench.gpu_smoke"]),
-        Stage("dry_run", 60, 180, [*train, "--num_epochs", "4", "--dry_run"], wikipedia, "train"),
-        Stage("step", 40, 120, [*ours, *full, "--profile"], takes="train"),
-        Stage("peers", 70, 150, [*step, *full, "--steps", "1"], takes="train"),
+        Stage("smoke", 90, 180, ["-m", "bench.gpu_smoke", *vocabulary]),
+        Stage("dry_run", 95, 180, [*train, "--num_epochs", "4", "--dry_run"], wikipedia, "train"),
+        Stage("step", 50, 120, [*ours, *full, "--profile"], takes="train"),
+        Stage("peers", 105, 200, [*step, *full, "--steps", "1"], takes="train"),
         Stage("run", 200, 600, train, wikipedia, "train"),
         Stage("plot", 5, 60, ["plot.py", str(logs / "wikipedia")], logs / "wikipedia" / "metrics.jsonl"),
         Stage("samples", 20, 60, [*write, "--prompt", "The history of", "--num_seq", "3"], logs / "wikipedia", "write"),
-        Stage("generate", 50, 150, ["-m", "bench.generate"], takes="write"),
-        Stage("hellaswag", 30, 120, ["-m", "bench.hellaswag", *vocabulary, "--data", str(hellaswag), "--repeats", "1"],
+        Stage("generate", 85, 150, ["-m", "bench.generate"], takes="write"),
+        Stage("hellaswag", 45, 120, ["-m", "bench.hellaswag", *vocabulary, "--data", str(hellaswag), "--repeats", "1"],
               hellaswag),
-        Stage("medium", 70, 200, [*ours, *full, "--model", "gpt2-medium", "--steps", "1"], takes="train"),
-        Stage("xl", 150, 400, [*ours, "--total_batch_size", "131072", "--model", "gpt2-xl", "--steps", "1"],
+        Stage("medium", 110, 200, [*ours, *full, "--model", "gpt2-medium", "--steps", "1"], takes="train"),
+        Stage("xl", 240, 420, [*ours, "--total_batch_size", "131072", "--model", "gpt2-xl", "--steps", "1"],
               takes="train"),
-        Stage("group", 40, 120, [*ours, *full, "--process_group"], takes="train"),
+        Stage("group", 70, 120, [*ours, *full, "--process_group"], takes="train"),
         Stage("shakespeare", 120, 600, shakespeare, data / "tinyshakespeare", "train", on_request=True),
     ]
     return everything if on_card else [replace(stage, least=2, most=60, words=[*stage.words, *split(TOY[stage.name])])
-                                       for stage in everything]
+                                       for stage in everything[1:]]      # made-up data lies there unpacked
 
 
 TOY_STEP = "--device cpu --dtype fp32 --n_layer 1 --block_size 16 --total_batch_size 32 --compile off --rounds 1 " \
@@ -245,7 +264,7 @@ TOY_STEP = "--device cpu --dtype fp32 --n_layer 1 --block_size 16 --total_batch_
 TOY_RUN = "--device cpu --dtype fp32 --n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --total_batch_size 1024 " \
           "--warmup_steps 0 --val_tokens 64 --hellaswag_every 0"
 TOY = dict(  # the last of two equal flags counts
-    unpack="", smoke="--device cpu", dry_run=TOY_RUN, step=TOY_STEP, peers=TOY_STEP, run=TOY_RUN, plot="",
+    unpack="", smoke="--device cpu --tokenizer=", dry_run=TOY_RUN, step=TOY_STEP, peers=TOY_STEP, run=TOY_RUN, plot="",
     samples="--device cpu --dtype fp32 --num_seq 1 --max_tokens 8",
     generate="--device cpu --dtype fp32 --n_layer 1 --batch_size 2 --prompt_tokens 4 --max_tokens 4 --rounds 1 "
              "--compile off",

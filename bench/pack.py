@@ -51,15 +51,16 @@ def pack(folder, packed):
     gpt2_tokenizer().save(packed)
     shutil.rmtree(packed / "tinyshakespeare", ignore_errors=True)
     subprocess.run([sys.executable, "prepare_text.py", str(folder / "tinyshakespeare.txt"), "--out",
-                    str(packed / "tinyshakespeare")], check=True)
+                    str(packed / "tinyshakespeare")], check=True, stdout=subprocess.DEVNULL)
     size = sum(f.stat().st_size for f in packed.rglob("*") if f.is_file())
-    print(f"{packed}: {size / 1e6:.0f} MB\nnext, on the GPU machine: python -m bench.gpu --minutes 12")
+    print(f"{packed}: {size / 1e6:.0f} MB\nnext: copy this clone, {packed} with it, to the GPU machine, and there\n"
+          "      python -m bench.gpu")
 
 
 def unpack(data):
     """Unpack data/packed beside it; what is there already is left as it is. Raises UserError without it."""
     packed = data / "packed"
-    missing = [name for name in (*FILES, *VOCABULARY) if not (packed / name).exists()]
+    missing = [name for name in (*FILES, *VOCABULARY, "tinyshakespeare") if not (packed / name).exists()]
     if missing:
         raise UserError(f"{packed} has no {missing[0]}; collect it with python -m bench.pack FOLDER, and copy it here")
     if all((data / "wikipedia_48m" / name).exists() for name in VOCABULARY):        # they come last

@@ -9,8 +9,8 @@ that the difference is what communication costs. transformers: GPT2LMHeadModel, 
 AdamW. plain: the loop as nanoGPT (CPU: eager fp32, plain AdamW) or build-nanogpt (GPU: eager bf16 autocast, fused
 AdamW) runs it. Each figure counts data, forward, backward, clipping and optimizer. The machine's own limits are
 measured in the same run: a large 16-bit matrix product and a copy in memory. On a CPU the peers run in processes of
-their own, one at a time, since ours sets how the C library keeps memory. A peer that runs out of a card's memory drops
-out. --profile shows where a step of ours goes. Writes bench/results/train_step_*.json.
+their own, one at a time, since ours sets how the C library keeps memory. A peer that fails, for want of memory say,
+drops out. --profile shows where a step of ours goes. Writes bench/results/train_step_*.json.
 """
 import contextlib
 import gc
@@ -20,6 +20,7 @@ import socket
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,10 +46,10 @@ PROFILED = 0.95    # of a step's time is shown kernel by kernel
 class TrainStepConfig(SizeConfig):
     """The flags of this benchmark."""
     block_size: int = flag(256, "tokens of a row", low=1)
-    micro_batch_size: int = flag(4, "rows of a forward pass; 0: as many as train.py finds to fit, for all alike", low=0)
+    micro_batch_size: int = flag(4, "rows of a forward pass; 0: what train.py finds, for every way", low=0)
     total_batch_size: int = flag(1024, "tokens of a step", low=1)
     compile: str = flag("on", "torch.compile, for ours and transformers", choices=("auto", "on", "off"))
-    attention: str = flag("auto", "train.py's, for all alike", choices=("auto", "flash", "cudnn", "efficient", "math"))
+    attention: str = flag("auto", "train.py's, for every way", choices=("auto", "flash", "cudnn", "efficient", "math"))
     optimizer: str = flag("adamw", "of ours", choices=("adamw", "muon"))
     recompute: bool = flag(False, "ours recomputes activations")
     process_group: bool = flag(False, "ours in DDP even if it is one process: what the cut graph costs")
@@ -86,60 +87,65 @@ def main(argv=None):
         runtime.from_main(lambda: save_tokens(config, data))
         run, step = ours(config, runtime, data)
         config = replace(config, micro_batch_size=run.micro_batch_size)
-        peers = {"ours": Peer(step)}
+        peers = {"ours": Peer(step, resident=allocated(runtime))}
         for name in config.peers.split(","):
             if name != "ours":
                 peers[name] = made(MAKERS[name], config, runtime, data)
         limits = dict(matmul_tflops=[], copy_gb_per_s=[])
         for i in range(config.rounds + 1):          # the first turn compiles and allocates
-            for peer in peers.values():
-                take_turn(peer, config, runtime, measured=i > 0)
+            for name, peer in peers.items():
+                with nullcontext() if name == "ours" else dropping_out(peer, runtime):
+                    take_turn(peer, config, runtime, measured=i > 0, alone=len(peers) == 1)
             if i:
                 limits["matmul_tflops"].append(matmul_flops(runtime) / 1e12)
                 limits["copy_gb_per_s"].append(copy_bytes(runtime) / 1e9)
         kernels = profiled(peers["ours"].step, runtime) if config.profile else None
         if runtime.is_main:
             report(config, runtime, peers, limits, kernels)
+        del run, step, peers        # DDP must not outlive its process group
 
 
 def made(maker, config, runtime, data):
     """A Peer."""
     if runtime.device.type == "cpu" and maker is not MAKERS["apart"]:
         return Peer(in_own_process(maker, config))
-    before = allocated(runtime)
-    with dropping_out(Peer(None), runtime) as peer:
+    before, peer = allocated(runtime), Peer(None)
+    with dropping_out(peer, runtime):
         peer.step = maker(config, runtime, data)
     peer.resident = allocated(runtime) - before
     return peer
 
 
-def take_turn(peer, config, runtime, measured):
+def take_turn(peer, config, runtime, measured, alone=True):
     """Make the steps of a turn, and keep how fast they were and the most memory that they took."""
     if peer.problem:
         return
-    if runtime.device.type == "cuda":
+    on_card = runtime.device.type == "cuda"
+    if on_card:
         torch.cuda.reset_peak_memory_stats()
     before = allocated(runtime)
-    with dropping_out(peer, runtime):
-        seconds = timed(lambda: [peer.step() for _ in range(config.steps)], runtime.device)
-        if measured:
-            peer.tokens_per_s.append(config.steps * config.total_batch_size / seconds)
-        else:
-            peer.resident += allocated(runtime) - before       # the optimizer's state was made
-        if runtime.device.type == "cuda":
-            peer.peak = torch.cuda.max_memory_allocated() - (allocated(runtime) - peer.resident)
+    if on_card and measured and not alone:     # the memory that others have freed, but not given back, in other pieces
+        torch.cuda.empty_cache()
+        peer.step()
+    seconds = timed(lambda: [peer.step() for _ in range(config.steps)], runtime.device)
+    if measured:
+        peer.tokens_per_s.append(config.steps * config.total_batch_size / seconds)
+    else:
+        peer.resident += allocated(runtime) - before       # the optimizer's state was made
+    if on_card:
+        peer.peak = torch.cuda.max_memory_allocated() - (allocated(runtime) - peer.resident)
 
 
 @contextlib.contextmanager
 def dropping_out(peer, runtime):
-    """Around a peer's work: where it runs out of the card's memory it drops out, and gives back what it held."""
+    """Around a peer's work: where it fails it drops out, and gives back what it held; the others go on."""
     try:
-        yield peer
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        peer.problem, peer.step, peer.tokens_per_s = "out of memory", None, []
-    if peer.problem:
+        yield
+    except Exception as error:      # its memory, its compilation, another version of its library
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        peer.problem = "out of memory" if out_of_memory(error) else reason
+        peer.step, peer.tokens_per_s = None, []
+    if peer.problem and runtime.device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -161,7 +167,8 @@ def report(config, runtime, peers, limits, kernels):
               for name, peer in left.items() if name != "ours"}
     card_peak = runtime.hardware.peak_flops()
     memory = {name: peer.peak / 1e9 for name, peer in left.items()} if runtime.device.type == "cuda" else None
-    write_results(f"train_step_{runtime.device.type}_{config.name}_{runtime.world_size}", dict(
+    kind = "_ddp" * config.process_group + "_profile" * config.profile
+    write_results(f"train_step_{runtime.device.type}_{config.name}_{runtime.world_size}{kind}", dict(
         machine=machine(), config=vars(config), processes=runtime.world_size, dtype=runtime.dtype_name,
         tokens_per_s={name: spread(peer.tokens_per_s) for name, peer in left.items()}, ratios=ratios,
         limits={name: spread(values) for name, values in limits.items()}, matmul_limit_tokens_per_s=limit,
@@ -189,7 +196,8 @@ def profiled(step, runtime):
         seconds = timed(step, runtime.device)
     name = "self_device_time_total" if on_card else "self_cpu_time_total"
     kernels = [(event.key, event.count, getattr(event, name) / 1000) for event in profile.key_averages()
-               if not on_card or event.device_type == torch.autograd.DeviceType.CUDA]
+               if not on_card or (event.device_type == torch.autograd.DeviceType.CUDA
+                                  and not event.is_user_annotation)]       # those span kernels that count themselves
     kernels.sort(key=lambda kernel: -kernel[2])
     busy = sum(ms for _, _, ms in kernels)
     runtime.print(f"one step under the profiler: {1000 * seconds:.0f} ms, {'kernels' if on_card else 'operators'} "

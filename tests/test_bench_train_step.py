@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import train_step
-from bench.train_step import Peer, TrainStepConfig, made, report, take_turn
+from bench.train_step import Peer, TrainStepConfig, dropping_out, made, report, take_turn
 
 CONFIG = TrainStepConfig(steps=2, total_batch_size=1000)
 
@@ -64,7 +64,8 @@ def test_a_peer_that_runs_out_of_memory_drops_out(card, when, monkeypatch, capsy
     ours, peer = Peer(lambda: None), made(maker, CONFIG, card.runtime, "")
     for measured in (False, True, True):
         for one in (ours, peer):
-            take_turn(one, CONFIG, card.runtime, measured)
+            with dropping_out(one, card.runtime):
+                take_turn(one, CONFIG, card.runtime, measured)
     assert (peer.problem, peer.step, peer.tokens_per_s) == ("out of memory", None, [])
     assert len(ours.tokens_per_s) == 2
     written = {}
@@ -74,8 +75,16 @@ def test_a_peer_that_runs_out_of_memory_drops_out(card, when, monkeypatch, capsy
     assert written["dropped_out"] == {"plain": "out of memory"} and "plain" not in written["tokens_per_s"]
 
 
-def test_any_other_error_of_a_peer_ends_the_benchmark(card):
-    def broken():
-        raise RuntimeError("CUDA error: an illegal memory access")
-    with pytest.raises(RuntimeError, match="illegal"):
-        take_turn(Peer(broken), CONFIG, card.runtime, measured=True)
+def test_a_peer_that_fails_otherwise_drops_out_too_and_says_why(card):
+    peer = Peer(lambda: 1 / 0)
+    with dropping_out(peer, card.runtime):
+        take_turn(peer, CONFIG, card.runtime, measured=True)
+    assert (peer.problem, peer.step) == ("ZeroDivisionError: division by zero", None)
+
+
+def test_where_several_take_turns_the_first_step_after_the_others_does_not_count(card):
+    steps = []
+    for alone, expected in ((True, 2), (False, 3)):
+        take_turn(Peer(lambda: steps.append(1)), CONFIG, card.runtime, measured=True, alone=alone)
+        assert len(steps) == expected
+        steps.clear()

@@ -17,7 +17,7 @@ from bench.gpu import GpuConfig, Stage, stages
 from bench.toy import make_toy_data
 from device import Hardware, enable_attention
 from runtime import Runtime
-from tokenizer import gpt2_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 SMALL = "--device cpu --dtype fp32"
 
@@ -47,38 +47,38 @@ def test_every_stage_runs_where_only_a_gpu_machines_packages_are(run, tmp_path):
     assert rc == 0 and load_tokenizer(tmp_path / "shards").name == "gpt2", err
     names = []
     for stage in stages(config, on_card=False):
-        if stage.name in ("unpack", "smoke", "peers", "medium", "xl", "group", "shakespeare"):
-            continue                    # the first two have tests of their own, the others are "step" and "run" again
+        if stage.name in ("smoke", "peers", "medium", "xl", "group", "shakespeare"):
+            continue                    # the first has a test of its own, the others are "step" and "run" again
         rc, out, err = run("tests/bare.py", *gpu.words_of(stage, 60, tmp_path / "work"), env=env, timeout=60)
         assert rc == 0, f"{stage.name}: {stage.words}\n{out}\n{err}"
         assert ("one step under the profiler" in out and "aten::mm" in out) == ("--profile" in stage.words)
         names.append(stage.name)
     assert names == ["dry_run", "step", "run", "plot", "samples", "generate", "hellaswag"]
     written = {path.name for path in (tmp_path / "results").iterdir()}
-    assert written == {f"{name}.json" for name in ("train_step_cpu_gpt2_1_layers_1", "generate_cpu_gpt2_1_layers",
-                                                   "hellaswag_cpu_gpt2_1_layers")}
+    assert written == {"train_step_cpu_gpt2_1_layers_1_profile.json", "generate_cpu_gpt2_1_layers.json",
+                       "hellaswag_cpu_gpt2_1_layers.json"}
 
 
 @pytest.mark.slow
 def test_one_command_measures_and_leaves_what_is_to_be_copied(tmp_path):
     """The smoke checks, in processes of their own as a person starts them; data that is absent is said to be."""
     env = dict(os.environ, OUT=str(tmp_path / "out"), HOME=str(tmp_path))
-    command = [sys.executable, "-m", "bench.gpu", "--minutes", "3", "--only", "unpack,smoke,plot,samples", "--work",
+    command = [sys.executable, "-m", "bench.gpu", "--minutes", "3", "--only", "smoke, plot,samples", "--work",
                str(tmp_path / "work")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = results(tmp_path / "out")
     checks = {line["check"]: line for line in lines if "check" in line}
-    assert list(checks) == ["environment", "products", "attention", "gradients", "out_of_memory", "process_group",
-                            "writing", "resuming"]
+    assert set(checks) == {"environment", "products", "attention", "out_of_memory", "skipping", "gradients", "writing",
+                           "process_group", "resuming"}
     assert not [line for line in checks.values() if "error" in line]
     assert checks["attention"]["default"] == "flash" and checks["process_group"]["in_ddp"]
     assert checks["resuming"]["killed_by"] == -9 and checks["resuming"]["same_losses"]
     stage = {line["stage"]: line for line in lines if "stage" in line}
     assert stage["smoke"]["rc"] == 0 and stage["smoke"]["seconds"] > 0
-    assert all("is not there" in stage[name]["skipped"] for name in ("unpack", "plot", "samples"))
+    assert all("is not there" in stage[name]["skipped"] for name in ("plot", "samples"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.jsonl", "log.txt", "measured.tar.gz"}
-    assert f'{json.dumps(stage["smoke"])}\n' in done.stdout
+    assert f'{json.dumps(stage["smoke"])}\n' in done.stdout and "smoke: up to 60 s ..." in done.stdout
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_what_is_packed_here_is_unpacked_there(run, tmp_path):
         (here / name).write_text("To be, or not to be. " * 30)
     (here / "unpack.py").write_text("import pathlib, sys; (pathlib.Path(sys.argv[1]) / 'wikipedia_48m').mkdir()")
     rc, out, err = run("-m", "bench.pack", here, "--data", data)
-    assert rc == 0 and "next, on the GPU machine: python -m bench.gpu" in out, err
+    assert rc == 0 and "to the GPU machine, and there\n      python -m bench.gpu\n" in out, err
     for expected in ("", f"{data / 'wikipedia_48m'} is there already\n"):
         rc, out, err = run("-m", "bench.pack", "--unpack", "--data", data)
         assert (rc, out) == (0, expected), err
@@ -120,7 +120,7 @@ def test_a_stage_that_hangs_is_killed_with_all_that_it_started(out, monkeypatch,
     assert not os.path.exists(f"/proc/{child}")
 
 
-def test_stages_that_fail_or_have_no_time_do_not_stop_the_next(out, monkeypatch, tmp_path):
+def test_stages_that_fail_or_have_no_time_do_not_stop_the_next(out, monkeypatch, tmp_path, capsys):
     def stage(name, code, least=1, **more):
         return Stage(name, least, 60, ["-c", code], **more)
     plan = [stage("bad", "import sys; sys.exit(3)"), stage("long", "", least=1e6), stage("good", "print('done')"),
@@ -129,6 +129,7 @@ def test_stages_that_fail_or_have_no_time_do_not_stop_the_next(out, monkeypatch,
     monkeypatch.setattr(gpu, "MARGIN_S", 0)
     gpu.main(["--minutes", "1", "--work", str(tmp_path / "work")])
     bad, long, good, absent = results(out)
+    assert "the end of what bad printed" in capsys.readouterr().out
     assert (bad["stage"], bad["rc"]) == ("bad", 3) and (good["stage"], good["rc"]) == ("good", 0)
     assert long["skipped"].endswith("1000000 needed") and "rc" not in long
     assert absent["skipped"] == f"{tmp_path / 'nothing'} is not there"
@@ -158,7 +159,7 @@ def test_a_run_has_as_many_epochs_as_there_is_time_for_and_keeps_them(tmp_path):
     assert gpu.epochs(60, tmp_path) == 1 and gpu.epochs(90 + 2.5 * 47e6 / 400_000, tmp_path) == 2
     (tmp_path / "results").mkdir()
     rate = dict(tokens_per_s=dict(ours=[500_000, 0, 0]))
-    (tmp_path / "results" / "train_step_cuda_gpt2_1.json").write_text(json.dumps(rate))
+    (tmp_path / "results" / "train_step_cuda_gpt2_1_profile.json").write_text(json.dumps(rate))
     assert gpu.epochs(90 + 3.1 * 47e6 / 500_000, tmp_path) == 3 and gpu.epochs(1e6, tmp_path) == 4
     (tmp_path / "logs" / "wikipedia").mkdir(parents=True)
     assert gpu.epochs(60, tmp_path) == 4                                    # its first call chose so
@@ -167,7 +168,8 @@ def test_a_run_has_as_many_epochs_as_there_is_time_for_and_keeps_them(tmp_path):
 def test_the_stages_on_a_card_are_train_sized_and_toy_ones_end_with_flags_that_make_them_small(tmp_path):
     config = GpuConfig(work=str(tmp_path), data=str(tmp_path / "data"))
     real, toy = stages(config, on_card=True), stages(config, on_card=False)
-    assert [stage.name for stage in real] == [stage.name for stage in toy] == list(gpu.TOY)
+    assert [stage.name for stage in real] == ["unpack", *(stage.name for stage in toy)] == list(gpu.TOY)
+    assert ", ".join(gpu.TOY) in GpuConfig.__dataclass_fields__["only"].metadata["help"]
     step = next(stage for stage in real if stage.name == "step")
     assert "--tokenizer" not in step.words                     # no vocabulary lies beside the data: the package has one
     assert " ".join(step.words).endswith("--block_size 1024 --micro_batch_size 0 --rounds 2 --peers ours "
@@ -182,7 +184,7 @@ CPU = Runtime(0, 0, 1, torch.device("cpu"), Hardware("cpu"), "bf16")
 
 def checked(check, out):
     """The line of one check."""
-    gpu_smoke.passed(check, CPU, gpu_smoke.SMALL)
+    gpu_smoke.passed(check, gpu_smoke.Here(CPU, gpu_smoke.SMALL, Tokenizer([], "bytes")))
     return results(out)[-1]
 
 
@@ -227,7 +229,7 @@ def test_the_switch_that_a_wrong_gradient_leads_to_is_one_of_this_torch(run):
 
 
 def test_a_check_that_breaks_is_a_line_and_the_next_one_runs(out):
-    def broken(runtime, sizes):
+    def broken(runtime, sizes, tokenizer):
         raise ValueError("CUDA error: no such\nkernel")
     assert checked(broken, out)["error"] == "ValueError: CUDA error: no such kernel"
     assert "error" not in checked(gpu_smoke.environment, out)

@@ -151,7 +151,8 @@ def test_a_try_in_ddp_reduces_nothing_and_makes_gradients_beside_the_buckets():
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), BackendCompilerFailed(None, torch.OutOfMemoryError("full"), None),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("CUDNN_..._DEVICE_ALLOCATION_FAILED")])
 def test_out_of_memory_is_no_error_but_an_answer(monkeypatch, error):
     """What was compiled for that size goes: each size compiles anew, and after eight torch would run eager."""
     monkeypatch.setattr(torch._dynamo, "reset", lambda: forgotten.append(True))

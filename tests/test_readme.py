@@ -109,8 +109,8 @@ TABLE = {
     "hf upload USER/my-gpt2 /tmp/space . --repo-type space": ACCOUNT,
     "make bench": Skip("it takes long; its results are committed"),
     "python -m bench.pack FOLDER": GPU,
-    "python -m bench.gpu --minutes 30": GPU,
-    "python -m bench.gpu --minutes 5 --only unpack,smoke,dry_run,step,peers": GPU,
+    "python -m bench.gpu": GPU,
+    "python -m bench.gpu --minutes 7 --only unpack,smoke,dry_run,step,peers": GPU,
     "python -m bench.table": Skip("test_docs.py compares what it writes"),
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=gpt2 --rdzv_endpoint=node0:29400 "
     "--max_restarts=3 --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train.py": CLUSTER,
