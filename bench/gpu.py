@@ -40,7 +40,7 @@ WIKIPEDIA_TOKENS = 46_998_597      # of an epoch
 
 
 def fast_folder():
-    """Where checkpoints go that nobody keeps: where an earlier call left them, else memory that holds some, or a disk."""
+    """Where checkpoints go that nobody keeps: where an earlier call left them, else memory that holds one, or disk."""
     memory, disk = (Path(folder) / "exactgpt_gpu" for folder in ("/dev/shm", tempfile.gettempdir()))
     if memory.exists() or disk.exists():
         return memory if memory.exists() else disk
@@ -52,8 +52,8 @@ def fast_folder():
 class GpuConfig:
     """The flags of this script."""
     minutes: float = flag(30.0, "time for all stages together", above=0)
-    only: str = flag("", "some of the stages unpack, smoke, dry_run, step, peers, run, plot, samples, generate, hellaswag, "
-                         "medium, xl, group, shakespeare, separated by commas (default: all but the last)")
+    only: str = flag("", "some of the stages unpack, smoke, dry_run, step, peers, run, plot, samples, generate, "
+                         "hellaswag, medium, xl, group, shakespeare, separated by commas (default: all but the last)")
     data: str = flag("data", "folder with wikipedia_48m, hellaswag and tinyshakespeare, or with packed (bench.pack)")
     work: str = flag("", "folder for what the stages hand on; give the same one to a second call (default: one in "
                          "memory or the temporary folder)")
