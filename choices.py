@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from model import UNPLANNED_ATTENTION
+from device import unplanned_attention
 
 PADDING = -1             # the segment of padding; a context is segment 0, its endings are 1, 2, ...
 ROW_MULTIPLE = 16        # rows are padded to a multiple of this: 18 lengths for HellaSwag, 5% padding (32: 10%)
@@ -81,7 +80,7 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
     bar = tqdm(batches, progress, unit="batch", leave=False, disable=None if progress and runtime.is_main else True)
     losses, owners, mine = [], [], []
     # One autocast context around all batches: it casts the weights once.
-    with runtime.autocast(), sdpa_kernel(UNPLANNED_ATTENTION):
+    with runtime.autocast(), unplanned_attention():
         for T, members in bar:
             # Every rank goes through every batch and takes its share, be it none, so that all poll equally often.
             members = members[runtime.rank::runtime.world_size]

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from torch.nn.attention import sdpa_kernel
 
-from device import keep_freed_memory
-from model import UNPLANNED_ATTENTION, KVCache
+from device import keep_freed_memory, unplanned_attention
+from model import KVCache
 from runtime import seed_from
 
 GREEDY_BELOW = 1e-5    # a temperature: logits divided by less make a one-hot softmax, or overflow
@@ -255,7 +254,7 @@ def read_prompts(model, cache, indices, rows):
     for row, i in numbers.items():
         idx[i, :len(row)] = torch.tensor(row)
     read = new_cache(model, len(numbers), idx.size(1))
-    with sdpa_kernel(UNPLANNED_ATTENTION):
+    with unplanned_attention():
         hidden = model.hidden(idx.to(device), cache=read)                              # (distinct, T, C)
     read.lengths += lengths.to(device)
     which = torch.tensor([numbers[tuple(row)] for row in rows], device=device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import UserError
 
@@ -138,6 +139,16 @@ def enable_attention(backend):
                     efficient=torch.backends.cuda.enable_mem_efficient_sdp, math=torch.backends.cuda.enable_math_sdp)
     for name, switch in switches.items():
         switch(backend in ("auto", name))
+
+
+def unplanned_attention():
+    """A context for attention of ever new shapes, without cuDNN's backend, which plans for 30 ms at each of them.
+
+    torch prefers cuDNN's on Hopper. The flash backend counts where --attention lets it; it takes no masks on a card, so
+    the other two are always there.
+    """
+    flash = [SDPBackend.FLASH_ATTENTION] * torch.backends.cuda.flash_sdp_enabled()
+    return sdpa_kernel([*flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def attention_backend(requested, device, dtype, shape):

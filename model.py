@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 import hf_format
@@ -30,8 +29,6 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 IGNORED = -1  # a target that does not count
-# Attention of ever new shapes, on these backends: cuDNN's, which torch prefers on Hopper, plans for 30 ms at each one.
-UNPLANNED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CACHE_STEP = 64  # a KVCache holds a multiple of this many tokens: even sizes are several times as fast as odd ones
 
 

@@ -167,6 +167,20 @@ def test_a_cpu_lacks_the_other_backends(restored_attention, requested):
     F.scaled_dot_product_attention(q, q, q, is_causal=True)         # the refusal leaves attention usable
 
 
+@pytest.mark.parametrize("requested, left", [
+    ("auto", ["flash", "efficient", "math"]), ("flash", ["flash", "efficient", "math"]),
+    ("math", ["efficient", "math"]), ("cudnn", ["efficient", "math"])])
+def test_attention_of_new_shapes_leaves_cudnn_out_and_flash_where_it_was_not_asked_for(restored_attention, requested,
+                                                                                       left):
+    device.enable_attention(requested)
+    c = torch.backends.cuda
+    with device.unplanned_attention():
+        enabled = dict(flash=c.flash_sdp_enabled(), efficient=c.mem_efficient_sdp_enabled(), math=c.math_sdp_enabled(),
+                       cudnn=c.cudnn_sdp_enabled())
+    assert [name for name, is_on in enabled.items() if is_on] == left
+    assert c.cudnn_sdp_enabled() == (requested in ("auto", "cudnn"))
+
+
 def test_mps_has_one_backend(restored_attention):
     shape = GPTConfig(16, 64, 1, 2, 16)
     assert attention_backend("auto", torch.device("mps"), torch.float32, shape) == "mps"
