@@ -114,9 +114,9 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         facts = text(".gpt-facts")
         assert "9" in facts.split() and "96, 2, 32" in facts
         before = text(".gpt-next")
-        area = find("textarea")[0]
+        area = wait_for(lambda: find("textarea"), "the text box")[0]
         area.send_keys(" <b>bold</b>")
-        slider = find("input[type=range][aria-label='Maximum length']")[0]
+        slider = wait_for(lambda: find("input[type=range][aria-label='Maximum length']"), "the slider")[0]
         browser.execute_script("arguments[0].focus()", slider)      # it lies unseen below the thumb
         webdriver.ActionChains(browser).send_keys(webdriver.Keys.END).perform()
         wait_for(lambda: "1000" in text("[data-testid=stSlider]"), "the slider's end")
@@ -131,7 +131,7 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         shown = text(".gpt-card")
         assert shown.count("Return a new <b>bold</b>") == 2 and not find(".gpt-card b")
         assert len(shown) >= max(lengths) and text(".gpt-note") == stopped
-        find("[data-testid=stSelectbox] input")[0].click()
+        wait_for(lambda: find("[data-testid=stSelectbox] input"), "the box")[0].click()
         wait_for(lambda: [o for o in find("[role=option]") if "model_00007" in o.text], "the list")[0].click()
         wait_for(lambda: "7" in text(".gpt-facts").split(), "the other model")
         assert not find("[data-testid=stException]")
