@@ -111,7 +111,8 @@ def requested_shape(config):
 
 
 def make_model(config, runtime, tokenizer, checkpoint):
-    """The model on the CPU: the checkpoint's, or fresh, or from the weights that --init_from names.
+    """The checkpoint's model, on the device of a rank that did not read it; or on the CPU a fresh one, or that of
+    --init_from.
 
     Raises UserError for a shape that cannot be, or that those weights do not have.
     """

@@ -30,16 +30,15 @@ def update(model, optimizer, scaler, grad_clip, loss, runtime):
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     sums = runtime.reduce(loss, bool(runtime.stop_signal))
     facts = torch.cat([sums, grad_norm.to(sums.dtype)[None]])              # (3,): loss, stop signals, norm
-    if isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled() and runtime.device.type != "mps":
-        # Whether to skip is decided on the device: a card that waited for this process to look would idle meanwhile.
+    # Where the kernel itself can skip, it decides: a card that waited for this process to look would idle meanwhile.
+    kernel_skips = isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled() and runtime.device.type != "mps"
+    if kernel_skips:
         optimizer.found_inf = (~facts.isfinite().all()).float()             # 1: the fused kernel leaves all as it is
         optimizer.step()
         del optimizer.found_inf
-        loss_sum, signals, norm = runtime.read(facts)
-        finite = math.isfinite(loss_sum) and math.isfinite(norm)
-    else:
-        loss_sum, signals, norm = runtime.read(facts)
-        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    loss_sum, signals, norm = runtime.read(facts)
+    finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    if not kernel_skips:
         if finite:
             scaler.step(optimizer)
         scaler.update()

@@ -3,6 +3,7 @@ import datetime
 import json
 import os
 import platform
+import socket
 import statistics
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def record(**facts):
     with open(OUT / "results.jsonl", "a", encoding="utf-8") as f:
         f.write(line + "\n")
     print(line, flush=True)
+
+
+def choose_meeting_point():
+    """Name a free port of this machine, as torchrun would, for a process group of this process alone."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
 
 
 def spread(values):

@@ -198,8 +198,8 @@ def epochs(seconds, work):
     chosen = work / "epochs"
     if chosen.exists() and (work / "logs" / "wikipedia").exists():
         return int(chosen.read_text())
-    measured = sorted(work.glob("results/train_step_cuda_gpt2_1_profile.json"))
-    rate = json.loads(measured[0].read_text())["tokens_per_s"]["ours"][0] if measured else 400_000
+    measured = work / "results" / "train_step_cuda_gpt2_1_profile.json"
+    rate = json.loads(measured.read_text())["tokens_per_s"]["ours"][0] if measured.exists() else 400_000
     n = max(1, min(4, int((seconds - 90) * rate / WIKIPEDIA_TOKENS)))       # 90 s: start, compilation, evaluations
     chosen.write_text(str(n))
     return n

@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import memory
-from bench.common import record
+from bench.common import choose_meeting_point, record
 from bench.toy import make_shards
 from checkpoint import open_model, read_checkpoint
 from config import DeviceConfig, parse_config, run_script
@@ -112,7 +111,7 @@ def wake(here):
     a = torch.randn(4096, 4096, device=here.runtime.device, dtype=here.runtime.dtype)
     while here.runtime.device.type == "cuda" and time.perf_counter() - begun < 0.5:
         a @ a
-        synchronize(here.runtime.device)
+        torch.cuda.synchronize()
 
 
 def cleaned(check, here):
@@ -161,12 +160,6 @@ def milliseconds(action, device, n=10):
             marks.append(time.perf_counter())
         times = [1000 * (b - a) for a, b in pairwise(marks)]
     return float(f"{sorted(times)[n // 2]:.4g}")
-
-
-def synchronize(device):
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def error_of(found, exact):
@@ -304,8 +297,7 @@ def out_of_memory(runtime, sizes, tokenizer):
 
 def process_group(runtime, sizes, tokenizer):
     """train.py in DDP over one rank of NCCL (gloo) against train.py alone: losses, and a checkpoint that opens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
+    choose_meeting_point()
     losses, cut = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder) / "shards", tokenizer, 2 * sizes.T, 40 * sizes.T)

@@ -16,18 +16,16 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from assemble import assemble, warm_up
-from bench.common import compared, machine, spread, write_results
+from bench.common import choose_meeting_point, compared, machine, spread, write_results
 from bench.sizes import SizeConfig
 from config import UserError, flag, parse_config, replace, run_script
 from dataloader import DataOrder, TrainLoader
@@ -81,8 +79,7 @@ def main(argv=None):
     """Time all by turns, and the limits of the machine between."""
     config = parse_config(TrainStepConfig, argv, __doc__.split("\n\n")[0])
     if config.process_group and "RANK" not in os.environ:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
+        choose_meeting_point()
     with start(config) as runtime, temporary_folder(runtime, tempfile.gettempdir()) as data:
         runtime.from_main(lambda: save_tokens(config, data))
         run, step = ours(config, runtime, data)
@@ -94,7 +91,7 @@ def main(argv=None):
         limits = dict(matmul_tflops=[], copy_gb_per_s=[])
         for i in range(config.rounds + 1):          # the first turn compiles and allocates
             for name, peer in peers.items():
-                with nullcontext() if name == "ours" else dropping_out(peer, runtime):
+                with contextlib.nullcontext() if name == "ours" else dropping_out(peer, runtime):
                     take_turn(peer, config, runtime, measured=i > 0, alone=len(peers) == 1)
             if i:
                 limits["matmul_tflops"].append(matmul_flops(runtime) / 1e12)
