@@ -18,14 +18,14 @@ from pathlib import Path
 import streamlit as st
 import torch
 
-from checkpoint import open_model
-from config import DeviceConfig, UserError, flag, parse_config, run_script
-from decoding import likeliest_next, make_decoder
-from device import DTYPES, choose_device, choose_dtype, probe
-from figures import COLOURS, X_LABELS, draw_runs
-from files import find_visible
-from history import read_run, read_samples
-from human import human_count
+from exactgpt.checkpoint import open_model
+from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
+from exactgpt.device import DTYPES, choose_device, choose_dtype, probe
+from exactgpt.figures import COLOURS, X_LABELS, draw_runs
+from exactgpt.files import find_visible
+from exactgpt.generation import likeliest_next, make_decoder
+from exactgpt.history import read_run, read_samples
+from exactgpt.human import human_count
 from inference import stream
 from model import GPT2_SIZES
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import newest_model, open_model, save_checkpoint
-from classifier import Classifier
-from config import RunFailed, TokenizerConfig, UserError, flag, parse_config, run_script
-from hf_format import write_pretrained
-from human import human_bytes
+from exactgpt.checkpoint import newest_model, open_model, save_checkpoint
+from exactgpt.classifier import Classifier
+from exactgpt.config import RunFailed, TokenizerConfig, UserError, flag, parse_config, run_script
+from exactgpt.human import human_bytes
+from exactgpt.open_model import write_pretrained
 
 PROBE_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 

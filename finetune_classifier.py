@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from checkpoint import open_model, save_checkpoint
-from classifier import Classifier
-from config import UserError, flag, parse_config, run_script
-from documents import read_rows
-from figures import draw_confusion, save_figure
-from files import atomic_write, check_new_file, write_json
-from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
-from lora import merge
-from memory import CPU_TOKENS, CUDA_TOKENS
+from exactgpt.checkpoint import open_model, save_checkpoint
+from exactgpt.classifier import Classifier
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.distributed import StopRequested, provenance, seed_everything, start
+from exactgpt.documents import read_rows
+from exactgpt.figures import draw_confusion, save_figure
+from exactgpt.files import atomic_write, check_new_file, write_json
+from exactgpt.finetune import evaluation_batches, save_state, track_results, tune
+from exactgpt.finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
+from exactgpt.lora import merge
+from exactgpt.memory import CPU_TOKENS, CUDA_TOKENS
+from exactgpt.rows import make_row, show_examples
 from model import IGNORED
-from rows import make_row, show_examples
-from runtime import StopRequested, provenance, seed_everything, start
-from tuning import evaluation_batches, save_state, track_results, tune
 
 LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
 NO_LABEL = 0        # stands in the Rows of texts whose label is asked for

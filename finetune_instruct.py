@@ -16,19 +16,19 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoint_path, save_checkpoint
-from config import RunFailed, UserError, flag, parse_config, run_script
-from files import read_json, write_json
-from finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
-from human import human_bytes
+from exactgpt.checkpoint import checkpoint_path, save_checkpoint
+from exactgpt.config import RunFailed, UserError, flag, parse_config, run_script
+from exactgpt.distributed import provenance, start
+from exactgpt.files import read_json, write_json
+from exactgpt.finetune import mean_loss, save_state, track_results, tune
+from exactgpt.finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
+from exactgpt.human import human_bytes
+from exactgpt.lora import merge, save_adapter
+from exactgpt.rows import make_row, show_examples
+from exactgpt.shards import permutation
+from exactgpt.template import alpaca_prompt
 from inference import generate
-from lora import merge, save_adapter
 from model import IGNORED
-from rows import make_row, show_examples
-from runtime import provenance, start
-from shards import permutation
-from template import alpaca_prompt
-from tuning import mean_loss, save_state, track_results, tune
 
 ROUNDING = 1e-4     # of logits, relative to the largest: more is no rounding
 

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import hub
-from checkpoint import newest_model, open_model
-from choices import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
-from config import DeviceConfig, UserError, flag, parse_config, run_script
-from files import atomic_write, check_new_file, write_json
-from runtime import StopRequested, start
+from exactgpt import hub
+from exactgpt.checkpoint import newest_model, open_model
+from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
+from exactgpt.distributed import StopRequested, start
+from exactgpt.files import atomic_write, check_new_file, write_json
+from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"

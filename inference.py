@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import newest_model, open_model
-from config import DeviceConfig, UserError, flag, parse_config, run_script
-from decoding import generate_ids, make_decoder
-from device import DTYPES, choose_compile, choose_device, choose_dtype, probe
-from template import alpaca_prompt
+from exactgpt.checkpoint import newest_model, open_model
+from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
+from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe
+from exactgpt.generation import generate_ids, make_decoder
+from exactgpt.template import alpaca_prompt
 
 
 @dataclass(kw_only=True)

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from assemble import assemble, warm_up
-from checkpoint import list_checkpoints
-from config import RunFailed, UserError, flag, parse_config, replace, run_script
-from dataloader import DataOrder, TrainLoader
-from figures import draw_lr_finder, save_figure
-from files import atomic_write
-from history import smooth
-from human import human_rate
-from runtime import StopRequested, lock_folder, start
-from tracking import Tracker
+from exactgpt.assemble import assemble, warm_up
+from exactgpt.checkpoint import list_checkpoints
+from exactgpt.config import RunFailed, UserError, flag, parse_config, replace, run_script
+from exactgpt.dataloader import DataOrder, TrainLoader
+from exactgpt.distributed import StopRequested, lock_folder, start
+from exactgpt.figures import draw_lr_finder, save_figure
+from exactgpt.files import atomic_write
+from exactgpt.history import smooth
+from exactgpt.human import human_rate
+from exactgpt.tracking import Tracker
 from train import TrainConfig, train_step
 
 WINDOW = 40            # losses are smoothed over a fortieth of the sweep on either side

@@ -14,8 +14,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import hf_format
-from config import explain
+from exactgpt import open_model as hf_format
+from exactgpt.config import explain
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, flag, parse_config, run_script
-from figures import X_LABELS, draw_runs, save_figure
-from history import last_finite, read_run
-from plan import TOKENS_PER_STEP
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.figures import X_LABELS, draw_runs, save_figure
+from exactgpt.history import last_finite, read_run
+from exactgpt.plan import TOKENS_PER_STEP
 
 
 @dataclass

@@ -23,14 +23,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, flag, parse_config, run_script
-from documents import plan_reads
-from encode import available_cpus, encode_tasks
-from files import FolderLock
-from hub import FORMATS, SourceFile, download, resolve_dataset
-from human import human_bytes
-from shards import Manifest, ShardFolder, ShardWriter, matching_manifest, print_shards, writing_to
-from tokenizer import default_tokenizer
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.documents import plan_reads
+from exactgpt.files import FolderLock
+from exactgpt.hub import FORMATS, SourceFile, download, resolve_dataset
+from exactgpt.human import human_bytes
+from exactgpt.shard_writer import available_cpus, encode_tasks
+from exactgpt.shards import Manifest, ShardFolder, ShardWriter, matching_manifest, print_shards, writing_to
+from exactgpt.tokenizer import default_tokenizer
 
 FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, flag, parse_config, run_script
-from documents import find_files, read_documents
-from encode import available_cpus, encode_tasks, in_batches
-from files import FolderLock
-from human import human_bytes
-from python_docs import python_documents
-from shards import Manifest, ShardWriter, matching_manifest, permutation, print_shards, writing_to
-from tokenizer import default_tokenizer, train_tokenizer
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.documents import find_files, read_documents
+from exactgpt.files import FolderLock
+from exactgpt.human import human_bytes
+from exactgpt.python_docs import python_documents
+from exactgpt.shard_writer import available_cpus, encode_tasks, in_batches
+from exactgpt.shards import Manifest, ShardWriter, matching_manifest, permutation, print_shards, writing_to
+from exactgpt.tokenizer import default_tokenizer, train_tokenizer
 
 POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save
 

@@ -13,19 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from assemble import assemble, restore, state_to_restore, warm_up
-from checkpoint import checkpoint_path, delete_old, save_checkpoint
-from config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
-from dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
-from device import returning_freed_memory
-from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
-from human import human_bytes
-from inference import generate
-from metrics import RunLog
-from model import GPT2_SIZES, IGNORED
-from plan import MAX_STEPS, TOKENS_PER_STEP, WARMUP_STEPS, learning_rate_factor
-from resume import find_checkpoint
-from runtime import (
+from exactgpt.assemble import assemble, restore, state_to_restore, warm_up
+from exactgpt.checkpoint import checkpoint_path, delete_old, save_checkpoint
+from exactgpt.config import DeviceConfig, RunFailed, UserError, flag, parse_config, replace, run_script
+from exactgpt.dataloader import DataOrder, TrainLoader, n_val_windows, val_batches
+from exactgpt.device import returning_freed_memory
+from exactgpt.distributed import (
     STEADY_TIMEOUT_S,
     StopRequested,
     command_line,
@@ -34,8 +27,15 @@ from runtime import (
     start,
     temporary_folder,
 )
-from tracking import require_mlflow
-from update import update
+from exactgpt.human import human_bytes
+from exactgpt.metrics import RunLog
+from exactgpt.plan import MAX_STEPS, TOKENS_PER_STEP, WARMUP_STEPS, learning_rate_factor
+from exactgpt.resume import find_checkpoint
+from exactgpt.tracking import require_mlflow
+from exactgpt.update import update
+from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
+from inference import generate
+from model import GPT2_SIZES, IGNORED
 
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from bench.common import compared, machine, write_results
 from bench.forks import start_ranks
-from config import flag, parse_config, run_script
-from shards import Manifest, save_shard
-from tokenizer import Tokenizer, load_tokenizer
+from exactgpt.config import flag, parse_config, run_script
+from exactgpt.shards import Manifest, save_shard
+from exactgpt.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 200

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from bench.common import compared, machine, spread, write_results
-from checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
-from config import flag, parse_config, run_script
+from exactgpt.checkpoint import checkpoint_bytes, read_checkpoint, save_checkpoint
+from exactgpt.config import flag, parse_config, run_script
 from model import GPT, GPT2_SIZES, GPTConfig
 
 

@@ -7,7 +7,7 @@ import socket
 import statistics
 from pathlib import Path
 
-from files import write_json
+from exactgpt.files import write_json
 
 RESULTS = Path(__file__).parent / "results"                  # what is committed
 OUT = Path(os.environ.get("OUT", RESULTS / "gpu"))            # what bench.gpu leaves to be copied from the machine
@@ -19,7 +19,7 @@ def machine():
     import numpy
     import torch
 
-    from device import cpu_name
+    from exactgpt.device import cpu_name
     return dict(date=datetime.date.today().isoformat(), cpu=f"{cpu_name()} x {os.cpu_count()}",
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "", python=platform.python_version(),
                 torch=str(torch.__version__), numpy=numpy.__version__, system=platform.platform())

@@ -36,7 +36,7 @@ from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from config import UserError
+from exactgpt.config import UserError
 
 TORCH = "2.13"
 DEVICE = torch.device("cuda", 0)

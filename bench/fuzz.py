@@ -29,16 +29,16 @@ import torch
 from bench import forks
 from bench.common import RESULTS, machine, write_results
 from bench.mutants import SLOW_S, TookTooLong, bomb, limits, mutate
-from checkpoint import open_model, read_checkpoint, save_checkpoint
-from config import UserError, flag, parse_config, run_script
-from dataloader import TokenStream
-from files import read_json
+from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.dataloader import TokenStream
+from exactgpt.files import read_json
+from exactgpt.resume import check_training_entries
+from exactgpt.shards import Manifest, ShardFolder, save_shard
+from exactgpt.tokenizer import Tokenizer, load_tokenizer
 from finetune_instruct import encode, read_items
 from hellaswag import STYLES, load_hellaswag, tokenize
 from model import GPT, GPTConfig
-from resume import check_training_entries
-from shards import Manifest, ShardFolder, save_shard
-from tokenizer import Tokenizer, load_tokenizer
 
 SCRIPT_SLOW_S = 120
 TINY_MODEL = ("--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8")

@@ -16,9 +16,9 @@ import torch
 
 from bench.common import compared, machine, spread, write_results
 from bench.sizes import SizeConfig
-from config import flag, parse_config, run_script
-from decoding import generate_ids, make_decoder
-from device import DTYPES, choose_device, choose_dtype, probe
+from exactgpt.config import flag, parse_config, run_script
+from exactgpt.device import DTYPES, choose_device, choose_dtype, probe
+from exactgpt.generation import generate_ids, make_decoder
 from model import GPT, GPTConfig
 
 N_VOCAB = 50257

@@ -29,9 +29,9 @@ import torch
 
 from bench.common import OUT, record
 from bench.toy import make_toy_data
-from config import UserError, flag, parse_config, run_script
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.tokenizer import default_tokenizer
 from hellaswag import DATA_FILE
-from tokenizer import default_tokenizer
 
 GRACE_S = 20        # from the request to stop, which train.py answers with a checkpoint, to the kill
 MARGIN_S = 25       # that a stage leaves, for this and for the archive

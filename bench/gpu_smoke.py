@@ -32,19 +32,19 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-import memory
 from bench.common import choose_meeting_point, record
 from bench.toy import make_shards
-from checkpoint import open_model, read_checkpoint
-from config import DeviceConfig, parse_config, run_script
-from decoding import Decoder, generate_ids
-from device import attention_backend, choose_device, choose_dtype, probe
+from exactgpt import memory
+from exactgpt.checkpoint import open_model, read_checkpoint
+from exactgpt.config import DeviceConfig, parse_config, run_script
+from exactgpt.device import attention_backend, choose_device, choose_dtype, probe
+from exactgpt.distributed import Runtime, start
+from exactgpt.generation import Decoder, generate_ids
+from exactgpt.optimizer import make_optimizer
+from exactgpt.tokenizer import Tokenizer, default_tokenizer
+from exactgpt.update import update
 from model import GPT, GPTConfig
-from optimizer import make_optimizer
-from runtime import Runtime, start
-from tokenizer import Tokenizer, default_tokenizer
 from train import TrainConfig, train
-from update import update
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("numpy", "tiktoken", "tqdm", "safetensors", "transformers", "matplotlib", "triton", "datasets", "pytest",

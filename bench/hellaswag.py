@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from bench.common import compared, machine, write_results
 from bench.sizes import SizeConfig
-from checkpoint import open_model
-from config import UserError, flag, parse_config, run_script
+from exactgpt.checkpoint import open_model
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.distributed import start
+from exactgpt.tokenizer import default_tokenizer
 from hellaswag import DATA_FILE, evaluate_hellaswag, find_hellaswag, load_hellaswag, tokenize
 from model import GPT, GPTConfig
-from runtime import start
-from tokenizer import default_tokenizer
 
 CPU_LIMIT, GPU_LIMIT = 96, 2000
 WARM_UP = 32     # examples, one at a time

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from bench.common import compared, machine, spread, write_results
-from config import flag, parse_config, run_script
-from dataloader import DataOrder, TokenStream, TrainLoader
-from shards import ShardFolder, save_shard
+from exactgpt.config import flag, parse_config, run_script
+from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader
+from exactgpt.shards import ShardFolder, save_shard
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.common import machine, write_results
 from bench.fake_cuda import compile_for_card, pretend_card
-from config import UserError, flag, parse_config, run_script
+from exactgpt.config import UserError, flag, parse_config, run_script
 from model import GPT, GPT2_SIZES, GPTConfig
 
 CARDS_GB = {"16 GB": 16, "24 GB": 24, "40 GB": 40, "80 GB": 80, "141 GB": 141}

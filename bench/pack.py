@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, flag, parse_config, run_script
-from tokenizer import gpt2_tokenizer
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.tokenizer import gpt2_tokenizer
 
 FILES = ("wikipedia_48m_tokens.uint16.xz", "hellaswag_val.jsonl.xz", "unpack.py")
 VOCABULARY = ("vocab.bpe", "encoder.json")

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, flag, parse_config, run_script
-from python_docs import python_documents
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.python_docs import python_documents
 
 SLOW_WRITER = """
-import sys, time, prepare_fineweb, shards, config
+import sys, time, prepare_fineweb
+from exactgpt import config, shards
 write, pause = shards.save_shard, float(sys.argv.pop())
 def slowly(*shard):
     time.sleep(pause)

@@ -1,7 +1,7 @@
 """The shape of the model that a benchmark runs, as flags."""
 from dataclasses import dataclass
 
-from config import DeviceConfig, flag
+from exactgpt.config import DeviceConfig, flag
 from model import GPT2_SIZES
 
 

@@ -27,12 +27,12 @@ import tiktoken_ext.openai_public
 
 import prepare_fineweb
 from bench.common import compared, machine, write_results
-from config import UserError, flag, parse_config, run_script
-from documents import find_files, plan_reads, read_documents
-from encode import encode_tasks
-from python_docs import python_documents
-from shards import permutation
-from tokenizer import EOT_TEXT, gpt2_tokenizer
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.documents import find_files, plan_reads, read_documents
+from exactgpt.python_docs import python_documents
+from exactgpt.shard_writer import encode_tasks
+from exactgpt.shards import permutation
+from exactgpt.tokenizer import EOT_TEXT, gpt2_tokenizer
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,9 @@ import json
 
 import numpy as np
 
-from files import atomic_write
-from shards import Manifest, save_shard
-from tokenizer import load_tokenizer
+from exactgpt.files import atomic_write
+from exactgpt.shards import Manifest, save_shard
+from exactgpt.tokenizer import load_tokenizer
 
 
 def make_shards(folder, tokenizer, val=500, train=4_100):

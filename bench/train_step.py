@@ -24,16 +24,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from assemble import assemble, warm_up
 from bench.common import choose_meeting_point, compared, machine, spread, write_results
 from bench.sizes import SizeConfig
-from config import UserError, flag, parse_config, replace, run_script
-from dataloader import DataOrder, TrainLoader
-from device import choose_device, choose_dtype, probe
-from memory import out_of_memory
+from exactgpt.assemble import assemble, warm_up
+from exactgpt.config import UserError, flag, parse_config, replace, run_script
+from exactgpt.dataloader import DataOrder, TrainLoader
+from exactgpt.device import choose_device, choose_dtype, probe
+from exactgpt.distributed import Runtime, start, temporary_folder
+from exactgpt.memory import out_of_memory
+from exactgpt.shards import save_shard
 from model import GPT, GPTConfig, parameter_groups
-from runtime import Runtime, start, temporary_folder
-from shards import save_shard
 from train import TrainConfig, set_learning_rate, train_step
 
 PEERS = ("ours", "apart", "transformers", "plain")

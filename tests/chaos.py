@@ -15,10 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-import assemble
-import checkpoint
-import config
 import train
+from exactgpt import assemble, checkpoint, config
 
 once = os.environ.get("ACCIDENT_ONCE")
 happened = len(Path(once).read_text()) if once and Path(once).exists() else 0

@@ -86,8 +86,8 @@ def make_shards(tmp_path):
     as prepare_text.py leaves a folder: train.py trains on it.
     """
     def make(train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, name="shards"):
-        from shards import Manifest, save_shard
-        from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+        from exactgpt.shards import Manifest, save_shard
+        from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
         folder = tmp_path / name
         folder.mkdir()
         (gpt2_tokenizer() if vocab > 257 else Tokenizer([], "bytes")).save(folder)

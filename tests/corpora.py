@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from tokenizer import gpt2_tokenizer
+from exactgpt.tokenizer import gpt2_tokenizer
 
 EOT = 50256
 

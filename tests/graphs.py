@@ -11,11 +11,8 @@ import sys
 import torch
 import torch._dynamo.utils
 
-import assemble
-import config
-import memory
-import runtime
 import train
+from exactgpt import assemble, config, distributed as runtime, memory
 
 graphs = []
 

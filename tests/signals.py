@@ -2,7 +2,8 @@
 
 SCRIPT = """
 import os, signal, sys
-import tuning, {script} as script
+import {script} as script
+from exactgpt import finetune as tuning
 step = tuning.train_step
 def train_step(run, *rest):
     if run.step == {at}:

@@ -10,13 +10,13 @@ import weakref
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import checkpoint_path, save_checkpoint
-from config import UserError
-from decoding import likeliest_next
+from exactgpt import checkpoint
+from exactgpt.checkpoint import checkpoint_path, save_checkpoint
+from exactgpt.config import UserError
+from exactgpt.generation import likeliest_next
+from exactgpt.tokenizer import Tokenizer
 from inference import generate, stream
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
 
 st = pytest.importorskip("streamlit")
 from conftest import ROOT  # noqa: E402

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, script_env
 
-from checkpoint import save_checkpoint
+from exactgpt.checkpoint import save_checkpoint
+from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
 
 pytest.importorskip("streamlit")
 webdriver = pytest.importorskip("selenium.webdriver")

@@ -2,7 +2,7 @@
 import torch
 
 from bench import generate
-from decoding import Decoder
+from exactgpt.generation import Decoder
 from model import GPT2_SIZES
 
 

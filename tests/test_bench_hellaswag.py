@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import hellaswag
-from tokenizer import Tokenizer
+from exactgpt.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("device, flags, scored, warmed", [

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import as_ours, in_our_layout
 
-import assemble
 import train
-from assemble import check_disk
-from checkpoint import (
+from exactgpt import assemble
+from exactgpt.assemble import check_disk
+from exactgpt.checkpoint import (
     CheckpointError,
     checkpoint_bytes,
     checkpoint_path,
@@ -29,10 +29,10 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from config import RunFailed, UserError
+from exactgpt.config import RunFailed, UserError
+from exactgpt.distributed import Runtime, temporary_folder
+from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from model import GPT, GPTConfig
-from runtime import Runtime, temporary_folder
-from tokenizer import Tokenizer, gpt2_tokenizer
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -88,7 +88,7 @@ def test_kill_9_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run, tmp_path)
     rc, out, err = run("-c", f"""
 import os, random, signal, time, torch
 from pathlib import Path
-from checkpoint import read_checkpoint, save_checkpoint
+from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 path, torn = Path({str(tmp_path / "model_00001.pt")!r}), 0
 save_checkpoint(path, dict(step=0, w=torch.zeros(4_000_000)))
 for i in range(12):
@@ -114,7 +114,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(run, tmp_path):
     rc, out, err = run("-c", f"""
 import resource, torch
 from pathlib import Path
-from checkpoint import read_checkpoint, save_checkpoint
+from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 path = Path({str(tmp_path / "model_00001.pt")!r})
 save_checkpoint(path, dict(step=1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

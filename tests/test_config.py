@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT, script_env
 
-import config
-from config import DeviceConfig, UserError, flag, kept_fields, parse_config
+from exactgpt import config
+from exactgpt.config import DeviceConfig, UserError, flag, kept_fields, parse_config
 
 
 @dataclass(kw_only=True)
@@ -160,7 +160,7 @@ def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(run):
 
 SCRIPT = """
 import sys, time
-from config import RunFailed, UserError, run_script
+from exactgpt.config import RunFailed, UserError, run_script
 def main():
     print("started", flush=True)
     raise {error}

@@ -7,13 +7,13 @@ from conftest import in_our_layout
 
 import convert
 import hellaswag
-import hf_format
 import inference
-from checkpoint import open_model, read_checkpoint, save_checkpoint
-from config import RunFailed, UserError
-from decoding import generate_ids
+from exactgpt import open_model as hf_format
+from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
+from exactgpt.config import RunFailed, UserError
+from exactgpt.generation import generate_ids
+from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, train_tokenizer
 
 CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u6771\u4eac don't\t!"] * 3
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import brute_force_order
 
-from config import UserError
-from dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
+from exactgpt.config import UserError
+from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
+from exactgpt.shards import Shard, ShardFolder, permutation
 from model import IGNORED
-from shards import Shard, ShardFolder, permutation
 
 CORPORA = [  # (tokens of the train shards, block_size)
     pytest.param((100,), 16, id="one shard"),
@@ -245,7 +245,7 @@ def test_a_val_split_without_a_full_window_names_the_flags(sizes):
 
 
 def test_a_corpus_of_many_shards_keeps_few_of_them_open(make_shards, monkeypatch):
-    monkeypatch.setattr("dataloader.MAX_OPEN", 3)
+    monkeypatch.setattr("exactgpt.dataloader.MAX_OPEN", 3)
     stream = TokenStream(ShardFolder(make_shards([50] * 12)).train, 10)
     opened, before = [], len(os.listdir("/proc/self/fd"))
     open_shard = Shard.open

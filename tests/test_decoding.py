@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import as_ours
 
-import decoding
-from decoding import Decoder, Sampling, generate_ids, one_ahead, pack_linears, pick, read_prompts
+from exactgpt import generation as decoding
+from exactgpt.generation import Decoder, Sampling, generate_ids, one_ahead, pack_linears, pick, read_prompts
 from model import GPT, GPTConfig
 
 RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]

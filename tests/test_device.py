@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import device
-from config import UserError
-from device import Hardware, attention_backend, choose_compile, choose_device, choose_dtype, probe
+from exactgpt import device
+from exactgpt.config import UserError
+from exactgpt.device import Hardware, attention_backend, choose_compile, choose_device, choose_dtype, probe
 from model import GPTConfig
 
 P100 = Hardware("cuda", "Tesla P100-PCIE-16GB", (6, 0))
@@ -192,7 +192,7 @@ def test_mps_has_one_backend(restored_attention):
 def test_freed_memory_is_kept_but_where_shapes_differ(run):
     code = """
 import resource, torch
-from device import keep_freed_memory, returning_freed_memory
+from exactgpt.device import keep_freed_memory, returning_freed_memory
 cpu = torch.device("cpu")
 def kept_of_a_block():
     rss = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20

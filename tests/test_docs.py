@@ -131,7 +131,7 @@ def test_right_places_are_accepted_and_moved_ones_found_again():
 
 
 def test_the_worked_example_of_the_data_order_is_what_the_loader_does():
-    from dataloader import DataOrder, TokenStream
+    from exactgpt.dataloader import DataOrder, TokenStream
     stream = TokenStream([SimpleNamespace(n_tokens=21), SimpleNamespace(n_tokens=13)], block_size=4)
     order = DataOrder(stream, seed=1337).windows(0, 24).tolist()
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

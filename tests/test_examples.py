@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT, script_env
 
-from config import make_parser
+from exactgpt.config import make_parser
 from train import TrainConfig
 
 TINY = ("--n_layer", 1, "--n_head", 1, "--n_embd", 8, "--block_size", 8, "--device", "cpu", "--dtype", "fp32",

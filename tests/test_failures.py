@@ -6,12 +6,12 @@ import subprocess
 
 import pytest
 
-import runtime
 import train
-from config import UserError
-from dataloader import TokenStream
-from files import FolderLock
-from shards import ShardFolder
+from exactgpt import distributed as runtime
+from exactgpt.config import UserError
+from exactgpt.dataloader import TokenStream
+from exactgpt.files import FolderLock
+from exactgpt.shards import ShardFolder
 
 TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
         "--total_batch_size", 64, "--hellaswag_every", 0, "--sample_every", 0, "--eval_every", 0,

@@ -9,9 +9,9 @@ import time
 import pytest
 from conftest import script_env
 
-from config import UserError
-from files import FolderLock, atomic_write, check_new_file, find_visible, read_json, write_json
-from human import human_bytes
+from exactgpt.config import UserError
+from exactgpt.files import FolderLock, atomic_write, check_new_file, find_visible, read_json, write_json
+from exactgpt.human import human_bytes
 
 
 def background(code, home):
@@ -49,7 +49,7 @@ def test_kill_9_while_writing_leaves_the_old_file_and_the_next_try_clears_up(tmp
     path.write_text("old")
     writer = background(f"""
 import time
-from files import atomic_write
+from exactgpt.files import atomic_write
 with atomic_write({str(path)!r}) as f:
     f.write(b"half")
     f.flush()
@@ -97,7 +97,7 @@ def test_a_folder_is_locked_until_its_holder_leaves(tmp_path):
 def test_kill_9_of_the_holder_frees_the_folder_for_one_that_waits(tmp_path):
     holder = background(f"""
 import time
-from files import FolderLock
+from exactgpt.files import FolderLock
 with FolderLock({str(tmp_path)!r}, wait_s=0):
     print("held", flush=True)
     time.sleep(60)""", tmp_path)

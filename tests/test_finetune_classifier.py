@@ -15,15 +15,15 @@ from signals import signalled
 import convert
 import finetune_classifier
 import inference
-from checkpoint import open_model, read_checkpoint, save_checkpoint
-from classifier import Classifier, ClassifierConfig
-from config import UserError
-from device import Hardware
+from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
+from exactgpt.classifier import Classifier, ClassifierConfig
+from exactgpt.config import UserError
+from exactgpt.device import Hardware
+from exactgpt.distributed import Runtime
+from exactgpt.rows import make_batches, render
+from exactgpt.tokenizer import Tokenizer
 from finetune_classifier import encode, read_splits, score_rows, stratified
 from model import GPT, GPTConfig
-from rows import make_batches, render
-from runtime import Runtime
-from tokenizer import Tokenizer
 
 TINY = ("--device", "cpu", "--dtype", "fp32", "--num_epochs", 6, "--batch_size", 16, "--max_lr", 3e-3, "--dropout", 0)
 GOOD, BAD = ["great", "lovely", "fine"], ["awful", "boring", "poor"]

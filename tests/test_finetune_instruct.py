@@ -12,19 +12,19 @@ from torch.nn import functional as F
 import convert
 import finetune_instruct
 import inference
-from checkpoint import open_model, read_checkpoint, save_checkpoint
-from config import RunFailed, UserError
-from device import Hardware
+from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
+from exactgpt.config import RunFailed, UserError
+from exactgpt.device import Hardware
+from exactgpt.distributed import Runtime
+from exactgpt.finetune import Objective, Tuning, train_step
+from exactgpt.finetuning import writing_results
+from exactgpt.lora import add_adapter, merge
+from exactgpt.rows import make_row, render
+from exactgpt.template import alpaca_prompt
+from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from finetune_instruct import encode, encode_item, read_items
-from finetuning import writing_results
 from inference import generate
-from lora import add_adapter, merge
 from model import GPT, IGNORED, GPTConfig
-from rows import make_row, render
-from runtime import Runtime
-from template import alpaca_prompt
-from tokenizer import Tokenizer, train_tokenizer
-from tuning import Objective, Tuning, train_step
 
 COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
 ITEMS = [dict(instruction="Say it twice.", input=c, output=f"{c} {c}") for c in COLOURS * 6]

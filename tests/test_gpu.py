@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from bench import gpu, gpu_smoke
 from bench.gpu import GpuConfig, Stage, stages
 from bench.toy import make_toy_data
-from device import Hardware, enable_attention
-from runtime import Runtime
-from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from exactgpt.device import Hardware, enable_attention
+from exactgpt.distributed import Runtime
+from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 SMALL = "--device cpu --dtype fp32"
 

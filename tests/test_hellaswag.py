@@ -12,12 +12,12 @@ from conftest import ROOT, SHARED_DATA, as_ours, script_env
 from torch.nn import functional as F
 
 import hellaswag
-from choices import ending_losses, pack_question, plan_batches
-from device import Hardware
+from exactgpt.device import Hardware
+from exactgpt.distributed import Runtime, StopRequested
+from exactgpt.multiple_choice import ending_losses, pack_question, plan_batches
+from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from hellaswag import evaluate_hellaswag, load_hellaswag, main, read_example, tokenize
 from model import GPT, GPTConfig
-from runtime import Runtime, StopRequested
-from tokenizer import Tokenizer, gpt2_tokenizer
 
 ROWS = ROOT / "tests" / "data" / "hellaswag_20.jsonl"
 REAL = SHARED_DATA / "hellaswag_val.jsonl.xz"
@@ -273,11 +273,11 @@ RANKS_SCRIPT = """
 import json, sys
 import torch
 from dataclasses import dataclass
-from config import DeviceConfig, UserError
+from exactgpt.config import DeviceConfig, UserError
 from hellaswag import evaluate_hellaswag, load_hellaswag, prepare_hellaswag
-from runtime import start
+from exactgpt.distributed import start
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from exactgpt.tokenizer import Tokenizer
 
 torch.manual_seed(3)
 model = GPT(GPTConfig(640, 320, n_layer=1, n_head=2, n_embd=16)).train()
@@ -356,7 +356,7 @@ def test_it_neither_recompiles_nor_is_compiled_in_a_compiled_run(gpt, bytes_toke
 
 
 def test_a_run_confined_to_one_attention_backend_stays_so(gpt, bytes_tokenizer):
-    from device import enable_attention
+    from exactgpt.device import enable_attention
     prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
     expected = evaluate_hellaswag(gpt(640), prepared, runtime())
     try:

@@ -7,9 +7,9 @@ import pytest
 from test_hellaswag import GOOD, ROWS, runtime
 
 import hellaswag
-from config import UserError
+from exactgpt.config import UserError
+from exactgpt.tokenizer import Tokenizer
 from hellaswag import find_hellaswag, load_hellaswag, main, prepare_hellaswag, read_example, split_context
-from tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("ctx, ctx_a, ctx_b", [

@@ -11,11 +11,11 @@ from conftest import in_our_layout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import hf_format
-from checkpoint import open_model
-from config import UserError
+from exactgpt import open_model as hf_format
+from exactgpt.checkpoint import open_model
+from exactgpt.config import UserError
+from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -220,7 +220,7 @@ def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = """
-from checkpoint import open_model
+from exactgpt.checkpoint import open_model
 opened = open_model("gpt2")
 print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), opened.tokenizer.encode(" ab"))
 """
@@ -332,7 +332,7 @@ def test_a_folder_that_holds_something_is_left_alone_and_an_empty_one_is_filled(
 def test_a_disk_that_refuses_leaves_nothing_behind(run, tmp_path):
     rc, out, err = run("-c", f"""
 import resource
-from config import run_script
+from exactgpt.config import run_script
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(8, 65, 8, 2, 64))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -12,12 +12,12 @@ import torch
 from conftest import ROOT, script_env
 
 import inference
-from checkpoint import checkpoint_path, save_checkpoint
-from decoding import generate_ids
+from exactgpt.checkpoint import checkpoint_path, save_checkpoint
+from exactgpt.generation import generate_ids
+from exactgpt.template import alpaca_prompt
+from exactgpt.tokenizer import Tokenizer
 from inference import Continuation, generate, stream
 from model import GPT, GPTConfig
-from template import alpaca_prompt
-from tokenizer import Tokenizer
 
 FLAGS = ("--device", "cpu", "--dtype", "fp32", "--num_seq", "2", "--max_tokens", "12")
 

@@ -12,13 +12,13 @@ from test_train import TINY, losses
 
 import lr_finder
 import train
-from config import RunFailed, UserError, parse_config
-from dataloader import TokenStream
-from device import Hardware
+from exactgpt.config import RunFailed, UserError, parse_config
+from exactgpt.dataloader import TokenStream
+from exactgpt.device import Hardware
+from exactgpt.distributed import Runtime
+from exactgpt.shards import ShardFolder
+from exactgpt.tracking import Tracker
 from lr_finder import FinderConfig, suggest, sweep, train_command
-from runtime import Runtime
-from shards import ShardFolder
-from tracking import Tracker
 
 CURVATURE = 4.0
 

@@ -9,15 +9,14 @@ import torch.distributed as dist
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.parallel import DistributedDataParallel
 
-import assemble
-import memory
 import train
 from bench.common import RESULTS
-from classifier import Classifier
-from config import UserError
-from lora import add_adapter
+from exactgpt import assemble, memory
+from exactgpt.classifier import Classifier
+from exactgpt.config import UserError
+from exactgpt.finetune import Objective
+from exactgpt.lora import add_adapter
 from model import GPT, GPT2_SIZES, GPTConfig
-from tuning import Objective
 
 
 def card(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):

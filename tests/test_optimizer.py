@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from exactgpt.optimizer import Muon, OptimizerPair, make_optimizer, newton_schulz
 from model import GPT, GPTConfig
-from optimizer import Muon, OptimizerPair, make_optimizer, newton_schulz
 
 
 def config(**changes):

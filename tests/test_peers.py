@@ -6,13 +6,13 @@ import pytest
 import torch.distributed as dist
 from conftest import script_env
 
-import peers
 from bench import forks
-from peers import compare, lost_peer, record_collectives
+from exactgpt import hang_watch as peers
+from exactgpt.hang_watch import compare, lost_peer, record_collectives
 
 MEET = """
 import os, time, torch, torch.distributed as dist
-from peers import meet
+from exactgpt.hang_watch import meet
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 meeting = meet(rank, world_size, 60)
 dist.init_process_group("gloo", store=dist.PrefixStore("group", meeting.store), rank=rank, world_size=world_size)
@@ -90,7 +90,7 @@ def test_new_processes_never_meet_the_dead(store, member):
 
 @pytest.mark.slow
 def test_who_did_not_come_is_named(tmp_path, store):
-    (tmp_path / "meet.py").write_text("import os, config, peers\n"
+    (tmp_path / "meet.py").write_text("import os\nfrom exactgpt import config, hang_watch as peers\n"
                                       "config.run_script(lambda: peers.meet(int(os.environ['RANK']), 4, 1))")
     for rank, words in ((0, "meet.py: error: 1 of 4 processes met"), (0, "ranks 1, 2, 3 did not come"),
                         (1, ", rank 1: rank 0 did not come to 127.0.0.1:")):

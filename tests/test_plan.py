@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from config import UserError
-from plan import Plan, check_micro_batch_size, decay_start, divisors, learning_rate_factor, make_plan
+from exactgpt.config import UserError
+from exactgpt.plan import Plan, check_micro_batch_size, decay_start, divisors, learning_rate_factor, make_plan
 
 
 def flags(**changes):

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import figures
-import human
 import plot
-from config import UserError
-from history import LoggedRun, Series, read_run, smooth
+from exactgpt import figures, human
+from exactgpt.config import UserError
+from exactgpt.history import LoggedRun, Series, read_run, smooth
 
 REPOSITORY = Path(__file__).parent.parent
 BUILD_NANOGPT_LOG = """0 val 10.9512

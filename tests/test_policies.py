@@ -9,7 +9,7 @@ from test_resume import CHAOS, FLAGS, SIZES
 from test_train import TINY, losses, torchrun
 
 import train
-from config import UserError
+from exactgpt.config import UserError
 
 
 def rows_of(log_dir):
@@ -40,7 +40,7 @@ import os, sys, torch
 from types import SimpleNamespace
 import train
 from model import GPT, GPTConfig
-from runtime import start
+from exactgpt.distributed import start
 with start(SimpleNamespace(device="cpu", dtype="fp32")) as runtime:
     torch.manual_seed(0)
     raw = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16))

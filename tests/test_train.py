@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import train
-from config import UserError
+from exactgpt.config import UserError
 from model import GPT
 
 TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",

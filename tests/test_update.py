@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from config import RunFailed
-from device import Hardware
+from exactgpt.config import RunFailed
+from exactgpt.device import Hardware
+from exactgpt.distributed import Runtime
+from exactgpt.optimizer import make_optimizer
+from exactgpt.update import MAX_SKIPPED, Skipped, StepResult, update
 from model import GPT, GPTConfig
-from optimizer import make_optimizer
-from runtime import Runtime
-from update import MAX_SKIPPED, Skipped, StepResult, update
 
 RUNTIME = Runtime(0, 0, 1, torch.device("cpu"), Hardware("cpu"), "fp32")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-import hub
-from config import UserError
-from files import atomic_write, read_json, sync_folder, write_json
+from exactgpt import hub
+from exactgpt.config import UserError
+from exactgpt.files import atomic_write, read_json, sync_folder, write_json
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}

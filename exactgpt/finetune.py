@@ -15,17 +15,17 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from checkpoint import save_checkpoint
-from config import RunFailed, UserError
-from human import human_time
-from metrics import AppendFile, cut_back
+from exactgpt.checkpoint import save_checkpoint
+from exactgpt.config import RunFailed, UserError
+from exactgpt.distributed import StopRequested, command_line, seed_everything
+from exactgpt.human import human_time
+from exactgpt.metrics import AppendFile, cut_back
+from exactgpt.plan import learning_rate_factor
+from exactgpt.rows import make_batches
+from exactgpt.shards import permutation
+from exactgpt.tracking import Tracker
+from exactgpt.update import Skipped, update
 from model import IGNORED
-from plan import learning_rate_factor
-from rows import make_batches
-from runtime import StopRequested, command_line, seed_everything
-from shards import permutation
-from tracking import Tracker
-from update import Skipped, update
 
 STATE_NAME = "state.pt"  # in --out: what a run goes on from
 

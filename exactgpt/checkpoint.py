@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 
-import hf_format
-import lora
-from classifier import Classifier
-from config import UserError
-from files import atomic_write, find_visible
-from human import human_bytes
+from exactgpt import lora, open_model as hf_format
+from exactgpt.classifier import Classifier
+from exactgpt.config import UserError
+from exactgpt.files import atomic_write, find_visible
+from exactgpt.human import human_bytes
+from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, confirm, from_checkpoint, from_merges, load_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import GPT2_ENTRIES, Tokenizer, confirm, from_checkpoint, from_merges, load_tokenizer
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
 PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more spare rows the vocabulary is another one

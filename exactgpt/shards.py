@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from files import atomic_write, read_json, write_json
-from tokenizer import load_tokenizer
+from exactgpt.config import UserError
+from exactgpt.files import atomic_write, read_json, write_json
+from exactgpt.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

@@ -18,7 +18,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError
+from exactgpt.config import UserError
 
 ATTEMPTS = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0       # doubled from try to try: two minutes in all

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from config import UserError
+from exactgpt.config import UserError
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics of a call: MLflow takes no more

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import build_model, disk_bytes, open_model
-from config import UserError, explain
-from dataloader import TokenStream, n_val_windows
-from device import attention_backend, choose_compile, keep_freed_memory
-from human import human_bytes
-from memory import CompilationFailed, dummy_rows, find_micro_batch_size
+from exactgpt.checkpoint import build_model, disk_bytes, open_model
+from exactgpt.config import UserError, explain
+from exactgpt.dataloader import TokenStream, n_val_windows
+from exactgpt.device import attention_backend, choose_compile, keep_freed_memory
+from exactgpt.distributed import code_hash, provenance, seed_everything
+from exactgpt.human import human_bytes
+from exactgpt.memory import CompilationFailed, dummy_rows, find_micro_batch_size
+from exactgpt.optimizer import make_optimizer
+from exactgpt.plan import Plan, decay_start, make_plan
+from exactgpt.resume import adopt_choices, advised, check_same_run, differences, find_checkpoint, last_step, source
+from exactgpt.shards import ShardFolder
+from exactgpt.tokenizer import Tokenizer
+from exactgpt.update import Skipped
 from model import GPT, GPT2_SIZES, GPTConfig, padded_vocab
-from optimizer import make_optimizer
-from plan import Plan, decay_start, make_plan
-from resume import adopt_choices, advised, check_same_run, differences, find_checkpoint, last_step, source
-from runtime import code_hash, provenance, seed_everything
-from shards import ShardFolder
-from tokenizer import Tokenizer
-from update import Skipped
 
 SLOW_STEP_S = 5   # in a longer step a stop is looked for after each micro-batch
 

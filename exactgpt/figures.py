@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from files import atomic_write
-from history import last_finite
-from human import human_count, human_rate
+from exactgpt.config import UserError
+from exactgpt.files import atomic_write
+from exactgpt.history import last_finite
+from exactgpt.human import human_count, human_rate
 
 FORMATS = (".png", ".svg")
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}

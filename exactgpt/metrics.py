@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import disk_bytes
-from figures import draw_runs, save_figure
-from files import atomic_write
-from history import read_run
-from human import human_bytes, human_time
-from plan import make_plan
-from tracking import Tracker
+from exactgpt.checkpoint import disk_bytes
+from exactgpt.figures import draw_runs, save_figure
+from exactgpt.files import atomic_write
+from exactgpt.history import read_run
+from exactgpt.human import human_bytes, human_time
+from exactgpt.plan import make_plan
+from exactgpt.tracking import Tracker
 
 
 class RunLog:

@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from checkpoint import build_model, open_model, read_checkpoint, weights_hash
-from config import DeviceConfig, RunFailed, UserError, flag, replace
-from lora import add_adapter
-from memory import find_micro_batch_size
+from exactgpt.checkpoint import build_model, open_model, read_checkpoint, weights_hash
+from exactgpt.config import DeviceConfig, RunFailed, UserError, flag, replace
+from exactgpt.distributed import STEADY_TIMEOUT_S, lock_folder, seed_everything, temporary_folder
+from exactgpt.finetune import STATE_NAME, Objective, Tuning, restore, trained_weights
+from exactgpt.lora import add_adapter
+from exactgpt.memory import find_micro_batch_size
+from exactgpt.resume import changed_flags
+from exactgpt.rows import hash_rows
+from exactgpt.tokenizer import Tokenizer, from_checkpoint
+from exactgpt.tracking import require_mlflow
 from model import parameter_groups
-from resume import changed_flags
-from rows import hash_rows
-from runtime import STEADY_TIMEOUT_S, lock_folder, seed_everything, temporary_folder
-from tokenizer import Tokenizer, from_checkpoint
-from tracking import require_mlflow
-from tuning import STATE_NAME, Objective, Tuning, restore, trained_weights
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from config import UserError
+from exactgpt.config import UserError
 
 # Not documentation: tests, the bundled editor and its turtles, code page tables, other people's packages.
 _SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",

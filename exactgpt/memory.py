@@ -4,8 +4,8 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
-from plan import divisors
+from exactgpt.config import UserError
+from exactgpt.plan import divisors
 
 CPU_TOKENS = 4096      # tokens of a micro-batch where memory is not what limits it: more is not faster
 CUDA_TOKENS = 65536    # the same on a card: 64 rows of 1024 already fill it with work

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from device import keep_freed_memory, unplanned_attention
+from exactgpt.device import keep_freed_memory, unplanned_attention
+from exactgpt.distributed import seed_from
 from model import KVCache
-from runtime import seed_from
 
 GREEDY_BELOW = 1e-5    # a temperature: logits divided by less make a one-hot softmax, or overflow
 SMALLEST_CACHE = 128   # tokens, where shapes are fixed; then powers of two: few shapes to compile

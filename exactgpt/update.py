@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from config import RunFailed
+from exactgpt.config import RunFailed
 
 MAX_SKIPPED = 10    # steps in a row: then the run ends
 

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from config import UserError
+from exactgpt.config import UserError
 
 PART_CHARS = 1 << 20       # a longer document comes in parts of about this many characters
 PIECE_BYTES = 1 << 21      # what plan_reads makes a piece of

@@ -14,9 +14,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from config import UserError
+from exactgpt.config import UserError
+from exactgpt.shards import permutation
 from model import IGNORED
-from shards import permutation
 
 MAX_OPEN = 64   # files: systems allow a process 1,024, and FineWeb-Edu's 100B tokens are as many shards
 

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import RunFailed, UserError
-from device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
-from files import FolderLock
-from peers import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
+from exactgpt.config import RunFailed, UserError
+from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
+from exactgpt.files import FolderLock
+from exactgpt.hang_watch import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
 STEADY_TIMEOUT_S = 600   # after it, but for --timeout: longer than the longest thing that rank 0 does alone (a save)
@@ -385,7 +385,8 @@ def command_line():
 def code_hash():
     """A hash of the scripts of this repository: ranks on several machines must run the same."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -3,7 +3,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from config import UserError
+from exactgpt.config import UserError
 
 TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
 MAX_STEPS = 19073          # 10B tokens in steps of 524,288

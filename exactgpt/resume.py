@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, checkpoint_path, list_checkpoints, newest_valid, read_checkpoint
-from config import UserError, kept_fields
-from device import choose_dtype
-from plan import check_micro_batch_size
+from exactgpt.checkpoint import CheckpointError, checkpoint_path, list_checkpoints, newest_valid, read_checkpoint
+from exactgpt.config import UserError, kept_fields
+from exactgpt.device import choose_dtype
+from exactgpt.plan import check_micro_batch_size
 
 TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
                     "resolved": dict, "data": str, "best_val_loss": float, "finished": bool}

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from config import RunFailed, UserError
+from exactgpt.config import RunFailed, UserError
 
 START_GRACE_S = 3     # after a signal during set-up, in which it may still end by itself
 ROLL_CALL_S = 5       # in which the ranks of a hanging run say where they are
 SILENT = "gives no answer: its process is gone or stopped, or the network to it is cut"
 HANG_GRACE_S = 10     # between the roll call's beginning and the time-out of the collectives, which ends the run
-HERE = Path(__file__).parent
+OURS = (Path(__file__).parents[1], Path(__file__).parent)
 # NCCL keeps its last collectives and writes them to a file when one times out; torchfrtrace reads the files of all
 # ranks. The first two names are those of torch 2.13, TORCH_NCCL_TRACE_BUFFER_SIZE and _DEBUG_INFO_TEMP_FILE older.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
@@ -230,7 +230,7 @@ def standing():
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.parent == HERE and path.name not in ("runtime.py", "peers.py"):
+        if path.parent in OURS and path.name not in ("distributed.py", "hang_watch.py"):
             return f"{path.name}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return "no line of ours"

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from device import unplanned_attention
+from exactgpt.device import unplanned_attention
 
 PADDING = -1             # the segment of padding; a context is segment 0, its endings are 1, 2, ...
 ROW_MULTIPLE = 16        # rows are padded to a multiple of this: 18 lengths for HellaSwag, 5% padding (32: 10%)

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from config import UserError
+from exactgpt.config import UserError
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import traceback
 
 import numpy as np
 
-from config import UserError
+from exactgpt.config import UserError
 
 TASK_CHARS = 1 << 20       # about what a task should read: large against its overhead, small against memory
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError
-from files import atomic_write, read_json
+from exactgpt.config import UserError
+from exactgpt.files import atomic_write, read_json
 
 # The hashes that tiktoken pins for GPT-2 (tiktoken_ext/openai_public.py).
 GPT2_SHA256 = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from plan import TOKENS_PER_STEP
+from exactgpt.config import UserError
+from exactgpt.plan import TOKENS_PER_STEP
 
 EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before it is trained
 TRAINED = ("loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms", "peak_mem_gb")
