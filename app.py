@@ -18,15 +18,11 @@ from pathlib import Path
 import streamlit as st
 import torch
 
-from exactgpt.checkpoint import open_model
-from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
+from exactgpt.config import DeviceConfig, UserError, find_visible, flag, human_count, parse_config, run_script
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe
-from exactgpt.figures import COLOURS, X_LABELS, draw_runs
-from exactgpt.files import find_visible
-from exactgpt.generation import likeliest_next, make_decoder
-from exactgpt.history import read_run, read_samples
-from exactgpt.human import human_count
-from inference import stream
+from exactgpt.figures import COLOURS, X_LABELS, draw_runs, read_run, read_samples
+from exactgpt.generation import likeliest_next, make_decoder, stream
+from exactgpt.open_model import open_model
 from model import GPT2_SIZES
 
 MAX_PROMPT = 4000        # characters

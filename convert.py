@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import newest_model, open_model, save_checkpoint
+from exactgpt.checkpoint import save_checkpoint
 from exactgpt.classifier import Classifier
-from exactgpt.config import RunFailed, TokenizerConfig, UserError, flag, parse_config, run_script
-from exactgpt.human import human_bytes
-from exactgpt.open_model import write_pretrained
+from exactgpt.config import RunFailed, TokenizerConfig, UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.open_model import build_model, newest_model, open_model, read_pretrained, write_pretrained
 
 PROBE_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 
@@ -86,7 +85,7 @@ def verify(folder, opened):
     ids = torch.randint(n_vocab, (2, min(64, model.config.block_size)), generator=generator)
     ids[:, -1] = 0      # end-of-text there would be padding to a classifier in transformers
     logits = model(ids)[..., :n_vocab]                  # (2, T, n_vocab), of a classifier (2, labels)
-    reread = type(model).from_pretrained(folder).eval()
+    reread = build_model(*read_pretrained(folder), folder).eval()
     compare_weights(model, reread, n_vocab)
     found = [f"ours to {difference(logits, reread(ids), 'our reader'):.1e}"]
     del reread

@@ -20,18 +20,29 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from exactgpt.checkpoint import open_model, save_checkpoint
+from exactgpt.checkpoint import provenance, save_checkpoint
 from exactgpt.classifier import Classifier
-from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.distributed import StopRequested, provenance, seed_everything, start
+from exactgpt.config import UserError, atomic_write, check_new_file, flag, parse_config, run_script, write_json
+from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
+from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
-from exactgpt.figures import draw_confusion, save_figure
-from exactgpt.files import atomic_write, check_new_file, write_json
-from exactgpt.finetune import evaluation_batches, save_state, track_results, tune
-from exactgpt.finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
+from exactgpt.figures import GREY, INK, save_figure, shorten
+from exactgpt.finetune import (
+    TuneConfig,
+    add_lora,
+    build,
+    evaluation_batches,
+    make_row,
+    open_base,
+    save_state,
+    show_examples,
+    tune,
+    work_in_folder,
+    writing_results,
+)
 from exactgpt.lora import merge
-from exactgpt.memory import CPU_TOKENS, CUDA_TOKENS
-from exactgpt.rows import make_row, show_examples
+from exactgpt.metrics import track_results
+from exactgpt.open_model import open_model
 from model import IGNORED
 
 LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
@@ -288,6 +299,36 @@ def write_results(config, run, base, labels, reports, sizes):
     if not config.dry_run:
         print(f"wrote {out / 'classifier.pt'}, {out / 'metrics.json'}, {out / 'confusion.png'}\n"
               f"next: python finetune_classifier.py --checkpoint {out / 'classifier.pt'} --predict \"...\"")
+
+
+def draw_confusion(matrix, labels):
+    """A Figure of a confusion matrix: counts (n, n), rows true and columns predicted; colours are shares of a row."""
+    from matplotlib.figure import Figure
+    matrix = np.asarray(matrix)
+    n = len(labels)
+    side = float(np.clip(0.55 * n, 3.0, 9.0)) + 1
+    figure = Figure(figsize=(side + 0.8, side), dpi=160, facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if n <= 20:  # more counts are too small to read
+        for i, j in np.ndindex(n, n):
+            ax.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color="white" if shares[i, j] > 0.6 else INK,
+                    fontsize=11 if n <= 5 else 8)
+    names = [shorten(str(label), 24) for label in labels]
+    size = 9 if n <= 20 else max(3, 240 / n)
+    ax.set_xticks(range(n), names, rotation=0 if n <= 4 else 45, ha="center" if n <= 4 else "right",
+                  rotation_mode="anchor", fontsize=size, parse_math=False)
+    ax.set_yticks(range(n), names, fontsize=size, parse_math=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("predicted", color=GREY)
+    ax.set_ylabel("true", color=GREY)
+    bar = figure.colorbar(image, ax=ax, fraction=0.04, format=lambda share, _: f"{share:.0%}")
+    bar.set_label("share of the true class", color=GREY)
+    bar.ax.tick_params(colors=GREY, labelsize=8.5, length=0)
+    bar.outline.set_visible(False)
+    return figure
 
 
 # -----------------------------------------------------------------------------

@@ -16,18 +16,26 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import checkpoint_path, save_checkpoint
-from exactgpt.config import RunFailed, UserError, flag, parse_config, run_script
-from exactgpt.distributed import provenance, start
-from exactgpt.files import read_json, write_json
-from exactgpt.finetune import mean_loss, save_state, track_results, tune
-from exactgpt.finetuning import TuneConfig, add_lora, build, open_base, work_in_folder, writing_results
-from exactgpt.human import human_bytes
+from exactgpt.checkpoint import checkpoint_path, provenance, save_checkpoint
+from exactgpt.config import RunFailed, UserError, flag, human_bytes, parse_config, read_json, run_script, write_json
+from exactgpt.distributed import start
+from exactgpt.finetune import (
+    TuneConfig,
+    add_lora,
+    build,
+    make_row,
+    mean_loss,
+    open_base,
+    save_state,
+    show_examples,
+    tune,
+    work_in_folder,
+    writing_results,
+)
+from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.lora import merge, save_adapter
-from exactgpt.rows import make_row, show_examples
+from exactgpt.metrics import track_results
 from exactgpt.shards import permutation
-from exactgpt.template import alpaca_prompt
-from inference import generate
 from model import IGNORED
 
 ROUNDING = 1e-4     # of logits, relative to the largest: more is no rounding

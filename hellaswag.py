@@ -24,11 +24,19 @@ import numpy as np
 import torch
 
 from exactgpt import hub
-from exactgpt.checkpoint import newest_model, open_model
-from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
+from exactgpt.config import (
+    DeviceConfig,
+    UserError,
+    atomic_write,
+    check_new_file,
+    flag,
+    parse_config,
+    run_script,
+    write_json,
+)
 from exactgpt.distributed import StopRequested, start
-from exactgpt.files import atomic_write, check_new_file, write_json
 from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
+from exactgpt.open_model import newest_model, open_model
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"

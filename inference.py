@@ -8,7 +8,6 @@
 
 Without --checkpoint it takes the model written last below logs/. generate() and stream() serve train.py and the page.
 """
-import codecs
 import contextlib
 import itertools
 import sys
@@ -18,11 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.checkpoint import newest_model, open_model
 from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
 from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe
-from exactgpt.generation import generate_ids, make_decoder
-from exactgpt.template import alpaca_prompt
+from exactgpt.generation import alpaca_prompt, last, make_decoder, stream
+from exactgpt.open_model import newest_model, open_model
 
 
 @dataclass(kw_only=True)
@@ -174,63 +172,6 @@ def show_live(prompts, steps):
             print()
             turn, shown = turn + 1, None
     return rows
-
-
-class Continuation:
-    """What one row has written so far: whole characters, and nothing that may turn out to begin a stop text."""
-
-    def __init__(self, tokenizer, stop):
-        self.text, self.n_tokens, self.ended = "", 0, False
-        self._tokenizer, self._stop = tokenizer, stop
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
-
-    def add(self, token):
-        """Take the next id; None ends the row."""
-        if self.ended:
-            return
-        self.ended = token is None
-        self.n_tokens += not self.ended
-        data = b"" if self.ended else self._tokenizer.decode_bytes([token])
-        pending = self._held + self._characters.decode(data, final=self.ended)
-        found = [place for s in self._stop if (place := pending.find(s)) >= 0]
-        if found:
-            pending, self.ended = pending[:min(found)], True
-        beginnings = [] if self.ended else [s[:n] for s in self._stop for n in range(len(s))]
-        n_held = max((len(b) for b in beginnings if pending.endswith(b)), default=0)
-        self.text, self._held = self.text + pending[:len(pending) - n_held], pending[len(pending) - n_held:]
-
-
-def stream(model, tokenizer, prompts, *, stop=(), **options):
-    """Continue texts; yields, step by step, the same list of one Continuation per prompt, grown, until all have ended.
-
-    model: a GPT in eval mode, or a Decoder. stop: texts before which a continuation ends. options: generate_ids'.
-    An empty prompt begins a new document.
-    """
-    rows = [Continuation(tokenizer, stop) for _ in prompts]
-    ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
-    for step in generate_ids(model, ids, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot, **options):
-        for row, token in zip(rows, step):
-            row.add(token)
-        if all(row.ended for row in rows):
-            break
-        yield rows
-    for row in rows:
-        row.add(None)
-    yield rows
-
-
-def generate(model, tokenizer, prompts, **options):
-    """Continue texts: (the prompts with their continuations, the number of tokens written). options: stream()'s."""
-    rows = last(stream(model, tokenizer, prompts, **options))
-    return [p + row.text for p, row in zip(prompts, rows)], sum(row.n_tokens for row in rows)
-
-
-def last(items):
-    """The last item of an iterator."""
-    for item in items:  # noqa: B007
-        pass
-    return item
 
 
 if __name__ == "__main__":

@@ -15,17 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.assemble import assemble, warm_up
 from exactgpt.checkpoint import list_checkpoints
-from exactgpt.config import RunFailed, UserError, flag, parse_config, replace, run_script
+from exactgpt.config import RunFailed, UserError, atomic_write, flag, human_rate, parse_config, replace, run_script
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
-from exactgpt.figures import draw_lr_finder, save_figure
-from exactgpt.files import atomic_write
-from exactgpt.history import smooth
-from exactgpt.human import human_rate
-from exactgpt.tracking import Tracker
-from train import TrainConfig, train_step
+from exactgpt.figures import COLOURS, GREY, INK, new_figure, quiet_axes, save_figure, smooth
+from exactgpt.metrics import Tracker
+from train import TrainConfig, assemble, train_step, warm_up
 
 WINDOW = 40            # losses are smoothed over a fortieth of the sweep on either side
 RISE = 0.1, 0.25       # the sweep ends once the loss has risen by these shares of the first loss and of its fall
@@ -153,6 +149,29 @@ def suggest(rates, smoothed, half):
     lowest = int(np.argmin(smoothed))
     slopes = smooth(np.gradient(smoothed, np.log(rates)), half)[:lowest + 1]
     return {"steepest slope": float(rates[np.argmin(slopes)]), "one tenth of the minimum": float(rates[lowest] / 10)}
+
+
+def draw_lr_finder(lrs, losses, smoothed, suggestions):
+    """A Figure of loss against learning rate (three arrays (n,)); marks each suggestion, name -> learning rate."""
+    figure, [[ax]] = new_figure([1], [4.2], width=8.5, top=0.5)
+    quiet_axes(ax, "loss by learning rate")
+    lrs, losses, smoothed = (np.asarray(a, dtype=float) for a in (lrs, losses, smoothed))
+    ax.plot(lrs, losses, ".", color=COLOURS[0], alpha=0.3, ms=4, mew=0, label="each step")
+    ax.plot(lrs, smoothed, color=COLOURS[0], lw=2, label="smoothed")
+    ax.set_xscale("log")
+    for (name, lr), colour, marker in zip(suggestions.items(), COLOURS[1:], "osD^vP"):
+        ax.axvline(lr, color=colour, lw=1, ls=(0, (4, 3)))
+        ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", ls="", zorder=5,
+                label=f"{name}: {human_rate(lr)}")
+    # The loss where the sweep diverges is of no interest, only that it does.
+    finite = smoothed[np.isfinite(smoothed)]
+    if len(finite):
+        start, low = finite[:max(1, len(finite) // 20)].mean(), finite.min()
+        room = (start - low) or 1.0
+        ax.set_ylim(low - 0.15 * room, start + 0.35 * room)
+    ax.set_xlabel("learning rate (log scale)", color=GREY, fontsize=9)
+    ax.legend(loc="lower left", fontsize=9, labelcolor=INK, frameon=True, facecolor="white", edgecolor="none")
+    return figure
 
 
 def write_csv(path, rows, smoothed):

@@ -14,9 +14,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from exactgpt import open_model as hf_format
-from exactgpt.config import explain
-
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),           # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),   # 350M
@@ -29,7 +26,6 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 IGNORED = -1  # a target that does not count
-CACHE_STEP = 64  # a KVCache holds a multiple of this many tokens: even sizes are several times as fast as odd ones
 
 
 def padded_vocab(n_vocab):
@@ -234,109 +230,6 @@ class GPT(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_(True)
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder):
-        """GPT-2 weights in Hugging Face format: a folder, or a name on the hub ("gpt2", ..., "gpt2-xl").
-
-        Raises UserError for a folder or name that holds none.
-        """
-        config, state = hf_format.read_pretrained(name_or_folder)
-        return explain(lambda: cls.from_state(config, state), name_or_folder)
-
-    def save_pretrained(self, folder, tokenizer=None):
-        """Write a folder in Hugging Face format, which from_pretrained and transformers read. Raises UserError.
-
-        tokenizer: its files come along, and embedding rows beyond its vocabulary are left out.
-        """
-        hf_format.write_pretrained(folder, self.config_dict(), self.state_dict(), tokenizer)
-
     def config_dict(self):
         """The config as plain values, for checkpoints."""
         return asdict(self.config)
-
-
-class KVCache:
-    """Keys and values of the tokens read so far, for B rows of different lengths; the caller owns it.
-
-    A forward pass of T > 1 tokens reads prompts, right-padded, into an empty cache; one of T = 1 reads the next token
-    of each row. After each pass the caller adds what was read to `lengths` (B,), in place: the layers share it.
-    Padding leaves rubbish beyond a row's length: later tokens write over it, and no mask ever shows it.
-    fixed_shapes: memory for max_len tokens is there from the start, and nothing is read back from the device, as
-    torch.compile and CUDA graphs need it; else it grows with the longest row.
-    """
-
-    def __init__(self, config, batch_size, max_len, device, dtype, fixed_shapes=False):
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.rows = torch.arange(batch_size, device=device)
-        max_len = -(-max_len // CACHE_STEP) * CACHE_STEP
-        self.slots = torch.arange(max_len, device=device)
-        self.dtype, self.fixed_shapes = dtype, fixed_shapes
-        self.reserved = max_len if fixed_shapes else 0
-        shape = (batch_size, config.n_head, self.reserved, config.n_embd // config.n_head)   # (B, nh, reserved, hs)
-        self.layers = [_LayerCache(self.rows, self.lengths, torch.zeros(shape, dtype=dtype, device=device),
-                                   torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.n_layer)]
-
-    def begin(self, T):
-        """The positions of T tokens about to be read, (T,); for T = 1 (B, 1), and what is added to their scores,
-        (B, 1, 1, reserved)."""
-        if not self.fixed_shapes:
-            self._reserve(int(self.lengths.max()) + T)
-        if T > 1:
-            return self.slots[:T], None
-        seen = self.slots[:self.reserved] <= self.lengths[:, None, None, None]         # (B, 1, 1, reserved)
-        return self.lengths[:, None], torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -math.inf)
-
-    def _reserve(self, n):
-        """Have room for n tokens per row: in steps, so that all of it can be read at once and shapes repeat."""
-        if n > self.reserved:
-            self.reserved = -(-n // CACHE_STEP) * CACHE_STEP
-            for layer in self.layers:
-                layer.grow(self.reserved)
-
-    def copy_rows(self, rows, source, source_rows):
-        """Take over rows of another cache, whose max_len may be shorter; rows, source_rows: indices (n,)."""
-        n = source.reserved
-        if not self.fixed_shapes:
-            self._reserve(n)
-        for mine, theirs in zip(self.layers, source.layers):
-            mine.k[rows, :, :n] = theirs.k[source_rows]
-            mine.v[rows, :, :n] = theirs.v[source_rows]
-        self.lengths[rows] = source.lengths[source_rows]
-
-
-class _LayerCache:
-    """One layer's share of a KVCache: keys and values (B, nh, reserved, hs), and the cache's own rows and lengths.
-
-    Not the cache itself: in a circle they would hold each other, and their memory, until Python's collector comes.
-    """
-
-    def __init__(self, rows, lengths, k, v):
-        self.rows, self.lengths, self.k, self.v = rows, lengths, k, v
-
-    def grow(self, n):
-        """Have room for n tokens per row."""
-        more = (0, 0, 0, n - self.k.size(2))
-        self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
-
-    def attend(self, q, k, v, bias):
-        """Store the new keys and values; what the new tokens read of all they may look at. All (B, nh, T, hs).
-
-        One query per row is a product of a matrix with a vector, for which the fused kernels are not made: on a CPU
-        plain products of whole tensors are 4 to 7 times as fast as scaled_dot_product_attention.
-        """
-        if bias is None:
-            T = k.size(2)
-            self.k[:, :, :T], self.v[:, :, :T] = k, v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        self.k[self.rows, :, self.lengths] = k[:, :, 0].to(self.k.dtype)               # (B, nh, hs)
-        self.v[self.rows, :, self.lengths] = v[:, :, 0].to(self.v.dtype)
-        scores = q.contiguous() @ self.k.transpose(2, 3)                               # (B, nh, 1, reserved)
-        scores = torch.add(bias, scores, alpha=q.size(-1) ** -0.5)
-        return torch.softmax(scores, dim=-1) @ self.v                                  # (B, nh, 1, hs)
-
-
-def parameter_groups(model, weight_decay):
-    """Two groups for an optimizer: matrices, which decay, and vectors (biases, LayerNorms), which do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]

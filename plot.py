@@ -11,9 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.figures import X_LABELS, draw_runs, save_figure
-from exactgpt.history import last_finite, read_run
-from exactgpt.plan import TOKENS_PER_STEP
+from exactgpt.figures import TOKENS_PER_STEP, X_LABELS, draw_runs, last_finite, read_run, save_figure
 
 
 @dataclass

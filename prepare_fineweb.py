@@ -23,13 +23,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import plan_reads
-from exactgpt.files import FolderLock
 from exactgpt.hub import FORMATS, SourceFile, download, resolve_dataset
-from exactgpt.human import human_bytes
-from exactgpt.shard_writer import available_cpus, encode_tasks
-from exactgpt.shards import Manifest, ShardFolder, ShardWriter, matching_manifest, print_shards, writing_to
+from exactgpt.shard_writer import ShardWriter, available_cpus, encode_tasks, matching_manifest, print_shards, writing_to
+from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer
 
 FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"

@@ -15,13 +15,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.documents import find_files, read_documents
-from exactgpt.files import FolderLock
-from exactgpt.human import human_bytes
-from exactgpt.python_docs import python_documents
-from exactgpt.shard_writer import available_cpus, encode_tasks, in_batches
-from exactgpt.shards import Manifest, ShardWriter, matching_manifest, permutation, print_shards, writing_to
+from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.documents import find_files, python_documents, read_documents
+from exactgpt.shard_writer import (
+    ShardWriter,
+    available_cpus,
+    encode_tasks,
+    in_batches,
+    matching_manifest,
+    print_shards,
+    writing_to,
+)
+from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, train_tokenizer
 
 POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save

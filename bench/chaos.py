@@ -33,7 +33,8 @@ from tqdm import tqdm
 from bench.common import compared, machine, write_results
 from bench.forks import start_ranks
 from exactgpt.config import flag, parse_config, run_script
-from exactgpt.shards import Manifest, save_shard
+from exactgpt.shard_writer import save_shard
+from exactgpt.shards import Manifest
 from exactgpt.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import socket
 import statistics
 from pathlib import Path
 
-from exactgpt.files import write_json
+from exactgpt.config import write_json
 
 RESULTS = Path(__file__).parent / "results"                  # what is committed
 OUT = Path(os.environ.get("OUT", RESULTS / "gpu"))            # what bench.gpu leaves to be copied from the machine

@@ -29,12 +29,12 @@ import torch
 from bench import forks
 from bench.common import RESULTS, machine, write_results
 from bench.mutants import SLOW_S, TookTooLong, bomb, limits, mutate
-from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
-from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.checkpoint import check_training_entries, read_checkpoint, save_checkpoint
+from exactgpt.config import UserError, flag, parse_config, read_json, run_script
 from exactgpt.dataloader import TokenStream
-from exactgpt.files import read_json
-from exactgpt.resume import check_training_entries
-from exactgpt.shards import Manifest, ShardFolder, save_shard
+from exactgpt.open_model import open_model, write_pretrained
+from exactgpt.shard_writer import save_shard
+from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import Tokenizer, load_tokenizer
 from finetune_instruct import encode, read_items
 from hellaswag import STYLES, load_hellaswag, tokenize
@@ -249,7 +249,8 @@ def make_pretrained(folder):
     """A folder in Hugging Face format, with a trained vocabulary."""
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b"), ("ab", "c")], "")
-    GPT(GPTConfig(8, tokenizer.n_vocab, 1, 2, 8)).save_pretrained(folder / "hf", tokenizer)
+    model = GPT(GPTConfig(8, tokenizer.n_vocab, 1, 2, 8))
+    write_pretrained(folder / "hf", model.config_dict(), model.state_dict(), tokenizer)
 
 
 def read_pretrained(folder):

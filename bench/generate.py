@@ -19,6 +19,7 @@ from bench.sizes import SizeConfig
 from exactgpt.config import flag, parse_config, run_script
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe
 from exactgpt.generation import generate_ids, make_decoder
+from exactgpt.open_model import write_pretrained
 from model import GPT, GPTConfig
 
 N_VOCAB = 50257
@@ -74,7 +75,7 @@ def load_peers(model, device, dtype):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(f"{folder}/hf")
+        write_pretrained(f"{folder}/hf", model.config_dict(), model.state_dict())
         return {name: transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf").to(device, DTYPES[name]).eval()
                 for name in {"fp32", dtype}}
 

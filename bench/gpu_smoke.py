@@ -34,15 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.common import choose_meeting_point, record
 from bench.toy import make_shards
-from exactgpt import memory
-from exactgpt.checkpoint import open_model, read_checkpoint
+from exactgpt.checkpoint import read_checkpoint
 from exactgpt.config import DeviceConfig, parse_config, run_script
-from exactgpt.device import attention_backend, choose_device, choose_dtype, probe
+from exactgpt.device import attention_backend, choose_device, choose_dtype, fits as fits_in_memory, probe
 from exactgpt.distributed import Runtime, start
 from exactgpt.generation import Decoder, generate_ids
-from exactgpt.optimizer import make_optimizer
+from exactgpt.open_model import open_model
+from exactgpt.optimizer import make_optimizer, update
 from exactgpt.tokenizer import Tokenizer, default_tokenizer
-from exactgpt.update import update
 from model import GPT, GPTConfig
 from train import TrainConfig, train
 
@@ -288,7 +287,7 @@ def out_of_memory(runtime, sizes, tokenizer):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     # 896 rows: memory ends at the logits, 92 GB, before any tensor has more elements than kernels can count.
-    fits = [memory.fits(model, sizes.T, n, runtime) for n in (8, 896, 8)]
+    fits = [fits_in_memory(model, sizes.T, n, runtime) for n in (8, 896, 8)]
     facts = dict(fits=fits, left_mb=(torch.cuda.memory_allocated() - before) / 1e6)
     if fits != [True, False, True] or facts["left_mb"] > 64:
         raise Wrong("the card is not as it was after running out of memory", facts, train=["--micro_batch_size", "8"])

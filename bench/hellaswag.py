@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from bench.common import compared, machine, write_results
 from bench.sizes import SizeConfig
-from exactgpt.checkpoint import open_model
 from exactgpt.config import UserError, flag, parse_config, run_script
 from exactgpt.distributed import start
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import default_tokenizer
 from hellaswag import DATA_FILE, evaluate_hellaswag, find_hellaswag, load_hellaswag, tokenize
 from model import GPT, GPTConfig

@@ -18,7 +18,8 @@ import torch
 from bench.common import compared, machine, spread, write_results
 from exactgpt.config import flag, parse_config, run_script
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader
-from exactgpt.shards import ShardFolder, save_shard
+from exactgpt.shard_writer import save_shard
+from exactgpt.shards import ShardFolder
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,7 @@ import numpy as np
 
 from bench.common import RESULTS, compared, machine, write_results
 from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.figures import draw_runs, save_figure
-from exactgpt.history import read_run
+from exactgpt.figures import draw_runs, read_run, save_figure
 
 WAYS = {     # GPT-3's settings; modded-nanogpt's tuned ones for AdamW and Muon at 124M; twice that rate
     "adamw 6e-4": ["--optimizer", "adamw", "--max_lr", "6e-4", "--min_lr", "6e-5"],

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.python_docs import python_documents
+from exactgpt.documents import python_documents
 
 SLOW_WRITER = """
 import sys, time, prepare_fineweb

@@ -28,8 +28,7 @@ import tiktoken_ext.openai_public
 import prepare_fineweb
 from bench.common import compared, machine, write_results
 from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.documents import find_files, plan_reads, read_documents
-from exactgpt.python_docs import python_documents
+from exactgpt.documents import find_files, plan_reads, python_documents, read_documents
 from exactgpt.shard_writer import encode_tasks
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import EOT_TEXT, gpt2_tokenizer

@@ -3,8 +3,9 @@ import json
 
 import numpy as np
 
-from exactgpt.files import atomic_write
-from exactgpt.shards import Manifest, save_shard
+from exactgpt.config import atomic_write
+from exactgpt.shard_writer import save_shard
+from exactgpt.shards import Manifest
 from exactgpt.tokenizer import load_tokenizer
 
 

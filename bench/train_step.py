@@ -26,15 +26,14 @@ import torch
 
 from bench.common import choose_meeting_point, compared, machine, spread, write_results
 from bench.sizes import SizeConfig
-from exactgpt.assemble import assemble, warm_up
 from exactgpt.config import UserError, flag, parse_config, replace, run_script
 from exactgpt.dataloader import DataOrder, TrainLoader
-from exactgpt.device import choose_device, choose_dtype, probe
+from exactgpt.device import choose_device, choose_dtype, out_of_memory, probe
 from exactgpt.distributed import Runtime, start, temporary_folder
-from exactgpt.memory import out_of_memory
-from exactgpt.shards import save_shard
-from model import GPT, GPTConfig, parameter_groups
-from train import TrainConfig, set_learning_rate, train_step
+from exactgpt.optimizer import parameter_groups
+from exactgpt.shard_writer import save_shard
+from model import GPT, GPTConfig
+from train import TrainConfig, assemble, set_learning_rate, train_step, warm_up
 
 PEERS = ("ours", "apart", "transformers", "plain")
 PROFILED = 0.95    # of a step's time is shown kernel by kernel

@@ -1,29 +1,30 @@
-"""Checkpoints: plain data, written whole or not at all, checked when read; and models of any kind we know.
+"""Checkpoints: plain data, written whole or not at all, checked when read; and how a run goes on from one.
 
-logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always
-read with weights_only=True. `open_model` reads ours, Hugging Face's folders and names, nanoGPT's and build-nanogpt's.
+logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always read with
+weights_only=True. open_model.py makes a model of it.
 """
+import contextlib
+import datetime
 import hashlib
-import json
+import os
+import platform
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import warnings
 import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from exactgpt import lora, open_model as hf_format
-from exactgpt.classifier import Classifier
-from exactgpt.config import UserError
-from exactgpt.files import atomic_write, find_visible
-from exactgpt.human import human_bytes
-from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, confirm, from_checkpoint, from_merges, load_tokenizer
-from model import GPT, GPTConfig
+from exactgpt.config import UserError, atomic_write, human_bytes, kept_fields
+from exactgpt.device import check_micro_batch_size, choose_dtype
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
-PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more spare rows the vocabulary is another one
+TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
+                    "resolved": dict, "data": str, "best_val_loss": float, "finished": bool}
 
 
 class CheckpointError(UserError):
@@ -52,6 +53,19 @@ def save_checkpoint(path, checkpoint):
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
+def write_checkpoint(runtime, path, entries):
+    """Write a checkpoint on rank 0; whether it worked, on every rank. A full disk must not end the run."""
+    problem = ""
+    if runtime.is_main:
+        try:
+            save_checkpoint(path, entries)
+            print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
+        except OSError as error:
+            problem = str(error)
+            print(f"warning: not written, the older checkpoints are intact: {problem}", flush=True)
+    return runtime.sum(bool(problem))[0] == 0
+
+
 def checkpoint_bytes(value):
     """The bytes that a value takes in a checkpoint, near enough: its tensors, shared ones once, and a little more."""
     storages, other = {}, 0
@@ -78,6 +92,18 @@ def disk_bytes(config, model, max_steps):
     saves = min(times(config.checkpoint_every) if config.checkpoint_every else 1, config.keep_checkpoints + 1)
     bests = min(times(config.eval_every), 2) if config.eval_every and max_steps else 0
     return model.n_params() * 4 * (3 * saves + bests)
+
+
+def check_disk(config, run, runtime):
+    """Raise UserError on every rank if the checkpoints of the run will not fit on the disk."""
+    def check():
+        free = shutil.disk_usage(config.log_dir).free
+        needed = disk_bytes(config, run.raw, run.plan.max_steps)
+        needed -= sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
+        if free < needed:
+            raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
+                            f"{human_bytes(free)}; make room, choose another --log_dir, or fewer --keep_checkpoints")
+    runtime.together(check if runtime.is_main else lambda: None)
 
 
 def read_checkpoint(path):
@@ -152,77 +178,6 @@ def delete_old(log_dir, keep, step):
         path.unlink(missing_ok=True)
 
 
-@dataclass
-class OpenedModel:
-    """A model with what a script needs around it."""
-    model: GPT
-    tokenizer: Tokenizer | None   # None: the weights come without one (ids only)
-    source: str                   # the file, folder or name
-    step: int | None = None
-    val_loss: float | None = None
-    extra: dict = field(default_factory=dict)   # the checkpoint's other plain entries
-
-    def with_tokenizer(self):
-        """Itself, if text can be encoded for the model. Raises UserError where the weights came without a tokenizer."""
-        if self.tokenizer is None:
-            raise UserError(f"{self.source} comes without a tokenizer for its {self.model.config.vocab_size:,} tokens, "
-                            "so text cannot be encoded for it; name a folder that has its with --tokenizer")
-        return self
-
-    def describe(self):
-        """One line for people: source, size, step, validation loss."""
-        facts = [f"{self.model.n_params():,} parameters"]
-        facts += [f"step {self.step}"] if self.step is not None else []
-        facts += [f"validation loss {self.val_loss:.4f}"] if self.val_loss is not None else []
-        return f"{self.source}: {', '.join(facts)}"
-
-
-def open_model(source, classifiers=False, tokenizer=""):
-    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name, a LoRA
-    adapter (merged into its base), or the newest one in the folder of a run. classifiers: a Classifier will do, too.
-    tokenizer: the folder of the vocabulary where the source has none. Raises UserError naming the file and what is
-    wrong with it, and where that vocabulary is not the model's.
-    """
-    path = Path(source)
-    if path.is_file() or path.suffix == ".pt":
-        opened = _open_file(path, tokenizer)
-    elif lora.is_adapter(path):
-        opened = _open_adapter(path, tokenizer)
-    elif path.is_dir() and not (path / "config.json").exists():
-        if not list_checkpoints(path):
-            raise UserError(f"{source} holds neither a model_XXXXX.pt nor a config.json; name the folder of a run, or "
-                            "of a model in Hugging Face format")
-        opened = _open_file(newest_model(path), tokenizer)
-    else:
-        folder = hf_format.local_folder(source)
-        model = build_model(*hf_format.read_pretrained(folder), source)
-        opened = OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size, tokenizer), str(source))
-    n_rows = opened.model.config.vocab_size
-    if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # nothing that the model was trained on
-        opened.tokenizer = None
-    if tokenizer and opened.tokenizer is None:
-        raise UserError(f"--tokenizer {tokenizer}: that is not the vocabulary of {source}, whose model has {n_rows:,} "
-                        "tokens; leave it out or name the right folder")
-    if isinstance(opened.model, Classifier) and not classifiers:
-        raise UserError(f"{source} writes no text, it is a classifier ({', '.join(opened.model.config.labels)}): "
-                        f"python finetune_classifier.py --checkpoint {source} --predict \"...\"")
-    return opened
-
-
-def _open_adapter(folder, tokenizer):
-    """The model that a LoRA adapter belongs to, with the adapter merged into it."""
-    source, sha256 = lora.base_of(folder)
-    try:
-        opened = open_model(source, tokenizer=tokenizer)
-    except UserError as error:
-        raise UserError(f"the adapter in {folder} belongs to {source}, as seen from where it was trained: {error}"
-                        ) from error
-    if sha256 and weights_hash(opened.model.state_dict()) != sha256:
-        raise CheckpointError(f"{source} holds other weights than those that the adapter in {folder} belongs to")
-    merged = lora.merge_folder(opened.model, folder).requires_grad_(True)
-    return OpenedModel(merged, opened.tokenizer, str(folder))
-
-
 def weights_hash(state):
     """The sha256 of a state dict's names, shapes and numbers, in hexadecimal."""
     digest = hashlib.sha256()
@@ -232,77 +187,155 @@ def weights_hash(state):
     return digest.hexdigest()
 
 
-def _folder_tokenizer(folder, vocab_size, otherwise):
-    """A Hugging Face folder's Tokenizer, else that of `otherwise`, else GPT-2's; None if it cannot be the model's."""
-    stored = hf_format.read_vocabulary(folder)
-    if stored is None:
-        is_known = otherwise or (folder / "vocab.bpe").exists()
-        return load_tokenizer(folder, otherwise) if is_known or _may_be_gpt2s(vocab_size) else None
-    merges, ids = stored
-    tokenizer = confirm(from_merges(merges, folder), otherwise, folder)
-    ours = json.loads(tokenizer.encoder_json())
-    is_ours = all(ids.get(token) == i for token, i in ours.items())     # and not special tokens first, say
-    return tokenizer if is_ours else None
+# -----------------------------------------------------------------------------
+# going on with a run: which checkpoint, whether it is the same run, and the choices it was started with
+
+def find_checkpoint(config, notice):
+    """The checkpoint (a dict) that this start goes on from, or None for a fresh run. Raises UserError.
+
+    --resume auto: the newest valid one in log_dir; never: none, and log_dir must not hold a run; FILE: that one, or
+    the newest that an earlier start with the same --resume FILE has left in log_dir.
+    """
+    if config.resume == "never":
+        if list_checkpoints(config.log_dir) or (Path(config.log_dir) / "metrics.jsonl").exists():
+            raise UserError(f"--resume never, but {config.log_dir} holds a run; choose another --log_dir, or delete it")
+        return None
+    if config.resume == "auto":
+        found = newest_valid(config.log_dir, check_training_entries, notice)
+        return found[1] if found else None
+    newest = None
+    with contextlib.suppress(CheckpointError):       # all of log_dir's damaged: FILE may yet be whole
+        newest = (newest_valid(config.log_dir, check_training_entries, notice) or (None, None))[1]
+    if newest and newest["train_config"].get("resume") == config.resume:
+        return newest                                # by now FILE itself may have been deleted as an old one
+    checkpoint = read_checkpoint(config.resume)
+    check_training_entries(checkpoint, config.resume)
+    if not newest or newest["step"] <= checkpoint["step"]:
+        return checkpoint
+    raise UserError(f"{config.log_dir} holds a later checkpoint, of step {newest['step']}: leave --resume out to go on "
+                    f"from there, or choose another --log_dir to go on from {config.resume}")
 
 
-def _may_be_gpt2s(vocab_size):
-    """Whether a model that comes without a vocabulary has about as many embedding rows as GPT-2."""
-    return 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
+def check_training_entries(checkpoint, path):
+    """Raise CheckpointError unless the checkpoint holds all that training needs."""
+    for name, kind in TRAINING_ENTRIES.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise CheckpointError(f"{path} cannot be trained on: its entry {name!r} is missing or damaged "
+                                  f"(weights alone go in with --init_from {path})")
 
 
-def _open_file(path, folder):
-    checkpoint = read_checkpoint(path)
-    if "model_args" in checkpoint:
-        config = _nanogpt_config(checkpoint)
-        step, val_loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
-    else:
-        config, step, val_loss = checkpoint.get("config"), checkpoint.get("step"), checkpoint.get("val_loss")
-    model = build_model(config, checkpoint.get("model"), path)
-    stored = checkpoint.get("tokenizer")
-    is_known = stored is not None or folder
-    tokenizer = from_checkpoint(stored, folder) if is_known or _may_be_gpt2s(model.config.vocab_size) else None
-    extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
-    return OpenedModel(model, tokenizer, str(path), step, _plain_number(val_loss), extra)
+def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
+    """Raise UserError, naming what differs, unless flags and data are those of the checkpoint's run.
+
+    gpt_config: the shape that the flags ask for, None for what they leave open.
+    """
+    differing = changed_flags(config, checkpoint["train_config"])
+    for name, value in gpt_config.items():
+        if value is not None and value != checkpoint["config"].get(name):
+            differing.append(f"--{name} {value} (it has {checkpoint['config'].get(name)})")
+    if fingerprint != checkpoint["data"]:
+        differing.append("other token shards in --data_dir")
+    if plan.warmup_steps != checkpoint["resolved"].get("warmup_steps"):
+        differing.append(f"--warmup_steps {plan.warmup_steps} (it has {checkpoint['resolved'].get('warmup_steps')})")
+    if differing:
+        raise UserError(f"{source(config)} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. "
+                        "Use its flags to continue it, or another --log_dir to start a new run")
+    _check_length(config, checkpoint, plan)
 
 
-def build_model(config, state, source):
-    """The GPT, or the Classifier, of a checkpoint's config (dict) and state dict, in fp32. Raises CheckpointError."""
-    if not isinstance(config, dict) or not isinstance(state, dict):
-        raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
-    try:
-        return (Classifier if "labels" in config else GPT).from_state(config, clean_state(state)).float()
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+def source(config):
+    """Where the checkpoint that a start goes on from is, for messages."""
+    return config.log_dir if config.resume == "auto" else config.resume
 
 
-def clean_state(state):
-    """A state dict without what torch.compile and DDP put before its names, and without stored causal masks."""
-    cleaned = {}
-    for key, tensor in state.items():
-        key = str(key)
-        while key.startswith(("_orig_mod.", "module.")):
-            key = key.split(".", 1)[1]
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            cleaned[key] = tensor
-    return cleaned
+def advised(config, step):
+    """The file to begin another run with, for messages."""
+    path = checkpoint_path(config.log_dir, step)
+    return path if path.exists() else source(config)
 
 
-def _nanogpt_config(checkpoint):
-    """nanoGPT's model_args as our config: it computes the exact GELU."""
-    args = checkpoint["model_args"]
-    names = GPTConfig.__dataclass_fields__
-    return {**{k: v for k, v in args.items() if k in names}, "activation": "gelu"} if isinstance(args, dict) else None
+def changed_flags(config, stored):
+    """The flags that a resumed run must keep and that differ from the stored ones, as ["--seed 2 (it has 1)"]."""
+    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in kept_fields(type(config))
+            if name in stored and stored[name] != getattr(config, name)]
 
 
-def _plain_number(value):
-    is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-    return float(value) if is_number else None
+def _check_length(config, checkpoint, plan):
+    """A run keeps its length, for the schedule depends on it; a wsd run may grow before its decay has begun."""
+    old, step = checkpoint["resolved"].get("max_steps"), checkpoint["step"]
+    if plan.max_steps == old:
+        return
+    decaying = step > checkpoint["resolved"].get("decay_start", 0)
+    if config.schedule != "wsd" or plan.max_steps < old or decaying:
+        raise UserError(f"{source(config)} holds a run of {old} steps, now asked for {plan.max_steps}: its learning "
+                        f"rates depend on its length. To train its model further: --init_from "
+                        f"{advised(config, step)} --log_dir NEW")
 
 
-def newest_model(log_dir="logs"):
-    """The language model written last anywhere below `log_dir`, but for model_best.pt. Raises UserError without one."""
-    files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
-    if not files:
-        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with "
-                        "--checkpoint (a file, a Hugging Face folder, or gpt2)")
-    return max(files, key=lambda p: p.stat().st_mtime)
+def last_step(config, checkpoint, plan):
+    """The step at which the run ends: plan.max_steps, or the checkpoint's own where its stop_loss was reached there."""
+    at_end = checkpoint["finished"] or checkpoint.get("last_step") == checkpoint["step"]
+    early = checkpoint["step"] < checkpoint["resolved"].get("max_steps", 0)
+    reached = at_end and early and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
+    return checkpoint["step"] if reached else plan.max_steps
+
+
+def adopt_choices(config, runtime, checkpoint, local_windows):
+    """Take over what "auto" chose when the run began, where this machine allows: dtype, threads, micro-batch size.
+
+    Returns the micro-batch size (0 where it must be found anew). Raises UserError where --micro_batch_size does not
+    divide local_windows.
+    """
+    stored = checkpoint["resolved"] if checkpoint else {}
+    if config.dtype == "auto" and "dtype" in stored and stored.get("device") == runtime.device.type:
+        with contextlib.suppress(UserError):  # the notice of `differences` says it
+            runtime.dtype_name = choose_dtype(stored["dtype"], runtime.hardware)
+    same_processes = stored.get("world_size") == runtime.world_size
+    if runtime.device.type == "cpu" and same_processes and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(stored.get("threads", torch.get_num_threads()), os.cpu_count()))
+    size = config.micro_batch_size or stored.get("micro_batch_size", 0)
+    if size:
+        try:
+            check_micro_batch_size(size, local_windows)
+        except UserError:
+            if config.micro_batch_size:
+                raise
+            size = 0
+    return size
+
+
+def differences(stored, resolved):
+    """What was resolved otherwise than when the run began, as "dtype bf16 instead of fp32"; none: bitwise the same."""
+    return [f"{k} {v} instead of {stored[k]}" for k, v in resolved.items()
+            if stored.get(k, v) != v and k not in ("max_steps", "decay_start")]
+
+
+# -----------------------------------------------------------------------------
+# where results come from
+
+def code_hash():
+    """A hash of the scripts of this repository: ranks on several machines must run the same."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def provenance():
+    """Where this process' results come from: commit, versions, the machine's GPU, command; plain values."""
+    here = Path(__file__).parent
+
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True,
+                                  timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    return dict(git_commit=git("rev-parse", "HEAD"),
+                git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+                torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+                host=socket.gethostname(),
+                time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                argv=" ".join(sys.argv))

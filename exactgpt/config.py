@@ -1,4 +1,4 @@
-"""One dataclass per script is its command line: each field is a flag, its default, its help and its check.
+"""One dataclass per script is its command line, and what every script needs besides: errors, files, numbers for people.
 
     @dataclass
     class Config:
@@ -6,20 +6,26 @@
 
     config = parse_config(Config)          # --max_steps 100
 
-A user's mistake is a UserError: one line that says what to do, exit status 2 (1 for a RunFailed). `run_script` prints
-it.
+Each field is a flag, its default, its help and its check. A user's mistake is a UserError: one line that says what to
+do, exit status 2 (1 for a RunFailed). `run_script` prints it. Files have their final name only when they are complete.
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import errno
+import fnmatch
+import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -211,3 +217,177 @@ def leave(error):
         sys.stdout.flush()
         os._exit(status)  # no interpreter exit: a living process group would abort it
     sys.exit(status)
+
+
+# -----------------------------------------------------------------------------
+# files
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path`; on a clean exit it is on the disk and carries the name `path`.
+
+    Write, fsync, rename, fsync of the folder: after kill -9 or a power cut `path` is the old file or the new
+    one, never a part. The temporary name is fixed (PATH.tmp), so that the next try writes over a left-over.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Make the names in a folder durable (a rename is a change of the folder, not of the file)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, atomically."""
+    with atomic_write(path, "w") as f:
+        json.dump(value, f, indent=1)
+        f.write("\n")
+
+
+def read_json(path, kind=dict):
+    """The JSON value in a file, of the type `kind`. Raises UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} must hold a JSON {kind.__name__}, but holds a {type(value).__name__}")
+    return value
+
+
+def check_new_file(path, name):
+    """Raise UserError unless a file can be made at `path`, the flag `name`: nothing is written over."""
+    path = Path(path).absolute()
+    if path.exists():
+        raise UserError(f"{name} {path} exists already, and nothing is written over; choose another")
+    here = next(folder for folder in path.parents if folder.exists())
+    if not (here.is_dir() and os.access(here, os.W_OK)):
+        raise UserError(f"{name} {path}: cannot write in {here}; choose another")
+
+
+def find_visible(folder, pattern):
+    """The paths of files below a folder whose names match a pattern. Hidden folders, such as a dry run's, do not count,
+    and what goes away meanwhile is left out."""
+    found = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(here, name) for name in fnmatch.filter(names, pattern)]
+    return found
+
+
+class FolderLock:
+    """An exclusive lock on FOLDER/.lock, held until the end of the `with` or of the process, however it ends."""
+
+    def __init__(self, folder, wait_s):
+        """Wait up to `wait_s` seconds for the lock. Raises UserError when another process keeps it."""
+        import fcntl  # Unix only
+        path = Path(folder) / ".lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "w")
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{folder} cannot be a folder: {error.filename} is a file") from error
+        except OSError as error:
+            raise UserError(f"cannot write in {folder}: {error.strerror}") from error
+        deadline, waits = time.monotonic() + wait_s, False
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):    # a file system without locks
+                    print(f"warning: cannot lock {path} ({error.strerror}); see to it that one run at a time uses "
+                          f"{folder}", flush=True)
+                    return
+                if time.monotonic() > deadline:
+                    raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
+                if not waits:
+                    print(f"another run is using {folder}; waiting up to {wait_s:g} s for its end", flush=True)
+                waits = True
+                time.sleep(0.2)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A temporary folder beside `path`, which gets its name on a clean exit and is removed after an error.
+
+    Raises UserError if `path` is there and not an empty folder, and where the disk refuses.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; choose another name or move it away")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)       # of an export that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
+# numbers as people read them
+
+def human_bytes(n):
+    """A number of bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def human_time(seconds):
+    """5h31m, 12m05s or 42s."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def human_count(n):
+    """A number for people: 950, 2.5k, 10B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{float(f'{n / size:.3g}'):g}{unit}"  # twice: 999.9 is 1000, not 1e+03
+    return f"{n:.3g}"
+
+
+def human_rate(rate):
+    """A learning rate for people: 6e-4, 1.5e-3."""
+    digits, power = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(power)}" if rate else "0"

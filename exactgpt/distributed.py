@@ -3,17 +3,13 @@
 `start(config)` is the one call: it sets a process up, yields its Runtime and tears it down.
 """
 import contextlib
-import ctypes
 import datetime
 import gc
 import hashlib
 import os
-import platform
-import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -25,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from exactgpt.config import RunFailed, UserError
+from exactgpt.config import FolderLock, RunFailed, UserError
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
-from exactgpt.files import FolderLock
-from exactgpt.hang_watch import HANG_GRACE_S, keep_watch, lost_peer, meet, record_collectives
+from exactgpt.hang_watch import HANG_GRACE_S, keep_watch, lost_peer, record_collectives
+from exactgpt.launch import die_with_launcher
+from exactgpt.rendezvous import meet
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
 STEADY_TIMEOUT_S = 600   # after it, but for --timeout: longer than the longest thing that rank 0 does alone (a save)
@@ -336,19 +333,6 @@ def temporary_folder(runtime, place):
                 shutil.rmtree(hidden, ignore_errors=True)
 
 
-def die_with_launcher():
-    """Under torchrun on Linux, ask the kernel to kill this process when torchrun dies, even by kill -9.
-
-    Otherwise the workers of a killed launcher train on, unseen. A plain `nohup python train.py &` is left alone.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before the kernel knew of our wish
-        os._exit(1)
-
-
 def _catch_signals(runtime):
     """Turn the stop signals into a flag that the ranks agree on; a SIGINT after any of them ends at once.
 
@@ -375,36 +359,3 @@ def seed_everything(*key):
 def seed_from(*key):
     """A 63-bit seed, a pure function of the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-
-
-def command_line():
-    """The command that started this process, as typed; under torchrun the part that torchrun ran."""
-    return " ".join(["torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python", *map(shlex.quote, sys.argv)])
-
-
-def code_hash():
-    """A hash of the scripts of this repository: ranks on several machines must run the same."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def provenance():
-    """Where this process' results come from: commit, versions, the machine's GPU, command; plain values."""
-    here = Path(__file__).parent
-
-    def git(*words):
-        try:
-            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True,
-                                  timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-    return dict(git_commit=git("rev-parse", "HEAD"),
-                git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
-                torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-                host=socket.gethostname(),
-                time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                argv=" ".join(sys.argv))

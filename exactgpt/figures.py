@@ -1,29 +1,199 @@
-"""The drawing behind plot.py, lr_finder.py, the classifier and the app: numbers in, matplotlib figures out.
+"""What runs logged, read back as NumPy arrays, and figures of it: numbers in, matplotlib figures out. No torch.
 
-Figures are made without pyplot: no display and no global state, so that a page may draw in several threads.
-matplotlib is imported where it draws, which keeps the start of the scripts that draw last short.
+metrics.jsonl is read, or log.txt in build-nanogpt's three columns. Figures are made without pyplot: no display and no
+global state, so that a page may draw in several threads. matplotlib is imported where it draws, which keeps the start
+of the scripts that draw last short.
 """
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError
-from exactgpt.files import atomic_write
-from exactgpt.history import last_finite
-from exactgpt.human import human_count, human_rate
+from exactgpt.config import UserError, atomic_write, human_count, human_rate
 
+TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
+EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before it is trained
+TRAINED = ("loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms", "peak_mem_gb")
+LOG_TXT_NAMES = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}
 FORMATS = (".png", ".svg")
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}
-
 # OpenAI's 124M models as build-nanogpt quotes them: acc_norm by its hellaswag.py (GPT-3: the paper's Table H.1),
 # loss on the FineWeb-Edu validation shard (GPT-2's tokenizer; comparable with no other text or vocabulary).
 HELLASWAG_REFERENCES = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
 LOSS_REFERENCES = {"GPT-2 124M": 3.2924}
-
 # Okabe and Ito's colours, which stay apart for colour-blind readers; their yellow is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 INK, GREY, LIGHT = "#222222", "#6f6f6f", "#e6e6e6"
+
+
+# -----------------------------------------------------------------------------
+# reading a log
+
+@dataclass
+class Series:
+    """One logged quantity in the order of steps; four arrays of one length (n,)."""
+    steps: np.ndarray    # int64, strictly increasing
+    tokens: np.ndarray   # float64, tokens trained on so far; NaN where the log does not say
+    hours: np.ndarray    # float64, summed time of the training steps so far; NaN where the log does not say
+    values: np.ndarray   # float64; NaN where the log holds NaN, infinity or null
+
+    def smoothed(self):
+        """The values (n,) as curves show them: each the mean of the 50th of the run around it."""
+        return smooth(self.values, len(self.values) // 100)
+
+    def along(self, x):
+        """The positions (n,) on the axis x: steps, tokens or hours."""
+        return getattr(self, x).astype(float)
+
+
+@dataclass
+class LoggedRun:
+    """What a log folder says, by the names of metrics.jsonl ("loss", "val_loss", ...); absent names have no key."""
+    name: str
+    path: Path                 # the log that was read
+    series: dict[str, Series]
+    skipped: int = 0           # lines that could not be read, a torn last line not counted
+
+    def last_step(self):
+        """The last step that any row is about."""
+        return int(max(s.steps[-1] for s in self.series.values()))
+
+    def best_val(self):
+        """(step, value) of the lowest validation loss; (-1, NaN) where there is none."""
+        val = self.series.get("val_loss")
+        if val is None or np.isnan(val.values).all():
+            return -1, float("nan")
+        best = np.nanargmin(val.values)
+        return int(val.steps[best]), float(val.values[best])
+
+
+def read_run(folder, tokens_per_step=TOKENS_PER_STEP):
+    """The LoggedRun in a folder: its metrics.jsonl, or where that is absent its log.txt (ours or build-nanogpt's).
+
+    log.txt has no tokens, so there they are counted with `tokens_per_step`. Where a resumed run logged a step
+    twice the later line counts. Raises UserError for a folder without a readable log.
+    """
+    folder = Path(folder)
+    try:
+        path = next((p for p in (folder / "metrics.jsonl", folder / "log.txt") if p.is_file()), None)
+        if path is None:
+            raise UserError(_no_log(folder))
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    torn = lines.pop()  # "" after a complete last line, else the line that is being written right now
+    is_json = path.suffix == ".jsonl"
+    parse = _parse_json if is_json else _parse_columns
+    rows = [parse(line) for line in lines if line.strip()]
+    good = [row for row in rows if row]
+    skipped = len(rows) - len(good)
+    if is_json and parse(torn):  # complete but for its end of line; in columns a number may be cut short unseen
+        good.append(parse(torn))
+    series = _collect(good, None if is_json else tokens_per_step)
+    if not series.keys() & {"loss", *EVALUATED}:
+        raise UserError(f"{path} holds no losses yet; wait for the run's first step, or name another folder")
+    return LoggedRun(folder.resolve().name, path, series, skipped)
+
+
+def read_samples(folder):
+    """{step: texts} that the model of a run wrote at its evaluations; {} where its log holds none."""
+    try:
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return {}
+    rows = [_parse_json(line) for line in lines if '"samples"' in line]
+    return {row["step"]: [str(text) for text in row["samples"]] for row in rows
+            if row and isinstance(row.get("samples"), list)}
+
+
+def _no_log(folder):
+    if not folder.exists():
+        return f"there is no folder {folder}; name the --log_dir of a run"
+    if not folder.is_dir():
+        return f"{folder} is a file; name the folder that holds metrics.jsonl or log.txt"
+    inside = sorted({p.parent.name for pattern in ("*/metrics.jsonl", "*/log.txt") for p in folder.glob(pattern)})
+    hint = f"; its folders {', '.join(inside[:5])} do" if inside else "; name the --log_dir of a run"
+    return f"{folder} holds no metrics.jsonl and no log.txt{hint}"
+
+
+def _parse_json(line):
+    """A row {"step": int, name: value, ...}, or None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and _is_step(row.get("step")) else None
+
+
+def _parse_columns(line):
+    """The row of `250 val 3.9123`, or None for a line of another form."""
+    try:
+        step, stream, value = line.split()
+        row = {"step": int(step), LOG_TXT_NAMES.get(stream, stream): float(value)}
+    except ValueError:
+        return None
+    return row if _is_step(row["step"]) else None
+
+
+def _is_step(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _collect(rows, tokens_per_step):
+    """The Series by name; tokens_per_step is None where the rows carry their tokens."""
+    steps = np.array([row["step"] for row in rows], dtype=np.int64)
+    tokens = _floats([row.get("tokens") for row in rows])
+    series = {}
+    for name in TRAINED + EVALUATED:
+        present = np.array([name in row for row in rows], dtype=bool)
+        if present.any():
+            values = _floats([row[name] for row in rows if name in row])
+            series[name] = _in_order(steps[present], tokens[present], values)
+            if tokens_per_step:
+                series[name].tokens = (series[name].steps + (name in TRAINED)) * float(tokens_per_step)
+    if "ms" in series:
+        ms = series["ms"]
+        clock = np.concatenate([[0.0], np.cumsum(np.nan_to_num(ms.values))]) / 3.6e6
+        for name, s in series.items():
+            s.hours = clock[np.searchsorted(ms.steps, s.steps, side="right" if name in TRAINED else "left")]
+    return series
+
+
+def _in_order(steps, tokens, values):
+    """A Series without the rows that a later row takes back: a step seen again cuts the log back to it."""
+    later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.iinfo(np.int64).max)
+    keep = steps < later
+    return Series(steps[keep], tokens[keep], np.full(keep.sum(), np.nan), values[keep])
+
+
+def _floats(values):
+    """A float64 array (n,); NaN for NaN, infinity, null and whatever else is no number."""
+    return np.array([v if type(v) in (int, float) and abs(v) < 1e300 else None for v in values], dtype=float)
+
+
+def smooth(values, half):
+    """The mean of each value and `half` neighbours on either side, (n,) -> (n,); NaN is left out and stays NaN.
+
+    Near the start the window shrinks on both sides alike, so that the steep first fall stays where it is; near
+    the end only its right side does, so that the last value is a mean and no single noisy step.
+    """
+    n = len(values)
+    finite = np.isfinite(values)
+    # Not a difference of cumulative sums: one enormous spike would cost every later value its digits.
+    window = np.ones(2 * half + 1)
+    sums = np.convolve(np.where(finite, values, 0.0), window)[half:half + n]
+    counts = np.convolve(finite, window)[half:half + n]
+    for i in range(min(half, n)):
+        start = slice(0, 2 * i + 1)
+        sums[i], counts[i] = values[start][finite[start]].sum(), finite[start].sum()
+    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
+
+
+def last_finite(values):
+    """The last finite value, or NaN."""
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else float("nan")
 
 
 # -----------------------------------------------------------------------------
@@ -49,7 +219,7 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
     rows = [[draw for draw, names in row if names & logged] for row in panels]
     columns = int(np.clip(100 // (max(len(run.name) for run in runs) + 7), 1, 6))  # of names above the figure
     name_rows = -(-len(runs) // columns)
-    figure, grid = _figure([len(row) for row in rows], heights=[3.7, 1.75], top=0.73 + 0.22 * name_rows)
+    figure, grid = new_figure([len(row) for row in rows], heights=[3.7, 1.75], top=0.73 + 0.22 * name_rows)
     styles = _styles(len(runs))
     for row, axes in zip(rows, grid):
         for draw, ax in zip(row, axes):
@@ -84,7 +254,7 @@ def _styles(n):
 
 def _draw_loss(ax, runs, styles, x, reference):
     """Training loss as logged (faint) and smoothed, validation loss with a dot per evaluation."""
-    _axes(ax, "loss")
+    quiet_axes(ax, "loss")
     curves, ends = [], []
     for run, style in zip(runs, styles):
         own = []
@@ -111,7 +281,7 @@ def _draw_loss(ax, runs, styles, x, reference):
 
 def _draw_hellaswag(ax, runs, styles, x, reference):
     """Accuracy by the mean loss per token of an ending (acc_norm, the one that is quoted), and by its sum (acc)."""
-    _axes(ax, "HellaSwag accuracy")
+    quiet_axes(ax, "HellaSwag accuracy")
     norms, plains = [], []
     for run, style in zip(runs, styles):
         if "hella_acc" in run.series:
@@ -131,7 +301,7 @@ def _draw_hellaswag(ax, runs, styles, x, reference):
 
 
 def _draw_lr(ax, runs, styles, x, reference):
-    _axes(ax, "learning rate")
+    quiet_axes(ax, "learning rate")
     for run, style in zip(runs, styles):
         if "lr" in run.series:
             lr = run.series["lr"]
@@ -141,7 +311,7 @@ def _draw_lr(ax, runs, styles, x, reference):
 
 
 def _draw_grad_norm(ax, runs, styles, x, reference):
-    _axes(ax, "gradient norm")
+    quiet_axes(ax, "gradient norm")
     curves, ends = [], []
     for run, style in zip(runs, styles):
         if "grad_norm" in run.series:
@@ -240,7 +410,7 @@ def _legend(ax, runs, kinds, place):
 # -----------------------------------------------------------------------------
 # pieces of a figure
 
-def _figure(columns, heights, width=11.0, top=0.7):
+def new_figure(columns, heights, width=11.0, top=0.7):
     """A Figure with rows of axes: columns[i] equal ones in row i, `heights` inches tall; empty rows take no room."""
     from matplotlib.figure import Figure
     left, right, between, bottom, below = 0.75, 0.75, 1.35, 0.6, 0.6  # inches
@@ -256,7 +426,7 @@ def _figure(columns, heights, width=11.0, top=0.7):
     return figure, grid
 
 
-def _axes(ax, title):
+def quiet_axes(ax, title):
     """Quiet axes: a light grid, no box, the title at the left in place of a turned label."""
     ax.set_title(title, loc="left", fontsize=10, color=INK, weight="bold", pad=7)
     ax.grid(color=LIGHT, lw=0.8)
@@ -312,59 +482,3 @@ def save_figure(figure, path):
             figure.savefig(f, format=path.suffix.lower()[1:])
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-
-
-# -----------------------------------------------------------------------------
-# figures of other scripts
-
-def draw_lr_finder(lrs, losses, smoothed, suggestions):
-    """A Figure of loss against learning rate (three arrays (n,)); marks each suggestion, name -> learning rate."""
-    figure, [[ax]] = _figure([1], [4.2], width=8.5, top=0.5)
-    _axes(ax, "loss by learning rate")
-    lrs, losses, smoothed = (np.asarray(a, dtype=float) for a in (lrs, losses, smoothed))
-    ax.plot(lrs, losses, ".", color=COLOURS[0], alpha=0.3, ms=4, mew=0, label="each step")
-    ax.plot(lrs, smoothed, color=COLOURS[0], lw=2, label="smoothed")
-    ax.set_xscale("log")
-    for (name, lr), colour, marker in zip(suggestions.items(), COLOURS[1:], "osD^vP"):
-        ax.axvline(lr, color=colour, lw=1, ls=(0, (4, 3)))
-        ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", ls="", zorder=5,
-                label=f"{name}: {human_rate(lr)}")
-    # The loss where the sweep diverges is of no interest, only that it does.
-    finite = smoothed[np.isfinite(smoothed)]
-    if len(finite):
-        start, low = finite[:max(1, len(finite) // 20)].mean(), finite.min()
-        room = (start - low) or 1.0
-        ax.set_ylim(low - 0.15 * room, start + 0.35 * room)
-    ax.set_xlabel("learning rate (log scale)", color=GREY, fontsize=9)
-    ax.legend(loc="lower left", fontsize=9, labelcolor=INK, frameon=True, facecolor="white", edgecolor="none")
-    return figure
-
-
-def draw_confusion(matrix, labels):
-    """A Figure of a confusion matrix: counts (n, n), rows true and columns predicted; colours are shares of a row."""
-    from matplotlib.figure import Figure
-    matrix = np.asarray(matrix)
-    n = len(labels)
-    side = float(np.clip(0.55 * n, 3.0, 9.0)) + 1
-    figure = Figure(figsize=(side + 0.8, side), dpi=160, facecolor="white", layout="constrained")
-    ax = figure.subplots()
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    if n <= 20:  # more counts are too small to read
-        for i, j in np.ndindex(n, n):
-            ax.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", color="white" if shares[i, j] > 0.6 else INK,
-                    fontsize=11 if n <= 5 else 8)
-    names = [shorten(str(label), 24) for label in labels]
-    size = 9 if n <= 20 else max(3, 240 / n)
-    ax.set_xticks(range(n), names, rotation=0 if n <= 4 else 45, ha="center" if n <= 4 else "right",
-                  rotation_mode="anchor", fontsize=size, parse_math=False)
-    ax.set_yticks(range(n), names, fontsize=size, parse_math=False)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    ax.set_xlabel("predicted", color=GREY)
-    ax.set_ylabel("true", color=GREY)
-    bar = figure.colorbar(image, ax=ax, fraction=0.04, format=lambda share, _: f"{share:.0%}")
-    bar.set_label("share of the true class", color=GREY)
-    bar.ax.tick_params(colors=GREY, labelsize=8.5, length=0)
-    bar.outline.set_visible(False)
-    return figure

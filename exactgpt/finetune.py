@@ -1,10 +1,12 @@
-"""The loop of the fine-tuning scripts over rows with targets, its state and its log.
+"""What the fine-tuning scripts share: flags, examples as rows with targets, the loop, the folder and state of a run.
 
 The loss of a step is the mean over all its targets: each micro-batch of each rank adds its sum over the number in the
-whole step, so that the gradient is the same for any micro-batch size and any number of processes.
+whole step, so that the gradient is the same for any micro-batch size and any number of processes. Shapes: B rows, T
+tokens.
 """
 import contextlib
-import json
+import hashlib
+import itertools
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -15,19 +17,181 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from exactgpt.checkpoint import save_checkpoint
-from exactgpt.config import RunFailed, UserError
-from exactgpt.distributed import StopRequested, command_line, seed_everything
-from exactgpt.human import human_time
-from exactgpt.metrics import AppendFile, cut_back
-from exactgpt.plan import learning_rate_factor
-from exactgpt.rows import make_batches
+from exactgpt.checkpoint import changed_flags, read_checkpoint, save_checkpoint, weights_hash
+from exactgpt.config import DeviceConfig, RunFailed, UserError, flag, replace
+from exactgpt.device import find_micro_batch_size
+from exactgpt.distributed import STEADY_TIMEOUT_S, StopRequested, lock_folder, seed_everything, temporary_folder
+from exactgpt.launch import command_line
+from exactgpt.lora import add_adapter
+from exactgpt.metrics import TuneLog, require_mlflow
+from exactgpt.open_model import build_model, open_model
+from exactgpt.optimizer import Skipped, learning_rate_factor, parameter_groups, update
 from exactgpt.shards import permutation
-from exactgpt.tracking import Tracker
-from exactgpt.update import Skipped, update
+from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
 
 STATE_NAME = "state.pt"  # in --out: what a run goes on from
+ROW_MULTIPLE = 16        # rows are padded to a multiple of this: few shapes
+SHOWN = 3                # examples that a dry run prints
+
+
+@dataclass(kw_only=True)
+class TuneConfig(DeviceConfig):
+    """The flags that the fine-tuning scripts share; keep=True: a resumed run must have the same."""
+    data: str = flag("", "the examples (required)", group="data")
+    val_fraction: float = flag(0.1, "share of the examples for validation", group="data", above=0, below=1, keep=True)
+    out: str = flag("", "folder of the result (required)", group="data")
+
+    init_from: str = flag("", "the model to tune: model_XXXXX.pt, a Hugging Face folder, or a name such as gpt2 "
+                              "(required)", group="model")
+    block_size: int | None = flag(None, "tokens that are read at most, the rest is cut off (default: all that the "
+                                        "model can)", group="model", low=2, keep=True)
+    dropout: float = flag(0.0, "dropout probability in the model", group="model", low=0.0, below=1.0, keep=True)
+    lora_r: int = flag(8, "rank of the LoRA matrices", group="model", low=1, keep=True)
+    lora_alpha: float = flag(16.0, "LoRA's scale is lora_alpha / lora_r", group="model", above=0, keep=True)
+    lora_dropout: float = flag(0.0, "dropout before the LoRA matrices", group="model", low=0.0, below=1.0, keep=True)
+
+    num_epochs: int = flag(3, "passes over the training examples", group="training", low=1, keep=True)
+    patience: int = flag(0, "stop after so many epochs without a better validation; 0: never", group="training", low=0)
+    batch_size: int = flag(32, "examples per optimizer step, all processes together", group="training", low=1,
+                           keep=True)
+    micro_batch_size: int = flag(0, "full rows per forward pass of a process, of shorter ones as many more; 0: as many "
+                                    "as fit", group="training", low=0)
+    max_lr: float | None = flag(None, "peak learning rate (default: by what is trained, see docs/finetuning.md)",
+                                group="training", above=0, keep=True)
+    min_lr: float = flag(0.0, "learning rate at the end of the cosine", group="training", low=0.0, keep=True)
+    warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth)", group="training", low=0,
+                                    keep=True)
+    weight_decay: float = flag(0.01, "of matrices; vectors do not decay", group="training", low=0.0, keep=True)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", group="training", low=0.0, keep=True)
+
+    resume: str = flag("auto", "auto: go on with the run in --out; never", group="system", choices=("auto", "never"))
+    seed: int = flag(1337, "of the split, the order, new weights, dropout", group="system", low=0, keep=True)
+    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, and slower", group="system")
+    timeout: float = flag(float(STEADY_TIMEOUT_S), "seconds without progress after which several processes end and say "
+                          "which of them hangs; more than writing the results takes", group="system", above=0)
+    mlflow: bool = flag(False, "mirror the run in a local MLflow store in --out", group="system")
+    dry_run: bool = flag(False, "show the first examples, what counts in them, try two steps and write the results, "
+                        "which are not kept", group="system")
+
+    def check(self):
+        """Raise UserError for flags that are missing or contradict each other; choose what is left open."""
+        for name in ("data", "init_from", "out"):
+            if not getattr(self, name) and not (name == "out" and self.dry_run):
+                raise UserError(f"--{name} is missing (--help lists the flags)")
+        if self.mlflow:
+            require_mlflow()
+        if self.max_lr is None:
+            self.max_lr = self.usual_lr()
+        if self.min_lr > self.max_lr:
+            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
+
+    def usual_lr(self):
+        """The peak learning rate where none is given."""
+        raise NotImplementedError
+
+
+# -----------------------------------------------------------------------------
+# examples as rows
+
+@dataclass(frozen=True)
+class Row:
+    """One example: what the model reads, and what counts."""
+    tokens: np.ndarray     # (T,) int32
+    targets: np.ndarray    # (T,) int32, IGNORED where nothing counts
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+def make_row(tokens, targets):
+    """The Row of two lists."""
+    return Row(np.array(tokens, dtype=np.int32), np.array(targets, dtype=np.int32))
+
+
+def make_batches(rows, indices, budget, block_size):
+    """Yield (indices, x, y), x and y (B, T) int64: rows of like length, the longest first, B x T <= budget if B > 1."""
+    indices = sorted(indices, key=lambda i: -len(rows[i]))
+    first = 0
+    while first < len(indices):
+        T = min(-(-len(rows[indices[first]]) // ROW_MULTIPLE) * ROW_MULTIPLE, block_size)
+        members = indices[first:first + max(1, budget // T)]
+        x = torch.zeros(len(members), T, dtype=torch.long)     # padding lies behind a row: no token of it looks there
+        y = torch.full((len(members), T), IGNORED, dtype=torch.long)
+        for b, i in enumerate(members):
+            x[b, :len(rows[i])] = torch.from_numpy(rows[i].tokens)
+            y[b, :len(rows[i])] = torch.from_numpy(rows[i].targets)
+        yield members, x, y
+        first += len(members)
+
+
+def render(row, tokenizer, target_text):
+    """Lines that show a row as the loss sees it: "masked" is only read, "learned" is what counts.
+
+    target_text(targets) -> the text of a list of targets.
+    """
+    pieces = [(False, int(row.tokens[0]))]
+    for i, target in enumerate(row.targets):
+        if target != IGNORED:
+            pieces.append((True, int(target)))
+        elif i + 1 < len(row):
+            pieces.append((False, int(row.tokens[i + 1])))
+    lines = []
+    for learned, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
+        ids = [piece[1] for piece in run]
+        lines.append(f"  learned | {target_text(ids)!r}" if learned else f"  masked  | {tokenizer.decode(ids)!r}")
+    return "\n".join(lines)
+
+
+def show_examples(rows, tokenizer, target_text, print):
+    """Print the first rows as the loss sees them."""
+    for i, row in enumerate(rows[:SHOWN], 1):
+        counting = int((row.targets != IGNORED).sum())
+        print(f"example {i}: {len(row)} tokens are read, {counting} target{'s' * (counting > 1)}\n"
+              f"{render(row, tokenizer, target_text)}")
+
+
+def hash_rows(rows):
+    """A hash of the tokens and targets of rows: a resumed run must have the same."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(4, "little") + row.tokens.tobytes() + row.targets.tobytes())
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# the model to begin with
+
+@dataclass(frozen=True)
+class Base:
+    """An opened model to begin with, the same on every rank."""
+    model: nn.Module
+    tokenizer: Tokenizer
+    record: dict       # {"source", "sha256"}
+
+
+def open_base(config, runtime):
+    """The Base that --init_from names, cut to --block_size, on its device; says which it is. Raises UserError."""
+    def read():
+        opened = open_model(config.init_from, tokenizer=config.tokenizer).with_tokenizer()
+        state = opened.model.state_dict()
+        return dict(config=opened.model.config_dict(), model=state, tokenizer=opened.tokenizer.to_checkpoint(),
+                    sha256=weights_hash(state), title=opened.describe())
+    stored = runtime.from_main(read)
+    model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
+    if config.block_size and config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    elif config.block_size and config.block_size > model.config.block_size:
+        raise UserError(f"--block_size {config.block_size}, but {config.init_from} reads {model.config.block_size}")
+    model.to(runtime.device)
+    runtime.print(f"{stored['title']}, weights sha256 {stored['sha256'][:12]}")
+    return Base(model, from_checkpoint(stored["tokenizer"]), dict(source=config.init_from, sha256=stored["sha256"]))
+
+
+def add_lora(model, config):
+    """Freeze a model and add LoRA matrices as the flags say; peft's wrapper of it."""
+    seed_everything(config.seed, "lora")
+    return add_adapter(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.init_from)
 
 
 class Objective(nn.Module):
@@ -89,11 +253,41 @@ def trained_weights(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def rows_of_step(run, config):
-    """The numbers of the training rows of this step: a pure function of (seed, step)."""
-    epoch, place = divmod(run.step, run.steps_per_epoch)
-    order = permutation(len(run.rows), config.seed, "examples", epoch)
-    return order[place * config.batch_size:(place + 1) * config.batch_size].tolist()
+def build(config, runtime, state, base, model, head, rows, weights=None):
+    """The Tuning of a model that trains what requires gradients, at the state it was left in; says what that is.
+
+    base: the Base that the model was made of. state: what find_state found. rows: of the training split; a dry run
+    takes two steps of them. weights: Objective's. Raises UserError for the state of another run, and for micro-batches
+    that do not fit.
+    """
+    objective = Objective(model, head, weights).to(runtime.device)
+    ddp = runtime.data_parallel(objective)
+    block_size = model.config.block_size
+    size = find_micro_batch_size(ddp, block_size, config.micro_batch_size,
+                                 max(1, config.batch_size // runtime.world_size), runtime)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=(0.9, 0.98),
+                                  fused=True)
+    epoch = -(-len(rows) // config.batch_size)
+    full_steps = epoch * config.num_epochs
+    trained = sum(w.numel() for w in trained_weights(model).values())
+    every = sum(p.numel() for p in model.parameters())
+    runtime.print(f"training {trained:,} of {every:,} parameters on {len(rows):,} examples: {config.num_epochs} epochs "
+                  f"of {epoch} steps, on {runtime.device} in {runtime.dtype_name}, {runtime.world_size} "
+                  f"process{'es' * (runtime.world_size > 1)}")
+    if config.dry_run:
+        rows, epoch = rows[:2 * config.batch_size], min(2, epoch)
+    warmup_steps = full_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    if warmup_steps > full_steps:
+        raise UserError(f"--warmup_steps {warmup_steps} is longer than the run of {full_steps} steps")
+    run = Tuning(model, objective, ddp, optimizer, runtime.grad_scaler(), rows,
+                 base=base.record, data_hash=hash_rows(rows), budget=size * block_size, steps_per_epoch=epoch,
+                 max_steps=epoch if config.dry_run else full_steps, warmup_steps=warmup_steps, full_steps=full_steps)
+    runtime.agree("flags", asdict(config))
+    runtime.agree("examples", run.data_hash)
+    if state:
+        runtime.together(lambda: restore(run, state))
+        runtime.print(f"going on from step {run.step}")
+    return run
 
 
 # -----------------------------------------------------------------------------
@@ -193,6 +387,13 @@ def train_step(run, config, runtime):
     return result, sum(map(len, rows))
 
 
+def rows_of_step(run, config):
+    """The numbers of the training rows of this step: a pure function of (seed, step)."""
+    epoch, place = divmod(run.step, run.steps_per_epoch)
+    order = permutation(len(run.rows), config.seed, "examples", epoch)
+    return order[place * config.batch_size:(place + 1) * config.batch_size].tolist()
+
+
 def my_batches(run, runtime, indices):
     """This rank's share of some training rows as make_batches yields it; ranks get rows of like lengths."""
     mine = sorted(indices, key=lambda i: -len(run.rows[i]))[runtime.rank::runtime.world_size]
@@ -236,7 +437,42 @@ def set_learning_rate(run, config):
 
 
 # -----------------------------------------------------------------------------
-# state and log
+# the folder and the state of a run
+
+def work_in_folder(config, runtime, work):
+    """work(config, state) with --out to itself: state is what an earlier start left, None for a fresh run.
+
+    --dry_run: in a temporary folder, which is removed. Raises UserError where --out holds another run.
+    """
+    if config.dry_run:
+        with temporary_folder(runtime, config.out or ".") as folder:
+            work(replace(config, out=folder, mlflow=False), None)
+        return
+    with lock_folder(config.out, runtime):
+        state = runtime.from_main(lambda: find_state(config))
+        if state and state["finished"]:
+            runtime.print(f"the run in {config.out} is finished; for another one choose another --out")
+            return
+        work(config, state)
+
+
+def find_state(config):
+    """The state that a run in --out goes on from, None for a fresh one. Raises UserError for one with other flags."""
+    path = Path(config.out) / STATE_NAME
+    if not path.exists():
+        return None
+    if config.resume == "never":
+        raise UserError(f"--resume never, but {config.out} holds a run; choose another --out, or delete it")
+    state = read_checkpoint(path)
+    differing = changed_flags(config, state["config"])
+    if state["finished"]:       # the loop, which compares the data and the base themselves, will not begin
+        differing += [f"--{name} {getattr(config, name)} (it has {state['config'].get(name)})"
+                      for name in ("data", "init_from") if getattr(config, name) != state["config"].get(name)]
+    if differing:
+        raise UserError(f"{config.out} holds another run: {', '.join(differing)}. Use its flags to continue it, or "
+                        "another --out")
+    return state
+
 
 def save_state(run, config, runtime, finished=False):
     """Write all that the run goes on from; of a finished one only that it is."""
@@ -267,63 +503,13 @@ def restore(run, state):
     run.first, run.best = state["first"], Best(**state["best"])
 
 
-class TuneLog:
-    """Step lines, and metrics.jsonl in --out with train.py's names; rank 0 writes and prints."""
-
-    def __init__(self, runtime, config, run):
-        self._runtime, self._config, self._run = runtime, config, run
-        self._step_s, self._evaluation_s = [], []
-        if runtime.is_main:
-            path = Path(config.out) / "metrics.jsonl"
-            cut_back(path, run.step, lambda line: int(json.loads(line)["step"]))
-            self._file = AppendFile(path)
-            self._tracker = Tracker(config, config.out, "fine-tuning", resumed=run.step > 0)
-
-    def train(self, result, rate, n_tokens, seconds, skipped):
-        """Log one step; n_tokens: that it read, all ranks together; skipped: why it was no update, "" where it was."""
-        run = self._run
-        self._step_s.append(seconds)
-        if not self._runtime.is_main:
-            return
-        tok_per_sec = n_tokens / seconds
-        self._row(loss=result.loss, lr=rate, grad_norm=result.grad_norm, ms=1000 * seconds, tok_per_sec=tok_per_sec)
-        recent = self._step_s[-50:]
-        eta = (run.max_steps - run.step - 1) * sum(recent) / len(recent)
-        print(f"step {run.step:>{len(str(run.max_steps))}}/{run.max_steps} | loss {result.loss:.4f} | lr {rate:.2e} | "
-              f"norm {result.grad_norm:.3f} | {1000 * seconds:.0f} ms | {tok_per_sec:,.0f} tok/s | "
-              f"eta {human_time(eta)}{skipped and f' | update skipped: {skipped}'}", flush=True)
-
-    def evaluation(self, epoch, facts, better, seconds):
-        """Log what an evaluation measured, {name: number}."""
-        self._evaluation_s.append(seconds)
-        if self._runtime.is_main:
-            self._row(epoch=epoch, **facts)
-            words = ", ".join(f"{name} {value:.4f}" for name, value in facts.items())
-            print(f"epoch {epoch}/{self._config.num_epochs}: {words}{' (the best so far)' * better}", flush=True)
-
-    def _row(self, **values):
-        plain = {k: None if not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(dict(step=self._run.step, tokens=self._run.tokens, **plain)) + "\n")
-        self._tracker.log(self._run.step, tokens=self._run.tokens, **plain)
-
-    def forecast(self):
-        """What the full run takes, after a dry run."""
-        n, every = self._run.full_steps, self._config.num_epochs + 1
-        seconds = n * self._step_s[-1] + every * self._evaluation_s[-1]
-        self._runtime.print(f"dry run: {1000 * self._step_s[-1]:.0f} ms a step; the full run of {n} steps takes about "
-                            f"{human_time(seconds)}. Nothing was kept.")
-
-    def close(self):
-        """Close the files."""
-        if self._runtime.is_main:
-            self._file.close()
-            self._tracker.close(finished=False)      # the script adds the results
-
-
-def track_results(config, best_checkpoint, files):
-    """Add to the run in MLflow what came of it, on rank 0."""
-    tracker = Tracker(config, config.out, "fine-tuning", resumed=True)
-    for path in files:
-        tracker.artifact(path)
-    tracker.text("best_checkpoint.txt", f"{best_checkpoint.resolve()}\n")
-    tracker.close()
+@contextlib.contextmanager
+def writing_results(config):
+    """Around the writing of results: what the disk refuses becomes a RunFailed that says how to get them yet."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except (OSError, UserError) as error:
+        raise RunFailed(f"the results in {config.out} could not be written ({error}); make room and run the same "
+                        "command: it goes on from the end of the training") from error

@@ -1,22 +1,116 @@
 """From prompts to new tokens: a prompt is read once, then each step reads one token per row over a KV cache.
 
-generate_ids() is the only loop. A Decoder is a model made ready for it: how a step runs (plain, compiled, as a CUDA
-graph) and the buffers that are kept from call to call. Shapes as in model.py; B rows, V vocabulary rows.
+`stream` and `generate` continue texts, generate_ids() is the loop below them, over ids. A Decoder is a model made ready
+for it: how a step runs (plain, compiled, as a CUDA graph) and the buffers that are kept from call to call. Shapes as in
+model.py; B rows, V vocabulary rows.
 """
+import codecs
+import math
 import sys
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from exactgpt.device import keep_freed_memory, unplanned_attention
 from exactgpt.distributed import seed_from
-from model import KVCache
 
 GREEDY_BELOW = 1e-5    # a temperature: logits divided by less make a one-hot softmax, or overflow
 SMALLEST_CACHE = 128   # tokens, where shapes are fixed; then powers of two: few shapes to compile
+CACHE_STEP = 64  # a KVCache holds a multiple of this many tokens: even sizes are several times as fast as odd ones
+SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
+SAMPLE_TOKENS = 48
 
+
+# -----------------------------------------------------------------------------
+# texts
+
+class Continuation:
+    """What one row has written so far: whole characters, and nothing that may turn out to begin a stop text."""
+
+    def __init__(self, tokenizer, stop):
+        self.text, self.n_tokens, self.ended = "", 0, False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def add(self, token):
+        """Take the next id; None ends the row."""
+        if self.ended:
+            return
+        self.ended = token is None
+        self.n_tokens += not self.ended
+        data = b"" if self.ended else self._tokenizer.decode_bytes([token])
+        pending = self._held + self._characters.decode(data, final=self.ended)
+        found = [place for s in self._stop if (place := pending.find(s)) >= 0]
+        if found:
+            pending, self.ended = pending[:min(found)], True
+        beginnings = [] if self.ended else [s[:n] for s in self._stop for n in range(len(s))]
+        n_held = max((len(b) for b in beginnings if pending.endswith(b)), default=0)
+        self.text, self._held = self.text + pending[:len(pending) - n_held], pending[len(pending) - n_held:]
+
+
+def stream(model, tokenizer, prompts, *, stop=(), **options):
+    """Continue texts; yields, step by step, the same list of one Continuation per prompt, grown, until all have ended.
+
+    model: a GPT in eval mode, or a Decoder. stop: texts before which a continuation ends. options: generate_ids'.
+    An empty prompt begins a new document.
+    """
+    rows = [Continuation(tokenizer, stop) for _ in prompts]
+    ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
+    for step in generate_ids(model, ids, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot, **options):
+        for row, token in zip(rows, step):
+            row.add(token)
+        if all(row.ended for row in rows):
+            break
+        yield rows
+    for row in rows:
+        row.add(None)
+    yield rows
+
+
+def generate(model, tokenizer, prompts, **options):
+    """Continue texts: (the prompts with their continuations, the number of tokens written). options: stream()'s."""
+    rows = last(stream(model, tokenizer, prompts, **options))
+    return [p + row.text for p, row in zip(prompts, rows)], sum(row.n_tokens for row in rows)
+
+
+def last(items):
+    """The last item of an iterator."""
+    for item in items:  # noqa: B007
+        pass
+    return item
+
+
+def write_samples(run, config, runtime, step):
+    """Texts that the model writes at this step, on rank 0; the others have nothing to wait for."""
+    if not runtime.is_main:
+        return []
+    run.raw.eval()
+    with runtime.autocast():
+        texts, _ = generate(run.raw, run.tokenizer, SAMPLE_PROMPTS, max_tokens=SAMPLE_TOKENS, seed=(config.seed, step))
+    run.raw.train()
+    return texts
+
+
+def alpaca_prompt(instruction, input=""):
+    """Stanford Alpaca's prompt for an instruction and, where there is one, its input; the answer follows it.
+
+    The words are those of github.com/tatsu-lab/stanford_alpaca (train.py, PROMPT_DICT); a line end follows the last
+    heading, so that the answer begins with a token of its own.
+    """
+    if input:
+        return ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                "Write a response that appropriately completes the request.\n\n"
+                f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
+    return ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+
+
+# -----------------------------------------------------------------------------
+# tokens
 
 @dataclass(frozen=True)
 class Sampling:
@@ -315,3 +409,86 @@ def pack_linears(model):
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child))
     model.requires_grad_(False)    # the operator is a thousand times slower where autograd watches
+
+
+# -----------------------------------------------------------------------------
+# the cache
+
+class KVCache:
+    """Keys and values of the tokens read so far, for B rows of different lengths; the caller owns it.
+
+    A forward pass of T > 1 tokens reads prompts, right-padded, into an empty cache; one of T = 1 reads the next token
+    of each row. After each pass the caller adds what was read to `lengths` (B,), in place: the layers share it.
+    Padding leaves rubbish beyond a row's length: later tokens write over it, and no mask ever shows it.
+    fixed_shapes: memory for max_len tokens is there from the start, and nothing is read back from the device, as
+    torch.compile and CUDA graphs need it; else it grows with the longest row.
+    """
+
+    def __init__(self, config, batch_size, max_len, device, dtype, fixed_shapes=False):
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.rows = torch.arange(batch_size, device=device)
+        max_len = -(-max_len // CACHE_STEP) * CACHE_STEP
+        self.slots = torch.arange(max_len, device=device)
+        self.dtype, self.fixed_shapes = dtype, fixed_shapes
+        self.reserved = max_len if fixed_shapes else 0
+        shape = (batch_size, config.n_head, self.reserved, config.n_embd // config.n_head)   # (B, nh, reserved, hs)
+        self.layers = [_LayerCache(self.rows, self.lengths, torch.zeros(shape, dtype=dtype, device=device),
+                                   torch.zeros(shape, dtype=dtype, device=device)) for _ in range(config.n_layer)]
+
+    def begin(self, T):
+        """The positions of T tokens about to be read, (T,); for T = 1 (B, 1), and what is added to their scores,
+        (B, 1, 1, reserved)."""
+        if not self.fixed_shapes:
+            self._reserve(int(self.lengths.max()) + T)
+        if T > 1:
+            return self.slots[:T], None
+        seen = self.slots[:self.reserved] <= self.lengths[:, None, None, None]         # (B, 1, 1, reserved)
+        return self.lengths[:, None], torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -math.inf)
+
+    def _reserve(self, n):
+        """Have room for n tokens per row: in steps, so that all of it can be read at once and shapes repeat."""
+        if n > self.reserved:
+            self.reserved = -(-n // CACHE_STEP) * CACHE_STEP
+            for layer in self.layers:
+                layer.grow(self.reserved)
+
+    def copy_rows(self, rows, source, source_rows):
+        """Take over rows of another cache, whose max_len may be shorter; rows, source_rows: indices (n,)."""
+        n = source.reserved
+        if not self.fixed_shapes:
+            self._reserve(n)
+        for mine, theirs in zip(self.layers, source.layers):
+            mine.k[rows, :, :n] = theirs.k[source_rows]
+            mine.v[rows, :, :n] = theirs.v[source_rows]
+        self.lengths[rows] = source.lengths[source_rows]
+
+
+class _LayerCache:
+    """One layer's share of a KVCache: keys and values (B, nh, reserved, hs), and the cache's own rows and lengths.
+
+    Not the cache itself: in a circle they would hold each other, and their memory, until Python's collector comes.
+    """
+
+    def __init__(self, rows, lengths, k, v):
+        self.rows, self.lengths, self.k, self.v = rows, lengths, k, v
+
+    def grow(self, n):
+        """Have room for n tokens per row."""
+        more = (0, 0, 0, n - self.k.size(2))
+        self.k, self.v = F.pad(self.k, more), F.pad(self.v, more)
+
+    def attend(self, q, k, v, bias):
+        """Store the new keys and values; what the new tokens read of all they may look at. All (B, nh, T, hs).
+
+        One query per row is a product of a matrix with a vector, for which the fused kernels are not made: on a CPU
+        plain products of whole tensors are 4 to 7 times as fast as scaled_dot_product_attention.
+        """
+        if bias is None:
+            T = k.size(2)
+            self.k[:, :, :T], self.v[:, :, :T] = k, v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        self.k[self.rows, :, self.lengths] = k[:, :, 0].to(self.k.dtype)               # (B, nh, hs)
+        self.v[self.rows, :, self.lengths] = v[:, :, 0].to(self.v.dtype)
+        scores = q.contiguous() @ self.k.transpose(2, 3)                               # (B, nh, 1, reserved)
+        scores = torch.add(bias, scores, alpha=q.size(-1) ** -0.5)
+        return torch.softmax(scores, dim=-1) @ self.v                                  # (B, nh, 1, hs)

@@ -5,9 +5,7 @@ exported model too, and base.json: which weights it belongs to.
 """
 from pathlib import Path
 
-from exactgpt.config import UserError
-from exactgpt.files import read_json, write_json
-from exactgpt.open_model import new_folder
+from exactgpt.config import UserError, new_folder, read_json, write_json
 
 LINEAR_LAYERS = ["c_attn", "c_proj", "c_fc"]     # every matrix inside the blocks
 CONFIG_NAME, BASE_NAME = "adapter_config.json", "base.json"

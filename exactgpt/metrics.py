@@ -1,26 +1,70 @@
-"""What a run writes down: the step line, log.txt in build-nanogpt's columns, metrics.jsonl with everything.
+"""What a run prints and writes down: the banner, the step line, log.txt, metrics.jsonl, and its mirror in MLflow.
 
-log.txt        250 val 3.9123     250 hella 0.2612     250 train 3.950000
-metrics.jsonl  one JSON object a line: a row per step (training), evaluation, samples, skipped step; --mlflow mirrors it
+log.txt        250 val 3.9123     250 hella 0.2612     250 train 3.950000       (build-nanogpt's columns)
+metrics.jsonl  one JSON object a line: a row per step (training), evaluation, samples, skipped step
+
+    tracker = Tracker(config, log_dir, "train")     # does nothing unless config.mlflow
+    tracker.log(step, loss=3.95, lr=2e-4)
+    tracker.artifact(log_dir / "plot.png")
+    tracker.close()
+
+The mirror is a SQLite store beside the run's own files, filled by a thread of its own: importing MLflow takes seconds
+and a call 10 ms, so rows are sent in batches. The run neither waits for it nor ends with it: what fails is warned of
+once, and tried again with the next batch.
 """
 import contextlib
+import importlib.util
 import json
+import logging
 import math
 import os
+import shlex
 import sys
+import threading
 import time
 from collections import defaultdict, deque
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import disk_bytes
-from exactgpt.figures import draw_runs, save_figure
-from exactgpt.files import atomic_write
-from exactgpt.history import read_run
-from exactgpt.human import human_bytes, human_time
-from exactgpt.plan import make_plan
-from exactgpt.tracking import Tracker
+from exactgpt.checkpoint import differences, disk_bytes
+from exactgpt.config import UserError, atomic_write, human_bytes, human_time
+from exactgpt.figures import draw_runs, read_run, save_figure
+
+SEND_EVERY_S = 10
+BATCH = 1000                  # metrics of a call: MLflow takes no more
+FINISH_S, STOP_S = 60, 10    # the longest wait for the last batch, after a run and after a stop
+STORE, ARTIFACTS = "mlflow.db", "mlflow_artifacts"
+
+
+def describe(run, config, runtime, checkpoint, saves):
+    """The banner: what this start will do."""
+    c, plan, resolved = run.raw.config, run.plan, run.resolved
+    accum = plan.local_windows // run.micro_batch_size
+    lines = {
+        "model": f"GPT-2, {run.raw.n_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels",
+        "tokens": f"block_size {c.block_size}, vocabulary {run.tokenizer.name} of {run.tokenizer.n_vocab:,}"
+                  + f" (padded to {c.vocab_size:,})" * (c.vocab_size > run.tokenizer.n_vocab),
+        "data": f"{config.data_dir}: {run.train_stream.n_tokens:,} train and {run.val_stream.n_tokens:,} val tokens in "
+                f"{len(run.folder.shards)} shards",
+        "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process{'es' * (runtime.world_size > 1)} x "
+                f"{accum} micro-batch{'es' * (accum > 1)} x {run.micro_batch_size} rows x {c.block_size}",
+        "length": f"{plan.max_steps:,} steps, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} schedule "
+                  f"with {plan.warmup_steps} steps of warm-up",
+        "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, {resolved['attention']} "
+                   f"attention, compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
+    }
+    if saves:
+        lines["disk"] = (f"{human_bytes(disk_bytes(config, run.raw, plan.max_steps))} in {config.log_dir} for "
+                         f"{config.keep_checkpoints} checkpoints")
+    runtime.print_banner(lines)
+    if checkpoint:
+        runtime.print(f"going on from step {run.first_step}")
+        changed = differences(checkpoint["resolved"], resolved)
+        if changed:
+            runtime.print(f"same tokens, not bitwise the same run: {', '.join(changed)}")
 
 
 class RunLog:
@@ -130,13 +174,11 @@ class RunLog:
         seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._pauses.items() if every)
         return human_time(seconds)
 
-    def forecast(self, config, shares):
+    def forecast(self, config, plan, shares):
         """What the full run takes, from two steps and some evaluations of each kind.
 
-        shares: the part of its work that an evaluation did here.
+        plan: of the full run. shares: the part of its work that an evaluation did here.
         """
-        plan = make_plan(config, self._run.raw.config.block_size, self._run.train_stream.n_windows,
-                         self._runtime.world_size)
         step_s = self._recent_ms[-1] / 1000
         every = dict(validation=config.eval_every, HellaSwag=config.hellaswag_every, samples=config.sample_every,
                      checkpoint=config.checkpoint_every)
@@ -191,3 +233,195 @@ def peak_memory_gb(runtime):
         return torch.cuda.max_memory_allocated(runtime.device) / 1e9
     import resource  # Unix only
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class TuneLog:
+    """Step lines, and metrics.jsonl in --out with train.py's names; rank 0 writes and prints."""
+
+    def __init__(self, runtime, config, run):
+        self._runtime, self._config, self._run = runtime, config, run
+        self._step_s, self._evaluation_s = [], []
+        if runtime.is_main:
+            path = Path(config.out) / "metrics.jsonl"
+            cut_back(path, run.step, lambda line: int(json.loads(line)["step"]))
+            self._file = AppendFile(path)
+            self._tracker = Tracker(config, config.out, "fine-tuning", resumed=run.step > 0)
+
+    def train(self, result, rate, n_tokens, seconds, skipped):
+        """Log one step; n_tokens: that it read, all ranks together; skipped: why it was no update, "" where it was."""
+        run = self._run
+        self._step_s.append(seconds)
+        if not self._runtime.is_main:
+            return
+        tok_per_sec = n_tokens / seconds
+        self._row(loss=result.loss, lr=rate, grad_norm=result.grad_norm, ms=1000 * seconds, tok_per_sec=tok_per_sec)
+        recent = self._step_s[-50:]
+        eta = (run.max_steps - run.step - 1) * sum(recent) / len(recent)
+        print(f"step {run.step:>{len(str(run.max_steps))}}/{run.max_steps} | loss {result.loss:.4f} | lr {rate:.2e} | "
+              f"norm {result.grad_norm:.3f} | {1000 * seconds:.0f} ms | {tok_per_sec:,.0f} tok/s | "
+              f"eta {human_time(eta)}{skipped and f' | update skipped: {skipped}'}", flush=True)
+
+    def evaluation(self, epoch, facts, better, seconds):
+        """Log what an evaluation measured, {name: number}."""
+        self._evaluation_s.append(seconds)
+        if self._runtime.is_main:
+            self._row(epoch=epoch, **facts)
+            words = ", ".join(f"{name} {value:.4f}" for name, value in facts.items())
+            print(f"epoch {epoch}/{self._config.num_epochs}: {words}{' (the best so far)' * better}", flush=True)
+
+    def _row(self, **values):
+        plain = {k: None if not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(dict(step=self._run.step, tokens=self._run.tokens, **plain)) + "\n")
+        self._tracker.log(self._run.step, tokens=self._run.tokens, **plain)
+
+    def forecast(self):
+        """What the full run takes, after a dry run."""
+        n, every = self._run.full_steps, self._config.num_epochs + 1
+        seconds = n * self._step_s[-1] + every * self._evaluation_s[-1]
+        self._runtime.print(f"dry run: {1000 * self._step_s[-1]:.0f} ms a step; the full run of {n} steps takes about "
+                            f"{human_time(seconds)}. Nothing was kept.")
+
+    def close(self):
+        """Close the files."""
+        if self._runtime.is_main:
+            self._file.close()
+            self._tracker.close(finished=False)      # the script adds the results
+
+
+# -----------------------------------------------------------------------------
+# the mirror in MLflow
+
+def require_mlflow():
+    """Raise UserError where MLflow is not installed."""
+    if importlib.util.find_spec("mlflow") is None:
+        raise UserError("--mlflow needs MLflow: pip install -r requirements-extras.txt, or leave the flag out")
+
+
+class Tracker:
+    """One run of one experiment. Make it in one process only (rank 0), and close it."""
+
+    def __init__(self, config, log_dir, experiment, resumed=False):
+        """The parameters are the fields of the dataclass `config`; experiment: "train", "lr_finder", ...
+
+        resumed: go on with the newest run of the experiment in log_dir; the rows of metrics.jsonl that it lacks (a
+        killed process had not sent them) are sent first. Raises UserError where MLflow is not installed.
+        """
+        self._enabled = config.mlflow
+        if not self._enabled:
+            return
+        require_mlflow()
+        os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")    # read when it is imported
+        self._log_dir, self._experiment, self._resumed = Path(log_dir), experiment, resumed
+        self._params = {name: str(value) for name, value in asdict(config).items()}
+        self._client, self._run_id, self._warned = None, None, False
+        self._in_store = {}          # name -> last step that the store held when this process began
+        self._metrics = deque()      # (name, value, time in ms, step), not sent yet
+        self._actions = deque()      # what else to send, after the last metrics
+        self._closing = threading.Event()
+        rows = self._log_dir / "metrics.jsonl"
+        if resumed and rows.exists():
+            for line in rows.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, TypeError):      # a line that a full disk tore
+                    self.log(**json.loads(line))
+        self._thread = threading.Thread(target=self._work, daemon=True, name="MLflow")
+        self._thread.start()
+        if not resumed:
+            print(f"to watch it: mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{self._log_dir / STORE}')}",
+                  flush=True)
+
+    def log(self, step, **values):
+        """Take the numbers of a row; what is no finite number is left out."""
+        if self._enabled:
+            now = round(1000 * time.time())
+            self._metrics.extend((name, value, now, step) for name, value in values.items()
+                                 if type(value) in (int, float) and math.isfinite(value))
+
+    def artifact(self, path, make=None):
+        """Keep a copy of a file; make(path) writes it first, in the tracker's thread."""
+        def keep():
+            if make:
+                make(path)
+            self._client.log_artifact(self._run_id, str(path))
+        if self._enabled:
+            self._actions.append(keep)
+
+    def text(self, name, text):
+        """Keep a text as an artifact of this name."""
+        if self._enabled:
+            self._actions.append(lambda: self._client.log_text(self._run_id, text, name))
+
+    def close(self, finished=True):
+        """Send what is left, and wait for it, but not for ever. finished: else the run was stopped, and may go on."""
+        if self._enabled:
+            status = "FINISHED" if finished else "KILLED"
+            self._actions.append(lambda: self._client.set_terminated(self._run_id, status))
+            self._closing.set()
+            self._thread.join(FINISH_S if finished else STOP_S)
+            if self._thread.is_alive():
+                self._warn("it takes too long, so its last rows are missing")
+
+    def _work(self):
+        """The thread: a batch at once, one every SEND_EVERY_S, and the rest when the tracker closes."""
+        closing = False
+        while not closing:
+            self._attempt(self._send)
+            closing = self._closing.wait(SEND_EVERY_S)
+        for action in (self._send, *self._actions):
+            self._attempt(action)
+
+    def _attempt(self, action):
+        try:
+            action()
+        except Exception as error:  # of a database, a disk, MLflow: any kind, and the run goes on
+            self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def _warn(self, problem):
+        if not self._warned:
+            print(f"warning: MLflow: {problem}; the run goes on without it", flush=True)
+        self._warned = True
+
+    def _send(self):
+        """Send the metrics that wait, oldest first. A batch that fails stays: what MLflow has of it, it knows."""
+        if self._client is None:
+            self._client = self._open()
+        from mlflow.entities import Metric
+        while self._metrics:
+            rows = list(islice(self._metrics, BATCH))
+            new = [Metric(*row) for row in rows if row[3] > self._in_store.get(row[0], -1)]
+            if new:
+                self._client.log_batch(self._run_id, metrics=new)
+            for _ in rows:
+                self._metrics.popleft()
+
+    def _open(self):
+        """The client of the store in log_dir, both made where they are not yet; finds or begins the run."""
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+        for name in ("mlflow", "alembic"):          # of the tables that a new store gets
+            logging.getLogger(name).setLevel(logging.WARNING)
+        folder = self._log_dir.resolve()
+        client = MlflowClient(f"sqlite:///{folder / STORE}")
+        experiment = client.get_experiment_by_name(self._experiment)
+        # Without a location of its own MLflow would put the artifacts into ./mlruns.
+        number = experiment.experiment_id if experiment else client.create_experiment(
+            self._experiment, artifact_location=(folder / ARTIFACTS).as_uri())
+        newest = ["attributes.start_time DESC"]
+        runs = client.search_runs([number], order_by=newest, max_results=1) if self._resumed else []
+        run = runs[0] if runs else client.create_run(number, run_name=folder.name)
+        self._run_id, self._resumed = run.info.run_id, True     # should the rest fail, the next attempt finds it
+        if runs:
+            client.update_run(self._run_id, status="RUNNING")
+        if not run.data.params:                     # a resumed run keeps those that it began with
+            client.log_batch(self._run_id, params=[Param(*param) for param in self._params.items()])
+        self._in_store = {name: max(metric.step for metric in client.get_metric_history(self._run_id, name))
+                          for name in run.data.metrics}
+        return client
+
+
+def track_results(config, best_checkpoint, files):
+    """Add to the run in MLflow what came of it, on rank 0."""
+    tracker = Tracker(config, config.out, "fine-tuning", resumed=True)
+    for path in files:
+        tracker.artifact(path)
+    tracker.text("best_checkpoint.txt", f"{best_checkpoint.resolve()}\n")
+    tracker.close()

@@ -1,29 +1,193 @@
-"""GPT-2 in Hugging Face format (config.json, model.safetensors, tokenizer files), to and from our names and layout.
+"""Anyone's model as a GPT and its tokenizer: our checkpoints, nanoGPT's, build-nanogpt's, Hugging Face's format.
 
-Theirs differs from ours in these places: Conv1D stores matrices transposed (in, out); keys may lack the prefix
-"transformer."; causal masks may be stored as buffers; the tied output layer is left out; biases are always there;
-the embedding has no padding rows.
+`open_model` reads them all, `write_pretrained` writes a folder in Hugging Face format (config.json, model.safetensors,
+tokenizer files). That differs from ours in these places: Conv1D stores matrices transposed (in, out); keys may lack the
+prefix "transformer."; causal masks may be stored as buffers; the tied output layer is left out; biases are always
+there; the embedding has no padding rows.
 """
-import contextlib
 import functools
 import json
-import os
-import shutil
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from exactgpt import hub
-from exactgpt.config import UserError
-from exactgpt.files import atomic_write, read_json, sync_folder, write_json
+from exactgpt import hub, lora
+from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
+from exactgpt.classifier import Classifier
+from exactgpt.config import UserError, atomic_write, find_visible, new_folder, read_json, write_json
+from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, confirm, from_checkpoint, from_merges, load_tokenizer
+from model import GPT, GPTConfig
 
+PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more spare rows the vocabulary is another one
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 CLASSIFIER = "GPT2ForSequenceClassification"       # the name of classifier.py's model there
 # Settings of transformers' GPT2Config that change the arithmetic, with the only value that our model computes.
 FIXED_SETTINGS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
+
+@dataclass
+class OpenedModel:
+    """A model with what a script needs around it."""
+    model: GPT
+    tokenizer: Tokenizer | None   # None: the weights come without one (ids only)
+    source: str                   # the file, folder or name
+    step: int | None = None
+    val_loss: float | None = None
+    extra: dict = field(default_factory=dict)   # the checkpoint's other plain entries
+
+    def with_tokenizer(self):
+        """Itself, if text can be encoded for the model. Raises UserError where the weights came without a tokenizer."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.source} comes without a tokenizer for its {self.model.config.vocab_size:,} tokens, "
+                            "so text cannot be encoded for it; name a folder that has its with --tokenizer")
+        return self
+
+    def describe(self):
+        """One line for people: source, size, step, validation loss."""
+        facts = [f"{self.model.n_params():,} parameters"]
+        facts += [f"step {self.step}"] if self.step is not None else []
+        facts += [f"validation loss {self.val_loss:.4f}"] if self.val_loss is not None else []
+        return f"{self.source}: {', '.join(facts)}"
+
+
+def open_model(source, classifiers=False, tokenizer=""):
+    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name, a LoRA
+    adapter (merged into its base), or the newest one in the folder of a run. classifiers: a Classifier will do, too.
+    tokenizer: the folder of the vocabulary where the source has none. Raises UserError naming the file and what is
+    wrong with it, and where that vocabulary is not the model's.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix == ".pt":
+        opened = _open_file(path, tokenizer)
+    elif lora.is_adapter(path):
+        opened = _open_adapter(path, tokenizer)
+    elif path.is_dir() and not (path / "config.json").exists():
+        if not list_checkpoints(path):
+            raise UserError(f"{source} holds neither a model_XXXXX.pt nor a config.json; name the folder of a run, or "
+                            "of a model in Hugging Face format")
+        opened = _open_file(newest_model(path), tokenizer)
+    else:
+        folder = local_folder(source)
+        model = build_model(*read_pretrained(folder), source)
+        opened = OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size, tokenizer), str(source))
+    n_rows = opened.model.config.vocab_size
+    if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # nothing that the model was trained on
+        opened.tokenizer = None
+    if tokenizer and opened.tokenizer is None:
+        raise UserError(f"--tokenizer {tokenizer}: that is not the vocabulary of {source}, whose model has {n_rows:,} "
+                        "tokens; leave it out or name the right folder")
+    if isinstance(opened.model, Classifier) and not classifiers:
+        raise UserError(f"{source} writes no text, it is a classifier ({', '.join(opened.model.config.labels)}): "
+                        f"python finetune_classifier.py --checkpoint {source} --predict \"...\"")
+    return opened
+
+
+def open_weights(source, tokenizer, folder):
+    """Config and weights of a model to start from, as plain data. Raises UserError if its vocabulary is another one."""
+    opened = open_model(source, tokenizer=folder)
+    if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
+        raise UserError(f"{source} speaks the vocabulary {opened.tokenizer.name}, the shards are in {tokenizer.name}")
+    rows = opened.model.config.vocab_size
+    if tokenizer.n_vocab > rows:
+        raise UserError(f"{source} has {rows} vocabulary rows, the shards need {tokenizer.n_vocab}")
+    return dict(config=opened.model.config_dict(), model=opened.model.state_dict())
+
+
+def _open_adapter(folder, tokenizer):
+    """The model that a LoRA adapter belongs to, with the adapter merged into it."""
+    source, sha256 = lora.base_of(folder)
+    try:
+        opened = open_model(source, tokenizer=tokenizer)
+    except UserError as error:
+        raise UserError(f"the adapter in {folder} belongs to {source}, as seen from where it was trained: {error}"
+                        ) from error
+    if sha256 and weights_hash(opened.model.state_dict()) != sha256:
+        raise CheckpointError(f"{source} holds other weights than those that the adapter in {folder} belongs to")
+    merged = lora.merge_folder(opened.model, folder).requires_grad_(True)
+    return OpenedModel(merged, opened.tokenizer, str(folder))
+
+
+def _folder_tokenizer(folder, vocab_size, otherwise):
+    """A Hugging Face folder's Tokenizer, else that of `otherwise`, else GPT-2's; None if it cannot be the model's."""
+    stored = read_vocabulary(folder)
+    if stored is None:
+        is_known = otherwise or (folder / "vocab.bpe").exists()
+        return load_tokenizer(folder, otherwise) if is_known or _may_be_gpt2s(vocab_size) else None
+    merges, ids = stored
+    tokenizer = confirm(from_merges(merges, folder), otherwise, folder)
+    ours = json.loads(tokenizer.encoder_json())
+    is_ours = all(ids.get(token) == i for token, i in ours.items())     # and not special tokens first, say
+    return tokenizer if is_ours else None
+
+
+def _may_be_gpt2s(vocab_size):
+    """Whether a model that comes without a vocabulary has about as many embedding rows as GPT-2."""
+    return 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
+
+
+def _open_file(path, folder):
+    checkpoint = read_checkpoint(path)
+    if "model_args" in checkpoint:
+        config = _nanogpt_config(checkpoint)
+        step, val_loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+    else:
+        config, step, val_loss = checkpoint.get("config"), checkpoint.get("step"), checkpoint.get("val_loss")
+    model = build_model(config, checkpoint.get("model"), path)
+    stored = checkpoint.get("tokenizer")
+    is_known = stored is not None or folder
+    tokenizer = from_checkpoint(stored, folder) if is_known or _may_be_gpt2s(model.config.vocab_size) else None
+    extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
+    return OpenedModel(model, tokenizer, str(path), step, _plain_number(val_loss), extra)
+
+
+def build_model(config, state, source):
+    """The GPT, or the Classifier, of a checkpoint's config (dict) and state dict, in fp32. Raises CheckpointError."""
+    if not isinstance(config, dict) or not isinstance(state, dict):
+        raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
+    try:
+        return (Classifier if "labels" in config else GPT).from_state(config, clean_state(state)).float()
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def clean_state(state):
+    """A state dict without what torch.compile and DDP put before its names, and without stored causal masks."""
+    cleaned = {}
+    for key, tensor in state.items():
+        key = str(key)
+        while key.startswith(("_orig_mod.", "module.")):
+            key = key.split(".", 1)[1]
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            cleaned[key] = tensor
+    return cleaned
+
+
+def _nanogpt_config(checkpoint):
+    """nanoGPT's model_args as our config: it computes the exact GELU."""
+    args = checkpoint["model_args"]
+    names = GPTConfig.__dataclass_fields__
+    return {**{k: v for k, v in args.items() if k in names}, "activation": "gelu"} if isinstance(args, dict) else None
+
+
+def _plain_number(value):
+    is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    return float(value) if is_number else None
+
+
+def newest_model(log_dir="logs"):
+    """The language model written last anywhere below `log_dir`, but for model_best.pt. Raises UserError without one."""
+    files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
+    if not files:
+        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with "
+                        "--checkpoint (a file, a Hugging Face folder, or gpt2)")
+    return max(files, key=lambda p: p.stat().st_mtime)
+
+
+# -----------------------------------------------------------------------------
+# reading Hugging Face format
 
 def read_pretrained(name_or_folder):
     """(config, state) of a folder in Hugging Face format or of a name on the hub: GPTConfig's fields as a dict,
@@ -165,7 +329,7 @@ def read_vocabulary(folder):
 
 
 # -----------------------------------------------------------------------------
-# writing
+# writing it
 
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
     """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and, with a Tokenizer, its
@@ -195,33 +359,6 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
             raise UserError(f"cannot write the weights in {folder}: {error}") from error
         if check:
             check(temporary)
-
-
-@contextlib.contextmanager
-def new_folder(path):
-    """A temporary folder beside `path`, which gets its name on a clean exit and is removed after an error.
-
-    Raises UserError if `path` is there and not an empty folder, and where the disk refuses.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose another name or move it away")
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)       # of an export that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def their_config(config, n_vocab, eot):

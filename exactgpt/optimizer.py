@@ -1,17 +1,29 @@
-"""AdamW, and Muon for the matrices inside the blocks (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/).
+"""AdamW and Muon, the learning rate of each step, and the end of a step: clip, agree, update or skip.
 
-Muon replaces a matrix' momentum by the nearest orthogonal matrix, found with five Newton-Schulz steps. Queries, keys
-and values share one matrix (c_attn) and are orthogonalised apart, as the author does. Every rank keeps all momenta, so
-checkpoints do not depend on the number of processes; the Newton-Schulz work is divided and the results gathered.
+Muon (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/) is for the matrices inside the blocks. It replaces
+a matrix' momentum by the nearest orthogonal matrix, found with five Newton-Schulz steps. Queries, keys and values share
+one matrix (c_attn) and are orthogonalised apart, as the author does. Every rank keeps all momenta, so checkpoints do
+not depend on the number of processes; the Newton-Schulz work is divided and the results gathered.
 """
+import math
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from model import parameter_groups
+from exactgpt.config import RunFailed
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)   # the quintic whose slope at 0 is steepest (the post above)
+MAX_SKIPPED = 10    # steps in a row: then the run ends
+DECAY_FRACTION = 0.3       # of a wsd run: the linear decay at its end
+
+
+def parameter_groups(model, weight_decay):
+    """Two groups for an optimizer: matrices, which decay, and vectors (biases, LayerNorms), which do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
 
 
 def make_optimizer(model, config, runtime):
@@ -130,3 +142,94 @@ class OptimizerPair:
         """Put both states back. Raises KeyError where one is missing, ValueError where one does not fit."""
         for optimizer in self._both:
             optimizer.load_state_dict(state[type(optimizer).__name__])
+
+
+# -----------------------------------------------------------------------------
+# learning rate
+
+def learning_rate_factor(step, plan, schedule, min_factor):
+    """The learning rate at a step (from 0) as a fraction of its peak.
+
+    Linear warm-up (s + 1) / warmup_steps, then "cosine" to min_factor at max_steps (GPT-3 paper, appendix B), or
+    "wsd": constant, then linear to min_factor over the last DECAY_FRACTION of the run (Hu et al. 2024, MiniCPM).
+    """
+    if step < plan.warmup_steps:
+        return (step + 1) / plan.warmup_steps
+    if schedule == "cosine":
+        progress = (step - plan.warmup_steps) / max(1, plan.max_steps - plan.warmup_steps)
+        return min_factor + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (1 - min_factor)
+    start = decay_start(plan)
+    progress = max(0.0, (step - start) / max(1, plan.max_steps - start))
+    return 1 + min(1.0, progress) * (min_factor - 1)
+
+
+def decay_start(plan):
+    """The step at which a wsd schedule begins to decay."""
+    return max(plan.warmup_steps, plan.max_steps - round(DECAY_FRACTION * plan.max_steps))
+
+
+# -----------------------------------------------------------------------------
+# the end of a step
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave, the same on all ranks."""
+    loss: float        # mean over all ranks' targets, nats
+    grad_norm: float   # of the mean gradient, before clipping
+    finite: bool       # False: loss or gradient was inf or NaN, and the update was skipped
+    stop: bool         # some rank was asked to stop
+
+
+def update(model, optimizer, scaler, grad_clip, loss, runtime):
+    """Clip the gradients, step, drop them: a StepResult. loss: this rank's, a scalar tensor in nats; the mean over
+    ranks is the step's.
+
+    The one small collective of a step carries the loss and the stop flag. The norm is of gradients that DDP has
+    averaged, so all ranks decide alike whether to skip.
+    """
+    scaler.unscale_(optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+    sums = runtime.reduce(loss, bool(runtime.stop_signal))
+    facts = torch.cat([sums, grad_norm.to(sums.dtype)[None]])              # (3,): loss, stop signals, norm
+    # Where the kernel itself can skip, it decides: a card that waited for this process to look would idle meanwhile.
+    kernel_skips = isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled() and runtime.device.type != "mps"
+    if kernel_skips:
+        optimizer.found_inf = (~facts.isfinite().all()).float()             # 1: the fused kernel leaves all as it is
+        optimizer.step()
+        del optimizer.found_inf
+    loss_sum, signals, norm = runtime.read(facts)
+    finite = math.isfinite(loss_sum) and math.isfinite(norm)
+    if not kernel_skips:
+        if finite:
+            scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum / runtime.world_size, norm, finite, signals > 0)
+
+
+@dataclass
+class Skipped:
+    """Updates that were skipped in a row."""
+    in_a_row: int = 0
+    scale_found: bool = False    # fp16: some update was made, so the loss scale is about right
+
+    def count(self, result, scaler):
+        """Count a step: why its update was skipped, "" where it was not.
+
+        The first steps of fp16, in which the GradScaler looks for its scale, do not count.
+        """
+        if result.finite:
+            self.in_a_row, self.scale_found = 0, True
+            return ""
+        if scaler.is_enabled() and not self.scale_found and scaler.get_scale() >= 1:
+            return "the loss scale is too high, halved"
+        self.in_a_row += 1
+        return "loss or gradient is not finite"
+
+    def check(self):
+        """Raise RunFailed after MAX_SKIPPED in a row: the weights are past saving."""
+        if self.in_a_row >= MAX_SKIPPED:
+            raise RunFailed(f"{MAX_SKIPPED} steps in a row gave no finite gradient: begin anew in another folder, with "
+                            "a smaller --max_lr or another --seed. What was saved before is as it was; --dtype fp32 "
+                            "(train.py: or --attention math) may go on from it")

@@ -5,10 +5,8 @@ layout, whose shards are read unchanged). llm.c's and modded-nanogpt's .bin file
 (magic 20240520, version 1, token count), then uint16 tokens. Nothing read is trusted: headers are held against
 file sizes, the manifest against the files, and `verify` holds every token against the hashes.
 """
-import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import re
 import warnings
@@ -17,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError
-from exactgpt.files import atomic_write, read_json, write_json
+from exactgpt.config import UserError, read_json, write_json
 from exactgpt.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -283,112 +280,3 @@ def permutation(n, *key):
     digest = hashlib.sha256(repr(key).encode()).digest()
     random = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
     return np.argsort(random, kind="stable")
-
-
-def matching_manifest(folder, wanted):
-    """The manifest of `folder` if the command that made it is that of the manifest `wanted`; None for a new folder.
-
-    A folder without a finished shard is as good as new. Raises UserError where the folder holds something else.
-    """
-    folder = Path(folder)
-    found = load_manifest(folder)
-    if found is None:
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.suffix != ".tmp"] \
-            if folder.is_dir() else []
-        if others:
-            raise UserError(f"{folder} holds other files ({others[0]}); choose another --out")
-        return None
-    if not found.shards and not found.complete:
-        return None
-    differing = [k for k, v in {**wanted.settings, "seed": wanted.seed}.items()
-                 if {**found.settings, "seed": found.seed}.get(k) != v]
-    if wanted.tokenizer not in ("", found.tokenizer):       # "": still to be trained
-        differing.append("tokenizer")
-    if differing or found.source != wanted.source:
-        raise UserError(f"{folder} holds shards of another command (differing: {', '.join(differing) or 'source'}); "
-                        f"choose another --out, or delete {folder}")
-    return found
-
-
-def print_shards(folder):
-    """Print what a finished folder holds and the command that trains on it."""
-    shards = ShardFolder(folder)
-    for name, split in (("train", shards.train), ("val", shards.val)):
-        plural = "s" if len(split) != 1 else ""
-        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
-    print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
-    print(f"next: python train.py --data_dir {folder} --log_dir logs/{Path(folder).resolve().name} --dry_run\n"
-          "      (says how long GPT-2 124M takes here; for a small one add --n_layer 4 --n_head 4 --n_embd 256)")
-
-
-@contextlib.contextmanager
-def writing_to(folder):
-    """What goes wrong while the files of a folder are written (a full disk) becomes a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror or error}; make room there and run the same "
-                        "command again") from error
-
-
-def save_shard(folder, name, split, index, tokens):
-    """Write one shard atomically; its manifest row {file, split, tokens, sha256}."""
-    tokens = np.ascontiguousarray(tokens, dtype="<u2")
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
-    file = f"{name}_{split}_{index:06d}.npy"
-    digest = hashlib.sha256(header.getvalue())
-    digest.update(tokens)
-    with atomic_write(Path(folder) / file) as f:
-        f.write(header.getvalue())
-        f.write(tokens)
-    return dict(file=file, split=split, tokens=len(tokens), sha256=digest.hexdigest())
-
-
-class ShardWriter:
-    """Cuts a stream of documents into shards and keeps the manifest in step with what is on the disk.
-
-    Shard 0 holds the first `val_tokens` tokens, the following ones `shard_tokens` each, the last what is left;
-    documents are cut at the borders, as build-nanogpt's fineweb.py does.
-    """
-
-    def __init__(self, folder, name, manifest, val_tokens, shard_tokens):
-        self.folder, self.name, self.manifest = Path(folder), name, manifest
-        self._sizes = (val_tokens, shard_tokens)
-        self._buffer = np.empty(max(self._sizes), dtype="<u2")
-        self._filled = 0
-
-    def append(self, tokens, position):
-        """Add tokens (uint16) that the source holds from `position` (a dict) on.
-
-        When a shard is full it is written, and then the manifest, whose position says where the next one begins:
-        "skip" tokens after `position`. A continued run begins there.
-        """
-        start = 0
-        while start < len(tokens):
-            size = self._sizes[min(len(self.manifest.shards), 1)]
-            n = min(len(tokens) - start, size - self._filled)
-            part = tokens[start:start + n]
-            self._buffer[self._filled:self._filled + n] = part
-            self.manifest.rows += int(np.count_nonzero(part == self.manifest.eot))
-            self._filled += n
-            start += n
-            if self._filled == size:
-                self._flush({**position, "skip": position.get("skip", 0) + start})
-
-    def _flush(self, position):
-        index = len(self.manifest.shards)
-        row = save_shard(self.folder, self.name, "train" if index else "val", index, self._buffer[:self._filled])
-        self.manifest.shards.append(row)
-        self.manifest.position = position
-        self.manifest.save(self.folder)
-        self._filled = 0
-
-    def finish(self):
-        """Write the last, shorter shard and mark the manifest complete."""
-        self.manifest.complete = True
-        self.manifest.position = {}
-        if self._filled:
-            self._flush({})
-        else:
-            self.manifest.save(self.folder)

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from exactgpt.config import UserError
-from exactgpt.files import atomic_write, read_json
+from exactgpt.config import UserError, atomic_write, read_json
 
 # The hashes that tiktoken pins for GPT-2 (tiktoken_ext/openai_public.py).
 GPT2_SHA256 = {

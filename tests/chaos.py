@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import train
-from exactgpt import assemble, checkpoint, config
+from exactgpt import checkpoint, config
 
 once = os.environ.get("ACCIDENT_ONCE")
 happened = len(Path(once).read_text()) if once and Path(once).exists() else 0
@@ -56,6 +56,9 @@ def before(function, step_of, place):
     return wrapped
 
 
+save_checkpoint = checkpoint.save_checkpoint
+
+
 def half_a_save(path, entries):
     """A save in whose middle the accident happens, or that finds the disk full until STEP."""
     if what == "full" and entries["step"] < int(at) and mine:
@@ -63,7 +66,7 @@ def half_a_save(path, entries):
     if where == "save" and what != "full" and entries["step"] == int(at):
         Path(f"{path}.tmp").write_bytes(b"PK\x03\x04 half of a file")
         accident()
-    return checkpoint.save_checkpoint(path, entries)
+    return save_checkpoint(path, entries)
 
 
 def poisoned(train_step):
@@ -83,10 +86,10 @@ def poisoned(train_step):
 if what in ("inf", "infs"):
     train.train_step = poisoned(train.train_step)
 train.train_step = before(train.train_step, lambda run, config, runtime, tokens, step: step, "step")
-train.save_checkpoint = half_a_save
+checkpoint.save_checkpoint = half_a_save
 train.write_samples = before(train.write_samples, lambda run, config, runtime, step: step, "sample")
 train.validate = before(train.validate, lambda run, config, runtime, log, step: step, "validate")
-assemble.build = before(assemble.build, lambda *_: 0, "start")
+train.build = before(train.build, lambda *_: 0, "start")
 
 if __name__ == "__main__":
     sys.argv[0] = "train.py"

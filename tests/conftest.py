@@ -5,19 +5,15 @@ os.environ["OMP_NUM_THREADS"] = "1"      # before torch is imported: two xdist w
 os.environ["HF_HUB_OFFLINE"] = "1"       # no test may reach the hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import hashlib
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from common import ROOT, SHARED_DATA, script_env
 
 from bench import forks
-
-ROOT = Path(__file__).parents[1]
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture
@@ -71,12 +67,6 @@ def run_ranks(tmp_path_factory):
     return run_group
 
 
-def script_env(home, more=None):
-    """The environment of a script under test: an empty HOME, this repository's modules, nothing of torchrun's."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
-
-
 @pytest.fixture
 def make_shards(tmp_path):
     """make_shards(train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, name="shards") -> a folder.
@@ -86,7 +76,8 @@ def make_shards(tmp_path):
     as prepare_text.py leaves a folder: train.py trains on it.
     """
     def make(train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, name="shards"):
-        from exactgpt.shards import Manifest, save_shard
+        from exactgpt.shard_writer import save_shard
+        from exactgpt.shards import Manifest
         from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
         folder = tmp_path / name
         folder.mkdir()
@@ -104,25 +95,6 @@ def make_shards(tmp_path):
         manifest.save(folder)
         return folder
     return make
-
-
-def brute_force_order(sizes, block_size, seed, n_positions):
-    """The window numbers at global positions 0..n_positions - 1, by the words of DESIGN.md ("Data order") alone.
-
-    sizes: tokens of the train shards in file order.
-    """
-    def permuted(items, *key):
-        key = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")
-        raw = np.random.Philox(key=key).random_raw(len(items)).tolist()
-        return [item for _, _, item in sorted((r, i, item) for i, (r, item) in enumerate(zip(raw, items)))]
-    owner = [shard for shard, n in enumerate(sizes) for _ in range(n)]           # of each token
-    windows = range((sum(sizes) - 1) // block_size)
-    order, epoch = [], 0
-    while len(order) < n_positions:
-        for shard in permuted(range(len(sizes)), seed, epoch):
-            order += permuted([k for k in windows if owner[k * block_size] == shard], seed, epoch, shard)
-        epoch += 1
-    return order[:n_positions]
 
 
 @pytest.fixture
@@ -149,27 +121,6 @@ def tiny_gpt2():
                             else 2 * random / p.size(0) ** 0.5)
         return model.eval()
     return make
-
-
-def in_our_layout(theirs, name, tensor):
-    """A tensor shaped like parameter `name` of a transformers model, as nn.Linear stores it: Conv1D's transposed."""
-    from transformers.pytorch_utils import Conv1D
-    is_conv = isinstance(theirs.get_submodule(name.rpartition(".")[0]), Conv1D)
-    return tensor.t() if is_conv and tensor.dim() == 2 else tensor
-
-
-def as_ours(theirs, activation="gelu_tanh"):
-    """A GPT of ours in eval mode with the weights of a GPT2LMHeadModel, copied without hf_format."""
-    import torch
-
-    from model import GPT, GPTConfig
-    c = theirs.config
-    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, activation=activation,
-                          tie_word_embeddings=c.tie_word_embeddings, layer_norm_eps=c.layer_norm_epsilon))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(in_our_layout(theirs, name, theirs.get_parameter(name)))
-    return model.eval()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.tokenizer import Tokenizer

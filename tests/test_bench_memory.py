@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 
 V, T, C, LAYERS, HEADS = 4096, 128, 64, 1, 2
 

@@ -10,27 +10,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import as_ours, in_our_layout
+from common import as_ours, in_our_layout
 
 import train
-from exactgpt import assemble
-from exactgpt.assemble import check_disk
 from exactgpt.checkpoint import (
     CheckpointError,
+    check_disk,
     checkpoint_bytes,
     checkpoint_path,
-    clean_state,
     delete_old,
     disk_bytes,
     list_checkpoints,
-    newest_model,
     newest_valid,
-    open_model,
     read_checkpoint,
     save_checkpoint,
 )
 from exactgpt.config import RunFailed, UserError
 from exactgpt.distributed import Runtime, temporary_folder
+from exactgpt.open_model import clean_state, newest_model, open_model
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from model import GPT, GPTConfig
 
@@ -165,10 +162,10 @@ def test_the_optimizers_state_comes_to_the_other_ranks_last_and_onto_their_cards
              "--schedule", "wsd", "--warmup_steps", "0", "--data_dir", str(make_shards([900])), "--log_dir",
              str(tmp_path / "logs"), "--max_steps"]
     train.main([*flags, "1"])
-    sent, from_main, find = [], Runtime.from_main, assemble.find_micro_batch_size
+    sent, from_main, find = [], Runtime.from_main, train.find_micro_batch_size
     monkeypatch.setattr(Runtime, "from_main", lambda self, action, **how: (
         sent.append((from_main(self, action), how)), sent[-1][0])[1])
-    monkeypatch.setattr(assemble, "find_micro_batch_size", lambda *args, **more: (sent.append("sought"),
+    monkeypatch.setattr(train, "find_micro_batch_size", lambda *args, **more: (sent.append("sought"),
                                                                                   find(*args, **more))[1])
     train.main([*flags, "20"])
     (checkpoint, first), sought, (state, last) = sent

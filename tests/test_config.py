@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 
 from exactgpt import config
 from exactgpt.config import DeviceConfig, UserError, flag, kept_fields, parse_config
@@ -200,7 +200,7 @@ def test_other_errors_keep_their_traceback_and_ctrl_c_is_quiet(run):
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):
-    code = "from config import run_script\ndef main():\n    while True: print('x' * 4096)\nrun_script(main)"
+    code = "from exactgpt.config import run_script\ndef main():\n    while True: print('x' * 4096)\nrun_script(main)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=script_env(tmp_path))
     os.read(process.stdout.fileno(), 100)

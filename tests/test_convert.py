@@ -3,15 +3,16 @@ import json
 
 import pytest
 import torch
-from conftest import in_our_layout
+from common import in_our_layout
 
 import convert
 import hellaswag
 import inference
-from exactgpt import open_model as hf_format
-from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
+from exactgpt import open_model as models
+from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
 from exactgpt.generation import generate_ids
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 
@@ -83,15 +84,15 @@ def test_gpt_nano_comes_back_as_the_very_tensors_of_its_file(gpt_nano, tmp_path,
     ("tokenizer", "transformers' tokenizer gives other ids"),
 ])
 def test_an_export_that_is_not_the_model_is_not_kept(trained, tmp_path, monkeypatch, damage, message):
-    state, config, files = hf_format.their_state, hf_format.their_config, hf_format.tokenizer_files
+    state, config, files = models.their_state, models.their_config, models.tokenizer_files
     if damage == "weights":
-        monkeypatch.setattr(hf_format, "their_state", lambda *args: {
+        monkeypatch.setattr(models, "their_state", lambda *args: {
             k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v for k, v in state(*args).items()})
     if damage == "config":
-        monkeypatch.setattr(hf_format, "their_config",
+        monkeypatch.setattr(models, "their_config",
                             lambda *args: {**config(*args), "activation_function": "gelu_new"})
     if damage == "tokenizer":
-        monkeypatch.setattr(hf_format, "tokenizer_files", lambda tokenizer, n, **options: files(Tokenizer(
+        monkeypatch.setattr(models, "tokenizer_files", lambda tokenizer, n, **options: files(Tokenizer(
             tokenizer.merges[:-2], ""), n))
     with pytest.raises(RunFailed, match=message):
         main("--checkpoint", trained[0], "--out", tmp_path / "hf")
@@ -104,7 +105,7 @@ def test_a_diverged_model_travels_too(tmp_path):
         model.transformer.h[0].mlp.c_fc.weight[0] = torch.nan
     save_checkpoint(tmp_path / "a.pt", dict(model=model.state_dict(), config=model.config_dict()))
     main("--checkpoint", tmp_path / "a.pt", "--out", tmp_path / "hf")
-    weight = GPT.from_pretrained(tmp_path / "hf").transformer.h[0].mlp.c_fc.weight
+    weight = open_model(tmp_path / "hf").model.transformer.h[0].mlp.c_fc.weight
     assert weight[0].isnan().all() and not weight[1:].isnan().any()
 
 
@@ -204,4 +205,4 @@ def test_a_foreign_checkpoint_works_in_every_script(foreign, run, make_shards, t
     assert all(torch.allclose(trained[k], v, atol=1e-6) for k, v in open_model(path).model.state_dict().items())
 
     convert.main(["--checkpoint", str(path), "--out", str(tmp_path / "hf")])
-    assert GPT.from_pretrained(tmp_path / "hf").config.vocab_size == 50257
+    assert open_model(tmp_path / "hf").model.config.vocab_size == 50257

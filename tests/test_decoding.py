@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import as_ours
+from common import as_ours
 
 from exactgpt import generation as decoding
 from exactgpt.generation import Decoder, Sampling, generate_ids, one_ahead, pack_linears, pick, read_prompts

@@ -11,7 +11,7 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from common import ROOT
 from test_imports import TREES, imports
 
 from bench.common import RESULTS

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 
 from exactgpt.config import make_parser
 from train import TrainConfig

@@ -8,9 +8,8 @@ import pytest
 
 import train
 from exactgpt import distributed as runtime
-from exactgpt.config import UserError
+from exactgpt.config import FolderLock, UserError
 from exactgpt.dataloader import TokenStream
-from exactgpt.files import FolderLock
 from exactgpt.shards import ShardFolder
 
 TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",

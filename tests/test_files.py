@@ -7,11 +7,18 @@ import sys
 import time
 
 import pytest
-from conftest import script_env
+from common import script_env
 
-from exactgpt.config import UserError
-from exactgpt.files import FolderLock, atomic_write, check_new_file, find_visible, read_json, write_json
-from exactgpt.human import human_bytes
+from exactgpt.config import (
+    FolderLock,
+    UserError,
+    atomic_write,
+    check_new_file,
+    find_visible,
+    human_bytes,
+    read_json,
+    write_json,
+)
 
 
 def background(code, home):
@@ -49,7 +56,7 @@ def test_kill_9_while_writing_leaves_the_old_file_and_the_next_try_clears_up(tmp
     path.write_text("old")
     writer = background(f"""
 import time
-from exactgpt.files import atomic_write
+from exactgpt.config import atomic_write
 with atomic_write({str(path)!r}) as f:
     f.write(b"half")
     f.flush()
@@ -97,7 +104,7 @@ def test_a_folder_is_locked_until_its_holder_leaves(tmp_path):
 def test_kill_9_of_the_holder_frees_the_folder_for_one_that_waits(tmp_path):
     holder = background(f"""
 import time
-from exactgpt.files import FolderLock
+from exactgpt.config import FolderLock
 with FolderLock({str(tmp_path)!r}, wait_s=0):
     print("held", flush=True)
     time.sleep(60)""", tmp_path)
@@ -106,7 +113,8 @@ with FolderLock({str(tmp_path)!r}, wait_s=0):
     with pytest.raises(UserError, match="another run"):
         FolderLock(tmp_path, wait_s=0.5)
     assert 0.5 <= time.monotonic() - start < 5
-    waiting = background(f"from files import FolderLock; FolderLock({str(tmp_path)!r}, 30); print('got it')", tmp_path)
+    waiting = background(f"from exactgpt.config import FolderLock; FolderLock({str(tmp_path)!r}, 30); "
+                         "print('got it')", tmp_path)
     time.sleep(0.3)
     kill(holder)
     said = waiting.communicate(timeout=10)[0].splitlines()

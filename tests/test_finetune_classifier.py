@@ -9,18 +9,19 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA
+from common import SHARED_DATA
 from signals import signalled
 
 import convert
 import finetune_classifier
 import inference
-from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
+from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
-from exactgpt.rows import make_batches, render
+from exactgpt.finetune import make_batches, render
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
 from finetune_classifier import encode, read_splits, score_rows, stratified
 from model import GPT, GPTConfig

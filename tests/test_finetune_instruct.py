@@ -5,25 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA
+from common import ROOT, SHARED_DATA
 from signals import signalled
 from torch.nn import functional as F
 
 import convert
 import finetune_instruct
 import inference
-from exactgpt.checkpoint import open_model, read_checkpoint, save_checkpoint
+from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
-from exactgpt.finetune import Objective, Tuning, train_step
-from exactgpt.finetuning import writing_results
+from exactgpt.finetune import Objective, Tuning, make_row, render, train_step, writing_results
+from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.lora import add_adapter, merge
-from exactgpt.rows import make_row, render
-from exactgpt.template import alpaca_prompt
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from finetune_instruct import encode, encode_item, read_items
-from inference import generate
 from model import GPT, IGNORED, GPTConfig
 
 COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]

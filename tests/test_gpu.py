@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from common import ROOT
 from torch.nn import functional as F
 
 from bench import gpu, gpu_smoke

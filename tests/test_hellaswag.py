@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, as_ours, script_env
+from common import ROOT, SHARED_DATA, as_ours, script_env
 from torch.nn import functional as F
 
 import hellaswag

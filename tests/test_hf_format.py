@@ -7,13 +7,13 @@ import threading
 
 import pytest
 import torch
-from conftest import in_our_layout
+from common import in_our_layout, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from exactgpt import open_model as hf_format
-from exactgpt.checkpoint import open_model
+from exactgpt import open_model as models
 from exactgpt.config import UserError
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 
@@ -23,7 +23,7 @@ IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 def refusal(folder):
     """The one line with which a folder is refused."""
     with pytest.raises(UserError) as caught:
-        GPT.from_pretrained(folder)
+        open_model(folder)
     return " ".join(str(caught.value).split())
 
 
@@ -47,7 +47,7 @@ def change_json(path, **entries):
 ], ids=str)
 def test_a_saved_transformers_model_is_read_bit_for_bit_and_computes_the_same(saved, options):
     theirs, folder = saved(**options)
-    ours = GPT.from_pretrained(folder).eval()
+    ours = open_model(folder).model.eval()
     for name, parameter in ours.named_parameters():
         expected = in_our_layout(theirs, name, theirs.get_parameter(name))
         torch.testing.assert_close(parameter, expected, atol=0, rtol=0, msg=name)
@@ -64,7 +64,7 @@ def test_keys_without_prefix_stored_masks_and_a_copied_head_are_understood(saved
         weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     weights["lm_head.weight"] = weights["wte.weight"].clone()
     save_file(weights, folder / "model.safetensors")
-    ours = GPT.from_pretrained(folder).eval()
+    ours = open_model(folder).model.eval()
     assert ours.lm_head.weight is ours.transformer.wte.weight
     torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
 
@@ -72,7 +72,7 @@ def test_keys_without_prefix_stored_masks_and_a_copied_head_are_understood(saved
 def test_a_stored_head_that_differs_is_kept_whatever_the_config_says(saved):
     theirs, folder = saved(tie_word_embeddings=False)
     change_json(folder / "config.json", tie_word_embeddings=True)
-    ours = GPT.from_pretrained(folder).eval()
+    ours = open_model(folder).model.eval()
     torch.testing.assert_close(ours.lm_head.weight, theirs.lm_head.weight, atol=0, rtol=0)
 
 
@@ -81,7 +81,7 @@ def test_half_precision_files_become_fp32(saved, dtype):
     _, folder = saved()
     weights = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors")
-    ours = GPT.from_pretrained(folder)
+    ours = open_model(folder).model
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     torch.testing.assert_close(ours.transformer.wpe.weight, weights["transformer.wpe.weight"].float(), atol=0, rtol=0)
 
@@ -90,13 +90,13 @@ def test_pytorch_model_bin_is_read_where_there_is_no_safetensors(saved):
     theirs, folder = saved()
     (folder / "model.safetensors").unlink()
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
-    torch.testing.assert_close(GPT.from_pretrained(folder).eval()(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(open_model(folder).model.eval()(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_the_trained_gpt_nano_gives_transformers_logits(gpt_nano):
     from transformers import GPT2LMHeadModel
     theirs = GPT2LMHeadModel.from_pretrained(gpt_nano).eval()
-    ours = GPT.from_pretrained(gpt_nano).eval()
+    ours = open_model(gpt_nano).model.eval()
     assert ours.n_params() == 85_728 and not ours.config.tie_word_embeddings
     ids = torch.tensor([[2, 1, 0, 0, 1, 2, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 1]])
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
@@ -175,7 +175,7 @@ def test_a_name_that_cannot_be_on_the_hub_is_called_so(tmp_path):
 def test_reading_changes_no_file(saved, tmp_path):
     _, folder = saved()
     shutil.copytree(folder, tmp_path / "copy")
-    hf_format.read_pretrained(folder)
+    models.read_pretrained(folder)
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
 
@@ -213,14 +213,14 @@ def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b"), ("Ġ", "ab")], "") if vocabulary else None
     model = GPT(GPTConfig(8, 50257 if tokenizer is None else tokenizer.n_vocab, 1, 2, 8))
-    model.save_pretrained(tmp_path / "model", tokenizer)
+    write_model(model, tmp_path / "model", tokenizer)
     others = {"merges.txt", "vocab.json", "tokenizer.json"} - set(vocabulary)
     Hub.files = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir() if f.name not in others}
     Hub.asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = """
-from exactgpt.checkpoint import open_model
+from exactgpt.open_model import open_model
 opened = open_model("gpt2")
 print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), opened.tokenizer.encode(" ab"))
 """
@@ -243,7 +243,7 @@ print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), 
 ], ids=str)
 def test_what_is_written_has_the_very_tensors_and_settings_that_transformers_writes(saved, tmp_path, options):
     _, folder = saved(**options)
-    GPT.from_pretrained(folder).save_pretrained(tmp_path / "ours")
+    write_model(open_model(folder).model, tmp_path / "ours")
     theirs, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "ours"))
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
@@ -261,8 +261,8 @@ def test_padding_rows_stay_out_and_absent_biases_become_zeros(tmp_path):
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b")], "")
     model = GPT(GPTConfig(8, 320, 1, 2, 8, bias=False, activation="gelu", dropout=0.1)).eval()
-    model.save_pretrained(tmp_path / "hf", tokenizer)
-    again = GPT.from_pretrained(tmp_path / "hf").eval()
+    write_model(model, tmp_path / "hf", tokenizer)
+    again = open_model(tmp_path / "hf").model.eval()
     assert again.config == GPTConfig(8, 258, 1, 2, 8, activation="gelu")
     for name, parameter in again.named_parameters():
         expected = dict(model.named_parameters()).get(name, torch.zeros_like(parameter))
@@ -278,7 +278,7 @@ def test_the_tokenizer_files_are_read_by_every_reader(tmp_path, monkeypatch):
     texts = ["the cat, the hat; the d\u00e9j\u00e0 vu\n\n  the 2024 \u6771\u4eac don't\t!"] * 3
     tokenizer = train_tokenizer(texts, 300)
     model = GPT(GPTConfig(8, 320, 1, 2, 8))
-    model.save_pretrained(tmp_path / "hf", tokenizer)
+    write_model(model, tmp_path / "hf", tokenizer)
     text = texts[0] + " unseen \U0001f600 \x00\x7f words"
     for changed in ("", "merges.txt", "tokenizer.json"):
         folder = tmp_path / f"without {changed}"
@@ -295,13 +295,13 @@ def test_the_tokenizer_files_are_read_by_every_reader(tmp_path, monkeypatch):
 
 def test_gpt2s_vocabulary_is_known_by_its_merges_and_another_order_of_ids_is_not_ours(tmp_path):
     model, gpt2 = GPT(GPTConfig(8, 50304, 1, 2, 8)), gpt2_tokenizer()
-    model.save_pretrained(tmp_path / "hf", gpt2)
+    write_model(model, tmp_path / "hf", gpt2)
     assert open_model(tmp_path / "hf").tokenizer.name == "gpt2"
     for file in ("merges.txt", "tokenizer.json"):
         (tmp_path / "hf" / file).unlink()
     assert open_model(tmp_path / "hf").tokenizer is gpt2             # none of its own, and GPT-2's size
     tokenizer = Tokenizer([("a", "b")], "")
-    GPT(GPTConfig(8, 320, 1, 2, 8)).save_pretrained(tmp_path / "own", tokenizer)
+    write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "own", tokenizer)
     ids = json.loads((tmp_path / "own" / "vocab.json").read_text())
     change_json(tmp_path / "own" / "vocab.json", **{token: (i + 1) % 258 for token, i in ids.items()})
     assert open_model(tmp_path / "own").tokenizer is None            # the end-of-text token first, say
@@ -318,12 +318,12 @@ def test_a_folder_that_holds_something_is_left_alone_and_an_empty_one_is_filled(
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
         with pytest.raises(UserError, match="exists already; choose another name"):
-            model.save_pretrained(tmp_path / name)
+            write_model(model, tmp_path / name)
     assert (tmp_path / "full" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.tmp").mkdir()                                 # of an export that was killed
     (tmp_path / "empty.tmp" / "rubbish").touch()
-    model.save_pretrained(tmp_path / "empty")
+    write_model(model, tmp_path / "empty")
     assert {f.name for f in (tmp_path / "empty").iterdir()} == {"config.json", "generation_config.json",
                                                                 "model.safetensors"}
     assert {f.name for f in tmp_path.iterdir()} == {"full", "file", "empty"}
@@ -333,17 +333,18 @@ def test_a_disk_that_refuses_leaves_nothing_behind(run, tmp_path):
     rc, out, err = run("-c", f"""
 import resource
 from exactgpt.config import run_script
+from exactgpt.open_model import write_pretrained
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(8, 65, 8, 2, 64))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-run_script(lambda: model.save_pretrained({str(tmp_path / "hf")!r}))""")
+run_script(lambda: write_pretrained({str(tmp_path / "hf")!r}, model.config_dict(), model.state_dict()))""")
     assert (rc, out) == (2, "") and len(err.splitlines()) == 1 and "cannot write the weights in" in err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_pairs_of_other_letters_are_no_vocabulary_of_ours(tmp_path):
     """SentencePiece's pairs, as converted to a tokenizer.json: the model opens, and reads and writes ids."""
-    GPT(GPTConfig(8, 320, 1, 2, 8)).save_pretrained(tmp_path / "hf")
+    write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps({
         "pre_tokenizer": {"type": "Metaspace"},
         "model": {"type": "BPE", "vocab": {"\u2581": 0, "t": 1, "\u2581t": 2}, "merges": ["\u2581 t"]}}))
@@ -354,4 +355,4 @@ def test_pairs_of_other_letters_are_no_vocabulary_of_ours(tmp_path):
 def test_a_damaged_tokenizer_json_is_one_line(tmp_path, model):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}))
     with pytest.raises(UserError, match="cannot read the tokenizer in"):
-        hf_format.read_vocabulary(tmp_path)
+        models.read_vocabulary(tmp_path)

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 from corpora import build_nanogpt, kill_at, loaded, parquet_bytes, write_corpus
 from fake_hub import COMMIT, CONVERTED, serve
 
@@ -15,7 +15,8 @@ from exactgpt.config import UserError
 from exactgpt.shards import load_manifest
 
 EDU = "HuggingFaceFW/fineweb-edu"
-IMPATIENT = "import prepare_fineweb; from exactgpt import config, hub; hub.FIRST_PAUSE_S = 0.1; config.run_script(prepare_fineweb.main)"
+IMPATIENT = ("import prepare_fineweb; from exactgpt import config, hub; hub.FIRST_PAUSE_S = 0.1; "
+             "config.run_script(prepare_fineweb.main)")
 CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
            {"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]}]
 

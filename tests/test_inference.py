@@ -9,14 +9,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 
 import inference
 from exactgpt.checkpoint import checkpoint_path, save_checkpoint
-from exactgpt.generation import generate_ids
-from exactgpt.template import alpaca_prompt
+from exactgpt.generation import Continuation, alpaca_prompt, generate, generate_ids, stream
 from exactgpt.tokenizer import Tokenizer
-from inference import Continuation, generate, stream
 from model import GPT, GPTConfig
 
 FLAGS = ("--device", "cpu", "--dtype", "fp32", "--num_seq", "2", "--max_tokens", "12")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from common import ROOT
 from test_train import TINY, losses
 
 import lr_finder
@@ -16,8 +16,8 @@ from exactgpt.config import RunFailed, UserError, parse_config
 from exactgpt.dataloader import TokenStream
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
+from exactgpt.metrics import Tracker
 from exactgpt.shards import ShardFolder
-from exactgpt.tracking import Tracker
 from lr_finder import FinderConfig, suggest, sweep, train_command
 
 CURVATURE = 4.0

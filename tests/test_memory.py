@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from bench.common import RESULTS
-from exactgpt import assemble, memory
+from exactgpt import device
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError
 from exactgpt.finetune import Objective
@@ -26,7 +26,7 @@ def card(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):
     def fits(module, block_size, size, runtime):
         tried.append(size)
         return size <= rows_that_fit
-    monkeypatch.setattr(memory, "fits", fits)
+    monkeypatch.setattr(device, "fits", fits)
     return SimpleNamespace(device=torch.device(kind), minimum=minimum), tried
 
 
@@ -36,31 +36,31 @@ RUNTIME = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.aut
 
 def test_the_largest_divisor_that_fits_is_found_by_halving(monkeypatch):
     runtime, tried = card(monkeypatch, 20)
-    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 16
+    assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 16
     assert tried == [64, 32, 16]                      # 64 x 1024 tokens already fill a card
     runtime, tried = card(monkeypatch, 9)
-    assert memory.find_micro_batch_size(RAW, 1024, 0, 60, runtime) == 6   # 60, 30, 15, 6: each a divisor of 60
+    assert device.find_micro_batch_size(RAW, 1024, 0, 60, runtime) == 6   # 60, 30, 15, 6: each a divisor of 60
 
 
 def test_a_size_fits_where_it_fits_on_every_rank(monkeypatch):
     runtime, tried = card(monkeypatch, 64)
     runtime.minimum = lambda answer: min(answer, tried[-1] <= 8)       # another rank's answer
-    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 8
+    assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 8
     assert tried == [64, 32, 16, 8]                                    # the ranks try the same sizes
 
 
 def test_a_size_that_does_not_fit_names_the_next_smaller_valid_one(monkeypatch):
     runtime, _ = card(monkeypatch, 20)
     with pytest.raises(UserError, match="use --micro_batch_size 16, or 0"):
-        memory.find_micro_batch_size(RAW, 1024, 32, 512, runtime)
-    assert memory.find_micro_batch_size(RAW, 1024, 16, 512, runtime) == 16
+        device.find_micro_batch_size(RAW, 1024, 32, 512, runtime)
+    assert device.find_micro_batch_size(RAW, 1024, 16, 512, runtime) == 16
     with pytest.raises(UserError, match="use --micro_batch_size 32, or 0"):
-        memory.find_micro_batch_size(RAW, 1024, 48, 96, runtime)
+        device.find_micro_batch_size(RAW, 1024, 48, 96, runtime)
 
 
 def test_a_size_that_was_found_on_a_larger_card_is_found_anew(monkeypatch):
     runtime, tried = card(monkeypatch, 20)
-    assert memory.find_micro_batch_size(RAW, 1024, 64, 512, runtime, insist=False) == 16
+    assert device.find_micro_batch_size(RAW, 1024, 64, 512, runtime, insist=False) == 16
     assert tried == [64, 32, 16]
 
 
@@ -72,9 +72,9 @@ def test_the_bound_is_just_below_what_the_compiled_step_was_counted_to_keep(name
     with torch.device("meta"):
         model = GPT(GPTConfig(**GPT2_SIZES[name]))
     model.recompute = recompute
-    state = memory.least_bytes(model, 0)
+    state = device.least_bytes(model, 0)
     assert state == counted["state_gb"] * 1e9
-    assert 0.98 < (memory.least_bytes(model, 1024) - state) / 1024 / (1e6 * counted["mb_per_token"]) < 1
+    assert 0.98 < (device.least_bytes(model, 1024) - state) / 1024 / (1e6 * counted["mb_per_token"]) < 1
 
 
 def test_a_size_that_cannot_fit_costs_no_try(monkeypatch):
@@ -83,31 +83,31 @@ def test_a_size_that_cannot_fit_costs_no_try(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 10**9, 80 * 10**9))
     with torch.device("meta"):
         xl = GPT(GPTConfig(**GPT2_SIZES["gpt2-xl"]))
-    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 16 and tried == [16]
+    assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 16 and tried == [16]
     runtime.minimum = lambda value: min(value, 40e9)                   # another rank's card
-    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 4 and tried == [16, 4]
+    assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 4 and tried == [16, 4]
     with pytest.raises(UserError, match="use --micro_batch_size 4, or 0"):
-        memory.find_micro_batch_size(RAW, 1024, 8, 512, runtime, gpt=xl)
+        device.find_micro_batch_size(RAW, 1024, 8, 512, runtime, gpt=xl)
     assert tried == [16, 4]
 
 
 def test_not_even_one_row(monkeypatch):
     runtime, _ = card(monkeypatch, 0)
     with pytest.raises(UserError, match="--recompute"):
-        memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime)
+        device.find_micro_batch_size(RAW, 1024, 0, 512, runtime)
 
 
 def test_on_a_cpu_a_micro_batch_has_at_most_4096_tokens(monkeypatch):
     runtime, tried = card(monkeypatch, 0, kind="cpu")
-    assert memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 4 and tried == []
-    assert memory.find_micro_batch_size(RAW, 8192, 0, 512, runtime) == 1
+    assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 4 and tried == []
+    assert device.find_micro_batch_size(RAW, 8192, 0, 512, runtime) == 1
 
 
 def test_a_try_leaves_the_weights_bitwise_as_they_are():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert memory.fits(model, 8, 2, RUNTIME)
+    assert device.fits(model, 8, 2, RUNTIME)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -128,7 +128,7 @@ def test_a_try_holds_what_a_step_with_accumulation_holds(monkeypatch):
     model.seen, steps = [], []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(len(model.seen)), step(self)))
-    assert memory.fits(model, 8, 2, RUNTIME)
+    assert device.fits(model, 8, 2, RUNTIME)
     assert model.seen == [((9, 1), (9, 1), 3, False), ((9, 1), (9, 1), 3, True)]
     assert steps == [0, 2]                     # one makes the state, one updates
 
@@ -142,7 +142,7 @@ def test_a_try_in_ddp_reduces_nothing_and_makes_gradients_beside_the_buckets():
         reduced, grads = [], []
         ddp.register_comm_hook(None, lambda _, bucket: reduced.append(bucket))
         model.transformer.wte.weight.register_post_accumulate_grad_hook(lambda p: grads.append(p.grad._is_view()))
-        assert memory.fits(ddp, 8, 2, RUNTIME)
+        assert device.fits(ddp, 8, 2, RUNTIME)
         assert reduced == [] and grads == [False, False]
     finally:
         dist.destroy_process_group()
@@ -156,12 +156,12 @@ def test_out_of_memory_is_no_error_but_an_answer(monkeypatch, error):
     """What was compiled for that size goes: each size compiles anew, and after eight torch would run eager."""
     monkeypatch.setattr(torch._dynamo, "reset", lambda: forgotten.append(True))
     forgotten = []
-    assert not memory.fits(Failing(error), 8, 2, RUNTIME) and forgotten
+    assert not device.fits(Failing(error), 8, 2, RUNTIME) and forgotten
 
 
 def test_any_other_error_is_one():
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        memory.fits(Failing(RuntimeError("CUDA error: an illegal memory access")), 8, 2, RUNTIME)
+        device.fits(Failing(RuntimeError("CUDA error: an illegal memory access")), 8, 2, RUNTIME)
 
 
 class Failing(torch.nn.Linear):
@@ -181,11 +181,11 @@ def test_a_compiler_that_fails_on_one_rank_fails_on_all(monkeypatch, problem):
     if problem == "here":
         def fits(*_):
             raise BackendCompilerFailed(None, ValueError("no ptxas\n here"), None)
-        monkeypatch.setattr(memory, "fits", fits)
+        monkeypatch.setattr(device, "fits", fits)
     else:
         runtime.minimum = lambda answer: -1
-    with pytest.raises(memory.CompilationFailed, match="no ptxas here" if problem == "here" else problem) as caught:
-        memory.find_micro_batch_size(RAW, 1024, 0, 512, runtime)
+    with pytest.raises(device.CompilationFailed, match="no ptxas here" if problem == "here" else problem) as caught:
+        device.find_micro_batch_size(RAW, 1024, 0, 512, runtime)
     assert len(str(caught.value)) <= 160
 
 
@@ -194,10 +194,10 @@ def test_where_the_model_cannot_be_compiled_the_micro_batch_is_sought_again(monk
     def find(module, *_, **options):
         tried.append(type(module).__name__)
         if len(tried) == 1:
-            raise memory.CompilationFailed("no ptxas")
+            raise device.CompilationFailed("no ptxas")
         return 2
-    monkeypatch.setattr(assemble, "find_micro_batch_size", find)
-    monkeypatch.setattr(assemble, "choose_compile", lambda *_: (True, None))
+    monkeypatch.setattr(train, "find_micro_batch_size", find)
+    monkeypatch.setattr(train, "choose_compile", lambda *_: (True, None))
     flags = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8", "--device", "cpu",
              "--total_batch_size", "32", "--max_steps", "1", "--hellaswag_every", "0", "--sample_every", "0",
              "--eval_every", "0", "--data_dir", str(make_shards([900])), "--log_dir", str(tmp_path / "logs")]
@@ -226,6 +226,6 @@ def test_a_try_of_fine_tuning_leaves_weights_and_what_is_frozen(kind):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     frozen = [not p.requires_grad for p in model.parameters()]
     runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.float16))
-    assert memory.fits(objective, 1024, 64, runtime)      # 65,536 targets: their sum is beyond fp16
+    assert device.fits(objective, 1024, 64, runtime)      # 65,536 targets: their sum is beyond fp16
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert frozen == [not p.requires_grad for p in model.parameters()]

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 from test_resume import CHAOS, FLAGS, SIZES, assert_same_end, assert_same_logs, straight, train  # noqa: F401
 from torch.distributed.run import get_args_parser
 

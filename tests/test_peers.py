@@ -4,15 +4,15 @@ import time
 
 import pytest
 import torch.distributed as dist
-from conftest import script_env
+from common import script_env
 
 from bench import forks
-from exactgpt import hang_watch as peers
+from exactgpt import hang_watch
 from exactgpt.hang_watch import compare, lost_peer, record_collectives
 
 MEET = """
 import os, time, torch, torch.distributed as dist
-from exactgpt.hang_watch import meet
+from exactgpt.rendezvous import meet
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 meeting = meet(rank, world_size, 60)
 dist.init_process_group("gloo", store=dist.PrefixStore("group", meeting.store), rank=rank, world_size=world_size)
@@ -90,8 +90,8 @@ def test_new_processes_never_meet_the_dead(store, member):
 
 @pytest.mark.slow
 def test_who_did_not_come_is_named(tmp_path, store):
-    (tmp_path / "meet.py").write_text("import os\nfrom exactgpt import config, hang_watch as peers\n"
-                                      "config.run_script(lambda: peers.meet(int(os.environ['RANK']), 4, 1))")
+    (tmp_path / "meet.py").write_text("import os\nfrom exactgpt import config, rendezvous\n"
+                                      "config.run_script(lambda: rendezvous.meet(int(os.environ['RANK']), 4, 1))")
     for rank, words in ((0, "meet.py: error: 1 of 4 processes met"), (0, "ranks 1, 2, 3 did not come"),
                         (1, ", rank 1: rank 0 did not come to 127.0.0.1:")):
         store.delete_key("start")
@@ -130,7 +130,7 @@ def test_errors_of_a_lost_peer_are_told_from_ours():
 
 
 def test_the_flight_recorder_is_on_but_for_what_the_user_set(monkeypatch):
-    for name in (*peers.FLIGHT_RECORDER, peers.FLIGHT_FILE, peers.OLD_FLIGHT_FILE):
+    for name in (*hang_watch.FLIGHT_RECORDER, hang_watch.FLIGHT_FILE, hang_watch.OLD_FLIGHT_FILE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
     monkeypatch.setattr(os, "environ", dict(os.environ))

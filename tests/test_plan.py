@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from exactgpt.config import UserError
-from exactgpt.plan import Plan, check_micro_batch_size, decay_start, divisors, learning_rate_factor, make_plan
+from exactgpt.device import check_micro_batch_size, divisors
+from exactgpt.optimizer import decay_start, learning_rate_factor
+from train import Plan, make_plan
 
 
 def flags(**changes):

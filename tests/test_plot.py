@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import finetune_classifier
+import lr_finder
 import plot
-from exactgpt import figures, human
+from exactgpt import config, figures
 from exactgpt.config import UserError
-from exactgpt.history import LoggedRun, Series, read_run, smooth
+from exactgpt.figures import LoggedRun, Series, read_run, smooth
 
 REPOSITORY = Path(__file__).parent.parent
 BUILD_NANOGPT_LOG = """0 val 10.9512
@@ -170,12 +172,12 @@ def test_long_curves_keep_their_spikes_and_gaps():
 
 @pytest.mark.parametrize("n, text", [(0, "0"), (950, "950"), (2500, "2.5k"), (999_900, "1000k"), (9.9992e9, "10B")])
 def test_counts_for_people(n, text):
-    assert human.human_count(n) == text
+    assert config.human_count(n) == text
 
 
 @pytest.mark.parametrize("rate, text", [(0, "0"), (6e-4, "6e-4"), (1.5e-3, "1.5e-3"), (1, "1e0")])
 def test_rates_for_people(rate, text):
-    assert human.human_rate(rate) == text
+    assert config.human_rate(rate) == text
 
 
 # -----------------------------------------------------------------------------
@@ -249,12 +251,12 @@ def test_odd_runs_are_drawn(loss, tmp_path):
 def test_other_figures(tmp_path):
     lrs = np.geomspace(1e-6, 1, 50)
     losses = np.where(lrs > 0.1, np.inf, 5 - lrs)
-    lr_finder = figures.draw_lr_finder(lrs, losses, smooth(losses, 2), {"steepest slope": 1e-3, "a tenth": 2e-3})
-    legend = [text.get_text() for text in lr_finder.axes[0].get_legend().get_texts()]
+    sweep = lr_finder.draw_lr_finder(lrs, losses, smooth(losses, 2), {"steepest slope": 1e-3, "a tenth": 2e-3})
+    legend = [text.get_text() for text in sweep.axes[0].get_legend().get_texts()]
     assert legend[-2:] == ["steepest slope: 1e-3", "a tenth: 2e-3"]
-    confusion = figures.draw_confusion([[9, 1], [0, 0]], ["ham", "spam $1"])
+    confusion = finetune_classifier.draw_confusion([[9, 1], [0, 0]], ["ham", "spam $1"])
     assert texts(confusion.axes[0]) == ["9", "1", "0", "0"]
-    for figure in (lr_finder, confusion, figures.draw_confusion(np.eye(30, dtype=int), list(range(30)))):
+    for figure in (sweep, confusion, finetune_classifier.draw_confusion(np.eye(30, dtype=int), list(range(30)))):
         figures.save_figure(figure, tmp_path / "figure.svg")
         assert not is_blank(tmp_path / "figure.svg")
 
@@ -335,6 +337,6 @@ def test_mistakes_end_the_process(tmp_path, words, message):
 
 
 def test_importing_is_silent_and_light():
-    code = "import sys, plot, figures, history; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    code = "import sys, plot; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

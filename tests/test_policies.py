@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from common import ROOT
 from test_resume import CHAOS, FLAGS, SIZES
 from test_train import TINY, losses, torchrun
 

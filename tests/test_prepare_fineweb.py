@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SHARED_DATA, script_env
+from common import ROOT, SHARED_DATA, script_env
 from corpora import build_nanogpt, contents, kill_at, loaded, parquet_bytes, some_texts, write_corpus
 
 from exactgpt import documents
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_it_without_a_traceback(corpus, tmp_path, delay):
 
 
 def test_one_run_at_a_time(corpus, tmp_path):
-    from exactgpt.files import FolderLock
+    from exactgpt.config import FolderLock
     with FolderLock(tmp_path / "out", 0), pytest.raises(UserError, match="another run is using"):
         prepare(tmp_path / "out", "--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0)
 

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED_DATA, script_env
+from common import ROOT, SHARED_DATA, script_env
 
 import prepare_text
 from exactgpt import documents, shard_writer as encode

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, script_env
+from common import ROOT, script_env
 
-from exactgpt.checkpoint import checkpoint_path, delete_old, save_checkpoint
+from exactgpt.checkpoint import checkpoint_path, delete_old, find_checkpoint, last_step, save_checkpoint
 from exactgpt.config import UserError
-from exactgpt.resume import find_checkpoint, last_step
 
 CHAOS = "tests/chaos.py"
 # 18 windows of 16 tokens, 8 a step: an epoch ends inside every third batch, and shards end everywhere.

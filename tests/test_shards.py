@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 
 from exactgpt.config import UserError
-from exactgpt.shards import (
-    Manifest,
-    ShardFolder,
-    ShardWriter,
-    load_manifest,
-    open_shard,
-    permutation,
-    save_shard,
-    writing_to,
-)
+from exactgpt.shard_writer import ShardWriter, save_shard, writing_to
+from exactgpt.shards import Manifest, ShardFolder, load_manifest, open_shard, permutation
 from exactgpt.tokenizer import train_tokenizer
 
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-import tokenizer as tokenizer_module
+from common import write_model
 from test_imports import TREES
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from exactgpt.checkpoint import open_model, save_checkpoint
+from exactgpt import tokenizer as tokenizer_module
+from exactgpt.checkpoint import save_checkpoint
 from exactgpt.config import UserError
-from exactgpt.python_docs import python_documents
+from exactgpt.documents import python_documents
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import GPT2_SHA256, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 
@@ -120,7 +122,7 @@ def test_saved_files_are_openais(tmp_path):
 
 
 def test_no_network_is_touched(run):
-    code = ("import socket; socket.socket = None\nfrom tokenizer import gpt2_tokenizer\n"
+    code = ("import socket; socket.socket = None\nfrom exactgpt.tokenizer import gpt2_tokenizer\n"
             "print(gpt2_tokenizer().encode('Hello world'))")
     assert run("-c", code, env={"TIKTOKEN_CACHE_DIR": "/nonexistent"}) == (0, "[15496, 995]\n", "")
 
@@ -193,7 +195,7 @@ def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must
         save_checkpoint(source, dict(model=model.state_dict(), config=model.config_dict(), tokenizer=stored))
         if not stored:
             sources[n_rows, "hf"] = tmp_path / f"hf{n_rows}"
-            model.save_pretrained(sources[n_rows, "hf"])
+            write_model(model, sources[n_rows, "hf"])
     for kind in (False, True, "hf"):
         assert open_model(sources[50304, kind], tokenizer=tmp_path / "gpt2").tokenizer.name == "gpt2"
         assert "--tokenizer FOLDER" in refusal(open_model, sources[50304, kind])
@@ -203,7 +205,7 @@ def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must
         assert "whose model has 320 tokens" in refusal(open_model, sources[320, kind], False, tmp_path / "gpt2")
     assert "--tokenizer" in refusal(open_model(sources[320, False]).with_tokenizer)
     assert open_model(sources[320, True], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
-    GPT(GPTConfig(8, 320, 1, 2, 8)).save_pretrained(tmp_path / "carries", own)
+    write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "carries", own)
     for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own"), (tmp_path / "carries", "gpt2")):
         assert "but --tokenizer" in refusal(open_model, source, False, tmp_path / folder)
 
@@ -241,7 +243,7 @@ def test_trained_vocabulary_splits_as_the_tokenizers_library_does(trained):
 
 
 def test_training_is_the_same_everywhere(trained, run):
-    code = ("from itertools import islice; from tokenizer import *; from python_docs import *\n"
+    code = ("from itertools import islice; from exactgpt.tokenizer import *; from exactgpt.documents import *\n"
             "print(train_tokenizer(islice(python_documents(), 60), 1024).name)")
     assert run("-c", code, env={"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"})[1] == trained.name + "\n"
 

@@ -12,9 +12,9 @@ from test_train import TINY
 
 import finetune_classifier
 import train
-from exactgpt import tracking
+from exactgpt import metrics
 from exactgpt.config import UserError
-from exactgpt.tracking import Tracker
+from exactgpt.metrics import Tracker
 
 if importlib.util.find_spec("mlflow") is None:     # imported later: only then is its telemetry off
     pytest.skip("MLflow is not installed", allow_module_level=True)
@@ -94,7 +94,7 @@ def test_rows_that_a_killed_process_had_not_sent_follow_and_a_fresh_start_is_a_n
 
 
 def test_batches_leave_while_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.05)
+    monkeypatch.setattr(metrics, "SEND_EVERY_S", 0.05)
     tracker = Tracker(Config(), tmp_path, "lr_finder")
     tracker.log(3, loss=2.0)
     while tracker._metrics or not tracker._run_id:            # the limit of a test ends what hangs
@@ -116,7 +116,7 @@ def test_training_goes_on_without_a_store_that_cannot_be_used(make_shards, tmp_p
 
 @pytest.mark.slow
 def test_a_store_that_comes_back_gets_what_it_missed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.05)
+    monkeypatch.setattr(metrics, "SEND_EVERY_S", 0.05)
     Tracker(Config(), tmp_path, "other").close()
     from mlflow import MlflowClient
     log_batch, calls = MlflowClient.log_batch, []
@@ -145,7 +145,7 @@ def test_without_the_flag_nothing_happens_and_without_mlflow_one_line_does(tmp_p
     tracker.text("a.txt", "a")
     tracker.close()
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r requirements-extras"):
         train.main(["--mlflow"])
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from common import ROOT
 
 import train
 from exactgpt.config import UserError

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from exactgpt.config import RunFailed
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
-from exactgpt.optimizer import make_optimizer
-from exactgpt.update import MAX_SKIPPED, Skipped, StepResult, update
+from exactgpt.optimizer import MAX_SKIPPED, Skipped, StepResult, make_optimizer, update
 from model import GPT, GPTConfig
 
 RUNTIME = Runtime(0, 0, 1, torch.device("cpu"), Hardware("cpu"), "fp32")
