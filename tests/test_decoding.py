@@ -9,6 +9,7 @@ from common import as_ours
 
 from exactgpt import generation as decoding
 from exactgpt.generation import Decoder, Sampling, generate_ids, one_ahead, pack_linears, pick, read_prompts
+from exactgpt.open_model import open_model
 from model import GPT, GPTConfig
 
 RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
@@ -83,7 +84,7 @@ def test_greedy_text_is_that_of_transformers_generate(tiny_gpt2):
 
 def test_the_trained_gpt_nano_sorts_as_it_does_in_transformers(gpt_nano):
     from transformers import GPT2LMHeadModel
-    theirs, ours = GPT2LMHeadModel.from_pretrained(gpt_nano), GPT.from_pretrained(gpt_nano).eval()
+    theirs, ours = GPT2LMHeadModel.from_pretrained(gpt_nano), open_model(gpt_nano).model.eval()
     for prompt in ([2, 1, 0, 2, 1, 0], [0, 2, 2, 1, 0, 2], [1, 1, 2, 0, 0, 1]):
         ids = torch.tensor([prompt])
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,

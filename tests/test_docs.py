@@ -4,7 +4,6 @@
 the name must be defined (or, where the file does not define it, stand), and a block of python that begins with
 "# file.py:12-15", whose other lines are those lines.
 """
-import functools
 import os
 import re
 import textwrap
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 from common import ROOT
-from test_imports import TREES, imports
 
 from bench.common import RESULTS
 from bench.table import table
@@ -70,20 +68,6 @@ def check(text):
     for begin, end, range_ in sorted(moved, reverse=True):
         text = text[:begin] + range_ + text[end:]
     return found, text
-
-
-def test_the_floors_of_the_walk_are_those_of_the_imports():
-    """A file's floor is one above the highest that it imports from."""
-    imported = {name: {module for module, _ in imports(tree)} & TREES.keys() for name, tree in TREES.items()}
-
-    @functools.cache
-    def floor(name):
-        return 1 + max(map(floor, imported[name]), default=0)
-    floors = {int(number): set(names.split()) for number, names in
-              re.findall(r"^ ?(\d+)  (.*)$", (ROOT / "docs" / "walk.md").read_text(encoding="utf-8"), re.MULTILINE)}
-    assert floors.pop(max(floors)) == {"bench/"}
-    assert floors == {number: {name for name in TREES if floor(name) == number}
-                      for number in range(1, max(map(floor, TREES)) + 1)}
 
 
 def test_the_table_of_results_is_what_the_results_give():

@@ -123,7 +123,7 @@ def test_a_config_that_we_do_not_compute_is_refused_with_its_reason(saved, entri
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "is not valid JSON"), ("[]", "must hold a JSON dict"), (None, "cannot read"),
+    ("{", "is not valid JSON"), ("[]", "must hold a JSON dict"), (None, "neither a model_XXXXX.pt nor a config.json"),
 ])
 def test_a_damaged_or_absent_config_is_named(saved, text, message):
     _, folder = saved()

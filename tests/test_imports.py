@@ -8,7 +8,7 @@ import json
 import sys
 
 import pytest
-from common import ROOT, TREES
+from common import ROOT, TREES, imports
 
 PACKAGE = {name for name in TREES if name.startswith("exactgpt.")}
 SCRIPTS = TREES.keys() - PACKAGE - {"model"}
@@ -18,26 +18,12 @@ LATER = {"datasets", "transformers", "matplotlib", "pandas", "pyarrow", "tokeniz
          "mlflow", "streamlit", "sklearn", "scipy", "peft"}     # imported by the functions that need them
 
 
-def imports(tree):
-    """The modules that a file imports, in functions too: ours by their full name, others' by their first word."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name if alias.name in TREES else alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
-            inside = [f"{node.module}.{alias.name}" for alias in node.names]
-            if node.module == "exactgpt":
-                assert set(inside) <= PACKAGE, inside
-                yield from inside
-            else:
-                yield node.module if node.module in TREES else node.module.split(".")[0]
-
-
-OURS = {name: set(imports(tree)) & TREES.keys() for name, tree in TREES.items()}      # of each file what it imports
+# Of each of our files the others that it imports.
+OURS = {name: set(imports(ast.walk(tree))) & TREES.keys() for name, tree in TREES.items()}
 
 
 def test_the_model_imports_torch_and_the_standard_library():
-    assert set(imports(TREES["model"])) - set(sys.stdlib_module_names) == {"torch"}
+    assert set(imports(ast.walk(TREES["model"]))) - set(sys.stdlib_module_names) == {"torch"}
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGE))

@@ -12,6 +12,7 @@ import torch
 from common import ROOT, script_env
 
 import inference
+from exactgpt import generation
 from exactgpt.checkpoint import checkpoint_path, save_checkpoint
 from exactgpt.generation import Continuation, alpaca_prompt, generate, generate_ids, stream
 from exactgpt.tokenizer import Tokenizer
@@ -238,6 +239,6 @@ def test_a_prompt_longer_than_the_window_is_cut_with_a_line_of_notice(byte_model
 def test_a_batch_that_does_not_fit_is_one_line(saved, monkeypatch, error):
     def fail(*args, **options):
         raise error
-    monkeypatch.setattr(inference, "generate_ids", fail)
+    monkeypatch.setattr(generation, "generate_ids", fail)
     with pytest.raises(inference.UserError, match="smaller --num_seq or --max_tokens"):
         inference.main(["--prompt", "x"])

@@ -336,7 +336,7 @@ def test_writer_cuts_at_the_borders_and_records_positions(tmp_path, val_tokens, 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("exactgpt.files.os.fsync", full)
+    monkeypatch.setattr("exactgpt.config.os.fsync", full)
     with pytest.raises(UserError, match="No space left on device; make room there"), writing_to(tmp_path):
         save_shard(tmp_path, "x", "val", 0, np.zeros(10))
     assert list(tmp_path.iterdir()) == []

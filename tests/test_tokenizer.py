@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-from common import write_model
-from test_imports import TREES
+from common import TREES, write_model
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from exactgpt import tokenizer as tokenizer_module
