@@ -243,7 +243,7 @@ def clean(text):
 @dataclass(frozen=True)
 class HellaSwag:
     """The benchmark in the tokens and for the window of one model: what evaluate_hellaswag() takes."""
-    questions: list          # per example its rows (choices.py)
+    questions: list          # per example its rows (multiple_choice.py)
     labels: np.ndarray       # (n,) which ending is right
     lengths: np.ndarray      # (n, 4) what acc_norm divides an ending's loss by
     style: str

@@ -6,7 +6,7 @@
     python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors."
     python inference.py                            # on a terminal: a prompt per line, Ctrl-D ends
 
-Without --checkpoint it takes the model written last below logs/. generate() and stream() serve train.py and the page.
+Without --checkpoint it takes the model written last below logs/.
 """
 import contextlib
 import itertools

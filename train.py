@@ -44,7 +44,6 @@ from exactgpt.device import (
     returning_freed_memory,
 )
 from exactgpt.distributed import STEADY_TIMEOUT_S, StopRequested, lock_folder, seed_everything, start, temporary_folder
-from exactgpt.figures import TOKENS_PER_STEP
 from exactgpt.generation import write_samples
 from exactgpt.launch import command_line
 from exactgpt.metrics import RunLog, describe, require_mlflow
@@ -58,8 +57,9 @@ from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 HELLASWAG_TOKENS = 8192    # of a batch, at most
 DRY_RUN_ITEMS = 200        # of HellaSwag's 10,042
 RETRY_STEPS = 10           # between tries to write a checkpoint that a full disk refused
-SLOW_STEP_S = 5   # in a longer step a stop is looked for after each micro-batch
-MAX_STEPS = 19073          # 10B tokens in steps of 524,288
+SLOW_STEP_S = 5            # in a longer step a stop is looked for after each micro-batch
+TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
+MAX_STEPS = 19073          # 10B tokens in such steps
 WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
 
 

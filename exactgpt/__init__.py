@@ -1,1 +1,1 @@
-"""What the scripts in the folder above share."""
+"""What the scripts share: flat, one noun a file. Imports model.py and itself, never a script."""

@@ -314,11 +314,10 @@ def differences(stored, resolved):
 # where results come from
 
 def code_hash():
-    """A hash of the scripts of this repository: ranks on several machines must run the same."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in sorted([*here.parent.glob("*.py"), *here.glob("*.py")]):
-        digest.update(path.name.encode() + path.read_bytes())
+    """A hash of the scripts and of this package: ranks on several machines must run the same."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted([*root.glob("*.py"), *root.glob("exactgpt/*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

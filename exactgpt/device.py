@@ -1,5 +1,4 @@
-"""What the hardware can do, and what "auto" therefore means for device, dtype, compile, attention and micro-batch.
-"""
+"""What the hardware can do, and what "auto" therefore means for device, dtype, compile, attention and micro-batch."""
 import contextlib
 import ctypes
 import math

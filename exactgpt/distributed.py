@@ -1,4 +1,4 @@
-"""The process around the loop: device and process group, a stop that all ranks agree on, seeds, provenance.
+"""The process around the loop: device and process group, a stop that all ranks agree on, sums over ranks, seeds.
 
 `start(config)` is the one call: it sets a process up, yields its Runtime and tears it down.
 """

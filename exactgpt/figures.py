@@ -12,7 +12,7 @@ import numpy as np
 
 from exactgpt.config import UserError, atomic_write, human_count, human_rate
 
-TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
+TOKENS_PER_STEP = 524288   # of a log.txt, which does not say: those of build-nanogpt's runs
 EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before it is trained
 TRAINED = ("loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms", "peak_mem_gb")
 LOG_TXT_NAMES = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}

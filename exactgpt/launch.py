@@ -1,5 +1,4 @@
-"""How this process was started: typed, or by torchrun, without which it must not live on. Standard library only.
-"""
+"""How this process was started, typed or by torchrun, and what follows from it. Standard library only."""
 import ctypes
 import os
 import shlex
