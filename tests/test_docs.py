@@ -1,117 +1,161 @@
-"""The pages against the code: every file.py:N holds the name beside it, every quote is the code, every link leads on.
+"""The pages against the code: the files and names that they name are there, quotes are the code, links lead somewhere.
 
-`name` in `file.py` says that the file has it. Two forms point at a line: `name` (file.py:12) or (file.py:12-15), where
-the name must be defined (or, where the file does not define it, stand), and a block of python that begins with
-"# file.py:12-15", whose other lines are those lines.
+A page says that a file has a name in one form, `name` in `folder/file.py`, or `one`, `two` and `three` in `file.py`. A
+block of python begins with "# folder/file.py" and quotes lines that stand there together. Paths go from the root, or
+from the page's folder; test_NAME.py is in tests/. A file of somebody else stands after "'s" or "its": build-nanogpt's
+fineweb.py.
 """
-import os
 import re
 import textwrap
 from types import SimpleNamespace
 
 import pytest
-from common import ROOT
 
 from bench.common import RESULTS
 from bench.table import table
+from tests.common import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted((ROOT / "examples").glob("*.md"))]
-PLACE = r"(?P<file>[\w/]+\.py):(?P<first>\d+)(?:-(?P<last>\d+))?"
-NAMED = re.compile(rf"`(?P<name>[^`\n]+)`\s+\({PLACE}\)")
-QUOTE = re.compile(rf"^```python\n# {PLACE}\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
-NAMED_IN_FILE = re.compile(r"`([^`\n]+)`\s+in\s+`([\w/]+\.py)`")
-LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", ROOT / "logs" / "README.md",
+         *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+FOLDERS = ("exactgpt", "tests", "bench", "docs", "examples")
+CODE = {path: path.read_text(encoding="utf-8")
+        for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]}
 
-
-def lines_of(name, lines):
-    """The numbers of the lines where a name is defined, or of all that have it where none defines it."""
-    word = re.findall(r"[A-Za-z0-9_]+", name)[-1]
-    definition = re.compile(rf"\s*(?:def|class) {word}\b|{word}\b(?:: [^=]+)? = ")
-    return ([number for number, line in enumerate(lines, 1) if definition.match(line)]
-            or [number for number, line in enumerate(lines, 1) if re.search(rf"\b{word}\b", line)])
+NAMED = re.compile(r"(?P<names>(?:`[^`\n]+`(?:,\s+|\s+and\s+))*`[^`\n]+`)\s+in\s+`(?P<file>[\w./-]+\.py)`")
+OTHER_FORM = re.compile(r"(?P<name>`[^`\n]+`)\s+\((?:in\s+)?(?P<file>`[\w./-]+\.py`)\)")
+FILE = re.compile(r"https?://\S+|(?P<peers>(?:'s|\bits)\s+)?(?P<path>[\w./-]+\.py)\b(?P<line>:\d+)?"
+                  rf"|`(?P<other>(?:{'|'.join(FOLDERS)})/[^`\s]*)`|-m (?P<module>(?:bench|tests)\.\w+)")
+BLOCK = re.compile(r"^```python\n(?:# (?P<file>\S+\.py)\n)?(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?://)(?P<target>[^)#\s]*)(?:#(?P<anchor>[^)\s]*))?\)")
 
 
-def lines_of_quote(code, lines):
-    """The numbers of the first lines of what is quoted."""
-    n = len(code.splitlines())
-    return [i + 1 for i in range(len(lines)) if textwrap.dedent("\n".join(lines[i:i + n])) == code.rstrip("\n")]
+def find(path, page):
+    """The file or folder that a page means by a path; None where there is none."""
+    places = [ROOT / path, page.parent / path, *[ROOT / "tests" / path] * path.startswith("test_")]
+    return next((place for place in places if place.exists()), None)
 
 
-def check(text):
-    """(what is wrong with the places that a page names, one line each; the page with what has moved put right)."""
-    found, moved, known = [], [], [*NAMED.finditer(text), *QUOTE.finditer(text)]
-    for m in known:
-        path, first, last = ROOT / m["file"], int(m["first"]), int(m["last"] or m["first"])
-        if not path.is_file():
-            found.append(f"{m['file']} is not a file")
-            continue
-        lines, quoted = path.read_text(encoding="utf-8").splitlines(), "code" in m.groupdict()
-        if quoted:
-            size, right = len(m["code"].splitlines()), lines_of_quote(m["code"], lines)
-        else:
-            size, right = last - first + 1, lines_of(m["name"], lines)
-        is_right = last - first + 1 == size and (first in right if quoted else any(first <= n <= last for n in right))
-        if not is_right or last > len(lines):
-            what = repr(m["code"].splitlines()[0]) if quoted else m["name"]
-            found.append(f"{what} is not in {m['file']}:{first}, but in lines {right}")
-            if right:
-                nearest = min(right, key=lambda n: abs(n - first))
-                range_ = f"{nearest}-{nearest + size - 1}" if 1 < size < len(lines) else str(nearest)
-                moved.append((m.start("first"), m.end("last" if m["last"] else "first"), range_))
-    for name, file in NAMED_IN_FILE.findall(text):
-        if not (ROOT / file).is_file() or not lines_of(name, (ROOT / file).read_text(encoding="utf-8").splitlines()):
-            found.append(f"{name} is not in {file}")
-    places = {m.start("file") for m in known}
-    found += [f"{m[0]} names nothing: write `name` ({m[0]})" for m in re.finditer(PLACE, text)
-              if m.start() not in places]
-    for begin, end, range_ in sorted(moved, reverse=True):
-        text = text[:begin] + range_ + text[end:]
-    return found, text
+def wrong_names(text, page):
+    """Each name is defined in its file, or, where none of our files defines it, stands there; in one form."""
+    yield from (f"{m[0]}: write {m['name']} in {m['file']}" for m in OTHER_FORM.finditer(text))
+    for m in NAMED.finditer(text):
+        path = find(m["file"], page)
+        for name in re.findall(r"`([^`]+)`", m["names"]) if path else ():      # wrong_files() names a missing file
+            word = re.findall(r"\w+", name)[-1]
+            definition = rf"(?m)^\s*(?:def|class) {word}\b|^(?:\s*self\.)?{word}\b(?:: [^=\n]+)? = "
+            defined_in = [p for p, code in CODE.items() if re.search(definition, code)]
+            if path not in defined_in and (defined_in or not re.search(rf"\b{word}\b", CODE[path])):
+                places = ", ".join(str(p.relative_to(ROOT)) for p in defined_in)
+                yield f"{name} is not in {m['file']}" + f", but in {places}" * bool(places)
+
+
+def wrong_files(text, page):
+    """Each .py file of ours is there, and so is each `folder/...` of ours and what python -m runs."""
+    for m in FILE.finditer(text):
+        if m["line"]:
+            yield f"{m[0]}: name what stands there, not the line"
+        path = m["module"].replace(".", "/") + ".py" if m["module"] else m["path"] or m["other"]
+        if path and not m["peers"] and not find(path, page):
+            yield f"{path} does not exist"
+
+
+def wrong_quotes(text, page):
+    """Each block of python is lines of a file, together and in order, but for their indentation."""
+    for m in BLOCK.finditer(text):
+        code, n = m["code"].rstrip("\n"), len(m["code"].splitlines())
+        if not m["file"]:
+            yield f"{code.splitlines()[0]!r}: a block of python begins with # FILE.py"
+        elif path := find(m["file"], page):
+            lines = CODE[path].splitlines()
+            if code not in (textwrap.dedent("\n".join(lines[i:i + n])) for i in range(len(lines))):
+                yield f"{code.splitlines()[0]!r} is not in {m['file']}"
+
+
+def wrong_links(text, page):
+    """Each link leads to a file, and to a heading of it where it names one."""
+    for m in LINK.finditer(text):
+        path = page.parent / m["target"] if m["target"] else page
+        if not path.exists():
+            yield f"the link to {m['target']} leads nowhere"
+        elif m["anchor"] and m["anchor"] not in anchors(text if path == page else path.read_text(encoding="utf-8")):
+            yield f"{path.name} has no heading #{m['anchor']}"
+
+
+def anchors(text):
+    """The names that GitHub gives the headings of a page: small letters, spaces to hyphens, no other signs."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def wrong_list(text):
+    """The block below "## Files" has a line for each file that people type or that the scripts share, and no other."""
+    listed = re.findall(r"^(\S+\.py) +\w", text.partition("\n## Files\n")[2].split("```")[1], re.MULTILINE)
+    files = [str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/[!_]*.py")]]
+    return [f"{name} is listed {listed.count(name)} times, exists {files.count(name)} times"
+            for name in sorted({*listed, *files}) if listed.count(name) != files.count(name)]
+
+
+def check(text, page):
+    """What is wrong with a page, a line each."""
+    return [line for look in (wrong_names, wrong_files, wrong_quotes, wrong_links) for line in look(text, page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page):
+    wrong = check(page.read_text(encoding="utf-8"), page)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_readme_lists_every_file_once():
+    assert not wrong_list((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("`GPTX` in `model.py`", "GPTX is not in model.py"),
+    ("`Block` and\n`GPTX` in `model.py`", "GPTX is not in model.py"),
+    ("`DataOrder` in `train.py`", "DataOrder is not in train.py, but in exactgpt/dataloader.py"),     # it imports it
+    ("`GPT` (`model.py`)", "`GPT` (`model.py`): write `GPT` in `model.py`"),
+    ("`forward` in `modell.py`", "modell.py does not exist"),
+    ("see `dataloader.py`", "dataloader.py does not exist"),          # it has moved into the package
+    ("see test_modell.py", "test_modell.py does not exist"),
+    ("see `bench/results/no.json`", "bench/results/no.json does not exist"),
+    ("run `python -m bench.no --all`", "bench/no.py does not exist"),
+    ("`GPT` (`model.py:30`)", "model.py:30: name what stands there, not the line"),
+    ("```python\n# model.py\nimport maths\n```\n", "'import maths' is not in model.py"),
+    ("```python\n# model.py\nimport math\n\nimport torch\n```\n", "'import math' is not in model.py"),   # not together
+    ("```python\nimport math\n```\n", "'import math': a block of python begins with # FILE.py"),
+    ("[here](docs/no.md)", "the link to docs/no.md leads nowhere"),
+    ("[here](CONTRIBUTING.md#nowhere)", "CONTRIBUTING.md has no heading #nowhere"),
+    ("# One\n[here](#two)", "README.md has no heading #two"),
+])
+def test_what_is_wrong_is_found(text, message):
+    assert check(text, ROOT / "README.md") == [message]
+
+
+@pytest.mark.parametrize("text", [
+    "`GPT` in `model.py`, `Block` and\n`model.MLP`\nin `model.py`, `cross_entropy` in `model.py`",
+    "build-nanogpt's fineweb.py and its hellaswagg.py, https://github.com/karpathy/nanoGPT/blob/master/sample.py",
+    "test_model.py, `tests/test_model.py`, a `.py` file, `python train.py --help`",
+    "```python\n# model.py\nself.apply(self._init_weights)\n```\n",
+    "# One: the `first`\n[here](#one-the-first), [there](CONTRIBUTING.md#where-things-live), `bench/results/`",
+])
+def test_what_is_right_is_accepted(text):
+    assert not check(text, ROOT / "README.md")
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("plot.py  ", "plots.py ", ["plot.py is listed 0 times, exists 1 times",
+                                "plots.py is listed 1 times, exists 0 times"]),
+    ("exactgpt/lora.py ", "exactgpt/hub.py  ", ["exactgpt/hub.py is listed 2 times, exists 1 times",
+                                                "exactgpt/lora.py is listed 0 times, exists 1 times"]),
+])
+def test_a_list_that_misses_or_repeats_a_file_is_found(old, new, message):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count(old) == 1 and wrong_list(text.replace(old, new)) == message
 
 
 def test_the_table_of_results_is_what_the_results_give():
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == table(), "python -m bench.table makes it anew"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_says_stands_in_the_code(page):
-    """With MEND_DOCS=1 in the environment the numbers of what has moved are put right; look at them with git diff."""
-    wrong, mended = check(page.read_text(encoding="utf-8"))
-    if wrong and os.environ.get("MEND_DOCS"):
-        page.write_text(mended, encoding="utf-8")
-        wrong, _ = check(mended)
-    assert not wrong, "\n".join([*wrong, "MEND_DOCS=1 python -m pytest tests/test_docs.py puts numbers right"])
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
-    targets = LINK.findall(page.read_text(encoding="utf-8"))
-    assert not [target for target in targets if not (page.parent / target).exists()]
-
-
-@pytest.mark.parametrize("text, message", [
-    ("`GPT` (model.py:1)", "GPT is not in model.py:1, but in lines"),      # a mention, not the definition
-    ("`GPT` (model.py:1-100000)", "GPT is not in model.py:1, but in lines"),
-    ("`GPT` (modell.py:1)", "modell.py is not a file"),
-    ("`GPTX` in `model.py`", "GPTX is not in model.py"),
-    ("see model.py:30", "names nothing"),
-    ("```python\n# model.py:9\nimport maths\n```\n", "'import maths' is not in model.py:9, but in lines []"),
-])
-def test_wrong_places_are_found(text, message):
-    found, mended = check(text)
-    assert len(found) == 1 and message in found[0]
-    assert not check(mended)[0] or text == mended
-
-
-def test_right_places_are_accepted_and_moved_ones_found_again():
-    number = (ROOT / "model.py").read_text(encoding="utf-8").splitlines().index("class GPT(nn.Module):") + 1
-    page = f"`GPT` (model.py:{number}) and\n`model.GPT`\n(model.py:1-{number})\n"
-    page += f"```python\n# model.py:{number}\nclass GPT(nn.Module):\n```\n"
-    assert check(page) == ([], page)
-    shifted = page.replace(f":{number}", f":{number + 3}")
-    found, mended = check(shifted)
-    assert len(found) == 2 and mended == page
 
 
 def test_the_worked_example_of_the_data_order_is_what_the_loader_does():
