@@ -1,8 +1,10 @@
-"""What the tests share beside the fixtures of conftest.py: places, environments, references in plain Python."""
+"""What the tests share beside the fixtures of conftest.py: places, small runs, references in plain Python."""
 import ast
 import hashlib
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -12,6 +14,15 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
          for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/[a-z]*.py")]}
 
+# train.py's flags for a run of seconds on the CPU in exact arithmetic, which does nothing but train.
+TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
+        "--hellaswag_every", 0, "--sample_every", 0, "--eval_every", 0, "--checkpoint_every", 0)
+HELLASWAG_ROWS = ROOT / "tests" / "data" / "hellaswag_20.jsonl"     # 20 of the validation split, as the hub has them
+HELLASWAG_ITEM = dict(activity_label="Topic", ctx="He sits. she", ctx_a="He sits.", ctx_b="she",
+                      endings=["a one.", "b two.", "c three.", "d four."], label=1)
+
+# -----------------------------------------------------------------------------
+# runs of scripts
 
 def script_env(home, more=None):
     """The environment of a script under test: an empty HOME, this repository's modules, nothing of torchrun's."""
@@ -19,15 +30,90 @@ def script_env(home, more=None):
     return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
 
 
+def torchrun(run, n, *flags, script="train.py", launcher=(), **options):
+    """run (the fixture) a script under torchrun with n processes; launcher: more flags for torchrun itself."""
+    return run(*torchrun_words(n, *launcher), ROOT / script, *flags, **options)
+
+
+def torchrun_words(n, *more):
+    """The words after `python` that start torchrun with n processes on this machine."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more]
+
+
+def cpu_runtime(rank=0, world_size=1, dtype="fp32"):
+    """The Runtime of a process on the CPU."""
+    import torch
+
+    from exactgpt.device import Hardware
+    from exactgpt.distributed import Runtime
+    return Runtime(rank, rank, world_size, torch.device("cpu"), Hardware("cpu"), dtype)
+
+
+def logged_rows(log_dir):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(log_dir):
+    """The training losses that a run logged."""
+    return [row["loss"] for row in logged_rows(log_dir) if "loss" in row]
+
+
+def mlflow_runs(log_dir, experiment):
+    """The runs of an experiment in log_dir, the newest first, each with its `history` and `artifacts`."""
+    from mlflow import MlflowClient
+    client = MlflowClient(f"sqlite:///{log_dir.resolve()}/mlflow.db")
+    number = client.get_experiment_by_name(experiment).experiment_id
+    runs = client.search_runs([number], order_by=["attributes.start_time DESC"])
+    return [SimpleNamespace(
+        run=run, params=run.data.params, status=run.info.status,
+        history={name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+                 for name in run.data.metrics},
+        artifacts={a.path: client.download_artifacts(run.info.run_id, a.path)
+                   for a in client.list_artifacts(run.info.run_id)}) for run in runs]
+
+
+# -----------------------------------------------------------------------------
+# token shards
+
+def write_shards(folder, train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, tokenizer=None):
+    """Make a folder of random tokens, complete as prepare_text.py leaves one: train.py trains on it.
+
+    Of a vocabulary of single bytes and end-of-text (257), below `vocab` of GPT-2's where that is given, or of a
+    tokenizer's; `tokens` instead: the whole stream, val shards first. With a manifest and the tokenizer's files.
+    """
+    from exactgpt.shard_writer import save_shard
+    from exactgpt.shards import Manifest
+    from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+    vocab = tokenizer.n_vocab if tokenizer else vocab
+    folder.mkdir(exist_ok=True)
+    (tokenizer or (gpt2_tokenizer() if vocab > 257 else Tokenizer([], "bytes"))).save(folder)
+    tokenizer = load_tokenizer(folder)      # with the name that the folder gives it
+    manifest = Manifest("test", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
+    sizes = [*((n, "val") for n in val_sizes), *((n, "train") for n in train_sizes)]
+    if tokens is None:
+        tokens = np.random.default_rng(seed).integers(0, vocab, sum(n for n, _ in sizes))
+    start = 0
+    for i, (n, split) in enumerate(sizes):
+        part = np.asarray(tokens[start:start + n], dtype="<u2")
+        manifest.shards.append(save_shard(folder, "test", split, i, part))
+        start += n
+    manifest.save(folder)
+    return folder
+
+
+def permuted(items, *key):
+    """The items in the order that a key gives, by the words of DESIGN.md ("Data order") alone."""
+    key = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")
+    raw = np.random.Philox(key=key).random_raw(len(items)).tolist()
+    return [item for _, _, item in sorted((r, i, item) for i, (r, item) in enumerate(zip(raw, items)))]
+
+
 def brute_force_order(sizes, block_size, seed, n_positions):
-    """The window numbers at global positions 0..n_positions - 1, by the words of DESIGN.md ("Data order") alone.
+    """The window numbers at global positions 0..n_positions - 1, by the same words.
 
     sizes: tokens of the train shards in file order.
     """
-    def permuted(items, *key):
-        key = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")
-        raw = np.random.Philox(key=key).random_raw(len(items)).tolist()
-        return [item for _, _, item in sorted((r, i, item) for i, (r, item) in enumerate(zip(raw, items)))]
     owner = [shard for shard, n in enumerate(sizes) for _ in range(n)]           # of each token
     windows = range((sum(sizes) - 1) // block_size)
     order, epoch = [], 0
@@ -38,6 +124,9 @@ def brute_force_order(sizes, block_size, seed, n_positions):
     return order[:n_positions]
 
 
+# -----------------------------------------------------------------------------
+# models
+
 def in_our_layout(theirs, name, tensor):
     """A tensor shaped like parameter `name` of a transformers model, as nn.Linear stores it: Conv1D's transposed."""
     from transformers.pytorch_utils import Conv1D
@@ -46,7 +135,7 @@ def in_our_layout(theirs, name, tensor):
 
 
 def as_ours(theirs, activation="gelu_tanh"):
-    """A GPT of ours in eval mode with the weights of a GPT2LMHeadModel, copied without hf_format."""
+    """A GPT of ours in eval mode with the weights of a GPT2LMHeadModel, copied without open_model.py."""
     import torch
 
     from model import GPT, GPTConfig
@@ -64,6 +153,9 @@ def write_model(model, folder, tokenizer=None):
     from exactgpt.open_model import write_pretrained
     write_pretrained(folder, model.config_dict(), model.state_dict(), tokenizer)
 
+
+# -----------------------------------------------------------------------------
+# source code
 
 def imports(nodes):
     """The modules that some nodes of a syntax tree import: ours by their full name, others' by their first word."""

@@ -1,19 +1,22 @@
-"""Fixtures that the tests share: shard folders, tiny models of transformers, scripts run as a user runs them."""
+"""Fixtures that the tests share: shard folders, tiny models of transformers, scripts run as a user runs them.
+
+Tests and benchmarks import what else is here in one way, from the root: `from tests.common import ROOT`.
+"""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"      # before torch is imported: two xdist workers share two cores
 os.environ["HF_HUB_OFFLINE"] = "1"       # no test may reach the hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import csv
+import random
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
-from common import ROOT, SHARED_DATA, script_env
 
-from bench import forks
+from tests import forks
+from tests.common import ROOT, SHARED_DATA, script_env, write_shards
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def run(tmp_path_factory):
 
 
 def run_fork(script, flags, env, folder, cwd, input, timeout):
-    """subprocess.run of a script, by bench.forks: (rc, stdout, stderr). folder: for its streams."""
+    """subprocess.run of a script, by forks.py: (rc, stdout, stderr). folder: for its streams."""
     files = {name: folder / f".{name}" for name in ("in", "out", "err")}
     for file in files.values():
         file.touch()
@@ -49,52 +52,45 @@ def run_fork(script, flags, env, folder, cwd, input, timeout):
     return process.exitcode, files["out"].read_text(encoding="utf-8"), files["err"].read_text(encoding="utf-8")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory):
     """run_ranks(n, script, *flags, env={}, timeout=120) -> (exit codes, output) of n forked processes of one group."""
     def run_group(n, script, *flags, env=None, timeout=120):
         home = tmp_path_factory.mktemp("home")
-        ranks = forks.start_ranks(n, script, flags, script_env(home, env), home / ".out")
-        deadline = time.monotonic() + timeout
-        for rank in ranks:
-            rank.join(max(0, deadline - time.monotonic()))
-        codes = [rank.exitcode for rank in ranks]
-        for rank in ranks:
-            rank.kill()
+        codes = forks.run_ranks(n, script, flags, script_env(home, env), home / ".out", timeout)
         output = (home / ".out").read_text(encoding="utf-8")
         assert None not in codes, f"ranks that did not end: {codes}\n{output}"
         return codes, output
     return run_group
 
 
+@pytest.fixture(scope="session")
+def train_ranks(run_ranks):
+    """train_ranks(n, *flags, **env) -> (exit codes, output) of a tiny train.py in n processes, with an accident if
+    ACCIDENT=... says so (accidents.py)."""
+    from tests import killed_runs
+    return lambda n, *flags, **env: run_ranks(n, killed_runs.SCRIPT, *killed_runs.FLAGS, *flags, env=env)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train_ranks, tmp_path_factory):
+    """undisturbed(folder, n, *flags) -> the log_dir of such a run on a folder of shards; equal ones run once."""
+    done = {}
+
+    def log_dir_of(folder, n, *flags):
+        if (n, flags) not in done:
+            log_dir = tmp_path_factory.mktemp("undisturbed")
+            codes, out = train_ranks(n, *flags, "--data_dir", folder, "--log_dir", log_dir)
+            assert codes == [0] * n, out
+            done[n, flags] = log_dir
+        return done[n, flags]
+    return log_dir_of
+
+
 @pytest.fixture
 def make_shards(tmp_path):
-    """make_shards(train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, name="shards") -> a folder.
-
-    Random tokens of a vocabulary of single bytes and end-of-text (257), or below `vocab` where that is given;
-    `tokens` instead: the whole stream, val shards first. With a complete manifest and the tokenizer's files,
-    as prepare_text.py leaves a folder: train.py trains on it.
-    """
-    def make(train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, name="shards"):
-        from exactgpt.shard_writer import save_shard
-        from exactgpt.shards import Manifest
-        from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
-        folder = tmp_path / name
-        folder.mkdir()
-        (gpt2_tokenizer() if vocab > 257 else Tokenizer([], "bytes")).save(folder)
-        tokenizer = load_tokenizer(folder)
-        manifest = Manifest("test", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
-        sizes = [*((n, "val") for n in val_sizes), *((n, "train") for n in train_sizes)]
-        if tokens is None:
-            tokens = np.random.default_rng(seed).integers(0, vocab, sum(n for n, _ in sizes))
-        start = 0
-        for i, (n, split) in enumerate(sizes):
-            part = np.asarray(tokens[start:start + n], dtype="<u2")
-            manifest.shards.append(save_shard(folder, "test", split, i, part))
-            start += n
-        manifest.save(folder)
-        return folder
-    return make
+    """make_shards(train_sizes, val_sizes=(64,), name="shards", ...) -> a folder of token shards, by write_shards."""
+    return lambda *sizes, name="shards", **options: write_shards(tmp_path / name, *sizes, **options)
 
 
 @pytest.fixture
@@ -121,6 +117,44 @@ def tiny_gpt2():
                             else 2 * random / p.size(0) ** 0.5)
         return model.eval()
     return make
+
+
+@pytest.fixture
+def byte_model(tmp_path):
+    """(path, model) of a checkpoint: a language model over bytes, 32 positions."""
+    import torch
+
+    from exactgpt.checkpoint import save_checkpoint
+    from exactgpt.tokenizer import Tokenizer
+    from model import GPT, GPTConfig
+    torch.manual_seed(0)
+    model, tokenizer = GPT(GPTConfig(32, 320, 2, 2, 32)), Tokenizer([], "bytes")
+    save_checkpoint(tmp_path / "base.pt", dict(model=model.state_dict(), config=model.config_dict(), step=3,
+                                               val_loss=5.0, tokenizer=tokenizer.to_checkpoint()))
+    return tmp_path / "base.pt", model
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A .csv file of 160 reviews, one word of which tells the sentiment; columns review, sentiment, stars."""
+    rng = random.Random(0)
+    with open(tmp_path / "reviews.csv", "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["review", "sentiment", "stars"])
+        for i in range(160):
+            words = ["great", "lovely", "fine"] if i % 4 else ["awful", "boring", "poor"]
+            beginning = rng.choice(["A", 'One, "what a"', "So"])
+            text = f"{beginning} {rng.choice(words)} {rng.choice('abcdef')}"
+            table.writerow([text, "good" if i % 4 else "bad", i % 5])
+    return tmp_path / "reviews.csv"
+
+
+@pytest.fixture
+def classifier_flags(reviews, byte_model):
+    """classifier_flags(out, data=reviews) -> flags of finetune_classifier.py that train byte_model in seconds."""
+    tiny = ("--device", "cpu", "--dtype", "fp32", "--num_epochs", 6, "--batch_size", 16, "--max_lr", 3e-3, "--dropout",
+            0, "--text_column", "review", "--label_column", "sentiment", "--init_from", byte_model[0])
+    return lambda out, data=reviews: (*tiny, "--data", data, "--out", out)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 SCRIPT = """
 import os, signal, sys
 import {script} as script
-from exactgpt import finetune as tuning
-step = tuning.train_step
+from exactgpt import finetune
+step = finetune.train_step
 def train_step(run, *rest):
     if run.step == {at}:
         os.kill(os.getpid(), signal.{name})
     return step(run, *rest)
-tuning.train_step = train_step
+finetune.train_step = train_step
 script.main(sys.argv[1:])
 """
 

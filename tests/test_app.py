@@ -10,18 +10,18 @@ import weakref
 import pytest
 import torch
 
-from exactgpt import open_model as models
 from exactgpt.checkpoint import checkpoint_path, save_checkpoint
 from exactgpt.config import UserError
 from exactgpt.generation import generate, likeliest_next, stream
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 st = pytest.importorskip("streamlit")
-from common import ROOT  # noqa: E402
 from streamlit.testing.v1 import AppTest  # noqa: E402
 
 import app  # noqa: E402
+from tests.common import ROOT  # noqa: E402
 
 BYTES = Tokenizer([], "bytes")
 
@@ -122,8 +122,9 @@ def test_without_streamlit_around_it_one_line_says_how_to_start_it(run):
 def test_a_visitor_can_name_no_file_that_was_not_offered(page, tmp_path, monkeypatch):
     save_model(tmp_path / "secret" / "model_00001.pt")
     save_model(tmp_path / "logs" / "model_00002.pt")
-    opened, open_model = [], models.open_model
-    monkeypatch.setattr(models, "open_model", lambda source, **options: opened.append(source) or open_model(source))
+    opened = []
+    monkeypatch.setattr("exactgpt.open_model.open_model",
+                        lambda source, **options: opened.append(source) or open_model(source))
     at = page()
     with monkeypatch.context() as forged:                     # a browser may send any text as its choice
         forged.setattr(st, "selectbox", lambda *a, **k: str(tmp_path / "secret" / "model_00001.pt"))
@@ -155,7 +156,7 @@ def test_reruns_and_visitors_share_one_model_and_a_new_file_or_another_choice_re
     save_model(first, step=1)
     save_model(second, step=2)
     os.utime(first, (1, 1))
-    opened, open_model = [], models.open_model
+    opened = []
 
     def watch(source, **options):
         gc.collect()
@@ -163,7 +164,7 @@ def test_reruns_and_visitors_share_one_model_and_a_new_file_or_another_choice_re
         result = open_model(source)
         opened.append((source, weakref.ref(result.model)))
         return result
-    monkeypatch.setattr(models, "open_model", watch)
+    monkeypatch.setattr("exactgpt.open_model.open_model", watch)
     at = page()
     at.text_area(key="prompt").set_value("a").run()
     other = page()

@@ -12,11 +12,11 @@ import urllib.request
 
 import pytest
 import torch
-from common import ROOT, TREES, imports, script_env
 
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
+from tests.common import ROOT, TREES, imports, script_env
 
 pytest.importorskip("streamlit")
 webdriver = pytest.importorskip("selenium.webdriver")

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from common import ROOT, script_env
+
+from tests.common import ROOT, script_env
 
 V, T, C, LAYERS, HEADS = 4096, 128, 64, 1, 2
 

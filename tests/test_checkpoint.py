@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import as_ours, in_our_layout
 
 import train
 from exactgpt.checkpoint import (
@@ -30,6 +29,7 @@ from exactgpt.distributed import Runtime, temporary_folder
 from exactgpt.open_model import clean_state, newest_model, open_model
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from model import GPT, GPTConfig
+from tests.common import as_ours, in_our_layout
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 

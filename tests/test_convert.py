@@ -3,18 +3,17 @@ import json
 
 import pytest
 import torch
-from common import in_our_layout
 
 import convert
 import hellaswag
 import inference
-from exactgpt import open_model as models
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
 from exactgpt.generation import generate_ids
-from exactgpt.open_model import open_model
+from exactgpt.open_model import open_model, their_config, their_state, tokenizer_files
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
+from tests.common import in_our_layout
 
 CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u6771\u4eac don't\t!"] * 3
 
@@ -84,16 +83,16 @@ def test_gpt_nano_comes_back_as_the_very_tensors_of_its_file(gpt_nano, tmp_path,
     ("tokenizer", "transformers' tokenizer gives other ids"),
 ])
 def test_an_export_that_is_not_the_model_is_not_kept(trained, tmp_path, monkeypatch, damage, message):
-    state, config, files = models.their_state, models.their_config, models.tokenizer_files
     if damage == "weights":
-        monkeypatch.setattr(models, "their_state", lambda *args: {
-            k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v for k, v in state(*args).items()})
+        monkeypatch.setattr("exactgpt.open_model.their_state", lambda *args: {
+            k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v
+            for k, v in their_state(*args).items()})
     if damage == "config":
-        monkeypatch.setattr(models, "their_config",
-                            lambda *args: {**config(*args), "activation_function": "gelu_new"})
+        monkeypatch.setattr("exactgpt.open_model.their_config",
+                            lambda *args: {**their_config(*args), "activation_function": "gelu_new"})
     if damage == "tokenizer":
-        monkeypatch.setattr(models, "tokenizer_files", lambda tokenizer, n, **options: files(Tokenizer(
-            tokenizer.merges[:-2], ""), n))
+        monkeypatch.setattr("exactgpt.open_model.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
+            Tokenizer(tokenizer.merges[:-2], ""), n))
     with pytest.raises(RunFailed, match=message):
         main("--checkpoint", trained[0], "--out", tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["ours.pt"]

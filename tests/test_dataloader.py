@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import brute_force_order
 
 from exactgpt.config import UserError
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.shards import Shard, ShardFolder, permutation
 from model import IGNORED
+from tests.common import brute_force_order
 
 CORPORA = [  # (tokens of the train shards, block_size)
     pytest.param((100,), 16, id="one shard"),

@@ -66,7 +66,7 @@ def test_auto_compile_is_on_exactly_where_a_compiled_function_runs(monkeypatch, 
 
 @pytest.mark.slow
 def test_without_a_compiler_the_problem_is_one_line(run, tmp_path):
-    code = "import torch, device; print(device.compile_problem(torch.device('cpu')))"
+    code = "import torch; from exactgpt import device; print(device.compile_problem(torch.device('cpu')))"
     env = {"CC": "/none/cc", "CXX": "/none/c++", "PATH": "/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     rc, out, _ = run("-c", code, env=env)
     assert rc == 0 and "C++ compiler" in out and len(out.splitlines()) == 1

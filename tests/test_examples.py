@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from common import ROOT, script_env
 
 from exactgpt.config import make_parser
+from tests.common import ROOT, script_env
 from train import TrainConfig
 
 TINY = ("--n_layer", 1, "--n_head", 1, "--n_embd", 8, "--block_size", 8, "--device", "cpu", "--dtype", "fp32",

@@ -1,20 +1,19 @@
 """What the world does to a run: full and read-only disks, shards that vanish, a second run (docs/failures.md)."""
 import fcntl
-import json
 import shutil
 import subprocess
 
 import pytest
 
 import train
-from exactgpt import distributed as runtime
+from exactgpt import distributed
 from exactgpt.config import FolderLock, UserError
 from exactgpt.dataloader import TokenStream
 from exactgpt.shards import ShardFolder
+from tests.common import TINY, logged_rows
+from tests.killed_runs import SCRIPT
 
-TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
-        "--total_batch_size", 64, "--hellaswag_every", 0, "--sample_every", 0, "--eval_every", 0,
-        "--checkpoint_every", 4)
+FLAGS = (*TINY, "--total_batch_size", 64, "--checkpoint_every", 4)
 
 
 @pytest.fixture
@@ -42,21 +41,20 @@ def small_disk(tmp_path):
 def disturbed(run):
     """disturbed(step, command, *flags) -> (status, output) of train.py, before whose `step` a shell command runs."""
     def call(step, command, *flags):
-        rc, out, err = run("tests/chaos.py", *flags, env=dict(ACCIDENT=f"run:step:{step}", ACCIDENT_COMMAND=command))
+        rc, out, err = run(SCRIPT, *flags, env=dict(ACCIDENT=f"run:step:{step}", ACCIDENT_COMMAND=command))
         return rc, out + err
     return call
 
 
 def steps_logged(log_dir):
-    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["step"] for row in rows if "loss" in row]
+    return [row["step"] for row in logged_rows(log_dir) if "loss" in row]
 
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, make_shards, small_disk):
     """Warnings, the older checkpoint intact; with room again the same command goes on and makes up what is missing."""
     disk = small_disk(2000)
-    flags = (*TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs", "--max_steps", 30,
+    flags = (*FLAGS, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs", "--max_steps", 30,
              "--keep_checkpoints", 2)
     rc, out = disturbed(5, f"head -c 4000000 /dev/zero > {disk}/filler; true", *flags)
     assert rc == 1 and "not written, the older checkpoints are intact" in out
@@ -72,7 +70,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, mak
 @pytest.mark.slow
 def test_a_disk_too_small_for_the_run_is_refused_at_the_start(run, make_shards, small_disk):
     disk = small_disk(200)
-    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs",
+    rc, _, err = run("train.py", *FLAGS, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs",
                      "--max_steps", 30)
     assert rc == 2 and "make room, choose another --log_dir, or fewer --keep_checkpoints" in err
     assert len(err.splitlines()) == 1
@@ -84,7 +82,7 @@ def test_a_read_only_log_dir_is_one_line(run, make_shards, small_disk, name):
     disk = small_disk(2000)
     (disk / "logs").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    rc, _, err = run("train.py", *TINY, "--data_dir", make_shards([3000]), "--log_dir", disk / name, "--max_steps", 2)
+    rc, _, err = run("train.py", *FLAGS, "--data_dir", make_shards([3000]), "--log_dir", disk / name, "--max_steps", 2)
     assert (rc, err) == (2, f"train.py: error: cannot write in {disk / name}: Read-only file system\n")
 
 
@@ -92,7 +90,7 @@ def test_a_read_only_log_dir_is_one_line(run, make_shards, small_disk, name):
 def test_a_log_dir_that_becomes_read_only_is_warned_of(disturbed, make_shards, small_disk):
     """As the kernel does with a disk that has an error."""
     logs = small_disk(2000) / "logs"
-    rc, out = disturbed(5, f"mount --bind {logs} {logs} && mount -o remount,bind,ro {logs}", *TINY, "--data_dir",
+    rc, out = disturbed(5, f"mount --bind {logs} {logs} && mount -o remount,bind,ro {logs}", *FLAGS, "--data_dir",
                         make_shards([3000]), "--log_dir", logs, "--max_steps", 12)
     subprocess.run(["umount", "-l", logs], check=True)
     assert rc == 1 and "Read-only file system" in out and "Traceback" not in out, out
@@ -108,7 +106,7 @@ def test_a_shard_that_changes_under_the_run(run, disturbed, make_shards, tmp_pat
     folder, log_dir = make_shards([3000]), tmp_path / "logs"
     shard = folder / "test_train_000001.npy"
     whole = shard.read_bytes()
-    flags = (*TINY, "--data_dir", folder, "--log_dir", log_dir, "--max_steps", 20)
+    flags = (*FLAGS, "--data_dir", folder, "--log_dir", log_dir, "--max_steps", 20)
     rc, out = disturbed(6, command.format(shard), *flags)
     assert rc == status and says.format(shard) in out and "Traceback" not in out, out
     shard.write_bytes(whole)
@@ -121,7 +119,7 @@ def test_a_shard_truncated_under_two_processes_ends_both(run_ranks, make_shards,
     folder = make_shards([3000])
     shard = folder / "test_train_000001.npy"
     accident = dict(ACCIDENT="run:step:6:0", ACCIDENT_COMMAND=f"truncate -s 200 {shard}")
-    codes, out = run_ranks(2, "tests/chaos.py", *TINY, "--data_dir", folder, "--log_dir", tmp_path / "logs",
+    codes, out = run_ranks(2, SCRIPT, *FLAGS, "--data_dir", folder, "--log_dir", tmp_path / "logs",
                            "--max_steps", 20, env=accident)
     assert all(codes) and f"shard {shard} became shorter" in out and "Traceback" not in out, out
 
@@ -137,8 +135,8 @@ def test_a_shard_that_is_gone_before_it_was_opened_is_named(make_shards):
 
 
 def test_a_second_run_in_a_log_dir_waits_and_is_refused(make_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "FolderLock", lambda folder, wait_s: FolderLock(folder, wait_s=0.3))
-    flags = [*TINY, "--data_dir", make_shards([3000]), "--log_dir", tmp_path / "logs", "--max_steps", 1]
+    monkeypatch.setattr(distributed, "FolderLock", lambda folder, wait_s: FolderLock(folder, wait_s=0.3))
+    flags = [*FLAGS, "--data_dir", make_shards([3000]), "--log_dir", tmp_path / "logs", "--max_steps", 1]
     with FolderLock(tmp_path / "logs", wait_s=0), pytest.raises(UserError, match=r"another run is using .*logs"):
         train.main(list(map(str, flags)))
     train.main(list(map(str, flags)))

@@ -2,70 +2,31 @@
 import csv
 import json
 import os
-import random
 import re
 import signal
 
 import numpy as np
 import pytest
 import torch
-from common import SHARED_DATA
-from signals import signalled
 
 import convert
 import finetune_classifier
 import inference
-from exactgpt.checkpoint import read_checkpoint, save_checkpoint
+from exactgpt.checkpoint import read_checkpoint
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
-from exactgpt.device import Hardware
-from exactgpt.distributed import Runtime
 from exactgpt.finetune import make_batches, render
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
 from finetune_classifier import encode, read_splits, score_rows, stratified
-from model import GPT, GPTConfig
+from tests.common import SHARED_DATA, cpu_runtime
+from tests.signals import signalled
 
-TINY = ("--device", "cpu", "--dtype", "fp32", "--num_epochs", 6, "--batch_size", 16, "--max_lr", 3e-3, "--dropout", 0)
-GOOD, BAD = ["great", "lovely", "fine"], ["awful", "boring", "poor"]
-
-
-@pytest.fixture
-def base(tmp_path):
-    """(path, model) of a checkpoint: a language model over bytes, 32 positions."""
-    torch.manual_seed(0)
-    model, tokenizer = GPT(GPTConfig(32, 320, 2, 2, 32)), Tokenizer([], "bytes")
-    save_checkpoint(tmp_path / "base.pt", dict(model=model.state_dict(), config=model.config_dict(), step=3,
-                                               val_loss=5.0, tokenizer=tokenizer.to_checkpoint()))
-    return tmp_path / "base.pt", model
-
-
-@pytest.fixture
-def reviews(tmp_path):
-    """A .csv file of 160 reviews, one word of which tells the sentiment; columns review, sentiment, stars."""
-    rng = random.Random(0)
-    with open(tmp_path / "reviews.csv", "w", newline="") as f:
-        table = csv.writer(f)
-        table.writerow(["review", "sentiment", "stars"])
-        for i in range(160):
-            words = GOOD if i % 4 else BAD
-            beginning = rng.choice(["A", 'One, "what a"', "So"])
-            text = f"{beginning} {rng.choice(words)} {rng.choice('abcdef')}"
-            table.writerow([text, "good" if i % 4 else "bad", i % 5])
-    return tmp_path / "reviews.csv"
+CPU = ("--device", "cpu", "--dtype", "fp32")
 
 
 def main(*flags):
     finetune_classifier.main([str(f) for f in flags])
-
-
-def flags_for(reviews, base, out):
-    return (*TINY, "--data", reviews, "--text_column", "review", "--label_column", "sentiment", "--init_from", base[0],
-            "--out", out)
-
-
-def cpu(rank=0, world_size=1):
-    return Runtime(rank, rank, world_size, torch.device("cpu"), Hardware("cpu"), "fp32")
 
 
 def tokens(text):
@@ -80,7 +41,7 @@ def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
     model = Classifier(ClassifierConfig(32, 320, 2, 2, 32, labels=["a", "b", "c"])).eval()
     texts = ["x", "", "a longer one", "b" * 100, "seventeen letters", "no"]
     rows = [tokens(text) for text in texts]
-    together = score_rows(model, cpu(), rows, budget=64)
+    together = score_rows(model, cpu_runtime(), rows, budget=64)
     for text, scores in zip(texts, together):
         ids = Tokenizer([], "bytes").encode(text)[:32] or [256]
         alone = model.score(model.hidden(torch.tensor([ids])))[0, -1]
@@ -108,33 +69,35 @@ def test_a_row_shows_that_the_label_alone_is_learned():
 # -----------------------------------------------------------------------------
 # the script
 
-def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transformers(reviews, base, tmp_path, capsys):
+def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transformers(
+        classifier_flags, reviews, byte_model, tmp_path, capsys):
     out = tmp_path / "out"
-    main(*flags_for(reviews, base, out), "--class_weights", "balanced")
+    main(*classifier_flags(out), "--class_weights", "balanced")
     said = capsys.readouterr().out
     report = json.loads((out / "metrics.json").read_text())
     test = report["test"]
     assert test["accuracy"] == 1 and test["macro_f1"] == 1 and report["labels"] == ["bad", "good"], said
     assert test["confusion"] == [[8, 0], [0, 24]] and test["per_label"]["bad"] == dict(precision=1, recall=1, f1=1, n=8)
-    assert report["examples"] == dict(train=112, test=32, validation=16) and report["base"]["source"] == str(base[0])
+    assert report["examples"] == dict(train=112, test=32, validation=16)
+    assert report["base"]["source"] == str(byte_model[0])
     assert (out / "confusion.png").stat().st_size > 1000 and not (out / "classifier.pt.tmp").exists()
     assert "next: python finetune_classifier.py --checkpoint" in said
 
-    main("--checkpoint", out / "classifier.pt", "--predict", "So lovely b", "--predict", "A poor c", *TINY[:4])
+    main("--checkpoint", out / "classifier.pt", "--predict", "So lovely b", "--predict", "A poor c", *CPU)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("good (bad 0.") and lines[1].startswith("bad (bad 0.")
     assert lines[0].endswith(": So lovely b") and lines[1].endswith(": A poor c")
     check_export(out / "classifier.pt", tmp_path, capsys)
     with pytest.raises(UserError, match="writes no text, it is a classifier \\(bad, good\\)"):
         inference.main(["--checkpoint", str(out / "classifier.pt"), "--prompt", "x"])
-    main(*flags_for(reviews, base, out), "--class_weights", "balanced")
+    main(*classifier_flags(out), "--class_weights", "balanced")
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"holds another run: --seed 5 \(it has 1337\)"):
-        main(*flags_for(reviews, base, out), "--class_weights", "balanced", "--seed", 5)
+        main(*classifier_flags(out), "--class_weights", "balanced", "--seed", 5)
     other = tmp_path / "other.csv"
     other.write_bytes(reviews.read_bytes())
     with pytest.raises(UserError, match=r"holds another run: --data .*other\.csv"):
-        main(*flags_for(other, base, out), "--class_weights", "balanced")
+        main(*classifier_flags(out, other), "--class_weights", "balanced")
 
 
 def check_export(path, tmp_path, capsys):
@@ -145,9 +108,9 @@ def check_export(path, tmp_path, capsys):
     texts = ["A fine d", "", "So boring, truly, x", "y" * 50]
     (tmp_path / "new.csv").write_text("text\n" + "\n".join(f'"{t}"' for t in texts) + "\n")
     for name, source in (("ours.csv", path), ("theirs.csv", tmp_path / "hf")):
-        main("--checkpoint", source, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / name, *TINY[:4])
+        main("--checkpoint", source, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / name, *CPU)
     with pytest.raises(UserError, match=r"--out .*new\.csv exists already, and nothing is written over"):
-        main("--checkpoint", path, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / "new.csv", *TINY[:4])
+        main("--checkpoint", path, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / "new.csv", *CPU)
     ours, theirs = (list(csv.DictReader(open(tmp_path / name))) for name in ("ours.csv", "theirs.csv"))
     assert ours == theirs and [row["text"] for row in ours] == texts
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
@@ -160,9 +123,9 @@ def check_export(path, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("train", ["head", "last:1", "lora", "all"])
-def test_frozen_layers_do_not_move_and_the_others_do(reviews, base, tmp_path, train):
-    main(*flags_for(reviews, base, tmp_path / "out"), "--train", train, "--num_epochs", 1, "--test_fraction", 0)
-    after, before = read_checkpoint(tmp_path / "out" / "classifier.pt")["model"], base[1].state_dict()
+def test_frozen_layers_do_not_move_and_the_others_do(classifier_flags, byte_model, tmp_path, train):
+    main(*classifier_flags(tmp_path / "out"), "--train", train, "--num_epochs", 1, "--test_fraction", 0)
+    after, before = read_checkpoint(tmp_path / "out" / "classifier.pt")["model"], byte_model[1].state_dict()
     moved = {name for name in after if name != "score.weight" and not torch.equal(after[name], before[name])}
     expected = dict(head=set(), all=set(after) - {"score.weight"},
                     lora={n for n in after if ".h." in n and n.endswith(("c_attn.weight", "c_proj.weight",
@@ -173,9 +136,9 @@ def test_frozen_layers_do_not_move_and_the_others_do(reviews, base, tmp_path, tr
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_classifier(run, reviews, base, tmp_path, capsys):
+def test_a_stopped_run_goes_on_to_the_same_classifier(run, classifier_flags, tmp_path, capsys):
     extra = ("--dropout", 0.1, "--train", "last:1", "--num_epochs", 3, "--patience", 0)
-    straight, stopped = ((*flags_for(reviews, base, tmp_path / name), *extra) for name in ("straight", "stopped"))
+    straight, stopped = ((*classifier_flags(tmp_path / name), *extra) for name in ("straight", "stopped"))
     main(*straight)
     (tmp_path / "stop.py").write_text(signalled("finetune_classifier", 10, "SIGTERM"))
     rc, out, err = run(str(tmp_path / "stop.py"), *stopped)
@@ -192,7 +155,7 @@ def test_a_stopped_run_goes_on_to_the_same_classifier(run, reviews, base, tmp_pa
     assert steps == sorted(steps) and len(steps) == 21 + 4
 
 
-def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(reviews, base, tmp_path, monkeypatch, capsys):
+def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(classifier_flags, tmp_path, monkeypatch, capsys):
     """At the evaluation after the only epoch: the state is saved. At a prediction: nothing is written."""
     batches, calls = finetune_classifier.evaluation_batches, []
 
@@ -202,32 +165,32 @@ def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(reviews, base, tmp
             os.kill(os.getpid(), signal.SIGTERM)
         return batches(*arguments)
     monkeypatch.setattr(finetune_classifier, "evaluation_batches", stop_at_the_second)
-    flags = (*flags_for(reviews, base, tmp_path / "out"), "--num_epochs", 1)
+    flags = (*classifier_flags(tmp_path / "out"), "--num_epochs", 1)
     main(*flags)
     assert "stopped before step 7, nothing is lost" in capsys.readouterr().out and len(calls) == 2
     main(*flags)
     assert "going on from step 7" in capsys.readouterr().out
     calls[:] = calls[:1]
     with pytest.raises(SystemExit) as ended:
-        main("--checkpoint", tmp_path / "out" / "classifier.pt", "--predict", "So fine", *TINY[:4])
+        main("--checkpoint", tmp_path / "out" / "classifier.pt", "--predict", "So fine", *CPU)
     assert ended.value.code == 130 and "stopped before there was a result" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_classifier_of_one(run_ranks, reviews, base, tmp_path):
+def test_two_processes_find_the_classifier_of_one(run_ranks, classifier_flags, tmp_path):
     extra = ("--num_epochs", 1, "--batch_size", 111)       # the epoch's second step has one row: a rank has none
-    codes, output = run_ranks(2, "finetune_classifier.py", *flags_for(reviews, base, tmp_path / "two"), *extra)
+    codes, output = run_ranks(2, "finetune_classifier.py", *classifier_flags(tmp_path / "two"), *extra)
     assert codes == [0, 0] and "2 processes" in output, output
-    main(*flags_for(reviews, base, tmp_path / "one"), *extra)
+    main(*classifier_flags(tmp_path / "one"), *extra)
     one, two = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_dry_run_shows_examples_and_leaves_nothing(reviews, base, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_shows_examples_and_leaves_nothing(classifier_flags, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    main(*flags_for(reviews, base, "out")[:-2], "--dry_run")
+    main(*classifier_flags("out")[:-2], "--dry_run")
     out = capsys.readouterr().out
     assert "example 1: " in out and "  masked  | " in out and ("learned | '-> good'" in out or "'-> bad'" in out)
     assert "dry run: " in out and "the full run of 42 steps" in out and sorted(tmp_path.rglob("*")) == before
@@ -242,7 +205,7 @@ def test_splits_hold_every_example_once_and_every_label_in_its_share(tmp_path):
     assert list(stratified(examples, 40, config)) == [rest, test]
 
 
-def test_mistakes_are_one_line_and_name_the_row(reviews, base, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {"hole.csv": "text,label\na,x\nb,\n", "one.csv": "text,label\na,x\nb,x\nc,x\nd,x\n" * 1 + "e,x\n" * 9,
              "rare.csv": "text,label\n" + "a,x\n" * 20 + "b,y\n", "torn.jsonl": '{"text": "a", "label": 1}\n{"text"\n',
@@ -251,7 +214,7 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, base, tmp_path, monkeyp
              "few.csv": "text,label\n" + "a,x\n" * 40 + "b,y\n" * 2}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    model = ("--init_from", base[0], "--out", "out")
+    model = ("--init_from", byte_model[0], "--out", "out")
     for flags, message in (
             (["--data", reviews, *model], "no column 'text' among review, sentiment, stars; name yours with --text_c"),
             (["--data", "hole.csv", *model], "hole.csv, row 2 (the header not counted): column 'label' is empty"),
@@ -268,9 +231,10 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, base, tmp_path, monkeyp
             (["--data", "two.csv", *model, "--block_size", 64], "--block_size 64, but "),
             (["--data", "two.csv", "--out", "out"], "--init_from is missing"),
             (["--predict", "x"], "--checkpoint is missing"),
-            (["--predict", "x", "--checkpoint", base[0]], "is no classifier, it writes text"),
-            (["--predict_file", "two.csv", "--checkpoint", base[0]], "belong together"),
-            (["--predict_file", "two.csv", "--out", "x.txt", "--checkpoint", base[0]], "must end in .csv or .jsonl")):
+            (["--predict", "x", "--checkpoint", byte_model[0]], "is no classifier, it writes text"),
+            (["--predict_file", "two.csv", "--checkpoint", byte_model[0]], "belong together"),
+            (["--predict_file", "two.csv", "--out", "x.txt", "--checkpoint", byte_model[0]],
+             "must end in .csv or .jsonl")):
         with pytest.raises(UserError) as caught:
             main("--device", "cpu", *flags)
         assert message in str(caught.value), flags

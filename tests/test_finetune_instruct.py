@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import ROOT, SHARED_DATA
-from signals import signalled
 from torch.nn import functional as F
 
 import convert
@@ -14,15 +12,16 @@ import finetune_instruct
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
-from exactgpt.device import Hardware
-from exactgpt.distributed import Runtime
-from exactgpt.finetune import Objective, Tuning, make_row, render, train_step, writing_results
+from exactgpt.finetune import render, writing_results
 from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.lora import add_adapter, merge
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from finetune_instruct import encode, encode_item, read_items
 from model import GPT, IGNORED, GPTConfig
+from tests.common import SHARED_DATA
+from tests.signals import signalled
+from tests.tuning_step import one_step, random_rows
 
 COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
 ITEMS = [dict(instruction="Say it twice.", input=c, output=f"{c} {c}") for c in COLOURS * 6]
@@ -82,33 +81,6 @@ def test_long_answers_are_cut_and_items_without_an_answer_in_reach_left_out():
     assert (rows[0].targets != IGNORED).sum() == 10 and (rows[1].targets != IGNORED).sum() == 4
 
 
-def random_rows(n):
-    """Rows of a vocabulary of 65, of uneven lengths, from 1 target to all."""
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for i in range(n):
-        length = int(torch.randint(2, 30, (), generator=generator))
-        tokens, targets = torch.randint(65, (2, length), generator=generator).tolist()
-        rows.append(make_row(tokens, [IGNORED] * min(length - 1, i * 3) + targets[min(length - 1, i * 3):]))
-    return rows
-
-
-def one_step(rows, budget, rank=0, world_size=1, weights=None):
-    """(gradients, loss) of this rank's part of a step over all rows; the optimizer does not move."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(32, 65, 1, 2, 16))
-    objective = Objective(model, "lm_head", weights)
-    ddp = torch.nn.parallel.DistributedDataParallel(objective) if world_size > 1 else objective
-    runtime = Runtime(rank, rank, world_size, torch.device("cpu"), Hardware("cpu"), "fp32")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    run = Tuning(model, objective, ddp, optimizer, torch.amp.GradScaler("cpu", enabled=False), rows, {}, "", budget, 1,
-                 1, 0, 1)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = finetune_instruct.InstructConfig(batch_size=len(rows), grad_clip=0.0)
-    result, _ = train_step(run, config, runtime)
-    return {name: before[name] - p.detach() for name, p in model.named_parameters()}, result
-
-
 def expected_step(rows, weights=None):
     """The same by torch's own mean over all targets at once, row by row: (gradients, loss)."""
     torch.manual_seed(0)
@@ -131,24 +103,9 @@ def test_every_target_counts_the_same_whatever_the_micro_batches(budget, weighte
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-TWO_RANKS = """
-import datetime, sys, torch, torch.distributed as dist
-sys.path.insert(0, "TESTS")
-from test_finetune_instruct import one_step, random_rows
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-rank = dist.get_rank()
-results = [(n, one_step(random_rows(n), 64, rank, 2)) for n in (9, 1)]     # of one row a rank has none
-if rank == 0:
-    torch.save([(n, gradients, result.loss) for n, (gradients, result) in results], sys.argv[1])
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_make_the_gradient_of_one(run_ranks, tmp_path):
-    (tmp_path / "two_ranks.py").write_text(TWO_RANKS.replace("TESTS", str(ROOT / "tests")))
-    codes, output = run_ranks(2, tmp_path / "two_ranks.py", tmp_path / "found.pt")
+    codes, output = run_ranks(2, "tests/tuning_step.py", tmp_path / "found.pt")
     assert codes == [0, 0], output
     for n, found, found_loss in torch.load(tmp_path / "found.pt"):
         gradients, loss = expected_step(random_rows(n))

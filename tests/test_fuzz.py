@@ -1,13 +1,13 @@
 """Whatever bytes a file holds: read as it was, or refused in one line; no traceback, no hang, no code that runs.
 
-bench/fuzz.py says what each kind of file is, how it is damaged and what counts as a fault; there are 2,000 of each.
+fuzz.py says what each kind of file is, how it is damaged and what counts as a fault; bench.fuzz tries 2,000 of each.
 """
 import random
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
-from bench.fuzz import TARGETS, Bench
+from tests.fuzz import TARGETS, Bench
 
 SLOW_SCRIPTS = 2
 

@@ -9,15 +9,14 @@ import time
 
 import pytest
 import torch
-from common import ROOT
 from torch.nn import functional as F
 
 from bench import gpu, gpu_smoke
 from bench.gpu import GpuConfig, Stage, stages
 from bench.toy import make_toy_data
-from exactgpt.device import Hardware, enable_attention
-from exactgpt.distributed import Runtime
+from exactgpt.device import enable_attention
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from tests.common import ROOT, cpu_runtime
 
 SMALL = "--device cpu --dtype fp32"
 
@@ -184,7 +183,7 @@ def test_the_stages_on_a_card_are_train_sized_and_toy_ones_end_with_flags_that_m
 
 # ---- the smoke checks notice what is wrong, and name the way round it
 
-CPU = Runtime(0, 0, 1, torch.device("cpu"), Hardware("cpu"), "bf16")
+CPU = cpu_runtime(dtype="bf16")
 
 
 def checked(check, out):

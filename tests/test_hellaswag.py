@@ -1,4 +1,4 @@
-"""hellaswag.py and choices.py: the scores of references that share no code with them, whatever the batch."""
+"""hellaswag.py and multiple_choice.py: the scores of references that share no code with them, whatever the batch."""
 import json
 import lzma
 import math
@@ -8,26 +8,26 @@ import sys
 import numpy as np
 import pytest
 import torch
-from common import ROOT, SHARED_DATA, as_ours, script_env
 from torch.nn import functional as F
 
 import hellaswag
-from exactgpt.device import Hardware
-from exactgpt.distributed import Runtime, StopRequested
+from exactgpt.distributed import StopRequested
 from exactgpt.multiple_choice import ending_losses, pack_question, plan_batches
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from hellaswag import evaluate_hellaswag, load_hellaswag, main, read_example, tokenize
 from model import GPT, GPTConfig
+from tests.common import (
+    HELLASWAG_ITEM,
+    HELLASWAG_ROWS,
+    ROOT,
+    SHARED_DATA,
+    as_ours,
+    cpu_runtime,
+    script_env,
+    torchrun_words,
+)
 
-ROWS = ROOT / "tests" / "data" / "hellaswag_20.jsonl"
 REAL = SHARED_DATA / "hellaswag_val.jsonl.xz"
-GOOD = dict(activity_label="Topic", ctx="He sits. she", ctx_a="He sits.", ctx_b="she",
-            endings=["a one.", "b two.", "c three.", "d four."], label=1)
-
-
-def runtime(dtype="fp32"):
-    """The Runtime of a process of its own on the CPU."""
-    return Runtime(0, 0, 1, torch.device("cpu"), Hardware("cpu"), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,14 @@ class Unigram(torch.nn.Module):
 
 def test_scores_of_a_stub_model_are_those_worked_out_by_hand(bytes_tokenizer):
     def score(label, style):
-        line = json.dumps({**GOOD, "endings": ["ccc", "aaaaaaa", "aaaa aaaa", "b b"], "label": label}).encode()
+        endings = ["ccc", "aaaaaaa", "aaaa aaaa", "b b"]
+        line = json.dumps({**HELLASWAG_ITEM, "endings": endings, "label": label}).encode()
         prepared = tokenize([read_example(line, style, "here")], bytes_tokenizer, 32, style)
-        losses, mine = ending_losses(Unigram(), prepared.questions, 4, runtime())
+        losses, mine = ending_losses(Unigram(), prepared.questions, 4, cpu_runtime())
         assert mine.tolist() == [0]
         # in bits, the space before the ending included
         np.testing.assert_allclose(losses[0] / math.log(2), [1 + 12, 1 + 14, 1 + 17, 1 + 7], rtol=1e-6)
-        result = evaluate_hellaswag(Unigram(), prepared, runtime())
+        result = evaluate_hellaswag(Unigram(), prepared, cpu_runtime())
         return result.acc, result.acc_norm
     # Smallest sum: 8 bits, ending 3. Per token (space included): 13/4, 15/8, 18/10, 8/4: ending 2 at 1.8 bits.
     assert [score(k, "karpathy") for k in range(4)] == [(0, 0), (0, 0), (0, 1), (1, 0)]
@@ -86,7 +87,7 @@ def test_scores_of_a_stub_model_are_those_worked_out_by_hand(bytes_tokenizer):
 
 def test_characters_and_tokens_normalise_differently(bytes_tokenizer):
     """"é" is one character and two bytes: 12 bits and some per byte, so the two styles choose different endings."""
-    line = json.dumps({**GOOD, "endings": ["éé", "cccc", "cc", "c"], "label": 0}, ensure_ascii=False).encode()
+    line = json.dumps({**HELLASWAG_ITEM, "endings": ["éé", "cccc", "cc", "c"], "label": 0}, ensure_ascii=False).encode()
     scores = []
     for style in hellaswag.STYLES:
         prepared = tokenize([read_example(line, style, "here")], bytes_tokenizer, 32, style)
@@ -113,16 +114,16 @@ def brute_force(model, examples, tokenizer, style):
 @pytest.mark.parametrize("style", hellaswag.STYLES)
 @pytest.mark.parametrize("block_size", [1024, 509, 100, 24])     # bytes: packed; some packed; all cut; endings cut too
 def test_packed_rows_score_as_one_row_at_a_time(gpt, bytes_tokenizer, style, block_size):
-    model, examples = gpt(block_size), load_hellaswag(ROWS, style)
+    model, examples = gpt(block_size), load_hellaswag(HELLASWAG_ROWS, style)
     prepared = tokenize(examples, bytes_tokenizer, block_size, style)
     rows_per_question = {len(rows) for rows in prepared.questions}
     assert rows_per_question == {1024: {1}, 509: {1, 4}, 100: {4}, 24: {4}}[block_size]
     assert (prepared.n_cut > 0) == (block_size <= 100)
-    losses, mine = ending_losses(model, prepared.questions, 4, runtime())
+    losses, mine = ending_losses(model, prepared.questions, 4, cpu_runtime())
     expected = brute_force(model, examples, bytes_tokenizer, style)
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     assert sorted(mine) == list(range(20))
-    score = evaluate_hellaswag(model, prepared, runtime())
+    score = evaluate_hellaswag(model, prepared, cpu_runtime())
     labels = np.array([e.label for e in examples])
     assert score.acc == np.mean(expected.argmin(1) == labels)
     assert score.acc_norm == np.mean((expected / prepared.lengths).argmin(1) == labels)
@@ -183,10 +184,10 @@ def their_tokenizer(tmp_path):
 @pytest.mark.slow
 def test_a_hugging_face_folder_scores_as_transformers_does(their_model, their_tokenizer, tmp_path, capsys):
     their_model.save_pretrained(tmp_path / "model")
-    main(["--checkpoint", str(tmp_path / "model"), "--data", str(ROWS), "--json", str(tmp_path / "out.json"),
+    main(["--checkpoint", str(tmp_path / "model"), "--data", str(HELLASWAG_ROWS), "--json", str(tmp_path / "out.json"),
           "--device", "cpu", "--dtype", "fp32"])
     result = json.loads((tmp_path / "out.json").read_text())
-    expected = transformers_score(their_model, their_tokenizer, ROWS)
+    expected = transformers_score(their_model, their_tokenizer, HELLASWAG_ROWS)
     assert (result["acc"], result["acc_norm"]) == expected
     assert (result["n"], result["style"], result["dtype"], result["n_cut"]) == (20, "karpathy", "fp32", 0)
     assert result["acc_stderr"] == pytest.approx(math.sqrt(expected[0] * (1 - expected[0]) / 19))
@@ -205,7 +206,7 @@ def test_lm_eval_style_is_that_of_the_harness_itself(their_model, their_tokenize
     from lm_eval.tasks.hellaswag.utils import process_docs
     task = ConfigurableTask(config=dict(
         task="hellaswag_20", dataset_path="json", output_type="multiple_choice", validation_split="validation",
-        dataset_kwargs=dict(data_files=dict(validation=str(ROWS)), cache_dir=str(tmp_path)),
+        dataset_kwargs=dict(data_files=dict(validation=str(HELLASWAG_ROWS)), cache_dir=str(tmp_path)),
         # the rest is lm_eval/tasks/hellaswag/hellaswag.yaml
         process_docs=process_docs, doc_to_text="{{query}}", doc_to_target="{{label}}", doc_to_choice="choices",
         metric_list=[dict(metric="acc", aggregation="mean"), dict(metric="acc_norm", aggregation="mean")]))
@@ -213,17 +214,17 @@ def test_lm_eval_style_is_that_of_the_harness_itself(their_model, their_tokenize
     results = simple_evaluate(model=harness, tasks=[task], bootstrap_iters=0, log_samples=True)
     samples = sorted(results["samples"]["hellaswag_20"], key=lambda s: s["doc_id"])
 
-    examples = load_hellaswag(ROWS, "lm_eval")
+    examples = load_hellaswag(HELLASWAG_ROWS, "lm_eval")
     assert [e.context for e in examples] == [s["arguments"][0][0] for s in samples]
     assert [[" " + c for c in e.endings] for e in examples] == [[a[1] for a in s["arguments"]] for s in samples]
     assert any(e.context != e.context.rstrip() for e in examples)       # a space that has to move is among them
     prepared = tokenize(examples, gpt2_tokenizer(), 256, "lm_eval")
-    losses, _ = ending_losses(as_ours(their_model), prepared.questions, 4, runtime())
+    losses, _ = ending_losses(as_ours(their_model), prepared.questions, 4, cpu_runtime())
     np.testing.assert_allclose(-losses, [[r[0] for r in s["filtered_resps"]] for s in samples], rtol=2e-5)
     labels = np.array([e.label for e in examples])
     assert (losses.argmin(1) == labels).tolist() == [s["acc"] for s in samples]
     assert ((losses / prepared.lengths).argmin(1) == labels).tolist() == [s["acc_norm"] for s in samples]
-    score = evaluate_hellaswag(as_ours(their_model), prepared, runtime())
+    score = evaluate_hellaswag(as_ours(their_model), prepared, cpu_runtime())
     assert score.acc == results["results"]["hellaswag_20"]["acc,none"]
     assert score.acc_norm == results["results"]["hellaswag_20"]["acc_norm,none"]
 
@@ -250,10 +251,10 @@ def test_neither_batch_nor_order_changes_the_score_of_real_examples(gpt, bytes_t
     for batch_tokens in (1, 900, 20_000):
         for order in (1, -1):
             prepared = tokenize(examples[::order], bytes_tokenizer, 640, style)
-            score = evaluate_hellaswag(model, prepared, runtime(), batch_tokens)
+            score = evaluate_hellaswag(model, prepared, cpu_runtime(), batch_tokens)
             scores.add((score.acc, score.acc_norm))
     assert len(scores) == 1 and score.n == 120
-    assert evaluate_hellaswag(model, prepared, runtime("bf16")).acc == pytest.approx(score.acc, abs=0.05)
+    assert evaluate_hellaswag(model, prepared, cpu_runtime("bf16")).acc == pytest.approx(score.acc, abs=0.05)
 
 
 @pytest.mark.slow
@@ -307,10 +308,10 @@ def test_two_processes_get_the_score_of_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS_SCRIPT)
     results = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+    for launcher in ([], torchrun_words(2)):
         out = tmp_path / f"{len(launcher)}.json"
-        done = subprocess.run([sys.executable, *launcher, str(script), str(ROWS), str(out)], cwd=ROOT, text=True,
-                              env=script_env(tmp_path), capture_output=True, timeout=120)
+        done = subprocess.run([sys.executable, *launcher, str(script), str(HELLASWAG_ROWS), str(out)], cwd=ROOT,
+                              text=True, env=script_env(tmp_path), capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(json.loads(out.read_text()))
     assert results[0] == results[1]
@@ -323,16 +324,16 @@ def test_two_processes_get_the_score_of_one(tmp_path):
 
 def test_the_models_mode_stays_and_dropout_is_off(gpt, bytes_tokenizer):
     model = gpt(640, dropout=0.5)
-    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
-    expected = evaluate_hellaswag(model, prepared, runtime())
-    assert evaluate_hellaswag(model.train(), prepared, runtime()) == expected
+    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    expected = evaluate_hellaswag(model, prepared, cpu_runtime())
+    assert evaluate_hellaswag(model.train(), prepared, cpu_runtime()) == expected
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
 def test_a_signal_stops_it_after_a_batch(gpt, bytes_tokenizer):
     model = gpt(640).train()
-    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
-    signalled = runtime()
+    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    signalled = cpu_runtime()
     signalled.stop_signal = "SIGTERM"
     calls = []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -343,25 +344,25 @@ def test_a_signal_stops_it_after_a_batch(gpt, bytes_tokenizer):
 
 def test_it_neither_recompiles_nor_is_compiled_in_a_compiled_run(gpt, bytes_tokenizer):
     raw = gpt(640).train()
-    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
-    expected = evaluate_hellaswag(raw, prepared, runtime())
+    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    expected = evaluate_hellaswag(raw, prepared, cpu_runtime())
     graphs = []
     compiled = torch.compile(raw, dynamic=False, backend=lambda module, _: graphs.append(1) or module.forward)
     x = torch.randint(0, 256, (2, 64))
     compiled(x, x).backward()
     before = len(graphs)
-    assert before and evaluate_hellaswag(raw, prepared, runtime()) == expected
+    assert before and evaluate_hellaswag(raw, prepared, cpu_runtime()) == expected
     compiled(x, x).backward()
     assert len(graphs) == before
 
 
 def test_a_run_confined_to_one_attention_backend_stays_so(gpt, bytes_tokenizer):
     from exactgpt.device import enable_attention
-    prepared = tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy")
-    expected = evaluate_hellaswag(gpt(640), prepared, runtime())
+    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    expected = evaluate_hellaswag(gpt(640), prepared, cpu_runtime())
     try:
         enable_attention("cudnn")   # which no CPU has
-        score = evaluate_hellaswag(gpt(640), prepared, runtime())
+        score = evaluate_hellaswag(gpt(640), prepared, cpu_runtime())
         assert (score.acc, score.acc_norm) == (expected.acc, expected.acc_norm)
         assert not torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
     finally:
@@ -371,7 +372,8 @@ def test_a_run_confined_to_one_attention_backend_stays_so(gpt, bytes_tokenizer):
 def test_a_model_of_nans_is_never_right(gpt, bytes_tokenizer):
     model = gpt(640)
     torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
-    score = evaluate_hellaswag(model, tokenize(load_hellaswag(ROWS), bytes_tokenizer, 640, "karpathy"), runtime())
+    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    score = evaluate_hellaswag(model, prepared, cpu_runtime())
     assert (score.acc, score.acc_norm, score.n) == (0, 0, 20)
 
 

@@ -4,12 +4,12 @@ import sys
 import types
 
 import pytest
-from test_hellaswag import GOOD, ROWS, runtime
 
 import hellaswag
 from exactgpt.config import UserError
 from exactgpt.tokenizer import Tokenizer
 from hellaswag import find_hellaswag, load_hellaswag, main, prepare_hellaswag, read_example, split_context
+from tests.common import HELLASWAG_ITEM, HELLASWAG_ROWS, cpu_runtime
 
 
 @pytest.mark.parametrize("ctx, ctx_a, ctx_b", [
@@ -27,7 +27,7 @@ def test_the_parts_of_a_context_are_found_again(ctx, ctx_a, ctx_b):
 
 
 def test_rows_without_parts_render_as_those_with_them():
-    for line in ROWS.read_text(encoding="utf-8").splitlines():
+    for line in HELLASWAG_ROWS.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         if item["ctx_b"][:1].islower():
             whole = read_example(line, "lm_eval", "")
@@ -64,7 +64,8 @@ def test_the_two_styles_render_as_their_authors_do():
 ])
 def test_a_bad_example_is_refused_by_its_line(tmp_path, style, change, complaint):
     path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join(json.dumps(item) for item in (GOOD, GOOD, {**GOOD, **change})) + "\n")
+    items = (HELLASWAG_ITEM, HELLASWAG_ITEM, {**HELLASWAG_ITEM, **change})
+    path.write_text("\n".join(map(json.dumps, items)) + "\n")
     with pytest.raises(UserError) as caught:
         load_hellaswag(path, style)
     assert str(caught.value) == f"{path}, line 3: {complaint}"
@@ -74,7 +75,8 @@ def test_a_bad_example_is_refused_by_its_line(tmp_path, style, change, complaint
 @pytest.mark.parametrize("data, complaint", [
     (b"", "line 1: the file is empty"),
     (b"\n \n", "line 1: the file is empty"),
-    (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:40], "line 2: not valid JSON; if it is data"),
+    (json.dumps(HELLASWAG_ITEM).encode() + b"\n" + json.dumps(HELLASWAG_ITEM).encode()[:40],
+     "line 2: not valid JSON; if it is data"),
     (b"\xff\xfe{}\n", "line 1: not valid JSON"),
     (b"[1, 2]\n", "line 1: a JSON list, not an example"),
     (b"[" * 100_000, "line 1: not valid JSON"),
@@ -87,13 +89,14 @@ def test_a_damaged_file_is_refused_by_its_line(tmp_path, data, complaint):
 
 
 def test_a_mistake_is_one_line_and_status_2(run, tmp_path):
-    rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", ROWS, "--device", "cpu")
+    rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", HELLASWAG_ROWS,
+                       "--device", "cpu")
     assert (rc, out) == (2, "") and err.startswith(f"hellaswag.py: error: no checkpoint {tmp_path / 'none.pt'}: there")
-    (tmp_path / "rows.jsonl").write_bytes(ROWS.read_bytes())
+    (tmp_path / "rows.jsonl").write_bytes(HELLASWAG_ROWS.read_bytes())
     rc, out, err = run("hellaswag.py", "--data", tmp_path / "rows.jsonl", "--json", tmp_path / "rows.jsonl", "--device",
                        "cpu")
     assert (rc, out) == (2, "") and "rows.jsonl exists already, and nothing is written over" in err
-    assert (tmp_path / "rows.jsonl").read_bytes() == ROWS.read_bytes()
+    assert (tmp_path / "rows.jsonl").read_bytes() == HELLASWAG_ROWS.read_bytes()
 
 
 def fake_hub(monkeypatch, load):
@@ -102,7 +105,7 @@ def fake_hub(monkeypatch, load):
 
 def test_the_data_set_is_downloaded_once_and_whole(tmp_path, monkeypatch, capsys):
     calls = []
-    rows = [{**GOOD, "ind": i, "label": "3", "ctx": "Ça va. elle"} for i in range(5)]
+    rows = [{**HELLASWAG_ITEM, "ind": i, "label": "3", "ctx": "Ça va. elle"} for i in range(5)]
     fake_hub(monkeypatch, lambda name, split: calls.append((name, split)) or rows)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="5 examples came, not 10042"):
@@ -113,7 +116,7 @@ def test_the_data_set_is_downloaded_once_and_whole(tmp_path, monkeypatch, capsys
     main(["--download", "--device", "cpu"])
     assert calls == [("Rowan/hellaswag", "validation")] * 2
     assert "next: python hellaswag.py" in capsys.readouterr().out
-    prepared = prepare_hellaswag(runtime(), Tokenizer([], "bytes"), 128)
+    prepared = prepare_hellaswag(cpu_runtime(), Tokenizer([], "bytes"), 128)
     assert prepared.labels.tolist() == [3] * 5 and [p.name for p in tmp_path.rglob("*.*")] == ["hellaswag_val.jsonl"]
 
 
@@ -123,7 +126,7 @@ def test_a_failed_download_names_both_ways_out(tmp_path, monkeypatch):
     fake_hub(monkeypatch, fail)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        prepare_hellaswag(runtime(), Tokenizer([], "bytes"), 128)
+        prepare_hellaswag(cpu_runtime(), Tokenizer([], "bytes"), 128)
     message = str(caught.value)
     assert "\n" not in message and "ConnectionError: no route to the hub" in message
     assert "python hellaswag.py --download" in message and "--hellaswag_every 0" in message

@@ -6,13 +6,13 @@ import sys
 import time
 
 import pytest
-from common import ROOT, script_env
-from corpora import build_nanogpt, kill_at, loaded, parquet_bytes, write_corpus
-from fake_hub import COMMIT, CONVERTED, serve
 
 from exactgpt import hub
 from exactgpt.config import UserError
 from exactgpt.shards import load_manifest
+from tests.common import ROOT, script_env
+from tests.corpora import build_nanogpt, kill_at, loaded, parquet_bytes, write_corpus
+from tests.fake_hub import COMMIT, CONVERTED, serve
 
 EDU = "HuggingFaceFW/fineweb-edu"
 IMPATIENT = ("import prepare_fineweb; from exactgpt import config, hub; hub.FIRST_PAUSE_S = 0.1; "

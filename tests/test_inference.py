@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from common import ROOT, script_env
 
 import inference
 from exactgpt import generation
@@ -17,6 +16,7 @@ from exactgpt.checkpoint import checkpoint_path, save_checkpoint
 from exactgpt.generation import Continuation, alpaca_prompt, generate, generate_ids, stream
 from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
+from tests.common import ROOT, script_env
 
 FLAGS = ("--device", "cpu", "--dtype", "fp32", "--num_seq", "2", "--max_tokens", "12")
 

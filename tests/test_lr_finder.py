@@ -7,18 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import ROOT
-from test_train import TINY, losses
 
 import lr_finder
 import train
 from exactgpt.config import RunFailed, UserError, parse_config
 from exactgpt.dataloader import TokenStream
-from exactgpt.device import Hardware
-from exactgpt.distributed import Runtime
 from exactgpt.metrics import Tracker
 from exactgpt.shards import ShardFolder
 from lr_finder import FinderConfig, suggest, sweep, train_command
+from tests.common import TINY, cpu_runtime, losses, mlflow_runs, torchrun
 
 CURVATURE = 4.0
 
@@ -44,8 +41,7 @@ def toy_run(folder, steps):
         scaler=torch.amp.GradScaler("cpu", enabled=False), micro_batch_size=4, slow=False,
         train_stream=TokenStream(shards.train, 16), plan=SimpleNamespace(windows_per_step=8))
     config = FinderConfig(lr_low=1e-3 / CURVATURE, lr_high=100 / CURVATURE, steps=steps, max_lr=1.0, grad_clip=0.0)
-    device = torch.device("cpu")
-    return run, config, Runtime(0, 0, 1, device, Hardware("cpu"), "fp32")
+    return run, config, cpu_runtime()
 
 
 @pytest.mark.parametrize("steps", [120, 240])
@@ -104,8 +100,7 @@ def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_be
     with pytest.raises(UserError, match="holds a run"):
         finder(*flags, "--log_dir", log_dir)
     if mlflow:
-        from test_tracking import stored
-        [sweep_run], [train_run] = stored(log_dir, "lr_finder"), stored(log_dir, "train")
+        [sweep_run], [train_run] = mlflow_runs(log_dir, "lr_finder"), mlflow_runs(log_dir, "train")
         assert sweep_run.history["loss"] == [(int(r["step"]), float(r["loss"])) for r in rows]
         assert set(sweep_run.artifacts) == {"lr_finder.csv", "lr_finder.png"} and sweep_run.params["steps"] == "40"
         assert len(train_run.history["loss"]) == 3
@@ -116,8 +111,8 @@ def test_two_processes_with_other_micro_batches_see_the_same_losses(make_shards,
     data = make_shards([4000])
     flags = (*TINY, "--data_dir", data, "--total_batch_size", 128, "--steps", 12, "--lr_high", 1e-2)
     finder(*flags, "--log_dir", tmp_path / "one")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    rc, out, err = run(*launcher, ROOT / "lr_finder.py", *flags, "--log_dir", tmp_path / "two", "--micro_batch_size", 2)
+    rc, out, err = torchrun(run, 2, *flags, "--log_dir", tmp_path / "two", "--micro_batch_size", 2,
+                            script="lr_finder.py")
     assert rc == 0, err
     assert "next: torchrun --nproc_per_node=2 train.py" in out and out.count("steepest slope") == 1
     one, two = (np.genfromtxt(tmp_path / name / "lr_finder.csv", delimiter=",", names=True)["loss"]

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import as_ours, in_our_layout
 from torch.nn import functional as F
 
 from exactgpt.generation import KVCache
 from exactgpt.optimizer import parameter_groups
 from model import GPT, GPT2_SIZES, IGNORED, MLP, CausalSelfAttention, GPTConfig, padded_vocab
+from tests.common import as_ours, in_our_layout
 
 TINY = dict(block_size=32, vocab_size=65, n_layer=2, n_head=3, n_embd=24)
 PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}

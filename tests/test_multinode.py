@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
-from common import ROOT, script_env
-from test_resume import CHAOS, FLAGS, SIZES, assert_same_end, assert_same_logs, straight, train  # noqa: F401
 from torch.distributed.run import get_args_parser
+
+from tests.common import ROOT, script_env
+from tests.killed_runs import FLAGS, SCRIPT, SIZES, assert_same_run
 
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 TRAIN = (*FLAGS, "--dtype", "fp32")
@@ -54,7 +55,7 @@ class Nodes:
     def torchrun(self, *flags, port, launcher=(), **env):
         """torchrun on both nodes: [Popen, Popen], the output of each in the file process.output."""
         words = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                 "--rdzv_id=test", f"--rdzv_endpoint=node-0:{port}", *SOON, *launcher, ROOT / CHAOS, *flags]
+                 "--rdzv_id=test", f"--rdzv_endpoint=node-0:{port}", *SOON, *launcher, ROOT / SCRIPT, *flags]
         return [self._launch(i, words, env) for i in (0, 1)]
 
     def _launch(self, i, words, env):
@@ -103,12 +104,11 @@ def end(processes, seconds):
 
 
 @pytest.mark.slow
-def test_a_cut_cable_and_killed_workers_leave_the_run_as_if_undisturbed(
-        train, make_shards, nodes, straight):  # noqa: F811
+def test_a_cut_cable_and_killed_workers_leave_the_run_as_if_undisturbed(make_shards, nodes, undisturbed):
     """The cable is pulled before step 6: both nodes end. With the cable back the run goes on; a worker is killed on
     each node and torchrun, which counts the restarts of each node by itself, starts both again."""
     folder = make_shards(SIZES, val_sizes=[120])
-    reference, log_dir = straight(train, folder, 2, "--dtype", "fp32"), nodes.folder / "logs"
+    reference, log_dir = undisturbed(folder, 2, "--dtype", "fp32"), nodes.folder / "logs"
     flags = (*TRAIN, "--data_dir", folder, "--log_dir", log_dir, "--timeout", 3)
     statuses, outputs = end(nodes.torchrun(*flags, port=29411, ACCIDENT="run:step:6:0",
                                            ACCIDENT_COMMAND=nodes.cable("down")), 90)
@@ -121,13 +121,12 @@ def test_a_cut_cable_and_killed_workers_leave_the_run_as_if_undisturbed(
         ACCIDENT_ONCE=str(nodes.folder / "happened")), 120)
     assert statuses == [0, 0] and (nodes.folder / "happened").read_text() == "xx", outputs
     assert "going on from step 4" in outputs[0] + outputs[1]
-    assert_same_end(reference, log_dir)
-    assert_same_logs(reference, log_dir)
+    assert_same_run(reference, log_dir)
 
 
 @pytest.mark.slow
-def test_the_rank_that_hangs_is_named(train, make_shards, tmp_path):  # noqa: F811
-    codes, out = train(2, "--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs",
+def test_the_rank_that_hangs_is_named(train_ranks, make_shards, tmp_path):
+    codes, out = train_ranks(2, "--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs",
                        "--timeout", 2, ACCIDENT="hang:step:6:1", ACCIDENT_SECONDS=14)
     said = re.search(r"error on (\S+), rank 0: no progress for 2 s: (.*)", out)
     assert codes == [1, 1] and said, out

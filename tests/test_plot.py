@@ -1,4 +1,4 @@
-"""history.py, figures.py and plot.py: logs read right, pictures that show something, mistakes in one line."""
+"""figures.py and plot.py: logs read right, pictures that show something, mistakes in one line."""
 import json
 import subprocess
 import sys

@@ -1,26 +1,20 @@
 """What the loop does beside the ordinary step: gradients that are not finite, lengths, starting weights, compile."""
-import json
 import shutil
 
 import pytest
 import torch
-from common import ROOT
-from test_resume import CHAOS, FLAGS, SIZES
-from test_train import TINY, losses, torchrun
 
 import train
 from exactgpt.config import UserError
-
-
-def rows_of(log_dir):
-    return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+from tests.common import HELLASWAG_ROWS, TINY, logged_rows, losses, torchrun
+from tests.killed_runs import FLAGS, SCRIPT, SIZES
 
 
 def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run_ranks, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
-    codes, out = run_ranks(2, CHAOS, *FLAGS, *flags, env={"ACCIDENT": "inf:step:6:1"})   # compares the ranks' weights
+    codes, out = run_ranks(2, SCRIPT, *FLAGS, *flags, env={"ACCIDENT": "inf:step:6:1"})   # compares the ranks' weights
     assert codes == [0, 0] and "step 6: update skipped on all ranks" in out, out
-    skipped = [r for r in rows_of(tmp_path / "logs") if "skipped" in r]
+    skipped = [r for r in logged_rows(tmp_path / "logs") if "skipped" in r]
     assert [r["step"] for r in skipped] == [6] and len(skipped[0]["windows"]) == 8
     model = torch.load(tmp_path / "logs" / "model_00012.pt", weights_only=True)["model"]
     assert all(torch.isfinite(v).all() for v in model.values())
@@ -29,9 +23,9 @@ def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run_ranks, make_shar
 def test_ten_in_a_row_stop_with_advice_and_leave_the_checkpoints(run, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--max_steps", 40, "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
              tmp_path / "logs", "--checkpoint_every", 100)
-    rc, _, err = run(CHAOS, *FLAGS, *flags, env={"ACCIDENT": "infs:step:6"})
+    rc, _, err = run(SCRIPT, *FLAGS, *flags, env={"ACCIDENT": "infs:step:6"})
     assert rc == 1 and "--max_lr" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
-    assert max(r["step"] for r in rows_of(tmp_path / "logs")) == 15
+    assert max(r["step"] for r in logged_rows(tmp_path / "logs")) == 15
     assert [p.name for p in (tmp_path / "logs").glob("model_0*.pt")] == []
 
 
@@ -69,8 +63,7 @@ def test_accumulated_gradients_are_equal_on_all_ranks_and_those_of_one_process(r
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     env = {"OUT": str(tmp_path / "grads")}
     assert run("-c", GRADIENTS, env=env)[0] == 0
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    rc, _, err = run(*launcher, tmp_path / "gradients.py", env=env)
+    rc, _, err = torchrun(run, 2, script=tmp_path / "gradients.py", env=env)
     assert rc == 0, err
     one, *two = (torch.load(tmp_path / f"grads_{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
     for name, grad in one.items():
@@ -108,10 +101,10 @@ def test_num_epochs_is_that_many_passes(make_shards, tmp_path):
 def test_a_wsd_run_may_grow_before_its_decay_and_not_after(make_shards, tmp_path, run):
     flags = ("--dtype", "fp32", "--schedule", "wsd", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir",
              tmp_path / "logs")
-    assert run(CHAOS, *FLAGS, *flags, env={"ACCIDENT": "term:step:5"})[0] == 0
-    rc, out, err = run(CHAOS, *FLAGS, *flags, "--max_steps", 30, env={"ACCIDENT": "term:step:25"})
+    assert run(SCRIPT, *FLAGS, *flags, env={"ACCIDENT": "term:step:5"})[0] == 0
+    rc, out, err = run(SCRIPT, *FLAGS, *flags, "--max_steps", 30, env={"ACCIDENT": "term:step:25"})
     assert rc == 0 and "going on from step 6" in out, err
-    rc, _, err = run(CHAOS, *FLAGS, *flags, "--max_steps", 60)
+    rc, _, err = run(SCRIPT, *FLAGS, *flags, "--max_steps", 60)
     assert rc == 2 and "--init_from" in err
 
 
@@ -119,8 +112,8 @@ def test_init_from_takes_weights_and_shape_and_starts_afresh(make_shards, tmp_pa
     log_dir = start(make_shards, tmp_path, "--max_steps", 20, "--max_lr", 1e-2, "--eval_every", 20)
     source = log_dir / "model_00020.pt"
     again = start(make_shards, tmp_path, "--max_steps", 5, "--eval_every", 5, "--init_from", source, log_dir="more")
-    assert rows_of(again)[0]["val_loss"] == pytest.approx(rows_of(log_dir)[-1]["val_loss"], abs=1e-6)
-    assert rows_of(again)[1]["step"] == 0                         # a schedule and a count of its own
+    assert logged_rows(again)[0]["val_loss"] == pytest.approx(logged_rows(log_dir)[-1]["val_loss"], abs=1e-6)
+    assert logged_rows(again)[1]["step"] == 0                         # a schedule and a count of its own
     cropped = start(make_shards, tmp_path, "--max_steps", 1, "--init_from", source, "--block_size", 8,
                     log_dir="cropped")
     assert torch.load(cropped / "model_00001.pt", weights_only=True)["config"]["block_size"] == 8
@@ -144,7 +137,7 @@ def test_recompute_gives_the_same_losses(make_shards, tmp_path):
 def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards, tmp_path, monkeypatch):
     import torch._dynamo
     (tmp_path / "data" / "hellaswag").mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "data" / "hellaswag_20.jsonl", tmp_path / "data" / "hellaswag" / "hellaswag_val.jsonl")
+    shutil.copy(HELLASWAG_ROWS, tmp_path / "data" / "hellaswag" / "hellaswag_val.jsonl")
     monkeypatch.chdir(tmp_path)
     flags = ("--max_steps", 6, "--eval_every", 3, "--hellaswag_every", 3, "--sample_every", 3, "--micro_batch_size", 2)
     eager = losses(start(make_shards, tmp_path, *flags))
@@ -154,7 +147,7 @@ def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards
     assert compiled == pytest.approx(eager, abs=1e-4)
     # A probe; training and validation in three parts each (the embedding stays outside on a CPU), some for no_grad too.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
-    assert [r["step"] for r in rows_of(tmp_path / "compiled") if "hella_acc" in r] == [0, 3, 6]
+    assert [r["step"] for r in logged_rows(tmp_path / "compiled") if "hella_acc" in r] == [0, 3, 6]
     saved = torch.load(tmp_path / "compiled" / "model_00006.pt", weights_only=True)["model"]
     assert not any(k.startswith("_orig_mod") for k in saved)
 
@@ -179,8 +172,8 @@ def test_muon_is_the_same_on_one_and_two_processes(run, make_shards, tmp_path):
 
 def test_a_run_keeps_the_dtype_that_auto_chose_and_says_so_when_it_cannot(make_shards, tmp_path, run):
     flags = ("--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
-    assert run(CHAOS, *FLAGS, *flags, "--dtype", "fp32", env={"ACCIDENT": "term:step:5"})[0] == 0
-    rc, out, err = run(CHAOS, *FLAGS, *flags, env={"ACCIDENT": "term:step:8"})   # auto: as it began
+    assert run(SCRIPT, *FLAGS, *flags, "--dtype", "fp32", env={"ACCIDENT": "term:step:5"})[0] == 0
+    rc, out, err = run(SCRIPT, *FLAGS, *flags, env={"ACCIDENT": "term:step:8"})   # auto: as it began
     assert rc == 0 and ", fp32," in out and "not bitwise" not in out, err
-    rc, out, err = run(CHAOS, *FLAGS, *flags, "--dtype", "bf16")
+    rc, out, err = run(SCRIPT, *FLAGS, *flags, "--dtype", "bf16")
     assert rc == 0 and "dtype bf16 instead of fp32" in out, err

@@ -8,8 +8,6 @@ import sys
 import time
 
 import pytest
-from common import ROOT, SHARED_DATA, script_env
-from corpora import build_nanogpt, contents, kill_at, loaded, parquet_bytes, some_texts, write_corpus
 
 from exactgpt import documents
 from exactgpt.config import UserError
@@ -18,6 +16,8 @@ from exactgpt.shard_writer import encode_tasks
 from exactgpt.shards import ShardFolder, load_manifest
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from prepare_fineweb import Config, fetch_ahead, main
+from tests.common import ROOT, SHARED_DATA, script_env
+from tests.corpora import build_nanogpt, contents, kill_at, loaded, parquet_bytes, some_texts, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import time
 
 import numpy as np
 import pytest
-from common import ROOT, SHARED_DATA, script_env
 
 import prepare_text
-from exactgpt import documents, shard_writer as encode
+from exactgpt import documents, shard_writer
 from exactgpt.config import UserError
 from exactgpt.documents import find_files, read_documents, read_rows
 from exactgpt.shards import ShardFolder, permutation
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from tests.common import ROOT, SHARED_DATA, script_env
 
 EOT = 50256
 STORIES = [f"Story {i}. " + "Once upon a time, ü 😀\n" * (i % 7) + f"The end of {i}" for i in range(40)]
@@ -185,7 +185,7 @@ def test_the_pool_makes_the_same_bytes(jsonl, tmp_path, monkeypatch):
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x")])
     monkeypatch.setattr(prepare_text, "POOL_BYTES", 0)
     monkeypatch.setattr(prepare_text, "available_cpus", lambda: 2)
-    monkeypatch.setattr(encode, "TASK_CHARS", 300)
+    monkeypatch.setattr(shard_writer, "TASK_CHARS", 300)
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x")])
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
 

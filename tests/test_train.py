@@ -1,50 +1,23 @@
-"""The training loop against an independent one, over processes and micro-batches, and what it says to mistakes."""
-import hashlib
-import json
+"""train.py: the loop against an independent one, over processes and micro-batches; a run's plan; mistakes."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from common import ROOT
 
 import train
 from exactgpt.config import UserError
 from model import GPT
-
-TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
-        "--hellaswag_every", 0, "--sample_every", 0, "--eval_every", 0, "--checkpoint_every", 0)
-
-
-def torchrun(run, n, *flags, **options):
-    """train.py under torchrun with n processes."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}")
-    return run(*launcher, ROOT / "train.py", *flags, **options)
-
-
-def losses(log_dir):
-    """The training losses that a run logged."""
-    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+from tests.common import TINY, brute_force_order, logged_rows, losses, torchrun
 
 
 def brute_force_windows(folder, block_size, seed, windows_per_step, n_steps):
-    """The token windows of each step, from the contract in words: int64 (n_steps, windows_per_step, block_size + 1)."""
-    def permuted(n, *key):
-        key = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")
-        raw = np.random.Philox(key=key).random_raw(n)
-        return sorted(range(n), key=lambda i: (raw[i], i))
+    """The token windows of each step: int64 (n_steps, windows_per_step, block_size + 1)."""
     shards = [np.load(p) for p in sorted(folder.glob("*_train_*.npy"))]
-    stream, starts = np.concatenate(shards).astype(np.int64), np.cumsum([0, *map(len, shards)])
-    n_windows = (len(stream) - 1) // block_size
-    owner = [int(np.searchsorted(starts, k * block_size, side="right")) - 1 for k in range(n_windows)]
-    order, epoch = [], 0
-    while len(order) < windows_per_step * n_steps:
-        for shard in permuted(len(shards), seed, epoch):
-            mine = [k for k in range(n_windows) if owner[k] == shard]
-            order += [mine[i] for i in permuted(len(mine), seed, epoch, shard)]
-        epoch += 1
-    rows = [stream[k * block_size:(k + 1) * block_size + 1] for k in order[:windows_per_step * n_steps]]
+    stream = np.concatenate(shards).astype(np.int64)
+    order = brute_force_order(list(map(len, shards)), block_size, seed, windows_per_step * n_steps)
+    rows = [stream[k * block_size:(k + 1) * block_size + 1] for k in order]
     return np.stack(rows).reshape(n_steps, windows_per_step, block_size + 1)
 
 
@@ -123,7 +96,7 @@ def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):
     text = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
     assert [(int(a), b) for a, b, _ in text if b != "train"] == [(0, "val"), (5, "val"), (10, "val")]
     assert [int(a) for a, b, _ in text if b == "train"] == list(range(10))
-    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = logged_rows(log_dir)
     trained = [r for r in rows if "loss" in r]
     assert set(trained[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms",
                                "peak_mem_gb"}
@@ -137,6 +110,82 @@ def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):
     assert GPT.from_state(best["config"], best["model"]).config.vocab_size == 320    # 257 padded to a multiple of 64
     assert "eta" in out and "tok/s" in out and "10/10" not in out and "finished" in out
 
+
+# -----------------------------------------------------------------------------
+# a run's plan: lengths, warm-up, batches
+
+def plan_flags(**changes):
+    """What make_plan reads of train.py's flags."""
+    defaults = dict(total_batch_size=524288, max_steps=None, num_epochs=None, warmup_steps=None)
+    return SimpleNamespace(**{**defaults, **changes})
+
+
+def plan_refusal(*args, **changes):
+    with pytest.raises(UserError) as caught:
+        train.make_plan(plan_flags(**changes), *args)
+    return str(caught.value)
+
+
+def test_the_default_run_is_build_nanogpts():
+    windows = (9_900_000_000 - 1) // 1024                           # 99 train shards of 100M tokens
+    plan = train.make_plan(plan_flags(), 1024, windows, 8)
+    assert (plan.max_steps, plan.warmup_steps) == (19073, 715)
+    assert (plan.windows_per_step, plan.local_windows, plan.tokens_per_step) == (512, 64, 524288)
+    assert plan.epochs == pytest.approx(1.01, abs=0.001)
+
+
+@pytest.mark.parametrize("max_steps, given, expected", [
+    (19073, None, 715), (7150, None, 715), (7149, None, 714), (100, None, 10), (9, None, 0), (0, None, 0),
+    (100, 0, 0), (100, 100, 100), (0, 5, 5),
+])
+def test_warm_up_is_a_tenth_of_a_short_run_unless_given(max_steps, given, expected):
+    assert train.make_plan(plan_flags(max_steps=max_steps, warmup_steps=given), 1024, 10**6, 1).warmup_steps == expected
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    message = plan_refusal(1024, 10**6, 1, max_steps=100, warmup_steps=101)
+    assert "--warmup_steps 101 is longer than the run of 100 steps" in message
+
+
+@pytest.mark.parametrize("epochs, n_windows, n, steps", [
+    (1, 100, 8, 12), (2, 100, 8, 25), (0.5, 100, 8, 6), (1, 96, 8, 12), (3, 95, 8, 35), (0.08, 100, 8, 1),
+    (10, 1, 8, 1),
+    (0.29, 100, 1, 29),                                             # 0.29 * 100 is 28.999... in floating point
+])
+def test_epochs_become_the_whole_steps_that_they_hold(epochs, n_windows, n, steps):
+    plan = train.make_plan(plan_flags(total_batch_size=n * 16, num_epochs=epochs), 16, n_windows, 1)
+    assert plan.max_steps == steps
+    assert plan.epochs == pytest.approx(steps * n / n_windows)
+
+
+def test_epochs_too_few_for_a_step_name_the_largest_batch_that_works():
+    message = plan_refusal(16, 100, 2, total_batch_size=2048, num_epochs=1)
+    assert "--num_epochs 1 of 1,600 tokens holds no step of 2,048 tokens" in message
+    assert "the largest --total_batch_size is 1600" in message
+    assert train.make_plan(plan_flags(total_batch_size=1600, num_epochs=1), 16, 100, 2).max_steps == 1
+    message = plan_refusal(16, 101, 2, total_batch_size=2048, num_epochs=1)
+    assert "is 1600" in message                                     # 1616 is no multiple of 2 processes x 16
+    assert "use more text or more epochs" in plan_refusal(16, 1, 2, total_batch_size=32, num_epochs=1)
+
+
+@pytest.mark.parametrize("total, block_size, world_size, nearest", [
+    (1000, 16, 1, "992 or 1008"), (524288, 1000, 8, "520000 or 528000"), (100, 128, 1, "use 128"),
+    (100, 16, 8, "use 128"),
+])
+def test_a_total_batch_that_does_not_divide_names_the_nearest_that_do(total, block_size, world_size, nearest):
+    message = plan_refusal(block_size, 10**6, world_size, total_batch_size=total)
+    assert nearest in message
+    assert f"is not a multiple of block_size x processes = {block_size} x {world_size}" in message
+    for value in map(int, nearest.removeprefix("use ").split(" or ")):
+        train.make_plan(plan_flags(total_batch_size=value), block_size, 10**6, world_size)
+
+
+def test_a_train_split_without_a_window_is_refused():
+    assert "no full window of 1024 tokens" in plan_refusal(1024, 0, 1)
+
+
+# -----------------------------------------------------------------------------
+# mistakes
 
 BAD = {
     "no shards": (["--data_dir", "nowhere"], "make them with prepare_fineweb.py"),
@@ -200,6 +249,9 @@ def test_a_log_dir_of_another_run_is_left_alone(run, make_shards, tmp_path):
     assert rc == 0 and "finished" in out                # the same command: nothing left to do
 
 
+# -----------------------------------------------------------------------------
+# dry runs
+
 def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
     folder = make_shards([900], val_sizes=[100])
     rc, out, err = run("train.py", *TINY[:-6], "--data_dir", folder, "--total_batch_size", 64, "--max_steps", 50,
@@ -212,7 +264,7 @@ def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
 
 @pytest.mark.slow
 def test_a_dry_run_that_is_stopped_forecasts_nothing(run, make_shards, tmp_path):
-    rc, out, err = run("tests/chaos.py", *TINY, "--total_batch_size", 64, "--eval_every", 1, "--data_dir",
+    rc, out, err = run("tests/accidents.py", *TINY, "--total_batch_size", 64, "--eval_every", 1, "--data_dir",
                        make_shards([900], val_sizes=[100]), "--log_dir", tmp_path / "logs", "--dry_run",
                        env={"ACCIDENT": "term:validate:2"})
     assert rc == 0 and "the dry run was stopped" in out and "takes about" not in out, err

@@ -1,4 +1,4 @@
-"""runtime.py, where no process is needed: what is sent from rank 0, and where it lies then."""
+"""distributed.py, where no process is needed: what is sent from rank 0, and where it lies then."""
 import pytest
 import torch
 import torch.distributed as dist

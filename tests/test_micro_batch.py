@@ -1,4 +1,4 @@
-"""The micro-batch search, with the card's memory faked."""
+"""device.py: the micro-batch search, with the card's memory faked."""
 import gc
 import json
 from types import SimpleNamespace
@@ -229,3 +229,17 @@ def test_a_try_of_fine_tuning_leaves_weights_and_what_is_frozen(kind):
     assert device.fits(objective, 1024, 64, runtime)      # 65,536 targets: their sum is beyond fp16
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert frozen == [not p.requires_grad for p in model.parameters()]
+
+
+def test_divisors_are_all_there_largest_first():
+    for n in (1, 2, 7, 12, 64, 97, 360, 512):
+        assert device.divisors(n) == [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def test_a_micro_batch_that_does_not_divide_names_those_that_do():
+    for d in (1, 2, 3, 4, 6, 12):
+        device.check_micro_batch_size(d, 12)
+    with pytest.raises(UserError, match=r"5 does not divide the 12 rows .* use one of 12, 6, 4, 3, 2, 1, or 0"):
+        device.check_micro_batch_size(5, 12)
+    with pytest.raises(UserError, match="--micro_batch_size 24"):
+        device.check_micro_batch_size(24, 12)

@@ -1,16 +1,16 @@
-"""decoding.py: the cache changes nothing, the batch changes nothing, samples follow the model's distribution."""
+"""generation.py: the cache changes nothing, the batch changes nothing, samples follow the model's distribution."""
 import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from common import as_ours
 
-from exactgpt import generation as decoding
+from exactgpt import generation
 from exactgpt.generation import Decoder, Sampling, generate_ids, one_ahead, pack_linears, pick, read_prompts
 from exactgpt.open_model import open_model
 from model import GPT, GPTConfig
+from tests.common import as_ours
 
 RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
 
@@ -230,7 +230,7 @@ def no_collector():
 
 
 def test_a_dropped_cache_frees_its_memory_at_once(model, no_collector):
-    cache = decoding.new_cache(model, 2, 32)
+    cache = generation.new_cache(model, 2, 32)
     with torch.no_grad():
         read_prompts(model, cache, [0, 1], RAGGED[:2])
         model(torch.tensor([[3], [4]]), cache=cache)
@@ -240,8 +240,9 @@ def test_a_dropped_cache_frees_its_memory_at_once(model, no_collector):
 
 
 def test_a_generation_and_its_decoder_leave_nothing_behind(model, no_collector, monkeypatch):
-    made, begin = [], decoding.KVCache.begin
-    monkeypatch.setattr(decoding.KVCache, "begin", lambda cache, T: made.append(weakref.ref(cache)) or begin(cache, T))
+    made, begin = [], generation.KVCache.begin
+    monkeypatch.setattr(generation.KVCache, "begin",
+                        lambda cache, T: made.append(weakref.ref(cache)) or begin(cache, T))
     written(model, RAGGED, max_tokens=3)
     assert len(made) == 3 and not any(cache() for cache in made)
 
@@ -255,7 +256,7 @@ def test_prompts_are_read_without_cudnn_which_plans_for_each_length(model, monke
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     written(model, RAGGED, max_tokens=3)
-    decoding.likeliest_next(model, RAGGED[0], 65)
+    generation.likeliest_next(model, RAGGED[0], 65)
     assert seen == [False] * 4 and torch.backends.cuda.cudnn_sdp_enabled()       # two layers, twice
 
 
@@ -319,11 +320,11 @@ def test_packed_linears_compute_what_the_linears_did():
                 parameter.normal_(std=0.1)
     packed, ids = copy.deepcopy(plain), torch.randint(128, (2, 32))
     pack_linears(packed)
-    if not any(isinstance(module, decoding.PackedLinear) for module in packed.modules()):
+    if not any(isinstance(module, generation.PackedLinear) for module in packed.modules()):
         pytest.skip("this build of torch has no packed bf16 linear layers")
     with torch.no_grad():
         torch.testing.assert_close(packed(ids), plain(ids), atol=0.02, rtol=0.02)
-        cache = decoding.new_cache(packed, 2, 32)
+        cache = generation.new_cache(packed, 2, 32)
         first = read_prompts(packed, cache, [0, 1], ids[:, :20].tolist())
         torch.testing.assert_close(first, plain(ids[:, :20])[:, -1], atol=0.02, rtol=0.02)
     assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())

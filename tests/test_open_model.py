@@ -1,4 +1,4 @@
-"""hf_format.py: what transformers writes is read, what our model does not compute refused; the way back is the same."""
+"""open_model.py: what transformers writes is read, what our model does not compute refused, the way back equal."""
 import http.server
 import json
 import shutil
@@ -7,15 +7,14 @@ import threading
 
 import pytest
 import torch
-from common import in_our_layout, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from exactgpt import open_model as models
 from exactgpt.config import UserError
-from exactgpt.open_model import open_model
+from exactgpt.open_model import open_model, read_pretrained, read_vocabulary
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
+from tests.common import in_our_layout, write_model
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -175,7 +174,7 @@ def test_a_name_that_cannot_be_on_the_hub_is_called_so(tmp_path):
 def test_reading_changes_no_file(saved, tmp_path):
     _, folder = saved()
     shutil.copytree(folder, tmp_path / "copy")
-    models.read_pretrained(folder)
+    read_pretrained(folder)
     for file in folder.iterdir():
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
 
@@ -220,7 +219,7 @@ def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = """
-from exactgpt.open_model import open_model
+from exactgpt.open_model import open_model, read_pretrained, read_vocabulary
 opened = open_model("gpt2")
 print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), opened.tokenizer.encode(" ab"))
 """
@@ -355,4 +354,4 @@ def test_pairs_of_other_letters_are_no_vocabulary_of_ours(tmp_path):
 def test_a_damaged_tokenizer_json_is_one_line(tmp_path, model):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}))
     with pytest.raises(UserError, match="cannot read the tokenizer in"):
-        models.read_vocabulary(tmp_path)
+        read_vocabulary(tmp_path)

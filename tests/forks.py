@@ -8,6 +8,7 @@ import os
 import runpy
 import socket
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,18 @@ def start_ranks(n, script, arguments, env, output):
         env = dict(env, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     ranks = [dict(RANK=rank, LOCAL_RANK=rank) if n > 1 else {} for rank in range(n)]
     return [start(script, arguments, {**env, **rank}, output) for rank in ranks]
+
+
+def run_ranks(n, script, arguments, env, output, timeout=None):
+    """Run a script so to its end: the exit codes, None of a process that the timeout (seconds) found running."""
+    ranks = start_ranks(n, script, arguments, env, output)
+    deadline = time.monotonic() + (timeout or 0)
+    for rank in ranks:
+        rank.join(max(0, deadline - time.monotonic()) if timeout else None)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
 
 
 def _run(script, arguments, env, output, errors, input, cwd):
