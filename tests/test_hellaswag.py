@@ -254,7 +254,7 @@ def test_neither_batch_nor_order_changes_the_score_of_real_examples(gpt, bytes_t
             score = evaluate_hellaswag(model, prepared, cpu_runtime(), batch_tokens)
             scores.add((score.acc, score.acc_norm))
     assert len(scores) == 1 and score.n == 120
-    assert evaluate_hellaswag(model, prepared, cpu_runtime("bf16")).acc == pytest.approx(score.acc, abs=0.05)
+    assert evaluate_hellaswag(model, prepared, cpu_runtime(dtype="bf16")).acc == pytest.approx(score.acc, abs=0.05)
 
 
 @pytest.mark.slow
