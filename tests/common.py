@@ -30,13 +30,13 @@ def script_env(home, more=None):
     return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
 
 
-def torchrun(run, n, *flags, script="train.py", launcher=(), **options):
-    """run (the fixture) a script under torchrun with n processes; launcher: more flags for torchrun itself."""
-    return run(*torchrun_words(n, *launcher), ROOT / script, *flags, **options)
+def torchrun(run, n, *flags, script="train.py", **options):
+    """run (the fixture) a script under torchrun with n processes."""
+    return run(*torchrun_words(n), ROOT / script, *flags, **options)
 
 
 def torchrun_words(n, *more):
-    """The words after `python` that start torchrun with n processes on this machine."""
+    """The words after `python` that start torchrun with n processes on this machine; more: flags for torchrun itself."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more]
 
 

@@ -1,4 +1,4 @@
-"""The MLflow mirror, read back from the real local store through MLflow's own client."""
+"""metrics.py: the MLflow mirror, read back from the real local store through MLflow's own client."""
 import importlib.util
 import json
 import os
