@@ -36,7 +36,7 @@ def torchrun(run, n, *flags, script="train.py", **options):
 
 
 def torchrun_words(n, *more):
-    """The words after `python` that start torchrun with n processes on this machine; more: flags for torchrun itself."""
+    """The words after `python` that start torchrun with n processes here; more: flags for torchrun itself."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more]
 
 
