@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from exactgpt import checkpoint
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
 
@@ -25,3 +26,17 @@ def test_the_other_ranks_hold_what_rank_0_read_on_their_cards_if_asked_to(monkey
     assert received["step"] == 7 and arrived == ["meta", "meta"]
     for tensor, original in zip(received["optimizer"]["state"], sent["optimizer"]["state"]):
         assert (tensor.device.type, tensor.shape, tensor.dtype) == (where, original.shape, original.dtype)
+
+
+def test_the_hash_of_the_code_covers_scripts_and_package_and_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "exactgpt").mkdir()
+    (tmp_path / "tests").mkdir()
+    files = ("train.py", "exactgpt/checkpoint.py", "tests/test_train.py")
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "exactgpt" / "checkpoint.py"))
+    hashes = [checkpoint.code_hash()]
+    for file in files:
+        (tmp_path / file).write_text("x = 1")
+        hashes.append(checkpoint.code_hash())
+    assert len({*hashes[:3]}) == 3 and hashes[3] == hashes[2]
+    (tmp_path / "train.py").rename(tmp_path / "exactgpt" / "train.py")       # the same words in another place
+    assert checkpoint.code_hash() not in hashes

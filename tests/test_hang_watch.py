@@ -2,12 +2,15 @@
 test_multinode.py.
 """
 import os
+import re
+import threading
 
 import pytest
 import torch.distributed as dist
 
 from exactgpt import hang_watch
-from exactgpt.hang_watch import compare, lost_peer, record_collectives
+from exactgpt.config import explain
+from exactgpt.hang_watch import compare, lost_peer, record_collectives, standing
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
 
@@ -27,6 +30,19 @@ def test_a_thousand_silent_ranks_are_one_line():
     hosts = {rank: f"node{rank // 8}" for rank in range(4096)}
     said = compare({rank: "train.py:9" for rank in range(1000)}, hosts)
     assert "rank 1000 on node125 gives no answer" in said and "3088 more ranks give none" in said and len(said) < 1500
+
+
+def test_where_the_main_thread_stands_is_its_innermost_line_of_ours():
+    places = []
+
+    def look():      # called by a function of the package
+        thread = threading.Thread(target=lambda: places.append(standing()))
+        thread.start()
+        thread.join()
+    explain(look, "")
+    assert re.fullmatch(r"config\.py:\d+ in explain", places.pop())
+    look()           # by no line of ours: this is a test
+    assert places == ["no line of ours"]
 
 
 def test_errors_of_a_lost_peer_are_told_from_ours():
