@@ -94,7 +94,7 @@ def compare(straight, killed, n_steps):
 def run_matrix(folder):
     """Kill a tiny run of each kind once in every place; exits with status 1 where an end differs."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    data, rows = write_shards(folder / "data", killed_runs.SIZES, killed_runs.VAL_SIZES), []
+    data, rows, begun = write_shards(folder / "data", killed_runs.SIZES, killed_runs.VAL_SIZES), [], time.monotonic()
     kinds, kills = killed_runs.KINDS, killed_runs.KILLS
     progress = tqdm(total=len(kinds) * len(kills), unit="kill")
     for kind in kinds:
@@ -115,6 +115,7 @@ def run_matrix(folder):
     checks = ("killed", "ended", "bitwise_equal", "logs_equal")
     failed = [row for row in rows if not all(row[c] for c in checks)]
     write_results("chaos_matrix", dict(machine=machine(), combinations=len(kinds), accidents=kills, kills=len(rows),
+                                       seconds=round(time.monotonic() - begun),
                                        **{c: sum(row[c] for row in rows) for c in checks}, failed=failed), [
         compared(f"{len(kinds)} kinds of run killed in {len(kills)} places: bitwise equal at the end",
                  f"of {len(rows)}", sum(row["bitwise_equal"] and row["logs_equal"] for row in rows))])

@@ -1,5 +1,4 @@
 """What the tests share beside the fixtures of conftest.py: places, small runs, references in plain Python."""
-import ast
 import hashlib
 import json
 import os
@@ -10,9 +9,6 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-# The product's files, {name of the module: its syntax tree}: what people type, the model, the package.
-TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
-         for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/[a-z]*.py")]}
 
 # train.py's flags for a run of seconds on the CPU in exact arithmetic, which does nothing but train.
 TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
@@ -152,19 +148,3 @@ def write_model(model, folder, tokenizer=None):
     """Write a GPT as a folder in Hugging Face format."""
     from exactgpt.open_model import write_pretrained
     write_pretrained(folder, model.config_dict(), model.state_dict(), tokenizer)
-
-
-# -----------------------------------------------------------------------------
-# source code
-
-def imports(nodes):
-    """The modules that some nodes of a syntax tree import: ours by their full name, others' by their first word."""
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name if alias.name in TREES else alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
-            if node.module == "exactgpt":
-                yield from (f"exactgpt.{alias.name}" for alias in node.names)
-            else:
-                yield node.module if node.module in TREES else node.module.split(".")[0]

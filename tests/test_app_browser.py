@@ -16,7 +16,8 @@ import torch
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from tests.common import ROOT, TREES, imports, script_env
+from tests.common import ROOT, script_env
+from tests.syntax import TREES, imports
 
 pytest.importorskip("streamlit")
 webdriver = pytest.importorskip("selenium.webdriver")

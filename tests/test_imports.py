@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from tests.common import ROOT, TREES, imports
+from tests.common import ROOT
+from tests.syntax import TREES, imports
 
 PACKAGE = {name for name in TREES if name.startswith("exactgpt.")}
 SCRIPTS = TREES.keys() - PACKAGE - {"model"}

