@@ -1,4 +1,4 @@
-"""Checkpoints: plain data, written whole or not at all, checked when read; and how a run goes on from one.
+"""Checkpoints: plain data, written whole or not at all, checked when read; how a run goes on from one, and provenance.
 
 logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always read with
 weights_only=True. open_model.py makes a model of it.

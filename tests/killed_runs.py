@@ -22,7 +22,7 @@ KINDS = [dict(zip(("processes", "dtype", "dropout", "optimizer"), values))
 KILLS = ("kill:step:6", "kill:step:7", "kill:step:11", "kill:validate:5", "kill:sample:6", "kill:save:8",
          "kill:save:12")
 
-KEPT = ("model", "optimizer", "scaler", "step", "val_loss", "best_val_loss", "finished")
+COMPARED = ("model", "optimizer", "scaler", "step", "val_loss", "best_val_loss", "finished")
 LOGGED = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "samples")
 
 
@@ -40,7 +40,7 @@ def state_of(path):
         else:
             flat[place] = value
     checkpoint = torch.load(path, weights_only=True)
-    walk({k: checkpoint[k] for k in KEPT}, "")
+    walk({k: checkpoint[k] for k in COMPARED}, "")
     return flat
 
 

@@ -4,8 +4,8 @@ import ast
 from tests.common import ROOT
 
 # {name of the module: its tree}: what people type, the model, the package.
-TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
-         for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/[a-z]*.py")]}
+TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"):
+         ast.parse(path.read_text(encoding="utf-8")) for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/**/*.py")]}
 
 
 def imports(nodes):

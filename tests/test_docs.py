@@ -90,7 +90,8 @@ def anchors(text):
 def wrong_list(text):
     """The block below "## Files" has a line for each file that people type or that the scripts share, and no other."""
     listed = re.findall(r"^(\S+\.py) +\w", text.partition("\n## Files\n")[2].split("```")[1], re.MULTILINE)
-    files = [str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/[!_]*.py")]]
+    files = [str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/**/*.py")]
+             if path.name != "__init__.py"]
     return [f"{name} is listed {listed.count(name)} times, exists {files.count(name)} times"
             for name in sorted({*listed, *files}) if listed.count(name) != files.count(name)]
 
@@ -104,6 +105,11 @@ def check(text, page):
 def test_what_a_page_names_is_there(page):
     wrong = check(page.read_text(encoding="utf-8"), page)
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-extras.txt"])
+def test_what_a_package_is_for_is_there(name):
+    assert not list(wrong_files((ROOT / name).read_text(encoding="utf-8"), ROOT / name))
 
 
 def test_the_readme_lists_every_file_once():

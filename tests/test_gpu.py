@@ -183,12 +183,12 @@ def test_the_stages_on_a_card_are_train_sized_and_toy_ones_end_with_flags_that_m
 
 # ---- the smoke checks notice what is wrong, and name the way round it
 
-CPU = cpu_runtime(dtype="bf16")
+CPU_RUNTIME = cpu_runtime(dtype="bf16")
 
 
 def checked(check, out):
     """The line of one check."""
-    gpu_smoke.passed(check, gpu_smoke.Here(CPU, gpu_smoke.SMALL, Tokenizer([], "bytes")))
+    gpu_smoke.passed(check, gpu_smoke.Here(CPU_RUNTIME, gpu_smoke.SMALL, Tokenizer([], "bytes")))
     return results(out)[-1]
 
 

@@ -12,36 +12,49 @@ import pytest
 from tests.common import ROOT
 from tests.syntax import TREES, imports
 
-PACKAGE = {name for name in TREES if name.startswith("exactgpt.")}
+PACKAGE = {name for name in TREES if name.startswith("exactgpt")}
 SCRIPTS = TREES.keys() - PACKAGE - {"model"}
-BETWEEN_SCRIPTS = {"train": "hellaswag", "lr_finder": "train", "replay": "train"}     # who takes from whom
+BETWEEN_SCRIPTS = {"train": "hellaswag", "lr_finder": "train"}     # who takes from whom
 WITHOUT_TORCH = sorted(name for name in SCRIPTS if name.startswith(("prepare_", "plot")))
+STANDARD = set(sys.stdlib_module_names)
 LATER = {"datasets", "transformers", "matplotlib", "pandas", "pyarrow", "tokenizers", "safetensors", "huggingface_hub",
          "mlflow", "streamlit", "sklearn", "scipy", "peft"}     # imported by the functions that need them
 
+IMPORTED = {name: set(imports(ast.walk(tree))) for name, tree in TREES.items()}      # in functions, too
 
-# Of each of our files the others that it imports.
-OURS = {name: set(imports(ast.walk(tree))) & TREES.keys() for name, tree in TREES.items()}
+
+def reached(name):
+    """The files of ours that a file imports, and those that they import, and so on."""
+    found, pending = set(), [name]
+    while pending:
+        new = (IMPORTED[pending.pop()] & TREES.keys()) - found
+        found |= new
+        pending += new
+    return found
 
 
 def test_the_model_imports_torch_and_the_standard_library():
-    assert set(imports(ast.walk(TREES["model"]))) - set(sys.stdlib_module_names) == {"torch"}
+    assert IMPORTED["model"] - STANDARD == {"torch"}
+    assert IMPORTED["exactgpt.launch"] <= STANDARD       # it comes before torch
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGE))
 def test_the_package_imports_the_model_and_itself_without_circles(name):
-    assert OURS[name] <= PACKAGE | {"model"}
-    reached, pending = set(), [name]
-    while pending:
-        found = OURS[pending.pop()] - reached
-        assert name not in found, f"{name} imports itself, by {found}"
-        reached |= found
-        pending += found
+    assert not IMPORTED[name] & (SCRIPTS | {"tests", "bench"})
+    assert name not in reached(name)
+    assert name.count(".") <= 1, "the package is flat"
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
-def test_a_script_imports_the_package_the_model_and_at_most_one_other_script(name):
-    assert OURS[name] & SCRIPTS <= {BETWEEN_SCRIPTS.get(name)}
+def test_a_script_has_a_main_and_imports_the_package_the_model_and_at_most_one_other_script(name):
+    assert IMPORTED[name] & (SCRIPTS | {"tests", "bench"}) <= {BETWEEN_SCRIPTS.get(name)}
+    assert "main" in {node.name for node in TREES[name].body if isinstance(node, ast.FunctionDef)}
+    assert ast.unparse(TREES[name].body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_no_function_that_preparation_and_plots_can_reach_imports_torch(name):
+    assert not [other for other in {name} | reached(name) if "torch" in IMPORTED[other] or other == "model"]
 
 
 @pytest.mark.parametrize("name", sorted(TREES))

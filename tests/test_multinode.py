@@ -127,7 +127,7 @@ def test_a_cut_cable_and_killed_workers_leave_the_run_as_if_undisturbed(make_sha
 @pytest.mark.slow
 def test_the_rank_that_hangs_is_named(train_ranks, make_shards, tmp_path):
     codes, out = train_ranks(2, "--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs",
-                       "--timeout", 2, ACCIDENT="hang:step:6:1", ACCIDENT_SECONDS=14)
+                             "--timeout", 2, ACCIDENT="hang:step:6:1", ACCIDENT_SECONDS=14)
     said = re.search(r"error on (\S+), rank 0: no progress for 2 s: (.*)", out)
     assert codes == [1, 1] and said, out
     assert re.fullmatch(rf"rank 1 on {re.escape(said[1])} is at train\.py:\d+ in loop; rank 0 on \S+ is at "

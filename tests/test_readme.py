@@ -101,7 +101,7 @@ TABLE = {
     'python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors." --temperature 0 '
     "--num_seq 1": Run("--device cpu --max_tokens 4"),
     "python convert.py --checkpoint logs/demo/model_00600.pt --out demo_hf": Run("", ["demo_hf/model.safetensors"]),
-    "git archive HEAD '*.py' .streamlit | tar x -C \"$(mkdir -p /tmp/space && echo /tmp/space)\"":
+    "git archive HEAD *.py exactgpt .streamlit | tar x -C \"$(mkdir -p /tmp/space && echo /tmp/space)\"":
         Skip("test_examples.py and test_app.py hold the Space together"),
     "cp examples/space/* /tmp/space/": Skip("a copy"),
     "cp logs/model_best.pt /tmp/space/": Skip("a copy"),

@@ -17,7 +17,7 @@ from tests.common import ROOT, script_env, torchrun_words
 from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, state_of
 
 
-def torchrun(*flags, launcher=()):
+def launcher_words(*flags, launcher=()):
     """The command line of such a run in two processes under torchrun."""
     return [*torchrun_words(2, *launcher), str(ROOT / SCRIPT), *FLAGS, *flags]
 
@@ -93,7 +93,7 @@ def wait_for(folder, pattern, seconds=60):
 def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--max_steps", 2000)
     logs = tmp_path / "logs"
-    launched = start(tmp_path, *torchrun(*flags, "--log_dir", logs))
+    launched = start(tmp_path, *launcher_words(*flags, "--log_dir", logs))
     wait_for(logs, "model_00004.pt")
     launched.send_signal(signal.SIGTERM)
     launched.wait(timeout=60)
@@ -101,12 +101,12 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     saved = re.search(r"stopped before step (\d+)", launched.log.read())
     assert saved and (logs / f"model_{int(saved[1]):05d}.pt").exists()
 
-    launched = start(tmp_path, *torchrun(*flags, "--log_dir", logs))
+    launched = start(tmp_path, *launcher_words(*flags, "--log_dir", logs))
     wait_for(logs, f"model_{(int(saved[1]) // 4 + 3) * 4:05d}.pt")
     workers = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     launched.kill()
-    again = start(tmp_path, *torchrun(*flags, "--log_dir", logs))         # at once: waits for the lock, continues
+    again = start(tmp_path, *launcher_words(*flags, "--log_dir", logs))         # at once: waits for the lock, continues
     launched.wait()
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
@@ -126,7 +126,7 @@ def test_torchrun_restarts_killed_workers_and_the_end_is_the_same(run, train_ran
     folder, dice = make_shards(SIZES, val_sizes=[120]), random.Random(11)
     kills = [f"kill:step:{step}:{dice.randrange(2)}" for step in sorted(dice.sample(range(1, STEPS), 3))]
     flags, reference = ("--dtype", "fp32", "--data_dir", folder), undisturbed(folder, 2, "--dtype", "fp32")
-    restarting = torchrun(*flags, "--log_dir", tmp_path / "restarted", launcher=["--max_restarts=3"])
+    restarting = launcher_words(*flags, "--log_dir", tmp_path / "restarted", launcher=["--max_restarts=3"])
     rc, _, err = run(*restarting, env={"ACCIDENT": ",".join(kills), "ACCIDENT_ONCE": str(tmp_path / "happened")})
     assert rc == 0 and (tmp_path / "happened").read_text() == "xxx", (kills, err)
     assert_same_run(reference, tmp_path / "restarted")
@@ -135,8 +135,8 @@ def test_torchrun_restarts_killed_workers_and_the_end_is_the_same(run, train_ran
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_its_traceback(run, make_shards, tmp_path):
     begun = time.monotonic()
-    rc, _, err = run(*torchrun("--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs"),
-                     env={"ACCIDENT": "error:step:3:1"})
+    words = launcher_words("--data_dir", make_shards(SIZES), "--eval_every", 0, "--log_dir", tmp_path / "logs")
+    rc, _, err = run(*words, env={"ACCIDENT": "error:step:3:1"})
     assert rc != 0 and "rank 1" in err and "an accident in the code" in err and "Traceback" in err
     assert time.monotonic() - begun < 60
 
