@@ -64,7 +64,7 @@ class PageConfig(DeviceConfig):
 
 
 def main():
-    """The page, from top to bottom: Streamlit runs this anew after every click.
+    """The page, from top to bottom: Streamlit runs it again after every click.
 
     Raises UserError where it is run without Streamlit.
     """
@@ -137,7 +137,7 @@ class Desk:
 
     @contextlib.contextmanager
     def writer(self, source, config, wait=lambda: None):
-        """The Writer of a model, held for the `with`; read anew when its file, device or dtype is another one.
+        """The Writer of a model, held for the `with`; read again when its file, device or dtype has changed.
 
         wait() is called while someone else writes. Raises UserError for a model that cannot be opened.
         """
@@ -329,7 +329,7 @@ def show_problem(error):
 # training
 
 def show_training(log_dir):
-    """The Training tab: curves of the chosen runs, drawn anew while they train, and what their models wrote."""
+    """The Training tab: curves of the chosen runs, drawn again while they train, and what their models wrote."""
     runs = find_runs(log_dir)
     if not runs:
         st.info("No run has written a log yet; this starts one:")
@@ -367,7 +367,7 @@ def watch(logs, x):
 
 @st.cache_data(max_entries=16, show_spinner=False)
 def picture(logs, changes, x):
-    """The curves as the bytes of a PNG; `changes`, when the logs were written, makes Streamlit draw them anew."""
+    """The curves as the bytes of a PNG; `changes`, when the logs were written, makes Streamlit draw them again."""
     runs = [replace(read_run(Path(log).parent), name=name) for name, log in logs.items()]
     data = io.BytesIO()
     draw_runs(runs, x).savefig(data, format="png")

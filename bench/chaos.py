@@ -30,9 +30,8 @@ from tqdm import tqdm
 from bench.common import compared, machine, write_results
 from exactgpt.config import flag, parse_config, run_script
 from tests import forks, killed_runs
-from tests.common import write_shards
+from tests.common import ROOT, write_shards
 
-ROOT = Path(__file__).parents[1]
 STEPS = 200
 FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", 32, "--dropout", 0.1, "--device", "cpu",
          "--total_batch_size", 512, "--micro_batch_size", 2, "--max_steps", STEPS, "--eval_every", 7,

@@ -283,8 +283,8 @@ def last_step(config, checkpoint, plan):
 def adopt_choices(config, runtime, checkpoint, local_windows):
     """Take over what "auto" chose when the run began, where this machine allows: dtype, threads, micro-batch size.
 
-    Returns the micro-batch size (0 where it must be found anew). Raises UserError where --micro_batch_size does not
-    divide local_windows.
+    Returns the micro-batch size (0 where it must be searched for again). Raises UserError where --micro_batch_size
+    does not divide local_windows.
     """
     stored = checkpoint["resolved"] if checkpoint else {}
     if config.dtype == "auto" and "dtype" in stored and stored.get("device") == runtime.device.type:

@@ -7,7 +7,6 @@ import platform
 import re
 import sys
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from exactgpt.config import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 # Dense bf16 (fp16 before Ampere) peak in TFLOP/s, from the vendors' data sheets. The first name that stands
 # in the card's name as whole words counts, so longer names stand first. A card that is not here has no MFU rather
 # than a wrong one.
@@ -324,7 +324,7 @@ def fits(module, block_size, size, runtime):
             p.grad = torch.zeros_like(p)
         optimizer.step()                   # makes its state, as a resumed run has it from the start
         optimizer.zero_grad(set_to_none=True)
-        with module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext():
+        with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():
             for _ in range(2):
                 x, y = dummy_rows(size, block_size, runtime.device)
                 with runtime.autocast():

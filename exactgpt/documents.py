@@ -227,6 +227,9 @@ _FORMATS = {".txt": None, ".md": None, ".jsonl": _read_jsonl, ".json": _read_jso
 _IN_DIRECTORIES = [suffix for suffix in _FORMATS if suffix != ".json"]   # stray .json files are settings, not text
 
 
+# -----------------------------------------------------------------------------
+# large files in pieces: a plan in one process, the reading in others
+
 def plan_reads(path, column, start=0):
     """Yield (start, share, read, *args) for the pieces of a .parquet or .jsonl file, from `start` on, in order.
 
@@ -336,7 +339,7 @@ def iter_texts(texts):
 
 
 # -----------------------------------------------------------------------------
-# about 2 MB of English: the language reference's topics (pydoc_data), the standard library's docstrings
+# the demo's corpus, about 2 MB: the language reference's topics (pydoc_data) and the standard library's docstrings
 
 # Not documentation: tests, the bundled editor and its turtles, code page tables, other people's packages.
 _SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",

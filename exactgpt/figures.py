@@ -18,10 +18,12 @@ TRAINED = ("loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms"
 LOG_TXT_NAMES = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}
 FORMATS = (".png", ".svg")
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}
+
 # OpenAI's 124M models as build-nanogpt quotes them: acc_norm by its hellaswag.py (GPT-3: the paper's Table H.1),
 # loss on the FineWeb-Edu validation shard (GPT-2's tokenizer; comparable with no other text or vocabulary).
 HELLASWAG_REFERENCES = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
 LOSS_REFERENCES = {"GPT-2 124M": 3.2924}
+
 # Okabe and Ito's colours, which stay apart for colour-blind readers; their yellow is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 INK, GREY, LIGHT = "#222222", "#6f6f6f", "#e6e6e6"

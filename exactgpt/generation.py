@@ -19,7 +19,7 @@ from exactgpt.distributed import seed_from
 
 GREEDY_BELOW = 1e-5    # a temperature: logits divided by less make a one-hot softmax, or overflow
 SMALLEST_CACHE = 128   # tokens, where shapes are fixed; then powers of two: few shapes to compile
-CACHE_STEP = 64  # a KVCache holds a multiple of this many tokens: even sizes are several times as fast as odd ones
+CACHE_STEP = 64        # a KVCache holds a multiple of so many tokens: even sizes are several times as fast as odd ones
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
 

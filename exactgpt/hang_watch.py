@@ -22,7 +22,7 @@ START_GRACE_S = 3     # after a signal during set-up, in which it may still end 
 ROLL_CALL_S = 5       # in which the ranks of a hanging run say where they are
 SILENT = "gives no answer: its process is gone or stopped, or the network to it is cut"
 HANG_GRACE_S = 10     # between the roll call's beginning and the time-out of the collectives, which ends the run
-OURS = (Path(__file__).parents[1], Path(__file__).parent)
+OURS = (Path(__file__).parents[1], Path(__file__).parent)    # the folders of scripts and package
 # NCCL keeps its last collectives and writes them to a file when one times out; torchfrtrace reads the files of all
 # ranks. The first two names are those of torch 2.13, TORCH_NCCL_TRACE_BUFFER_SIZE and _DEBUG_INFO_TEMP_FILE older.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}

@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import time
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path

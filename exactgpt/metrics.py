@@ -35,7 +35,7 @@ from exactgpt.figures import draw_runs, read_run, save_figure
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics of a call: MLflow takes no more
-FINISH_S, STOP_S = 60, 10    # the longest wait for the last batch, after a run and after a stop
+FINISH_S, STOP_S = 60, 10     # the longest wait for the last batch, after a run and after a stop
 STORE, ARTIFACTS = "mlflow.db", "mlflow_artifacts"
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from exactgpt.config import RunFailed
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)   # the quintic whose slope at 0 is steepest (the post above)
-MAX_SKIPPED = 10    # steps in a row: then the run ends
-DECAY_FRACTION = 0.3       # of a wsd run: the linear decay at its end
+MAX_SKIPPED = 10                            # steps in a row: then the run ends
+DECAY_FRACTION = 0.3                        # of a wsd run: the linear decay at its end
 
 
 def parameter_groups(model, weight_decay):

@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import io
 import itertools
+import multiprocessing
+import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
 import queue

@@ -1,7 +1,7 @@
 """Scripts started as forks of a process in which torch is imported: a second each, where a fresh one takes five.
 
 A fork is a process of its own, with its own signals, environment, files and process group; only the imports of other
-people's libraries are shared. Our own modules are imported anew.
+people's libraries are shared. Our own modules are imported by each.
 """
 import multiprocessing
 import os
@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.common import ROOT
+
 PRELOADED = ["torch._dynamo", "torch._inductor.config", "torch.distributed", "torch.nn.parallel", "torch.optim",
              "tiktoken"]
 
@@ -61,6 +62,5 @@ def _run(script, arguments, env, output, errors, input, cwd):
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     sys.argv = [script, *arguments]
-    ours = {"", str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")}
-    sys.path[:] = [str(Path(script).parent), str(ROOT), *(p for p in sys.path if p not in ours)]
+    sys.path[:] = [str(Path(script).parent), str(ROOT), *(p for p in sys.path if p not in ("", str(ROOT)))]
     runpy.run_path(script, run_name="__main__")

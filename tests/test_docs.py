@@ -161,7 +161,7 @@ def test_a_list_that_misses_or_repeats_a_file_is_found(old, new, message):
 
 
 def test_the_table_of_results_is_what_the_results_give():
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == table(), "python -m bench.table makes it anew"
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == table(), "run python -m bench.table"
 
 
 def test_the_worked_example_of_the_data_order_is_what_the_loader_does():

@@ -1,6 +1,6 @@
-"""Files made by the code of commit ce95c22 (tests/data/kept/README.md) open, and go on as they did then.
+"""Files made by the code of commit ce95c22 (tests/data/kept/README.md) open, and continue as they did then.
 
-They are never made anew. Where one of these tests fails, what people have on their disks has stopped working.
+Never regenerate them. Where one of these tests fails, what people have on their disks has stopped working.
 """
 import json
 import re
@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-KEPT = Path(__file__).parent / "data" / "kept"
+from tests.common import ROOT
+
+KEPT = ROOT / "tests" / "data" / "kept"
 EXPECTED = json.loads((KEPT / "expected.json").read_text(encoding="utf-8"))
 COLUMNS = ("loss", "val_loss", "grad_norm", "lr")
 # Relative. Other instruction sets (ATEN_CPU_CAPABILITY=avx2, default; two threads) were up to 1e-6 off in losses and

@@ -14,8 +14,8 @@ import plot
 from exactgpt import config, figures
 from exactgpt.config import UserError
 from exactgpt.figures import LoggedRun, Series, read_run, smooth
+from tests.common import ROOT
 
-REPOSITORY = Path(__file__).parent.parent
 BUILD_NANOGPT_LOG = """0 val 10.9512
 0 hella 0.2463
 0 train 10.953100
@@ -54,7 +54,7 @@ def write_realistic(folder, steps=60, hellaswag=True):
 
 
 def run_plot(*words):
-    return subprocess.run([sys.executable, REPOSITORY / "plot.py", *map(str, words)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "plot.py", *map(str, words)], capture_output=True, text=True)
 
 
 # -----------------------------------------------------------------------------
@@ -338,5 +338,5 @@ def test_mistakes_end_the_process(tmp_path, words, message):
 
 def test_importing_is_silent_and_light():
     code = "import sys, plot; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
