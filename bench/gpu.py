@@ -54,6 +54,7 @@ class GpuConfig:
     minutes: float = flag(30.0, "time for all stages together", above=0)
     only: str = flag("", "some of the stages unpack, smoke, dry_run, step, peers, run, plot, samples, generate, "
                          "hellaswag, medium, xl, group, shakespeare, separated by commas (default: all but the last)")
+    epochs: int = flag(0, "of Wikipedia, in the stage run (0: as many as there is time for, up to 4)", low=0)
     data: str = flag("data", "folder with wikipedia_48m, hellaswag and tinyshakespeare, or with packed (bench.pack)")
     work: str = flag("", "folder for what the stages hand on; give the same one to a second call (default: one in "
                          "memory or the temporary folder)")
@@ -129,7 +130,8 @@ def attempt(stage, left, work):
 
 def words_of(stage, limit, work):
     """A stage's command after `python`, with what the smoke stage and the time left add to it."""
-    length = ["--num_epochs", str(epochs(limit, work))] if stage.name == "run" else []
+    open_ended = stage.name == "run" and "--num_epochs" not in stage.words
+    length = ["--num_epochs", str(epochs(limit, work))] if open_ended else []
     return [*stage.words, *length, *read_fallbacks(work).get(stage.takes, [])]
 
 
@@ -230,8 +232,9 @@ def stages(config, on_card):
     ours = [*step, "--peers", "ours"]
     full = ["--total_batch_size", str(TOKENS)]
     train = ["train.py", "--data_dir", str(wikipedia), "--log_dir", str(logs / "wikipedia"), *vocabulary,
-             *split("--warmup_steps 40 --eval_every 60 --val_tokens 983040 --sample_every 60 --checkpoint_every 0"),
+             *split("--warmup_steps 40 --eval_every 30 --val_tokens 983040 --sample_every 60 --checkpoint_every 0"),
              "--hellaswag_every", "179" if Path(DATA_FILE).exists() else "0"]
+    length = ["--num_epochs", str(config.epochs)] if config.epochs else []
     shakespeare = ["train.py", "--data_dir", str(data / "tinyshakespeare"), "--log_dir", str(logs / "shakespeare"),
                    *split("--block_size 64 --total_batch_size 4096 --micro_batch_size 16 --max_steps 10000 "
                          "--stop_loss 0.09 --eval_every 250 --val_tokens 16384 --hellaswag_every 0 --sample_every 500 "
@@ -243,7 +246,7 @@ def stages(config, on_card):
         Stage("dry_run", 95, 180, [*train, "--num_epochs", "4", "--dry_run"], wikipedia, "train"),
         Stage("step", 50, 120, [*ours, *full, "--profile"], takes="train"),
         Stage("peers", 105, 200, [*step, *full, "--steps", "1"], takes="train"),
-        Stage("run", 200, 600, train, wikipedia, "train"),
+        Stage("run", 200, 600, [*train, *length], wikipedia, "train"),
         Stage("plot", 5, 60, ["plot.py", str(logs / "wikipedia")], logs / "wikipedia" / "metrics.jsonl"),
         Stage("samples", 20, 60, [*write, "--prompt", "The history of", "--num_seq", "3"], logs / "wikipedia", "write"),
         Stage("generate", 85, 150, ["-m", "bench.generate"], takes="write"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,6 +179,9 @@ def test_the_stages_on_a_card_are_train_sized_and_toy_ones_end_with_flags_that_m
     assert "--tokenizer" not in step.words                     # no vocabulary lies beside the data: the package has one
     assert " ".join(step.words).endswith("--block_size 1024 --micro_batch_size 0 --rounds 2 --peers ours "
                                          "--total_batch_size 524288 --profile")
+    run = next(stage for stage in stages(replace(config, epochs=2), on_card=True) if stage.name == "run")
+    assert gpu.words_of(run, 600, tmp_path)[-2:] == ["--num_epochs", "2"]
+    assert gpu.words_of(run, 600, tmp_path).count("--num_epochs") == 1
     assert all(stage.least <= stage.most and not set(SMALL.split()) & set(stage.words) for stage in real)
 
 
