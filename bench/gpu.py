@@ -242,20 +242,20 @@ def stages(config, on_card):
     write = ["inference.py", "--checkpoint", str(logs / "wikipedia"), *vocabulary]
     everything = [
         Stage("unpack", 5, 60, ["-m", "bench.pack", "--unpack", "--data", str(data)], data / "packed"),
-        Stage("smoke", 90, 180, ["-m", "bench.gpu_smoke", *vocabulary]),
+        Stage("smoke", 100, 180, ["-m", "bench.gpu_smoke", *vocabulary]),
         Stage("dry_run", 95, 180, [*train, "--num_epochs", "4", "--dry_run"], wikipedia, "train"),
-        Stage("step", 50, 120, [*ours, *full, "--profile"], takes="train"),
-        Stage("peers", 105, 200, [*step, *full, "--steps", "1"], takes="train"),
+        Stage("step", 60, 120, [*ours, *full, "--profile"], takes="train"),
+        Stage("peers", 90, 200, [*step, *full, "--steps", "1"], takes="train"),
         Stage("run", 200, 600, [*train, *length], wikipedia, "train"),
         Stage("plot", 5, 60, ["plot.py", str(logs / "wikipedia")], logs / "wikipedia" / "metrics.jsonl"),
         Stage("samples", 20, 60, [*write, "--prompt", "The history of", "--num_seq", "3"], logs / "wikipedia", "write"),
-        Stage("generate", 85, 150, ["-m", "bench.generate"], takes="write"),
-        Stage("hellaswag", 45, 120, ["-m", "bench.hellaswag", *vocabulary, "--data", str(hellaswag), "--repeats", "1"],
+        Stage("generate", 65, 150, ["-m", "bench.generate"], takes="write"),
+        Stage("hellaswag", 30, 120, ["-m", "bench.hellaswag", *vocabulary, "--data", str(hellaswag), "--repeats", "1"],
               hellaswag),
-        Stage("medium", 110, 200, [*ours, *full, "--model", "gpt2-medium", "--steps", "1"], takes="train"),
+        Stage("medium", 75, 200, [*ours, *full, "--model", "gpt2-medium", "--steps", "1"], takes="train"),
         Stage("xl", 240, 420, [*ours, "--total_batch_size", "131072", "--model", "gpt2-xl", "--steps", "1"],
               takes="train"),
-        Stage("group", 70, 120, [*ours, *full, "--process_group"], takes="train"),
+        Stage("group", 60, 120, [*ours, *full, "--process_group"], takes="train"),
         Stage("shakespeare", 120, 600, shakespeare, data / "tinyshakespeare", "train", on_request=True),
     ]
     return everything if on_card else [replace(stage, least=2, most=60, words=[*stage.words, *split(TOY[stage.name])])

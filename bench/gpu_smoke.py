@@ -2,7 +2,7 @@
 
     python -m bench.gpu_smoke
 
-A line has `check`, `seconds` and what was found; where that is wrong, `error`, and in `fallback` the way round it:
+All lines together are bench/results/gpu_smoke_*.json. A line has `check`, `seconds` and what was found; where that is wrong, `error`, and in `fallback` the way round it:
 flags for train.py ("train") and for writing ("write"), or environment variables ("env"). bench.gpu hands them to the
 stages that follow. Without a card the same checks run small on the CPU, where some have nothing to compare.
 """
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.common import choose_meeting_point, record
+from bench.common import choose_meeting_point, machine, record, write_results
 from bench.toy import make_shards
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.config import DeviceConfig, parse_config, run_script
@@ -85,12 +85,13 @@ def main(argv=None):
     sizes = Sizes() if device.type == "cuda" else SMALL
     here = Here(runtime, sizes, default_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer([], "bytes"))
     wake(here)
-    good = [cleaned(check, here) for check in FIRST]
+    found = [cleaned(check, here) for check in FIRST]
     with ThreadPoolExecutor(1) as pool:       # it waits for processes of its own, while the others compile
-        resumed = pool.submit(passed, resuming, here)
-        good += [cleaned(check, here) for check in THEN]
-        good.append(resumed.result())
-    failed = [check.__name__ for check, right in zip((*FIRST, *THEN, resuming), good) if not right]
+        resumed = pool.submit(outcome, resuming, here)
+        found += [cleaned(check, here) for check in THEN]
+        found.append(resumed.result())
+    write_results(f"gpu_smoke_{device.type}", dict(machine=machine(), checks=found))
+    failed = [line["check"] for line in found if "error" in line]
     if failed:
         print(f"failed: {', '.join(failed)}")
         sys.exit(1)
@@ -114,20 +115,20 @@ def wake(here):
 
 
 def cleaned(check, here):
-    """`passed`, in the main thread, and then what it left behind goes."""
+    """`outcome`, in the main thread, and then what it left behind goes."""
     torch.set_float32_matmul_precision("highest")      # what fp32 results are compared with has all their digits
-    right = passed(check, here)
+    line = outcome(check, here)
     if dist.is_initialized():          # the check ended early
         dist.destroy_process_group()
     torch._dynamo.reset()
     gc.collect()
     if here.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-    return right
+    return line
 
 
-def passed(check, here):
-    """Run one check and record what it found; whether that is right."""
+def outcome(check, here):
+    """Run one check; record and return the line that says what it found."""
     begun = time.perf_counter()
     problem = {}
     try:
@@ -137,8 +138,9 @@ def passed(check, here):
     except Exception as error:      # whatever it is, the other checks are worth their time
         traceback.print_exc()
         facts, problem = {}, dict(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    record(check=check.__name__, seconds=round(time.perf_counter() - begun, 1), **facts, **problem)
-    return not problem
+    line = dict(check=check.__name__, seconds=round(time.perf_counter() - begun, 1), **facts, **problem)
+    record(**line)
+    return line
 
 
 def milliseconds(action, device, n=10):

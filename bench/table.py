@@ -11,12 +11,11 @@ HEAD = """# Results
 
 Made by `python -m bench.table` from the files beside it, which hold every figure's spread, settings and versions.
 Figures are medians; ratios compare two ways that took turns in one process or one run. What is not here was not
-measured{without_gpu}.
+measured.
 
 | what | ours | peer | ours / peer | machine | date |
 |---|---|---|---|---|---|
 """
-WITHOUT_GPU = ": no GPU was at hand yet, so there are no GPU rows (`python -m bench.gpu` makes them)"
 
 
 def main():
@@ -29,16 +28,15 @@ def main():
 
 def table():
     """The page's text, made of the results as they are now."""
-    lines, gpus = [], set()
+    lines = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         if not result.get("table"):      # nothing in it is compared
             continue
         machine = result["machine"]
-        gpus.add(machine["gpu"])
         where = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"
         lines += [f"| {line_of(row)} | {where} | [{machine['date']}]({path.name}) |" for row in result["table"]]
-    return HEAD.format(without_gpu="" if any(gpus) else WITHOUT_GPU) + "\n".join(lines) + "\n"
+    return HEAD + "\n".join(lines) + "\n"
 
 
 def line_of(row):

@@ -170,10 +170,8 @@ def report(config, runtime, peers, limits, kernels):
         limits={name: spread(values) for name, values in limits.items()}, matmul_limit_tokens_per_s=limit,
         share_of_matmul_limit={name: value / limit for name, value in median.items()},
         mfu={name: v * flops / card_peak / runtime.world_size for name, v in median.items()} if card_peak else None,
-        peak_memory_gb=memory, dropped_out={n: p.problem for n, p in peers.items() if p.problem}, kernels=kernels), [
-            compared(f"training step, {config.name}, {config.total_batch_size:,} tokens, {runtime.world_size} "
-                     f"process{'es' * (runtime.world_size > 1)}", "tokens/s", median["ours"], name, value)
-            for name, value in [*median.items(), ("matmul limit", limit)] if name != "ours"])
+        peak_memory_gb=memory, dropped_out={n: p.problem for n, p in peers.items() if p.problem}, kernels=kernels),
+        [] if config.profile else rows(config, runtime, {**median, "matmul limit": limit}))
     print("| | tokens/s | ours / it | of the matmul limit | memory, GB |\n|---|---|---|---|---|")
     for name, peer in peers.items():
         if peer.problem:
@@ -182,6 +180,14 @@ def report(config, runtime, peers, limits, kernels):
             print(f"| {name} | {median[name]:,.0f} | {ratios.get(f'ours / {name}', 1):.2f} | "
                   f"{100 * median[name] / limit:.0f}% | {f'{memory[name]:.1f}' if memory else ''} |")
     print(f"| matmul limit | {limit:,.0f} | | 100% | |")
+
+
+def rows(config, runtime, tokens_per_s):
+    """The rows of bench/results/README.md: ours beside each of the others."""
+    what = f"training step, {config.name}, {config.total_batch_size:,} tokens, {runtime.world_size} " \
+           f"process{'es' * (runtime.world_size > 1)}{' in DDP' * config.process_group}"
+    return [compared(what, "tokens/s", tokens_per_s["ours"], name, value)
+            for name, value in tokens_per_s.items() if name != "ours"]
 
 
 def profiled(step, runtime):
