@@ -113,7 +113,7 @@ def main(argv=None):
 
 def finetune(config, state, runtime):
     """One run, from its first step or from where it was left, and its results in --out."""
-    splits = runtime.together(lambda: read_splits(config))
+    splits = runtime.on_all_ranks(lambda: read_splits(config))
     labels = sorted({label for _, label in splits["train"]})
     base = open_base(config, runtime)
     seed_everything(config.seed, "scores")
@@ -337,7 +337,7 @@ def draw_confusion(matrix, labels):
 def predict(config, runtime):
     """Label the texts of the flags, or of a file into a file; with the probability of each label."""
     if config.out:
-        runtime.from_main(lambda: check_new_file(config.out, "--out"))
+        runtime.broadcast(lambda: check_new_file(config.out, "--out"))
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is no classifier, it writes text; make one of it with --init_from")

@@ -71,7 +71,7 @@ def main(argv=None):
 
 def finetune(config, state, runtime):
     """One run, from its first step or from where it was left, and its results in --out."""
-    items = runtime.together(lambda: read_items(config.data))
+    items = runtime.on_all_ranks(lambda: read_items(config.data))
     base = open_base(config, runtime)
     model, block_size = base.model, base.model.config.block_size
     train_items, val_items = split(items, config)

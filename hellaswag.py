@@ -78,7 +78,7 @@ def main(argv=None):
     with start(config) as runtime:
         try:
             if config.download:
-                path = runtime.from_main(find_hellaswag)
+                path = runtime.broadcast(find_hellaswag)
                 runtime.print(f"{DATASET} is in {path}\nnext: python hellaswag.py --checkpoint gpt2")
             else:
                 score_checkpoint(config, runtime)
@@ -90,14 +90,14 @@ def main(argv=None):
 def score_checkpoint(config, runtime):
     """Score the model that the flags name; print and write the result."""
     if config.json:
-        runtime.from_main(lambda: check_new_file(config.json, "--json"))
-    opened = runtime.together(lambda: open_model(config.checkpoint or newest_model(),
+        runtime.broadcast(lambda: check_new_file(config.json, "--json"))
+    opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint or newest_model(),
                                                  tokenizer=config.tokenizer).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
     runtime.print(f"{opened.describe()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,
                                   config.limit)
-    runtime.started()
+    runtime.setup_done()
     begin = time.perf_counter()
     score = evaluate_hellaswag(model, hellaswag, runtime, config.batch_tokens, progress="HellaSwag")
     seconds = time.perf_counter() - begin
@@ -255,7 +255,7 @@ def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="",
 
     A collective: rank 0 reads, every rank tokenises. Raises on every rank the UserError that rank 0 met.
     """
-    examples = runtime.from_main(lambda: load_hellaswag(path or find_hellaswag(), style, limit))
+    examples = runtime.broadcast(lambda: load_hellaswag(path or find_hellaswag(), style, limit))
     return tokenize(examples, tokenizer, block_size, style)
 
 

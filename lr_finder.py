@@ -63,7 +63,7 @@ def find(config, runtime):
         tracker = Tracker(replace(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)
-            runtime.started()
+            runtime.setup_done()
             rows = sweep(run, config, runtime, tracker)
         except RunFailed:
             tracker.close(finished=False)

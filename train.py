@@ -32,7 +32,7 @@ from exactgpt.checkpoint import (
     source,
     write_checkpoint,
 )
-from exactgpt.config import DeviceConfig, RunFailed, UserError, explain, flag, parse_config, replace, run_script
+from exactgpt.config import DeviceConfig, RunFailed, UserError, as_user_error, flag, parse_config, replace, run_script
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.device import (
     CompilationFailed,
@@ -48,7 +48,7 @@ from exactgpt.generation import write_samples
 from exactgpt.launch import command_line
 from exactgpt.metrics import RunLog, describe, require_mlflow
 from exactgpt.open_model import build_model, open_weights
-from exactgpt.optimizer import Skipped, decay_start, learning_rate_factor, make_optimizer, update
+from exactgpt.optimizer import Skipped, decay_start, finish_step, learning_rate_factor, make_optimizer
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import Tokenizer
 from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
@@ -186,14 +186,14 @@ def assemble(config, runtime, saves=True):
     saves: checkpoints will be written, for which the disk must have room. Raises UserError for data, flags,
     checkpoints, weights or disks that do not go together.
     """
-    folder = runtime.together(lambda: ShardFolder(config.data_dir))
-    tokenizer = runtime.together(lambda: folder.tokenizer(config.tokenizer))
-    runtime.together(lambda: folder.check_vocabulary(tokenizer.n_vocab))
-    runtime.agree("flags", asdict(config))
-    runtime.agree("code", code_hash())
-    runtime.agree("token shards", folder.fingerprint())
-    found = runtime.together(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
-    checkpoint = runtime.from_main(lambda: found and {**found, "optimizer": None}, on_device=True)
+    folder = runtime.on_all_ranks(lambda: ShardFolder(config.data_dir))
+    tokenizer = runtime.on_all_ranks(lambda: folder.tokenizer(config.tokenizer))
+    runtime.on_all_ranks(lambda: folder.check_vocabulary(tokenizer.n_vocab))
+    runtime.require_equal("flags", asdict(config))
+    runtime.require_equal("code", code_hash())
+    runtime.require_equal("token shards", folder.fingerprint())
+    found = runtime.on_all_ranks(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
+    checkpoint = runtime.broadcast(lambda: found and {**found, "optimizer": None}, on_device=True)
     raw = make_model(config, runtime, tokenizer, checkpoint)
     block_size = raw.config.block_size
     train_stream, val_stream = TokenStream(folder.train, block_size), TokenStream(folder.val, block_size)
@@ -220,7 +220,7 @@ def assemble(config, runtime, saves=True):
     if checkpoint:
         # Rank 0's copy is the only one in host memory: the others get tensor after tensor on their cards, and the
         # optimizer's only now, so that they did not lie there while the micro-batch was sought.
-        restore(run, runtime.from_main(lambda: state_to_restore(found), on_device=True))
+        restore(run, runtime.broadcast(lambda: state_to_restore(found), on_device=True))
     describe(run, config, runtime, checkpoint, saves)
     return run
 
@@ -276,9 +276,9 @@ def make_model(config, runtime, tokenizer, checkpoint):
     if config.init_from == "scratch":
         seed_everything(config.seed, "initial weights")
         vocab_size = padded_vocab(tokenizer.n_vocab)
-        return explain(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)),
+        return as_user_error(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)),
                        "the model's flags")
-    stored = runtime.from_main(lambda: open_weights(config.init_from, tokenizer, config.tokenizer))
+    stored = runtime.broadcast(lambda: open_weights(config.init_from, tokenizer, config.tokenizer))
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if shape["block_size"] and shape["block_size"] < model.config.block_size:
         model.crop_block_size(shape["block_size"])
@@ -294,8 +294,8 @@ def build(run, config, runtime):
     Raises UserError where --compile on or --attention asks for what the device lacks, or no micro-batch fits.
     """
     shape = run.raw.config
-    attention = runtime.together(lambda: attention_backend(config.attention, runtime.device, runtime.dtype, shape))
-    compile, notice = runtime.together(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
+    attention = runtime.on_all_ranks(lambda: attention_backend(config.attention, runtime.device, runtime.dtype, shape))
+    compile, notice = runtime.on_all_ranks(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
     if notice:
         runtime.print(notice)
     try:
@@ -390,8 +390,8 @@ def train_step(run, config, runtime, tokens, step):
             run.scaler.scale(micro_loss).backward()
         loss = loss + micro_loss.detach()
         if run.slow and not final:
-            runtime.poll()                                                             # a stop abandons the step
-    return update(run.raw, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
+            runtime.check_for_stop()                                                   # a stop abandons the step
+    return finish_step(run.raw, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
 
 
 def set_learning_rate(run, config, step):
@@ -427,7 +427,7 @@ def validate(run, config, runtime, log, step):
         with runtime.autocast():
             loss = loss + run.compiled(x, y, reduction="sum")
         count += int((y != IGNORED).sum())
-        runtime.poll()
+        runtime.check_for_stop()
     run.raw.train()
     loss, count = runtime.sum(loss, count)
     mean = loss / count
@@ -552,7 +552,7 @@ def train(config, runtime, hellaswag_items=0):
                 run.hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw.config.block_size,
                                                   limit=hellaswag_items)
             warm_up(run, runtime)
-            runtime.started()
+            runtime.setup_done()
         except StopRequested:
             runtime.print("stopped before the first step; there was nothing to save")
             return None
@@ -567,7 +567,7 @@ def dry_run(config, runtime):
                         val_tokens=min(config.val_tokens, config.total_batch_size))
         run, log = train(small, runtime, DRY_RUN_ITEMS) or (None, None)
         if log:
-            restore(run, runtime.from_main(lambda: state_to_restore(find_checkpoint(small, runtime.print)),
+            restore(run, runtime.broadcast(lambda: state_to_restore(find_checkpoint(small, runtime.print)),
                                            on_device=True))
             shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)
             if config.eval_every:

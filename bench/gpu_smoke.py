@@ -2,9 +2,10 @@
 
     python -m bench.gpu_smoke
 
-All lines together are bench/results/gpu_smoke_*.json. A line has `check`, `seconds` and what was found; where that is wrong, `error`, and in `fallback` the way round it:
+A line has `check`, `seconds` and what was found; where that is wrong, `error`, and in `fallback` the way round it:
 flags for train.py ("train") and for writing ("write"), or environment variables ("env"). bench.gpu hands them to the
-stages that follow. Without a card the same checks run small on the CPU, where some have nothing to compare.
+stages that follow. All lines together are bench/results/gpu_smoke_*.json. Without a card the same checks run small on
+the CPU, where some have nothing to compare.
 """
 import contextlib
 import copy
@@ -36,11 +37,11 @@ from bench.common import choose_meeting_point, machine, record, write_results
 from bench.toy import make_shards
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.config import DeviceConfig, parse_config, run_script
-from exactgpt.device import attention_backend, choose_device, choose_dtype, fits as fits_in_memory, probe
+from exactgpt.device import attention_backend, choose_device, choose_dtype, fits_in_memory, probe
 from exactgpt.distributed import Runtime, start
 from exactgpt.generation import Decoder, generate_ids
 from exactgpt.open_model import open_model
-from exactgpt.optimizer import make_optimizer, update
+from exactgpt.optimizer import finish_step, make_optimizer
 from exactgpt.tokenizer import Tokenizer, default_tokenizer
 from model import GPT, GPTConfig
 from train import TrainConfig, train
@@ -356,7 +357,7 @@ def skipping(runtime, sizes, tokenizer):
             p.grad = torch.full_like(p, 0.01)
         if bad:
             model.transformer.ln_f.bias.grad[3] = math.nan
-        finite.append(update(model, optimizer, scaler, 1.0, loss, runtime).finite)
+        finite.append(finish_step(model, optimizer, scaler, 1.0, loss, runtime).finite)
         states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
     facts = dict(finite=finite, kept=same_bits(states[0], states[1]), goes_on=not same_bits(states[1], states[2]))
     if finite != [True, False, True] or not facts["kept"] or not facts["goes_on"]:

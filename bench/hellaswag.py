@@ -49,7 +49,7 @@ def main(argv=None):
         limit = config.limit if config.limit is not None else CPU_LIMIT if runtime.device.type == "cpu" else GPU_LIMIT
         examples = spread(load_hellaswag(config.data or find_hellaswag()), limit)
         prepared = tokenize(examples, tokenizer, model.config.block_size, "karpathy")
-        runtime.started()
+        runtime.setup_done()
         # Kernels load and caches fill. Ours has few shapes, which all come; the other way has one for each example.
         packed(model, prepared, runtime, config.batch_tokens)
         one_at_a_time(model, spread(examples, WARM_UP), tokenizer, runtime)

@@ -80,7 +80,7 @@ def main(argv=None):
     if config.process_group and "RANK" not in os.environ:
         choose_meeting_point()
     with start(config) as runtime, temporary_folder(runtime, tempfile.gettempdir()) as data:
-        runtime.from_main(lambda: save_tokens(config, data))
+        runtime.broadcast(lambda: save_tokens(config, data))
         run, step = ours(config, runtime, data)
         config = replace(config, micro_batch_size=run.micro_batch_size)
         peers = {"ours": Peer(step, resident=allocated(runtime))}

@@ -103,7 +103,7 @@ def check_disk(config, run, runtime):
         if free < needed:
             raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
                             f"{human_bytes(free)}; make room, choose another --log_dir, or fewer --keep_checkpoints")
-    runtime.together(check if runtime.is_main else lambda: None)
+    runtime.on_all_ranks(check if runtime.is_main else lambda: None)
 
 
 def read_checkpoint(path):

@@ -179,7 +179,7 @@ def replace(config, **changes):
     return check_config(dataclasses.replace(config, **changes))
 
 
-def explain(build, source):
+def as_user_error(build, source):
     """build(), with its ValueError as a UserError that names where the values came from."""
     try:
         return build()

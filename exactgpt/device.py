@@ -282,7 +282,7 @@ def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, in
     card = runtime.minimum(torch.cuda.mem_get_info(runtime.device)[1]) if gpt else 0
     size = wanted or sizes[0]
     while size and ((gpt and least_bytes(gpt, size * block_size) > card)
-                    or not fits_everywhere(module, block_size, size, runtime)):
+                    or not fits_on_all_ranks(module, block_size, size, runtime)):
         if wanted and insist:
             smaller = next((d for d in divisors(local_windows) if d < wanted), None)
             advice = f"use --micro_batch_size {smaller}, or 0" if smaller else SMALLER
@@ -293,14 +293,14 @@ def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, in
     return size
 
 
-def fits_everywhere(module, block_size, size, runtime):
+def fits_on_all_ranks(module, block_size, size, runtime):
     """Whether `size` rows fit on every rank. Raises CompilationFailed on every rank if the model compiles not on all.
 
     An answer costs one collective, which every rank reaches however its own try ended.
     """
     problem = "on another rank"
     try:
-        answer = int(fits(module, block_size, size, runtime))
+        answer = int(fits_in_memory(module, block_size, size, runtime))
     except torch._dynamo.exc.TorchDynamoException as error:
         answer, problem = -1, " ".join(str(error).split())[:160]
     answer = runtime.minimum(answer)
@@ -309,7 +309,7 @@ def fits_everywhere(module, block_size, size, runtime):
     return answer > 0
 
 
-def fits(module, block_size, size, runtime):
+def fits_in_memory(module, block_size, size, runtime):
     """Whether training on micro-batches of `size` rows fits; leaves the weights as they are.
 
     The most that a step holds at once is held here: AdamW's state, two micro-batches, the second of which adds to the

@@ -123,12 +123,12 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return tensor.item()
 
-    def poll(self):
+    def check_for_stop(self):
         """Raise StopRequested on every rank if any rank was signalled. Every rank must call it."""
         if self.sum(bool(self.stop_signal))[0]:
             raise StopRequested
 
-    def together(self, action):
+    def on_all_ranks(self, action):
         """action() on every rank; if it raised UserError on any, UserError on all, with host and rank of the first.
 
         For facts that may differ between ranks: files of a node, memory of a card.
@@ -147,7 +147,7 @@ class Runtime:
             raise UserError(problem)
         return result
 
-    def agree(self, what, value):
+    def require_equal(self, what, value):
         """Raise UserError on all ranks, naming the first that differs, unless all have rank 0's value."""
         if not self.alone:
             values = [None] * self.world_size
@@ -157,13 +157,13 @@ class Runtime:
                 if other != expected:
                     raise UserError(f"rank {rank} on {host} has other {what} than rank 0 on {host_0}; make them equal")
 
-    def from_main(self, action, on_device=False):
+    def broadcast(self, action, on_device=False):
         """What action() gives on rank 0, on every rank: plain data and tensors, so that only rank 0 needs the file.
 
         on_device: the other ranks get the tensors on their devices and not in host memory, of which a node has one.
         Raises on every rank the UserError that action() raised.
         """
-        value = self.together(action if self.is_main else lambda: None)
+        value = self.on_all_ranks(action if self.is_main else lambda: None)
         if self.alone:
             return value
         tensors = []
@@ -182,9 +182,9 @@ class Runtime:
         dist.broadcast(tensor, src=0)
         return tensor if on_device else tensor.cpu()
 
-    def started(self):
+    def setup_done(self):
         """The set-up is over on all ranks: from here on a stop saves. Raises StopRequested if one was asked for."""
-        self.poll()
+        self.check_for_stop()
         self.starting = False
 
     def first_step_done(self):
@@ -301,7 +301,7 @@ def _choose_hardware(config, rank, local_rank):
 
 def lock_folder(folder, runtime):
     """A context in which no other run uses the folder; rank 0 holds the lock. Raises UserError on all ranks."""
-    return runtime.together(lambda: FolderLock(folder, wait_s=60) if runtime.is_main else contextlib.nullcontext())
+    return runtime.on_all_ranks(lambda: FolderLock(folder, wait_s=60) if runtime.is_main else contextlib.nullcontext())
 
 
 @contextlib.contextmanager
@@ -324,10 +324,10 @@ def temporary_folder(runtime, place):
         except OSError as error:
             raise UserError(f"cannot make {hidden / 'run'}: {error.strerror}") from error
         return str(hidden / "run")
-    hidden = runtime.from_main(choose)
+    hidden = runtime.broadcast(choose)
     with lock_folder(hidden, runtime):
         try:
-            yield runtime.from_main(renew)
+            yield runtime.broadcast(renew)
         finally:
             if runtime.is_main:
                 shutil.rmtree(hidden, ignore_errors=True)

@@ -25,7 +25,7 @@ from exactgpt.launch import command_line
 from exactgpt.lora import add_adapter
 from exactgpt.metrics import TuneLog, require_mlflow
 from exactgpt.open_model import build_model, open_model
-from exactgpt.optimizer import Skipped, learning_rate_factor, parameter_groups, update
+from exactgpt.optimizer import Skipped, finish_step, learning_rate_factor, parameter_groups
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
@@ -177,7 +177,7 @@ def open_base(config, runtime):
         state = opened.model.state_dict()
         return dict(config=opened.model.config_dict(), model=state, tokenizer=opened.tokenizer.to_checkpoint(),
                     sha256=weights_hash(state), title=opened.describe())
-    stored = runtime.from_main(read)
+    stored = runtime.broadcast(read)
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if config.block_size and config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
@@ -282,10 +282,10 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     run = Tuning(model, objective, ddp, optimizer, runtime.grad_scaler(), rows,
                  base=base.record, data_hash=hash_rows(rows), budget=size * block_size, steps_per_epoch=epoch,
                  max_steps=epoch if config.dry_run else full_steps, warmup_steps=warmup_steps, full_steps=full_steps)
-    runtime.agree("flags", asdict(config))
-    runtime.agree("examples", run.data_hash)
+    runtime.require_equal("flags", asdict(config))
+    runtime.require_equal("examples", run.data_hash)
     if state:
-        runtime.together(lambda: restore(run, state))
+        runtime.on_all_ranks(lambda: restore(run, state))
         runtime.print(f"going on from step {run.step}")
     return run
 
@@ -302,7 +302,7 @@ def tune(run, config, runtime, evaluate):
     log = TuneLog(runtime, config, run)
     first_step, stop = run.step, False
     try:
-        runtime.started()
+        runtime.setup_done()
         while True:
             if stop:
                 raise StopRequested
@@ -383,7 +383,7 @@ def train_step(run, config, runtime):
                 micro_loss = run.ddp(x.to(runtime.device), y.to(runtime.device)) * share
             run.scaler.scale(micro_loss).backward()
         loss = loss + micro_loss.detach()
-    result = update(run.model, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
+    result = finish_step(run.model, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
     return result, sum(map(len, rows))
 
 
@@ -410,7 +410,7 @@ def evaluation_batches(rows, budget, block_size, runtime):
     for members, x, y in make_batches(rows, range(len(rows)), budget * runtime.world_size, block_size):
         if members[share]:
             yield members[share], x[share].to(runtime.device), y[share].to(runtime.device)
-        runtime.poll()
+        runtime.check_for_stop()
 
 
 def nothing():
@@ -449,7 +449,7 @@ def work_in_folder(config, runtime, work):
             work(replace(config, out=folder, mlflow=False), None)
         return
     with lock_folder(config.out, runtime):
-        state = runtime.from_main(lambda: find_state(config))
+        state = runtime.broadcast(lambda: find_state(config))
         if state and state["finished"]:
             runtime.print(f"the run in {config.out} is finished; for another one choose another --out")
             return

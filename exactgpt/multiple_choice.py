@@ -89,7 +89,7 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
                 losses.append(token_losses(model, *(torch.from_numpy(a).to(runtime.device) for a in arrays)))
                 owners.append(batch_owners)
                 mine += members
-            runtime.poll()
+            runtime.check_for_stop()
     sums = np.zeros(len(questions) * n_endings)
     if mine:  # summed on the CPU, in float64 and in one order: not every GPU has the one, and few the other
         sums = np.bincount(np.concatenate(owners), torch.cat(losses).cpu().numpy(), minlength=sums.size)

@@ -180,7 +180,7 @@ class StepResult:
     stop: bool         # some rank was asked to stop
 
 
-def update(model, optimizer, scaler, grad_clip, loss, runtime):
+def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
     """Clip the gradients, step, drop them: a StepResult. loss: this rank's, a scalar tensor in nats; the mean over
     ranks is the step's.
 

@@ -78,7 +78,7 @@ def poisoned(train_step):
         result = train_step(run, config, runtime, tokens, step)
         if hook:
             hook.remove()
-        runtime.agree("weights", [p.double().sum().item() for p in run.raw.parameters()])
+        runtime.require_equal("weights", [p.double().sum().item() for p in run.raw.parameters()])
         return result
     return wrapped
 

@@ -1,8 +1,8 @@
 """train.py with a compiler that only counts. Prints, at the end of each rank, the graphs that torch.compile made.
 
-Run as train.py is run. The micro-batch is tried as on a card (device.fits), the embedding stays in the graph as on a
-card, and DDP's buckets hold a megabyte, so that a small model fills several. With COMPILATION=fails in the environment
-it does, after the first try.
+Run as train.py is run. The micro-batch is tried as on a card (device.fits_in_memory), the embedding stays in the
+graph as on a card, and DDP's buckets hold a megabyte, so that a small model fills several. With COMPILATION=fails in the
+environment it does, after the first try.
 """
 import functools
 import os
@@ -26,7 +26,7 @@ def count(graph, inputs):
 def as_on_a_card(module, block_size, wanted, local_windows, runtime, **options):
     """find_micro_batch_size, with a try."""
     size = device.find_micro_batch_size(module, block_size, wanted, local_windows, runtime, **options)
-    assert device.fits_everywhere(module, block_size, size, runtime)
+    assert device.fits_in_memory_everywhere(module, block_size, size, runtime)
     if os.environ.pop("COMPILATION", "") == "fails":
         raise device.CompilationFailed("no compiler")
     return size

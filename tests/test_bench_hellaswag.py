@@ -16,7 +16,7 @@ def test_one_at_a_time_is_warmed_on_few_examples_and_ours_on_all(monkeypatch, tm
     examples = [dict(ctx="a", endings=["b", "c", "d", "e"], label=0) for _ in range(3000)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     counts = dict(packed=[], one_at_a_time=[])
-    runtime = SimpleNamespace(world_size=1, device=torch.device(device), dtype_name="fp32", started=lambda: None)
+    runtime = SimpleNamespace(world_size=1, device=torch.device(device), dtype_name="fp32", setup_done=lambda: None)
     monkeypatch.setattr(hellaswag, "start", lambda config: contextlib.nullcontext(runtime))
     monkeypatch.setattr(hellaswag, "make_model", lambda *args: (SimpleNamespace(
         config=SimpleNamespace(block_size=8)), Tokenizer([], "bytes")))

@@ -147,7 +147,7 @@ def test_the_disk_needs_room_for_the_files_that_a_run_will_write(flags, files, b
 def test_a_disk_of_64_gb_has_room_for_a_large_model_that_is_saved_once(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(64 * 10**9, 0, 60 * 10**9))
     run = SimpleNamespace(raw=SimpleNamespace(n_params=lambda: 1_557_611_200), plan=SimpleNamespace(max_steps=1000))
-    runtime = SimpleNamespace(is_main=True, together=lambda action: action())
+    runtime = SimpleNamespace(is_main=True, on_all_ranks=lambda action: action())
     once = dict(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=0)
     check_disk(train.TrainConfig(**once), run, runtime)                           # 18.7 GB, and twice 6.2 of the best
     check_disk(train.TrainConfig(**once, eval_every=0), run, runtime)
@@ -162,9 +162,9 @@ def test_the_optimizers_state_comes_to_the_other_ranks_last_and_onto_their_cards
              "--schedule", "wsd", "--warmup_steps", "0", "--data_dir", str(make_shards([900])), "--log_dir",
              str(tmp_path / "logs"), "--max_steps"]
     train.main([*flags, "1"])
-    sent, from_main, find = [], Runtime.from_main, train.find_micro_batch_size
-    monkeypatch.setattr(Runtime, "from_main", lambda self, action, **how: (
-        sent.append((from_main(self, action), how)), sent[-1][0])[1])
+    sent, broadcast, find = [], Runtime.broadcast, train.find_micro_batch_size
+    monkeypatch.setattr(Runtime, "broadcast", lambda self, action, **how: (
+        sent.append((broadcast(self, action), how)), sent[-1][0])[1])
     monkeypatch.setattr(train, "find_micro_batch_size", lambda *args, **more: (sent.append("sought"),
                                                                                   find(*args, **more))[1])
     train.main([*flags, "20"])
@@ -425,7 +425,7 @@ def test_weights_in_half_precision_open_in_fp32(tmp_path):
 
 def test_a_dry_run_is_never_the_newest_model_and_is_gone_after_an_error(tmp_path):
     save_checkpoint(checkpoint_path(tmp_path, 7), dict(step=7))
-    runtime = SimpleNamespace(is_main=True, from_main=lambda action: action(), together=lambda action: action())
+    runtime = SimpleNamespace(is_main=True, broadcast=lambda action: action(), on_all_ranks=lambda action: action())
     left = checkpoint_path(tmp_path / ".dry_run" / "run", 1)       # of one that was killed
     left.parent.mkdir(parents=True)
     left.touch()

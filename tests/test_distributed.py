@@ -22,7 +22,7 @@ def test_the_other_ranks_hold_what_rank_0_read_on_their_cards_if_asked_to(monkey
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     arrived = []
     rank_1 = Runtime(1, 1, 2, torch.device("meta"), Hardware("cuda"), "bf16")
-    received = rank_1.from_main(lambda: pytest.fail("only rank 0 reads the file"), on_device=on_device)
+    received = rank_1.broadcast(lambda: pytest.fail("only rank 0 reads the file"), on_device=on_device)
     assert received["step"] == 7 and arrived == ["meta", "meta"]
     for tensor, original in zip(received["optimizer"]["state"], sent["optimizer"]["state"]):
         assert (tensor.device.type, tensor.shape, tensor.dtype) == (where, original.shape, original.dtype)

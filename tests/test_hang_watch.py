@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from exactgpt import hang_watch
-from exactgpt.config import explain
+from exactgpt.config import as_user_error
 from exactgpt.hang_watch import compare, lost_peer, record_collectives, standing
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
@@ -39,8 +39,8 @@ def test_where_the_main_thread_stands_is_its_innermost_line_of_ours():
         thread = threading.Thread(target=lambda: places.append(standing()))
         thread.start()
         thread.join()
-    explain(look, "")
-    assert re.fullmatch(r"config\.py:\d+ in explain", places.pop())
+    as_user_error(look, "")
+    assert re.fullmatch(r"config\.py:\d+ in as_user_error", places.pop())
     look()           # by no line of ours: this is a test
     assert places == ["no line of ours"]
 

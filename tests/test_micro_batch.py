@@ -26,7 +26,7 @@ def card(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):
     def fits(module, block_size, size, runtime):
         tried.append(size)
         return size <= rows_that_fit
-    monkeypatch.setattr(device, "fits", fits)
+    monkeypatch.setattr(device, "fits_in_memory", fits)
     return SimpleNamespace(device=torch.device(kind), minimum=minimum), tried
 
 
@@ -107,7 +107,7 @@ def test_a_try_leaves_the_weights_bitwise_as_they_are():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert device.fits(model, 8, 2, RUNTIME)
+    assert device.fits_in_memory(model, 8, 2, RUNTIME)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
@@ -128,7 +128,7 @@ def test_a_try_holds_what_a_step_with_accumulation_holds(monkeypatch):
     model.seen, steps = [], []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(len(model.seen)), step(self)))
-    assert device.fits(model, 8, 2, RUNTIME)
+    assert device.fits_in_memory(model, 8, 2, RUNTIME)
     assert model.seen == [((9, 1), (9, 1), 3, False), ((9, 1), (9, 1), 3, True)]
     assert steps == [0, 2]                     # one makes the state, one updates
 
@@ -142,7 +142,7 @@ def test_a_try_in_ddp_reduces_nothing_and_makes_gradients_beside_the_buckets():
         reduced, grads = [], []
         ddp.register_comm_hook(None, lambda _, bucket: reduced.append(bucket))
         model.transformer.wte.weight.register_post_accumulate_grad_hook(lambda p: grads.append(p.grad._is_view()))
-        assert device.fits(ddp, 8, 2, RUNTIME)
+        assert device.fits_in_memory(ddp, 8, 2, RUNTIME)
         assert reduced == [] and grads == [False, False]
     finally:
         dist.destroy_process_group()
@@ -156,12 +156,12 @@ def test_out_of_memory_is_no_error_but_an_answer(monkeypatch, error):
     """What was compiled for that size goes: each size compiles anew, and after eight torch would run eager."""
     monkeypatch.setattr(torch._dynamo, "reset", lambda: forgotten.append(True))
     forgotten = []
-    assert not device.fits(Failing(error), 8, 2, RUNTIME) and forgotten
+    assert not device.fits_in_memory(Failing(error), 8, 2, RUNTIME) and forgotten
 
 
 def test_any_other_error_is_one():
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        device.fits(Failing(RuntimeError("CUDA error: an illegal memory access")), 8, 2, RUNTIME)
+        device.fits_in_memory(Failing(RuntimeError("CUDA error: an illegal memory access")), 8, 2, RUNTIME)
 
 
 class Failing(torch.nn.Linear):
@@ -181,7 +181,7 @@ def test_a_compiler_that_fails_on_one_rank_fails_on_all(monkeypatch, problem):
     if problem == "here":
         def fits(*_):
             raise BackendCompilerFailed(None, ValueError("no ptxas\n here"), None)
-        monkeypatch.setattr(device, "fits", fits)
+        monkeypatch.setattr(device, "fits_in_memory", fits)
     else:
         runtime.minimum = lambda answer: -1
     with pytest.raises(device.CompilationFailed, match="no ptxas here" if problem == "here" else problem) as caught:
@@ -226,7 +226,7 @@ def test_a_try_of_fine_tuning_leaves_weights_and_what_is_frozen(kind):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     frozen = [not p.requires_grad for p in model.parameters()]
     runtime = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.float16))
-    assert device.fits(objective, 1024, 64, runtime)      # 65,536 targets: their sum is beyond fp16
+    assert device.fits_in_memory(objective, 1024, 64, runtime)      # 65,536 targets: their sum is beyond fp16
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert frozen == [not p.requires_grad for p in model.parameters()]
 

@@ -19,10 +19,10 @@ from exactgpt.optimizer import (
     Skipped,
     StepResult,
     decay_start,
+    finish_step,
     learning_rate_factor,
     make_optimizer,
     newton_schulz,
-    update,
 )
 from model import GPT, GPTConfig
 from tests.common import cpu_runtime
@@ -142,7 +142,7 @@ def trained(name):
 
 
 def updated(model, optimizer, loss=2.0, scaler=None):
-    return update(model, optimizer, scaler or torch.amp.GradScaler("cpu", enabled=False), 1.0, torch.tensor(loss),
+    return finish_step(model, optimizer, scaler or torch.amp.GradScaler("cpu", enabled=False), 1.0, torch.tensor(loss),
                   RUNTIME)
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_read_from_the_card_before_the_update_is_launched(monkeypatch
     monkeypatch.setattr(Runtime, "read", lambda self, tensor: seen.append("read") or tensor.tolist())
     loss, scaler = torch.tensor(2.0), torch.amp.GradScaler("cpu", enabled=False)
     with Watch(seen):
-        update(model, optimizer, scaler, 1.0, loss, RUNTIME)
+        finish_step(model, optimizer, scaler, 1.0, loss, RUNTIME)
     assert seen == ["_fused_adamw_", "_fused_adamw_", "read"]       # of matrices, of vectors
 
 
