@@ -107,8 +107,7 @@ def sweep(run, config, runtime, tracker):
             step += 1
             if step == 1:
                 runtime.first_step_done()
-            if result.stop:
-                raise StopRequested
+            runtime.raise_if_stopping()
             if not result.finite and run.scaler.is_enabled() and not rows:
                 continue                                  # the loss scale is still too high
             if not result.finite:

@@ -477,11 +477,10 @@ def loop(run, config, runtime):
     log = RunLog(runtime, config, run)
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, run.first_step,
                          run.last_step)
-    step, stop = run.first_step, False
+    step = run.first_step
     try:
         while True:
-            if stop:
-                raise StopRequested
+            runtime.raise_if_stopping()
             last = step == run.last_step
             if due(step, config.eval_every, last):
                 with log.pause("validation", config.eval_every):
@@ -508,7 +507,7 @@ def loop(run, config, runtime):
                 runtime.first_step_done()
             if result.finite and result.loss < config.stop_loss:
                 run.last_step = step + 1
-            step, stop = step + 1, result.stop
+            step += 1
         if not config.dry_run:
             path = checkpoint_path(config.log_dir, step)
             runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"

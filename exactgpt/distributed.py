@@ -47,6 +47,7 @@ class Runtime:
     hardware: Hardware
     dtype_name: str            # "bf16", "fp16" or "fp32"
     stop_signal: str = ""      # the signal that this process received, if any
+    stopping: bool = False     # some process received one, and all know it: `raise_if_stopping` ends the run
     starting: bool = True      # until the loop begins: nothing to save yet, and compilation may take minutes
     ended: bool = False        # the work is over: nothing is left to watch
     hangs: bool = False        # no progress for patience_s; the watch says why
@@ -124,8 +125,13 @@ class Runtime:
         return tensor.item()
 
     def check_for_stop(self):
-        """Raise StopRequested on every rank if any rank was signalled. Every rank must call it."""
-        if self.sum(bool(self.stop_signal))[0]:
+        """Raise StopRequested on every rank if any rank was signalled: one small collective that every rank enters."""
+        self.stopping = self.sum(bool(self.stop_signal))[0] > 0
+        self.raise_if_stopping()
+
+    def raise_if_stopping(self):
+        """Raise StopRequested if the ranks have agreed to stop, in the last step's all-reduce or in a check."""
+        if self.stopping:
             raise StopRequested
 
     def on_all_ranks(self, action):

@@ -300,12 +300,11 @@ def tune(run, config, runtime, evaluate):
     epoch ends (or begins the run), save, then train step k.
     """
     log = TuneLog(runtime, config, run)
-    first_step, stop = run.step, False
+    first_step = run.step
     try:
         runtime.setup_done()
         while True:
-            if stop:
-                raise StopRequested
+            runtime.raise_if_stopping()
             if run.step % run.steps_per_epoch == 0:
                 over = end_epoch(run, config, runtime, log, evaluate)
                 if run.step > first_step:
@@ -323,7 +322,7 @@ def tune(run, config, runtime, evaluate):
             run.skipped.check()
             if run.step == first_step:
                 runtime.first_step_done()
-            run.step, stop = run.step + 1, result.stop
+            run.step += 1
         if not run.best.weights:
             raise RunFailed("no epoch ended with a finite loss; try a smaller --max_lr")
         run.model.load_state_dict(run.best.weights, strict=False)

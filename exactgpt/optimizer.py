@@ -177,7 +177,6 @@ class StepResult:
     loss: float        # mean over all ranks' targets, nats
     grad_norm: float   # of the mean gradient, before clipping
     finite: bool       # False: loss or gradient was inf or NaN, and the update was skipped
-    stop: bool         # some rank was asked to stop
 
 
 def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
@@ -205,7 +204,8 @@ def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
             scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum / runtime.world_size, norm, finite, signals > 0)
+    runtime.stopping = signals > 0
+    return StepResult(loss_sum / runtime.world_size, norm, finite)
 
 
 @dataclass

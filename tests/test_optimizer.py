@@ -156,7 +156,7 @@ def test_an_update_is_clipping_and_the_optimizers_step(name):
     (model, optimizer), (twin, other) = trained(name), trained(name)
     norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
     other.step()
-    assert updated(model, optimizer) == StepResult(2.0, norm.item(), True, False) and norm > 1
+    assert updated(model, optimizer) == StepResult(2.0, norm.item(), True) and norm > 1
     torch.testing.assert_close(state(model, optimizer), state(twin, other), rtol=0, atol=0)
     assert all(p.grad is None for p in model.parameters())
 
@@ -204,7 +204,7 @@ def test_nothing_is_read_from_the_card_before_the_update_is_launched(monkeypatch
 
 def test_the_search_for_a_loss_scale_is_no_row_of_bad_steps():
     scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: 2.0)
-    bad, good = StepResult(2.0, float("inf"), False, False), StepResult(2.0, 1.0, True, False)
+    bad, good = StepResult(2.0, float("inf"), False), StepResult(2.0, 1.0, True)
     skipped = Skipped()
     for _ in range(3 * MAX_SKIPPED):
         assert "loss scale" in skipped.count(bad, scaler)
