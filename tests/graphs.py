@@ -1,8 +1,8 @@
 """train.py with a compiler that only counts. Prints, at the end of each rank, the graphs that torch.compile made.
 
 Run as train.py is run. The micro-batch is tried as on a card (device.fits_in_memory), the embedding stays in the
-graph as on a card, and DDP's buckets hold a megabyte, so that a small model fills several. With COMPILATION=fails in the
-environment it does, after the first try.
+graph as on a card, and DDP's buckets hold a megabyte, so that a small model fills several. With COMPILATION=fails in
+the environment it does, after the first try.
 """
 import functools
 import os
