@@ -1,11 +1,11 @@
-"""Learning-rate range test: one short run whose rate grows from step to step, and what its loss says.
+"""Learning-rate range test: train a short run with a growing learning rate, and suggest a rate from its losses.
 
     python lr_finder.py --data_dir data/demo --log_dir logs/new --n_layer 4 ...    # the flags that you will train with
     torchrun --nproc_per_node=8 lr_finder.py
 
-Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py command to run next. Nothing else is
-kept but the mirror of --mlflow: the run that follows starts from the same weights and the same first token as without
-it. (Smith 2015, arXiv 1506.01186; one tenth of the minimum as in fastai's lr_find.)
+Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py command to run next. The sweep does not
+influence that run, which starts from the same weights and tokens as without it. (Smith 2015, arXiv 1506.01186; one
+tenth of the minimum as in fastai's lr_find.)
 """
 import csv
 import os
@@ -21,50 +21,54 @@ from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
 from exactgpt.figures import COLOURS, GREY, INK, new_figure, quiet_axes, save_figure, smooth
 from exactgpt.metrics import Tracker
-from train import TrainConfig, assemble, train_step, warm_up
+from train import TrainConfig, set_up, train_step, warm_up
 
-WINDOW = 40            # losses are smoothed over a fortieth of the sweep on either side
-RISE = 0.1, 0.25       # the sweep ends once the loss has risen by these shares of the first loss and of its fall
-SCALE_STEPS = 40       # fp16: further steps, in which the loss scale is looked for
+WINDOW = 40            # smooth the losses over a fortieth of the sweep on either side
+RISE = 0.1, 0.25       # diverged: the loss has risen by 10% of the first loss, and by 25% of how far it had fallen
+SCALE_STEPS = 40       # fp16: additional steps for the GradScaler to find its scale
 
 
 @dataclass(kw_only=True)
 class FinderConfig(TrainConfig):
-    """train.py's flags, and the sweep."""
+    """The flags of train.py and of the sweep."""
     lr_low: float = flag(1e-6, "learning rate of the first step", group="sweep", above=0)
-    lr_high: float = flag(1.0, "of the last, should the loss not diverge before", group="sweep", above=0)
-    steps: int = flag(200, "steps of the sweep", group="sweep", low=10)
+    lr_high: float = flag(1.0, "learning rate of the last step, unless the loss diverges earlier", group="sweep",
+                          above=0)
+    steps: int = flag(200, "number of steps", group="sweep", low=10)
 
     def check(self):
         """Raise UserError for flags that contradict each other."""
         super().check()
         if self.lr_low >= self.lr_high:
-            raise UserError(f"--lr_low {self.lr_low:g} must be below --lr_high {self.lr_high:g}")
+            raise UserError(f"--lr_low {self.lr_low:g} is not below --lr_high {self.lr_high:g}; lower it")
         if self.resume != "auto":
             raise UserError("the sweep starts from the initial weights (--init_from); leave --resume out")
         if self.dry_run:
-            raise UserError("the sweep is a trial by itself, of as many --steps as you like; leave --dry_run out")
+            raise UserError("the sweep has no dry run; leave --dry_run out, and use fewer --steps")
 
 
 def main(argv=None):
-    """Sweep, draw, suggest. Raises UserError for user mistakes."""
+    """Find a learning rate as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(FinderConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime:
-        find(config, runtime)
+        find_learning_rate(config, runtime)
 
 
-def find(config, runtime):
-    """The whole test: {name: learning rate} as suggested, None where it was stopped. Raises UserError, RunFailed."""
+def find_learning_rate(config, runtime):
+    """Sweep, draw, and return the suggestions {name: learning rate}; None if it was stopped.
+
+    Raises UserError, RunFailed.
+    """
     folder = Path(config.log_dir)
     if list_checkpoints(folder):
-        raise UserError(f"{folder} holds a run, which has its learning rate; name the --log_dir of the run to come")
+        raise UserError(f"{folder} already contains a run; use a new --log_dir")
     with lock_folder(folder, runtime):
-        run = assemble(config, runtime, saves=False)
+        run, _ = set_up(config, runtime, saves=False)
         tracker = Tracker(replace(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)
             runtime.setup_done()
-            rows = sweep(run, config, runtime, tracker)
+            steps = sweep(run, config, runtime, tracker)
         except RunFailed:
             tracker.close(finished=False)
             raise
@@ -72,12 +76,12 @@ def find(config, runtime):
             tracker.close(finished=False)
             runtime.print("stopped; nothing was written")
             return None
-        rates, losses = (np.array([row[name] for row in rows]) for name in ("lr", "loss"))
+        rates, losses = (np.array([step[name] for step in steps]) for name in ("lr", "loss"))
         smoothed = smooth(losses, half_window(config.steps))
         suggested = suggest(rates, smoothed, half_window(config.steps))
         if runtime.is_main:
             table, picture = folder / "lr_finder.csv", folder / "lr_finder.png"
-            write_csv(table, rows, smoothed)
+            write_csv(table, steps, smoothed)
             save_figure(draw_lr_finder(rates, losses, smoothed, suggested), picture)
             tracker.artifact(table)
             tracker.artifact(picture)
@@ -90,50 +94,49 @@ def find(config, runtime):
 
 
 def sweep(run, config, runtime, tracker):
-    """Train with the rates lr_low to lr_high, each larger by the same factor, until the loss diverges.
+    """Train with rates from lr_low to lr_high, each larger by the same factor, until the loss diverges.
 
-    Returns a row {step, lr, loss, grad_norm} per step. Raises RunFailed where not even the first rates trained, and
-    StopRequested.
+    Returns a list of {step, lr, loss, grad_norm}. Raises RunFailed if the loss diverged at once, and StopRequested.
     """
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, 0,
                          config.steps + SCALE_STEPS)
-    rows, step = [], 0
+    done, step = [], 0
     try:
-        while len(rows) < config.steps and step < config.steps + SCALE_STEPS:
-            rate = config.lr_low * (config.lr_high / config.lr_low) ** (len(rows) / (config.steps - 1))
-            for group in run.optimizer.param_groups:      # Muon's rate keeps its proportion to AdamW's
+        while len(done) < config.steps and step < config.steps + SCALE_STEPS:
+            rate = config.lr_low * (config.lr_high / config.lr_low) ** (len(done) / (config.steps - 1))
+            for group in run.optimizer.param_groups:      # Muon's rate stays in proportion to AdamW's
                 group["lr"] = group["peak_lr"] * rate / config.max_lr
             result = train_step(run, config, runtime, loader.next_step()[0], step)
             step += 1
             if step == 1:
                 runtime.first_step_done()
             runtime.raise_if_stopping()
-            if not result.finite and run.scaler.is_enabled() and not rows:
+            if not result.finite and run.scaler.is_enabled() and not done:
                 continue                                  # the loss scale is still too high
             if not result.finite:
                 break
-            rows.append(dict(step=len(rows), lr=rate, loss=result.loss, grad_norm=result.grad_norm))
-            tracker.log(**rows[-1])
-            runtime.print(f"step {len(rows):>{len(str(config.steps))}}/{config.steps} | lr {rate:.2e} | "
+            done.append(dict(step=len(done), lr=rate, loss=result.loss, grad_norm=result.grad_norm))
+            tracker.log(**done[-1])
+            runtime.print(f"step {len(done):>{len(str(config.steps))}}/{config.steps} | lr {rate:.2e} | "
                           f"loss {result.loss:.4f} | norm {result.grad_norm:.3f}")
-            if diverged([row["loss"] for row in rows], 2 * half_window(config.steps) + 1):
+            if diverged([step["loss"] for step in done], 2 * half_window(config.steps) + 1):
                 break
     finally:
         loader.close()
-    runtime.print(f"the loss diverged at {human_rate(rate)}" if len(rows) < config.steps else
-                  f"the loss did not diverge up to {human_rate(rate)}: try a larger --lr_high")
-    if len(rows) < 10:
-        raise RunFailed(f"the loss diverged within {len(rows)} steps from --lr_low {config.lr_low:g}; try a lower one")
-    return rows
+    runtime.print(f"the loss diverged at {human_rate(rate)}" if len(done) < config.steps else
+                  f"the loss did not diverge up to {human_rate(rate)}: try a higher --lr_high")
+    if len(done) < 10:
+        raise RunFailed(f"the loss diverged within {len(done)} steps from --lr_low {config.lr_low:g}; try a lower one")
+    return done
 
 
 def half_window(steps):
-    """How many neighbours on either side a loss is smoothed with."""
+    """Return how many neighbours on either side a loss is averaged with."""
     return max(1, steps // WINDOW)
 
 
 def diverged(losses, window):
-    """Whether the mean of the last `window` losses has risen clearly above the lowest such mean."""
+    """Return True if the mean of the last `window` losses is clearly above the lowest such mean."""
     means = np.convolve(losses, np.ones(window) / window, mode="valid")
     if not len(means):
         return False
@@ -141,9 +144,10 @@ def diverged(losses, window):
 
 
 def suggest(rates, smoothed, half):
-    """{name: learning rate}: where the loss falls fastest per factor of the rate; one tenth of where it is lowest.
+    """Return {name: learning rate}: where the loss falls fastest over log(rate), and a tenth of where it is lowest.
 
-    Arrays (n,). Only the way down to the minimum counts; half: how many slopes on either side a slope is averaged with.
+    rates, smoothed: arrays (n,), of which only the part up to the minimum counts. half: neighbours on either side that
+    a slope is averaged with.
     """
     lowest = int(np.argmin(smoothed))
     slopes = smooth(np.gradient(smoothed, np.log(rates)), half)[:lowest + 1]
@@ -151,7 +155,7 @@ def suggest(rates, smoothed, half):
 
 
 def draw_lr_finder(lrs, losses, smoothed, suggestions):
-    """A Figure of loss against learning rate (three arrays (n,)); marks each suggestion, name -> learning rate."""
+    """Return a Figure of loss by learning rate, with the suggestions {name: learning rate} marked. Arrays (n,)."""
     figure, [[ax]] = new_figure([1], [4.2], width=8.5, top=0.5)
     quiet_axes(ax, "loss by learning rate")
     lrs, losses, smoothed = (np.asarray(a, dtype=float) for a in (lrs, losses, smoothed))
@@ -162,7 +166,7 @@ def draw_lr_finder(lrs, losses, smoothed, suggestions):
         ax.axvline(lr, color=colour, lw=1, ls=(0, (4, 3)))
         ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", ls="", zorder=5,
                 label=f"{name}: {human_rate(lr)}")
-    # The loss where the sweep diverges is of no interest, only that it does.
+    # Show that the loss diverges, not how far: the axis ends a little above the first losses.
     finite = smoothed[np.isfinite(smoothed)]
     if len(finite):
         start, low = finite[:max(1, len(finite) // 20)].mean(), finite.min()
@@ -173,19 +177,19 @@ def draw_lr_finder(lrs, losses, smoothed, suggestions):
     return figure
 
 
-def write_csv(path, rows, smoothed):
-    """A line per step: step, lr, loss, grad_norm, smoothed loss. Raises UserError where the disk refuses."""
+def write_csv(path, steps, smoothed):
+    """Write step, lr, loss, grad_norm and smoothed loss of each step. Raises UserError if the disk refuses."""
     try:
         with atomic_write(path, "w") as f:
-            table = csv.DictWriter(f, [*rows[0], "smoothed"], lineterminator="\n")
+            table = csv.DictWriter(f, [*steps[0], "smoothed"], lineterminator="\n")
             table.writeheader()
-            table.writerows(dict(row, smoothed=float(value)) for row, value in zip(rows, smoothed))
+            table.writerows(dict(step, smoothed=float(value)) for step, value in zip(steps, smoothed))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def train_command(config, rate):
-    """The train.py command with this peak rate: the flags that were typed, the other rates in proportion."""
+    """Return the train.py command with this peak rate, the flags that were typed, and other rates in proportion."""
     rate = float(f"{rate:.1e}")
     min_lr, muon_lr = (float(f"{other * rate / config.max_lr:.4g}") for other in (config.min_lr, config.muon_lr))
     scaled = replace(config, max_lr=rate, min_lr=min(rate, min_lr), muon_lr=muon_lr)

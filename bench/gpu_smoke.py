@@ -403,7 +403,7 @@ def resuming(runtime, sizes, tokenizer):
         if straight.returncode:
             raise Wrong("a --deterministic run fails", dict(output=straight_out[-500:]))
         again = subprocess.run(commands["killed"], **STREAMS)
-        if again.returncode or "going on from step" not in again.stdout:
+        if again.returncode or "resuming from step" not in again.stdout:
             raise Wrong("the killed run does not go on", dict(output=again.stdout[-500:]))
         ends = [read_checkpoint(f"{folder}/{name}/model_00008.pt") for name in commands]
         losses = [logged_losses(Path(folder) / name) for name in commands]

@@ -33,7 +33,7 @@ from exactgpt.distributed import Runtime, start, temporary_folder
 from exactgpt.optimizer import parameter_groups
 from exactgpt.shard_writer import save_shard
 from model import GPT, GPTConfig
-from train import TrainConfig, assemble, set_learning_rate, train_step, warm_up
+from train import TrainConfig, set_learning_rate, set_up, train_step, warm_up
 
 PEERS = ("ours", "apart", "transformers", "plain")
 PROFILED = 0.95    # of a step's time is shown kernel by kernel
@@ -265,7 +265,7 @@ def ours(config, runtime, data, reduce=True):
                            micro_batch_size=config.micro_batch_size, compile=config.compile,
                            attention=config.attention, optimizer=config.optimizer, recompute=config.recompute,
                            device=config.device, dtype=config.dtype, eval_every=0, max_steps=10 ** 6)
-    run = assemble(training, runtime, saves=False)
+    run, _ = set_up(training, runtime, saves=False)
     warm_up(run, runtime)
     loader = TrainLoader(DataOrder(run.train_stream, 0), run.plan.windows_per_step, runtime, 0, 10 ** 6)
     counter = iter(range(10 ** 6))

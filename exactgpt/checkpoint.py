@@ -1,7 +1,8 @@
-"""Checkpoints: plain data, written whole or not at all, checked when read; how a run goes on from one, and provenance.
+"""Checkpoints: write them whole or not at all, check them when they are read, and resume a run from one.
 
 logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always read with
-weights_only=True. open_model.py makes a model of it.
+weights_only=True. A run saves with `save`; it resumes with `find_checkpoint`, `check_same_run`, `adopt_resolved` and
+`restore`, which train.py's set_up calls in this order. open_model.py opens a checkpoint to use the model.
 """
 import contextlib
 import datetime
@@ -15,11 +16,12 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from exactgpt.config import UserError, atomic_write, human_bytes, kept_fields
+from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes, kept_fields
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
@@ -28,20 +30,28 @@ TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dic
 
 
 class CheckpointError(UserError):
-    """A file that is no checkpoint, or a damaged one."""
+    """A file is not a checkpoint, or is damaged."""
+
+
+class AlreadyFinished(Exception):
+    """The run in --log_dir has reached its last step: there is nothing to train. Raised on all ranks."""
 
 
 class _ForeignConfig:
-    """Stands in for build-nanogpt's pickled __main__.GPTConfig: takes its fields and none of its code."""
+    """Stand-in for the __main__.GPTConfig that build-nanogpt pickles: it takes the fields and runs no code."""
 
 
 def checkpoint_path(log_dir, step):
-    """logs/model_00250.pt for step 250."""
+    """Return the path of a step's checkpoint: logs/model_00250.pt for step 250."""
     return Path(log_dir) / f"model_{step:05d}.pt"
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint (a dict of plain data) atomically. Raises OSError (a full disk), `path` being as before."""
+    """Write a dict of plain data to a file. Raises OSError if the disk is full; a file at `path` then stays as it was.
+
+    It is written beside `path` and renamed when it is complete: a kill halfway through must not leave a file that
+    looks like the newest checkpoint.
+    """
     needed = checkpoint_bytes(checkpoint)
     free = shutil.disk_usage(Path(path).parent).free
     if free < needed:
@@ -49,12 +59,12 @@ def save_checkpoint(path, checkpoint):
     try:
         with atomic_write(path) as f:
             torch.save(checkpoint, f)
-    except RuntimeError as error:  # torch's zip writer hides the disk's error
+    except RuntimeError as error:      # torch's zip writer hides the disk's own error
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_checkpoint(runtime, path, entries):
-    """Write a checkpoint on rank 0; whether it worked, on every rank. A full disk must not end the run."""
+    """Write a checkpoint on rank 0; return True on every rank if that succeeded. A full disk must not end the run."""
     problem = ""
     if runtime.is_main:
         try:
@@ -66,8 +76,39 @@ def write_checkpoint(runtime, path, entries):
     return runtime.sum(bool(problem))[0] == 0
 
 
+def model_entries(run, progress):
+    """Return the entries of a checkpoint that are needed to use the model."""
+    return dict(model=run.raw_model.state_dict(), config=run.raw_model.config_dict(),
+                tokenizer=run.tokenizer.to_checkpoint(), step=progress.step, val_loss=progress.val_loss)
+
+
+def save(run, progress, config, runtime, finished=False):
+    """Write model_XXXXX.pt with everything that resuming needs, and keep the newest few.
+
+    A full disk does not end the run: train.py tries again a few steps later. Raises RunFailed if this was the last
+    checkpoint of the run.
+    """
+    progress.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, progress.step), dict(
+        model_entries(run, progress), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+        best_val_loss=progress.best_val_loss, last_step=progress.last_step, train_config=asdict(config),
+        resolved=run.resolved, data=run.shards.fingerprint(), finished=finished, provenance=run.provenance))
+    if runtime.is_main and not progress.save_failed:
+        delete_old_checkpoints(config.log_dir, config.keep_checkpoints, progress.step)
+    if finished and progress.save_failed:
+        raise RunFailed(f"the last checkpoint could not be written; make room on the disk of {config.log_dir} and run "
+                        "the same command: it repeats the steps since the newest checkpoint")
+
+
+def save_best(run, progress, config, runtime):
+    """Write model_best.pt if the model has just had its lowest validation loss; not for the initial weights."""
+    path = Path(config.log_dir) / "model_best.pt"
+    if progress.val_loss < progress.best_val_loss and (
+            progress.step == 0 or write_checkpoint(runtime, path, model_entries(run, progress))):
+        progress.best_val_loss = progress.val_loss
+
+
 def checkpoint_bytes(value):
-    """The bytes that a value takes in a checkpoint, near enough: its tensors, shared ones once, and a little more."""
+    """Estimate the bytes that a value takes in a checkpoint. A storage that tensors share counts once."""
     storages, other = {}, 0
     pending = [value]
     while pending:
@@ -82,32 +123,33 @@ def checkpoint_bytes(value):
     return sum(storages.values()) + other
 
 
-def disk_bytes(config, model, max_steps):
-    """The most bytes of disk that a run's checkpoints take: the newest few and the best, each while it is replaced.
+def disk_bytes(config, n_params, max_steps):
+    """Return the most disk space, in bytes, that the checkpoints of a run take at any moment.
 
-    Weights and AdamW's two moments in fp32; the best holds weights alone. What is written once has nothing to replace.
+    A checkpoint holds the weights and AdamW's two moments in fp32, model_best.pt the weights alone. While one is
+    replaced both are there; one that is written only once replaces nothing.
     """
-    def times(every):      # written at every so many steps, and at the last
+    def times(every):      # that something is written which is due every `every` steps and at the last one
         return max(0, max_steps - 1) // every + 1
     saves = min(times(config.checkpoint_every) if config.checkpoint_every else 1, config.keep_checkpoints + 1)
     bests = min(times(config.eval_every), 2) if config.eval_every and max_steps else 0
-    return model.n_params() * 4 * (3 * saves + bests)
+    return n_params * 4 * (3 * saves + bests)
 
 
-def check_disk(config, run, runtime):
+def check_disk(config, n_params, max_steps, runtime):
     """Raise UserError on every rank if the checkpoints of the run will not fit on the disk."""
     def check():
         free = shutil.disk_usage(config.log_dir).free
-        needed = disk_bytes(config, run.raw, run.plan.max_steps)
+        needed = disk_bytes(config, n_params, max_steps)
         needed -= sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
         if free < needed:
             raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
-                            f"{human_bytes(free)}; make room, choose another --log_dir, or fewer --keep_checkpoints")
+                            f"{human_bytes(free)}; make room, use another --log_dir, or fewer --keep_checkpoints")
     runtime.on_all_ranks(check if runtime.is_main else lambda: None)
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU. Raises CheckpointError in one line for whatever is wrong."""
+    """Load the dict in a checkpoint file to the CPU. Raises CheckpointError, in one line, if anything is wrong."""
     try:
         open(path, "rb").close()
     except FileNotFoundError as error:
@@ -119,12 +161,12 @@ def read_checkpoint(path):
     try:
         _check_sums(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
-            warnings.simplefilter("ignore")  # of a pickle protocol, about to be an error of ours
+            warnings.simplefilter("ignore")      # about a pickle protocol; what matters becomes an error below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged zip, a pickle that asks for code: torch raises many kinds, OSError too
+    except Exception as error:      # a damaged zip, a pickle that asks for code: torch raises many types
         why = "it asks to run code" if "GLOBAL" in str(error) else "it is damaged"
         raise CheckpointError(
-            f"{path} cannot be loaded as a checkpoint: {why} or not one ({type(error).__name__})") from error
+            f"{path} cannot be loaded: {why} or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     if isinstance(checkpoint.get("config"), _ForeignConfig):
@@ -133,7 +175,7 @@ def read_checkpoint(path):
 
 
 def _check_sums(path):
-    """Raise ValueError if a part of a file of torch.save differs from its checksum: torch.load does not look."""
+    """Raise ValueError if a part of the file differs from its checksum, which torch.load does not compare."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -142,16 +184,16 @@ def _check_sums(path):
 
 
 def list_checkpoints(log_dir):
-    """(step, path) of the numbered checkpoints in a folder, the newest step first."""
+    """Return [(step, path)] of the numbered checkpoints in a folder, the newest step first."""
     found = [(int(m[1]), p) for p in Path(log_dir).glob("model_*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
     return sorted(found, reverse=True)
 
 
 def newest_valid(log_dir, check, notice=print):
-    """(path, checkpoint) of the newest step that loads and that `check(checkpoint, path)` accepts, or None without
-    any file.
+    """Return (path, checkpoint) of the newest step that loads and that check(checkpoint, path) accepts.
 
-    Falls back past damaged files with a notice. Raises CheckpointError when there are files and none is good.
+    Skips damaged files with a notice. Returns None if the folder has no checkpoint; raises CheckpointError if it has
+    some but none is good.
     """
     problem = None
     for _, path in list_checkpoints(log_dir):
@@ -163,15 +205,16 @@ def newest_valid(log_dir, check, notice=print):
             problem = error
             notice(f"skipping a checkpoint: {error}")
     if problem:
-        raise CheckpointError(f"no checkpoint in {log_dir} can be read ({problem}); move them away or choose another "
+        raise CheckpointError(f"no checkpoint in {log_dir} can be read ({problem}); move them away or use another "
                               "--log_dir")
     return None
 
 
-def delete_old(log_dir, keep, step):
-    """Keep the `keep` newest numbered checkpoints up to `step`, and nothing that a killed save left half-written.
+def delete_old_checkpoints(log_dir, keep, step):
+    """Delete all numbered checkpoints up to `step` but the `keep` newest, and what a killed save left half-written.
 
-    One of a later step is a damaged one that the run has fallen back past: it must not displace what was saved since.
+    Files of later steps are not counted: they are damaged ones that this run has resumed from before, and must not
+    push out what it has saved since.
     """
     until_now = [path for number, path in list_checkpoints(log_dir) if number <= step]
     for path in [*until_now[keep:], *Path(log_dir).glob("model_*.pt.tmp")]:
@@ -179,7 +222,7 @@ def delete_old(log_dir, keep, step):
 
 
 def weights_hash(state):
-    """The sha256 of a state dict's names, shapes and numbers, in hexadecimal."""
+    """Return the sha256, in hexadecimal, of a state dict's names, shapes and numbers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -188,46 +231,47 @@ def weights_hash(state):
 
 
 # -----------------------------------------------------------------------------
-# going on with a run: which checkpoint, whether it is the same run, and the choices it was started with
+# resume: find the checkpoint, check that it belongs to this run, restore what "auto" chose and the optimizer
 
 def find_checkpoint(config, notice):
-    """The checkpoint (a dict) that this start goes on from, or None for a fresh run. Raises UserError.
+    """Return the checkpoint (a dict) to resume from, or None for a new run. Raises UserError.
 
-    --resume auto: the newest valid one in log_dir; never: none, and log_dir must not hold a run; FILE: that one, or
+    --resume auto: the newest valid one in log_dir. never: none, and log_dir must not contain a run. FILE: that one, or
     the newest that an earlier start with the same --resume FILE has left in log_dir.
     """
     if config.resume == "never":
         if list_checkpoints(config.log_dir) or (Path(config.log_dir) / "metrics.jsonl").exists():
-            raise UserError(f"--resume never, but {config.log_dir} holds a run; choose another --log_dir, or delete it")
+            raise UserError(f"--resume never, but {config.log_dir} already contains a run; use another --log_dir, or "
+                            "delete it")
         return None
     if config.resume == "auto":
         found = newest_valid(config.log_dir, check_training_entries, notice)
         return found[1] if found else None
     newest = None
-    with contextlib.suppress(CheckpointError):       # all of log_dir's damaged: FILE may yet be whole
+    with contextlib.suppress(CheckpointError):       # all checkpoints in log_dir are damaged: FILE may be intact
         newest = (newest_valid(config.log_dir, check_training_entries, notice) or (None, None))[1]
     if newest and newest["train_config"].get("resume") == config.resume:
-        return newest                                # by now FILE itself may have been deleted as an old one
+        return newest                                # FILE itself may have been deleted as an old checkpoint by now
     checkpoint = read_checkpoint(config.resume)
     check_training_entries(checkpoint, config.resume)
     if not newest or newest["step"] <= checkpoint["step"]:
         return checkpoint
-    raise UserError(f"{config.log_dir} holds a later checkpoint, of step {newest['step']}: leave --resume out to go on "
-                    f"from there, or choose another --log_dir to go on from {config.resume}")
+    raise UserError(f"{config.log_dir} contains a later checkpoint, of step {newest['step']}: leave out --resume to "
+                    f"resume from it, or use another --log_dir to resume from {config.resume}")
 
 
 def check_training_entries(checkpoint, path):
-    """Raise CheckpointError unless the checkpoint holds all that training needs."""
+    """Raise CheckpointError unless the checkpoint has every entry that resuming needs."""
     for name, kind in TRAINING_ENTRIES.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise CheckpointError(f"{path} cannot be trained on: its entry {name!r} is missing or damaged "
-                                  f"(weights alone go in with --init_from {path})")
+            raise CheckpointError(f"{path} cannot be resumed: its entry {name!r} is missing or damaged; to use its "
+                                  f"weights alone: --init_from {path}")
 
 
 def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
-    """Raise UserError, naming what differs, unless flags and data are those of the checkpoint's run.
+    """Raise UserError, naming what differs, unless the flags and the data are those of the checkpoint's run.
 
-    gpt_config: the shape that the flags ask for, None for what they leave open.
+    gpt_config: the model shape that the flags ask for; None stands for what they leave open.
     """
     differing = changed_flags(config, checkpoint["train_config"])
     for name, value in gpt_config.items():
@@ -238,57 +282,65 @@ def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
     if plan.warmup_steps != checkpoint["resolved"].get("warmup_steps"):
         differing.append(f"--warmup_steps {plan.warmup_steps} (it has {checkpoint['resolved'].get('warmup_steps')})")
     if differing:
-        raise UserError(f"{source(config)} holds another run, at step {checkpoint['step']}: {', '.join(differing)}. "
-                        "Use its flags to continue it, or another --log_dir to start a new run")
+        raise UserError(f"{resume_source(config)} contains another run, at step {checkpoint['step']}: "
+                        f"{', '.join(differing)}. Use its flags to resume it, or another --log_dir for a new run")
     _check_length(config, checkpoint, plan)
 
 
-def source(config):
-    """Where the checkpoint that a start goes on from is, for messages."""
+def resume_source(config):
+    """Return the folder or file that the run resumes from, for messages."""
     return config.log_dir if config.resume == "auto" else config.resume
 
 
-def advised(config, step):
-    """The file to begin another run with, for messages."""
+def suggested_init(config, step):
+    """Return what to suggest for --init_from: the checkpoint of a step, for messages."""
     path = checkpoint_path(config.log_dir, step)
-    return path if path.exists() else source(config)
+    return path if path.exists() else resume_source(config)
 
 
 def changed_flags(config, stored):
-    """The flags that a resumed run must keep and that differ from the stored ones, as ["--seed 2 (it has 1)"]."""
+    """Return the flags that a resumed run must keep but that differ from the stored ones: ["--seed 2 (it has 1)"]."""
     return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in kept_fields(type(config))
             if name in stored and stored[name] != getattr(config, name)]
 
 
 def _check_length(config, checkpoint, plan):
-    """A run keeps its length, for the schedule depends on it; a wsd run may grow before its decay has begun."""
+    """Raise UserError if the length has changed, on which the schedule depends; wsd may grow before it decays."""
     old, step = checkpoint["resolved"].get("max_steps"), checkpoint["step"]
     if plan.max_steps == old:
         return
     decaying = step > checkpoint["resolved"].get("decay_start", 0)
     if config.schedule != "wsd" or plan.max_steps < old or decaying:
-        raise UserError(f"{source(config)} holds a run of {old} steps, now asked for {plan.max_steps}: its learning "
+        raise UserError(f"{resume_source(config)} contains a run of {old} steps, not {plan.max_steps}: its learning "
                         f"rates depend on its length. To train its model further: --init_from "
-                        f"{advised(config, step)} --log_dir NEW")
+                        f"{suggested_init(config, step)} --log_dir NEW")
 
 
-def last_step(config, checkpoint, plan):
-    """The step at which the run ends: plan.max_steps, or the checkpoint's own where its stop_loss was reached there."""
+def final_step(config, checkpoint, plan):
+    """Return the step at which a resumed run ends: max_steps, or the checkpoint's if it reached --stop_loss there.
+
+    Raises AlreadyFinished if the checkpoint is the run's last.
+    """
     at_end = checkpoint["finished"] or checkpoint.get("last_step") == checkpoint["step"]
     early = checkpoint["step"] < checkpoint["resolved"].get("max_steps", 0)
     reached = at_end and early and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
-    return checkpoint["step"] if reached else plan.max_steps
+    last_step = checkpoint["step"] if reached else plan.max_steps
+    if checkpoint["finished"] and checkpoint["step"] >= last_step:
+        raise AlreadyFinished(f"the run in {resume_source(config)} is finished, at step {checkpoint['step']}; to train "
+                              f"its model further: --init_from {suggested_init(config, checkpoint['step'])} --log_dir "
+                              "NEW")
+    return last_step
 
 
-def adopt_choices(config, runtime, checkpoint, local_windows):
-    """Take over what "auto" chose when the run began, where this machine allows: dtype, threads, micro-batch size.
+def adopt_resolved(config, runtime, checkpoint, local_windows):
+    """Use what "auto" chose when the run began, as far as this machine can: dtype, threads, micro-batch size.
 
-    Returns the micro-batch size (0 where it must be searched for again). Raises UserError where --micro_batch_size
-    does not divide local_windows.
+    Sets the first two; returns the rows of a micro-batch, 0 if the search must run again. Raises UserError if
+    --micro_batch_size does not divide local_windows.
     """
     stored = checkpoint["resolved"] if checkpoint else {}
     if config.dtype == "auto" and "dtype" in stored and stored.get("device") == runtime.device.type:
-        with contextlib.suppress(UserError):  # the notice of `differences` says it
+        with contextlib.suppress(UserError):      # this machine cannot; the banner reports the difference
             runtime.dtype_name = choose_dtype(stored["dtype"], runtime.hardware)
     same_processes = stored.get("world_size") == runtime.world_size
     if runtime.device.type == "cpu" and same_processes and "OMP_NUM_THREADS" not in os.environ:
@@ -304,17 +356,36 @@ def adopt_choices(config, runtime, checkpoint, local_windows):
     return size
 
 
-def differences(stored, resolved):
-    """What was resolved otherwise than when the run began, as "dtype bf16 instead of fp32"; none: bitwise the same."""
+def training_state(checkpoint):
+    """Return the part of a checkpoint that `restore` takes."""
+    return {name: checkpoint[name] for name in ("optimizer", "scaler")}
+
+
+def restore(run, state):
+    """Load the optimizer's and the scaler's state. Raises UserError if it does not fit the model.
+
+    There is no random state to restore: what is random in a step is seeded with (seed, step, rank), see train_step.
+    """
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.scaler.is_enabled() and state["scaler"]:
+            run.scaler.load_state_dict(state["scaler"])
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's optimizer state does not fit the model ({error}); use another checkpoint "
+                        "(--resume FILE), or its weights alone (--init_from FILE --log_dir NEW)") from error
+
+
+def resolved_differences(stored, resolved):
+    """Return what "auto" chose differently this time: ["dtype bf16 instead of fp32"]. Empty: bitwise the same run."""
     return [f"{k} {v} instead of {stored[k]}" for k, v in resolved.items()
             if stored.get(k, v) != v and k not in ("max_steps", "decay_start")]
 
 
 # -----------------------------------------------------------------------------
-# where results come from
+# provenance: where results come from
 
 def code_hash():
-    """A hash of the scripts and of this package: ranks on several machines must run the same."""
+    """Return a hash of the scripts and of this package, which must be equal on all machines."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted([*root.glob("*.py"), *root.glob("exactgpt/*.py")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
@@ -322,7 +393,7 @@ def code_hash():
 
 
 def provenance():
-    """Where this process' results come from: commit, versions, the machine's GPU, command; plain values."""
+    """Return the commit, versions, machine and command of this process, as plain values."""
     here = Path(__file__).parent
 
     def git(*words):

@@ -1,10 +1,20 @@
-"""Batches from token shards by one global cursor: what step s trains on is a pure function of (seed, s).
+"""Data order and batches: which tokens step s trains on is a pure function of (seed, s).
 
-The train shards, in file order, are one stream of N tokens with W = (N - 1) // T windows, window k being tokens
-[kT, kT + T]: T inputs and their targets. An epoch visits every window once, the shards in a permuted order and the
-windows permuted within their shard. Step s takes global positions [s n, (s + 1) n); position g is place g % W of
-epoch g // W. Rank r takes its slice of the n windows. So 1, 2, 4 or 8 processes see the same tokens at the same
-step, and the only state of the loader is the step number.
+The train shards, in file order, are one stream of N tokens. With T = block_size it has W = (N - 1) // T windows; window
+k is tokens [kT, kT + T]: T inputs, and the same shifted by one as targets. An epoch visits every window once: shards
+in a permuted order, and windows in a permuted order within their shard. Step s takes n = total_batch_size / T windows,
+those at the places s n to (s + 1) n - 1 of this endless list; each rank takes its slice of them.
+
+Worked example: --seed 1337 --block_size 4 --total_batch_size 16 (n = 4), two processes, shards of 41 and 12 tokens:
+
+    stream     N = 53 tokens, W = 13 windows: 0 to 10 begin in shard 0 (10 ends in shard 1), 11 and 12 in shard 1
+    epoch 0    shard 1: 12 11    shard 0: 6 0 4 1 2 9 8 10 5 3 7
+    epoch 1    shard 0: 4 2 3 7 0 6 8 9 5 10 1    shard 1: 11 12
+    step 0     places 0 to 3: windows 12 11 (rank 0) and 6 0 (rank 1)
+    step 3     places 12 to 15: windows 7 4 (rank 0) and 2 3 (rank 1); 7 is the last of epoch 0, the others of epoch 1
+
+So 1, 2, 4 or 8 processes see the same tokens at the same step, and the loader has no state but the step number: a run
+resumes at any step, with another number of processes or another micro-batch, without having stored anything.
 """
 import queue
 import threading
@@ -18,17 +28,17 @@ from exactgpt.config import UserError
 from exactgpt.shards import permutation
 from model import IGNORED
 
-MAX_OPEN = 64   # files: systems allow a process 1,024, and FineWeb-Edu's 100B tokens are as many shards
+MAX_OPEN = 64   # open shards: a process may open 1,024 files, which is as many as FineWeb-Edu's 100B tokens have
 
 
 class TokenStream:
-    """The shards of one split as one row of N tokens, cut into windows of T + 1 that overlap by one token."""
+    """The shards of one split as one stream of N tokens, cut into windows of T + 1 that overlap by one token."""
 
     def __init__(self, shards, block_size):
-        """Shards are opened when they are read, MAX_OPEN of them stay open. Without a full window n_windows is 0."""
+        """Open no file yet: shards are opened when they are read. n_windows may be 0."""
         self.block_size = block_size
         self._shards = shards
-        self._files = {}      # number of a shard -> its open file, the one read last at the end
+        self._files = {}      # shard number -> its open file, the most recently read last
         self.ends = np.cumsum([s.n_tokens for s in shards], dtype=np.int64)           # ends[i]: tokens up to shard i
         self.n_tokens = int(self.ends[-1]) if shards else 0
         self.n_windows = max(0, (self.n_tokens - 1) // block_size)
@@ -38,11 +48,11 @@ class TokenStream:
         self.windows_in_shard = np.diff(np.append(self.first_window, self.n_windows))
 
     def read(self, windows):
-        """uint16 array (len(windows), T + 1) of the tokens of the windows. Raises UserError for a shard that shrank."""
+        """Return the tokens of windows, uint16 (len(windows), T + 1). Raises UserError for a shard that shrank."""
         out = np.empty((len(windows), self.block_size + 1), dtype="<u2")
         for row, k in zip(out, windows):
             start, filled = int(k) * self.block_size, 0
-            while filled < len(row):
+            while filled < len(row):      # a window may end in the next shard, or in the one after
                 i = int(np.searchsorted(self.ends, start + filled, side="right"))
                 n = min(len(row) - filled, int(self.ends[i]) - start - filled)
                 offset = start + filled - int(self.ends[i] - self._shards[i].n_tokens)
@@ -51,39 +61,41 @@ class TokenStream:
         return out
 
     def _file(self, i):
-        """The open file of shard i; an epoch goes shard by shard, so the one not read for longest is done with."""
+        """Return the open file of shard i, and close the least recently read one if too many are open."""
         self._files[i] = self._files.pop(i, None) or self._shards[i].open()
         if len(self._files) > MAX_OPEN:
             self._files.pop(next(iter(self._files))).close()
         return self._files[i]
 
     def close(self):
-        """Close the files; a later read opens them again."""
+        """Close the files. A later read opens them again."""
         while self._files:
             self._files.popitem()[1].close()
 
 
 class DataOrder:
-    """Which windows of a TokenStream stand at which global positions."""
+    """The order in which training visits the windows of a TokenStream."""
 
     def __init__(self, stream, seed):
-        """The seed alone decides the order of the windows of a stream."""
+        """Make the order that (stream, seed) stands for; nothing else influences it."""
         self.stream, self.seed = stream, seed
         self._shard_order = lru_cache(maxsize=2)(self._make_shard_order)
-        self._windows = lru_cache(maxsize=2)(self._make_windows)  # a batch touches few shards, one after the other
+        self._windows = lru_cache(maxsize=2)(self._make_windows)      # a step touches one shard, rarely two or three
 
     def _make_shard_order(self, epoch):
+        """Return (shards in the order of this epoch, the number of windows up to the end of each)."""
         order = permutation(len(self.stream.windows_in_shard), self.seed, epoch)
         return order, np.cumsum(self.stream.windows_in_shard[order])
 
     def _make_windows(self, epoch, shard):
+        """Return the window numbers of a shard in the order of this epoch."""
         n = int(self.stream.windows_in_shard[shard])
         return self.stream.first_window[shard] + permutation(n, self.seed, epoch, int(shard))
 
     def windows(self, start, stop):
-        """The window numbers (int64) at the global positions start..stop - 1."""
+        """Return the window numbers, int64, at the global positions start..stop - 1 (step s: from s n on)."""
         parts, g, W = [], start, self.stream.n_windows
-        while g < stop:
+        while g < stop:      # once for each shard, and each epoch, that the positions touch
             epoch, place = divmod(g, W)
             order, ends = self._shard_order(epoch)
             i = int(np.searchsorted(ends, place, side="right"))
@@ -95,14 +107,13 @@ class DataOrder:
 
 
 class TrainLoader:
-    """The tokens of one rank, step by step, read ahead by a thread.
+    """Iterator over one rank's tokens, step by step; a thread reads ahead.
 
-    next_step() gives the rank's share of the step on its device, (n / world_size, T + 1) int64, and the seconds
-    it had to wait. The thread reads uint16; the device widens.
+    The thread reads uint16 and the device widens it to int64: a quarter of the bytes to copy.
     """
 
     def __init__(self, order, windows_per_step, runtime, first_step, last_step):
-        """Begin to read the steps first_step..last_step - 1; windows_per_step counts all ranks'."""
+        """Start reading the steps first_step..last_step - 1. windows_per_step: of all ranks together."""
         self._order, self._n, self._device = order, windows_per_step, runtime.device
         self._rank, self._world_size = runtime.rank, runtime.world_size
         self._queue = queue.Queue(maxsize=2)
@@ -110,7 +121,8 @@ class TrainLoader:
         self._thread = threading.Thread(target=self._read_ahead, args=(first_step, last_step), daemon=True)
         self._thread.start()
 
-    def _local(self, step):
+    def _local_windows(self, step):
+        """Return the windows of this rank: ranks take consecutive slices of the step's windows."""
         share = self._n // self._world_size
         start = step * self._n + self._rank * share
         return self._order.windows(start, start + share)
@@ -118,9 +130,9 @@ class TrainLoader:
     def _read_ahead(self, first_step, last_step):
         for step in range(first_step, last_step):
             try:
-                tokens = torch.from_numpy(self._order.stream.read(self._local(step)))
+                tokens = torch.from_numpy(self._order.stream.read(self._local_windows(step)))
                 item = tokens.pin_memory() if self._device.type == "cuda" else tokens
-            except Exception as error:  # handed to the main thread, which raises it
+            except Exception as error:      # the main thread raises it
                 item = error
             while not self._closed.is_set():
                 try:
@@ -132,7 +144,10 @@ class TrainLoader:
                 return
 
     def next_step(self):
-        """(tokens, wait_s) of the next step. Raises what the reading thread met (UserError for a damaged shard)."""
+        """Return the next step's tokens (n / world_size, T + 1), int64 on the device, and the seconds spent waiting.
+
+        Raises what the thread raised: UserError for a damaged shard.
+        """
         start = time.perf_counter()
         item = self._queue.get()
         if isinstance(item, Exception):
@@ -141,7 +156,7 @@ class TrainLoader:
         return item.to(self._device, non_blocking=True).to(torch.int64), wait_s
 
     def windows_of_step(self, step):
-        """The window numbers of a whole step, all ranks', for the log of a step that went wrong."""
+        """Return the window numbers of a whole step, for the log of a step that went wrong."""
         return self._order.windows(step * self._n, (step + 1) * self._n)
 
     def close(self):
@@ -152,18 +167,18 @@ class TrainLoader:
 
 
 def n_val_windows(stream, val_tokens):
-    """How many windows validation reads, the first ones. Raises UserError where the split holds none."""
+    """Return the number of windows, from the first on, that validation reads. Raises UserError if there are none."""
     if stream.n_windows < 1:
-        raise UserError(f"the val split holds no full window of {stream.block_size} tokens: make the shards with a "
-                        "larger --val_fraction, or train with a smaller --block_size, or with --eval_every 0")
+        raise UserError(f"the val split is shorter than one window of {stream.block_size} tokens: make the shards with "
+                        "a larger --val_fraction, or train with a smaller --block_size, or with --eval_every 0")
     return min(stream.n_windows, max(1, val_tokens // stream.block_size))
 
 
 def val_batches(stream, n_windows, batch_size, runtime):
-    """This rank's validation batches (x, y), each (batch_size, T) int64: always the same windows, in file order.
+    """Yield this rank's validation batches (x, y), each (batch_size, T) int64, of the first n_windows in file order.
 
-    The first n_windows are dealt out in batches; every rank gets the same number of batches of one shape, rows
-    beyond the end having only IGNORED targets.
+    Every rank gets the same number of batches, and all have one shape, because each new shape would compile again:
+    rows beyond the last window have only IGNORED targets.
     """
     per_round = batch_size * runtime.world_size
     for first in range(runtime.rank * batch_size, -(-n_windows // per_round) * per_round, per_round):

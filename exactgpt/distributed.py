@@ -1,6 +1,10 @@
-"""The process around the loop: device and process group, a stop that all ranks agree on, sums over ranks, seeds.
+"""Processes: device and process group, stops that all ranks agree on, sums over ranks, seeds.
 
-`start(config)` is the one call: it sets a process up, yields its Runtime and tears it down.
+`start(config)` sets a process up, yields its Runtime, and tears it down.
+
+What happens on SIGTERM, SIGINT or SIGUSR1: the handler notes the signal in runtime.stop_signal, and nothing else. The
+next collective that counts them tells all ranks: the all-reduce at the end of a step (finish_step), or check_for_stop.
+Then every rank raises StopRequested at the same place, saves, and exits 0.
 """
 import contextlib
 import datetime
@@ -27,42 +31,43 @@ from exactgpt.hang_watch import HANG_GRACE_S, keep_watch, lost_peer, record_coll
 from exactgpt.launch import die_with_launcher
 from exactgpt.rendezvous import meet
 
-START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
-STEADY_TIMEOUT_S = 600   # after it, but for --timeout: longer than the longest thing that rank 0 does alone (a save)
-BUCKET_MB = 100          # of gradients that are reduced at once: large messages use a fast network better
+START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
+STEADY_TIMEOUT_S = 600   # afterwards (default of --timeout): more than the longest thing rank 0 does alone, a save
+BUCKET_MB = 100          # of gradients per all-reduce: large messages use a fast network better
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class StopRequested(Exception):
-    """Raised on all ranks at the same collective after any of them was signalled."""
+    """Some rank was signalled to stop. Raised on all ranks after the same collective."""
 
 
 @dataclass
 class Runtime:
-    """What one process knows about itself and its peers."""
+    """This process: its rank, its device, and what it knows of the other ranks."""
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     hardware: Hardware
     dtype_name: str            # "bf16", "fp16" or "fp32"
-    stop_signal: str = ""      # the signal that this process received, if any
-    stopping: bool = False     # some process received one, and all know it: `raise_if_stopping` ends the run
-    starting: bool = True      # until the loop begins: nothing to save yet, and compilation may take minutes
-    ended: bool = False        # the work is over: nothing is left to watch
-    hangs: bool = False        # no progress for patience_s; the watch says why
-    timeout_s: float = STEADY_TIMEOUT_S     # how long to wait for the other ranks once the run is steady
-    patience_s: float = START_TIMEOUT_S     # how long now
-    last_progress: float = field(default_factory=time.monotonic)   # when all ranks last met in `sum`
+    stop_signal: str = ""      # the stop signal that this process has received, if any
+    stopping: bool = False     # all ranks know that one of them has: raise_if_stopping() raises
+    slow_steps: bool = False   # steps last so long that a stop is checked for within them
+    starting: bool = True      # until setup_done(): there is nothing to save yet, and compilation may take minutes
+    ended: bool = False        # the work is over, the watch has nothing to watch
+    hangs: bool = False        # no progress for patience_s; the watch reports why
+    timeout_s: float = STEADY_TIMEOUT_S     # how long to wait for the other ranks once the first step is done
+    patience_s: float = START_TIMEOUT_S     # how long to wait now
+    last_progress: float = field(default_factory=time.monotonic)   # when all ranks last met in a sum
 
     @property
     def is_main(self):
-        """Whether this is rank 0, which prints and writes."""
+        """True on rank 0, which prints and writes."""
         return self.rank == 0
 
     @property
     def alone(self):
-        """Whether there is no process group: nothing is reduced, sent or waited for."""
+        """True if there is no process group, so that nothing is reduced, sent or waited for."""
         return self.world_size == 1 and not dist.is_initialized()
 
     @property
@@ -71,18 +76,18 @@ class Runtime:
         return DTYPES[self.dtype_name]
 
     def autocast(self):
-        """The context of a forward pass: matrix products in `dtype`, sums and norms in fp32."""
+        """Return the context for a forward pass: matrix products in `dtype`, sums and norms in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype_name != "fp32")
 
     def data_parallel(self, module):
-        """The module, wrapped where there are several processes so that its gradients are the mean over them."""
+        """Wrap the module in DDP, which averages gradients over ranks; alone, return it as it is."""
         if self.alone:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB,
                                        device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def grad_scaler(self):
-        """The scaler of losses, which does nothing but in fp16."""
+        """Return the GradScaler, which does nothing but in fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype_name == "fp16")
 
     def print(self, *words):
@@ -95,15 +100,15 @@ class Runtime:
         self.print("\n".join(f"{title:>8}  {text}" for title, text in lines.items()))
 
     def sum(self, *values):
-        """The sums over ranks of some numbers, as Python floats: one small collective."""
+        """Return the sums over ranks of some numbers, as Python floats: one small collective."""
         if self.alone:
             return [float(v) for v in values]
         return self.read(self.reduce(*values))
 
     def reduce(self, *values):
-        """The sums over ranks of n numbers, as a tensor (n,) on the device: nothing waits for it but `read`."""
+        """Return the sums over ranks of n numbers as a tensor (n,) on the device, without waiting for it."""
         kind = torch.float64 if self.device.type != "mps" else torch.float32
-        # full() gives a kernel its number; as_tensor() would copy it to the card, once all before it there is done.
+        # full() passes the number with the kernel; as_tensor() would wait until the card has done all work so far.
         tensor = torch.stack([v.to(kind) if isinstance(v, torch.Tensor) else
                               torch.full((), v, dtype=kind, device=self.device) for v in values])
         if not self.alone:
@@ -111,13 +116,13 @@ class Runtime:
         return tensor
 
     def read(self, tensor):
-        """The numbers of a reduced tensor, as Python floats, once all ranks have met."""
+        """Wait for a reduced tensor and return its numbers as Python floats."""
         numbers = tensor.tolist()
         self.last_progress = time.monotonic()
         return numbers
 
     def minimum(self, value):
-        """The smallest of the ranks' numbers."""
+        """Return the smallest of the ranks' numbers."""
         if self.alone:
             return float(value)
         tensor = torch.tensor(float(value), device=self.device)
@@ -125,19 +130,19 @@ class Runtime:
         return tensor.item()
 
     def check_for_stop(self):
-        """Raise StopRequested on every rank if any rank was signalled: one small collective that every rank enters."""
+        """Raise StopRequested on every rank if any was signalled: a small collective, which every rank must enter."""
         self.stopping = self.sum(bool(self.stop_signal))[0] > 0
         self.raise_if_stopping()
 
     def raise_if_stopping(self):
-        """Raise StopRequested if the ranks have agreed to stop, in the last step's all-reduce or in a check."""
+        """Raise StopRequested if the last step's all-reduce has told all ranks that one was signalled."""
         if self.stopping:
             raise StopRequested
 
     def on_all_ranks(self, action):
-        """action() on every rank; if it raised UserError on any, UserError on all, with host and rank of the first.
+        """Run action() on every rank and return its value; if it raises UserError on one rank, raise it on all.
 
-        For facts that may differ between ranks: files of a node, memory of a card.
+        The message then names the host and the rank. For what may differ between ranks: files, memory, packages.
         """
         result, problem = None, None
         try:
@@ -154,20 +159,21 @@ class Runtime:
         return result
 
     def require_equal(self, what, value):
-        """Raise UserError on all ranks, naming the first that differs, unless all have rank 0's value."""
+        """Raise UserError on all ranks, naming the first one that differs, unless all have rank 0's value."""
         if not self.alone:
             values = [None] * self.world_size
             dist.all_gather_object(values, (value, socket.gethostname()))
             expected, host_0 = values[0]
             for rank, (other, host) in enumerate(values):
                 if other != expected:
-                    raise UserError(f"rank {rank} on {host} has other {what} than rank 0 on {host_0}; make them equal")
+                    raise UserError(f"rank {rank} on {host} has different {what} than rank 0 on {host_0}; make them "
+                                    "equal")
 
     def broadcast(self, action, on_device=False):
-        """What action() gives on rank 0, on every rank: plain data and tensors, so that only rank 0 needs the file.
+        """Run action() on rank 0 and return its value, plain data and tensors, on every rank.
 
-        on_device: the other ranks get the tensors on their devices and not in host memory, of which a node has one.
-        Raises on every rank the UserError that action() raised.
+        on_device: the other ranks get the tensors on their devices, since a node's memory may not hold one copy a rank.
+        If action() raises UserError, every rank raises it.
         """
         value = self.on_all_ranks(action if self.is_main else lambda: None)
         if self.alone:
@@ -179,7 +185,7 @@ class Runtime:
         return _put_tensors(box[0], lambda place: self._broadcast_tensor(place, source, on_device))
 
     def _broadcast_tensor(self, place, source, on_device):
-        """A CPU tensor of rank 0 on every rank, through the device that the process group speaks for."""
+        """Send a CPU tensor of rank 0 to every rank, by way of the device, since NCCL sends nothing else."""
         if self.is_main:
             tensor = next(source)
             dist.broadcast(tensor.to(self.device).contiguous(), src=0)
@@ -189,28 +195,28 @@ class Runtime:
         return tensor if on_device else tensor.cpu()
 
     def setup_done(self):
-        """The set-up is over on all ranks: from here on a stop saves. Raises StopRequested if one was asked for."""
+        """Note that set-up is over on all ranks. Raises StopRequested if a rank was signalled meanwhile."""
         self.check_for_stop()
         self.starting = False
 
     def first_step_done(self):
-        """Shorten the time-outs to their steady length and take the garbage collector out of the loop's way."""
+        """Shorten the time-outs to their steady length, and keep the garbage collector off what lives to the end."""
         self.patience_s = self.timeout_s
         if not self.alone:
             dist.distributed_c10d._set_pg_timeout(_collective_timeout(self), dist.group.WORLD)
         gc.collect()
-        gc.freeze()   # what lives now lives to the end: later collections need not look at it (nanochat's finding)
+        gc.freeze()   # later collections skip everything that is alive now (nanochat measured that it pays)
 
 
 @dataclass(frozen=True)
 class _TensorPlace:
-    """Stands for a tensor in a tree that is sent without its tensors."""
+    """Placeholder for a tensor in a tree of plain data that is sent without its tensors."""
     shape: tuple
     dtype: torch.dtype
 
 
 def _take_tensors(tree, tensors):
-    """A copy of a tree of plain data with its tensors taken out into a list."""
+    """Return a copy of the tree with placeholders for its tensors, which are appended to the list."""
     if isinstance(tree, torch.Tensor):
         tensors.append(tree)
         return _TensorPlace(tuple(tree.shape), tree.dtype)
@@ -222,7 +228,7 @@ def _take_tensors(tree, tensors):
 
 
 def _put_tensors(tree, fetch):
-    """The tree with fetch(place) for each tensor that was taken out, in the same order."""
+    """Return the tree with fetch(place) in place of each placeholder, in the order of _take_tensors."""
     if isinstance(tree, _TensorPlace):
         return fetch(tree)
     if isinstance(tree, dict):
@@ -234,11 +240,11 @@ def _put_tensors(tree, fetch):
 
 @contextlib.contextmanager
 def start(config):
-    """Set the process up from its environment (torchrun's or none) and yield its Runtime.
+    """Set this process up, from torchrun's environment if there is one, and yield its Runtime.
 
-    A config that has process_group=True gets a process group, and so DDP, for a single process too (bench/).
-    Raises UserError for devices and dtypes that this machine lacks, before a process group exists, and RunFailed where
-    the processes do not meet.
+    A config with process_group=True gets a process group, and therefore DDP, even for a single process (bench/).
+    Raises UserError for a device or dtype that this machine lacks, before there is a process group, and RunFailed if
+    the processes do not find each other.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -249,7 +255,7 @@ def start(config):
     previous = _catch_signals(runtime)
     if getattr(config, "deterministic", False):
         set_deterministic()
-    torch.set_float32_matmul_precision("high")  # TF32, where a card has it, for matrix products in fp32
+    torch.set_float32_matmul_precision("high")      # fp32 matrix products in TF32, on cards that have it
     if device.type == "cuda":
         torch.cuda.set_device(device)
     meeting = None
@@ -259,7 +265,7 @@ def start(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
                                 store=dist.PrefixStore("group", meeting.store), timeout=_collective_timeout(runtime),
                                 device_id=device if device.type == "cuda" else None)
-        runtime.last_progress = time.monotonic()    # the others may have come late
+        runtime.last_progress = time.monotonic()    # waiting for late ranks was no hang
     threading.Thread(target=keep_watch, args=(runtime, meeting), daemon=True, name="watch").start()
     try:
         yield runtime
@@ -268,12 +274,12 @@ def start(config):
     except UserError as error:
         if world_size > 1 and not runtime.starting and not isinstance(error, RunFailed):
             print(f"error on {socket.gethostname()}, rank {rank}: {error}", file=sys.stderr, flush=True)
-            os._exit(2)  # only this rank knows: torchrun sees it end and stops the rest
+            os._exit(2)      # the others know nothing of it: torchrun sees this rank end and stops them
         raise
     except BaseException as error:
         if world_size == 1:
             raise
-        # A dead rank must not wait for its peers on the way out: torchrun sees it end and stops the rest.
+        # A failed rank must not wait for the others on its way out: torchrun sees it end and stops them.
         if not runtime.hangs:
             what = f": {lost_peer(error)}" if lost_peer(error) else f" failed:\n{traceback.format_exc()}"
             print(f"rank {rank} on {socket.gethostname()}{what}", file=sys.stderr, flush=True)
@@ -284,38 +290,38 @@ def start(config):
             signal.signal(number, handler)
     if not runtime.alone:
         gc.unfreeze()
-        gc.collect()  # a DDP object that outlives the process group aborts the interpreter's exit
+        gc.collect()      # a DDP object that outlives the process group would abort the interpreter's exit
         try:
             dist.barrier()
-        except RuntimeError as error:     # rank 0 failed at what it does alone at the end
+        except RuntimeError as error:     # rank 0 failed in what it does alone at the end
             print(f"rank {rank} on {socket.gethostname()}: {lost_peer(error) or error}", file=sys.stderr, flush=True)
             os._exit(1)
         dist.destroy_process_group()
 
 
 def _choose_hardware(config, rank, local_rank):
-    """(device, Hardware, dtype name) of this process. Raises UserError for what this machine lacks."""
+    """Return this process' (device, Hardware, dtype name). Raises UserError for what this machine lacks."""
     try:
         device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         hardware = probe(device)
         return device, hardware, choose_dtype(config.dtype, hardware)
     except UserError as error:
-        if rank and not local_rank:    # rank 0 speaks for its own node alone
+        if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own
             print(f"error on {socket.gethostname()}, rank {rank}: {error}", file=sys.stderr, flush=True)
         raise
 
 
 def lock_folder(folder, runtime):
-    """A context in which no other run uses the folder; rank 0 holds the lock. Raises UserError on all ranks."""
+    """Return a context in which no other run uses the folder. Raises UserError on all ranks. Rank 0 holds the lock."""
     return runtime.on_all_ranks(lambda: FolderLock(folder, wait_s=60) if runtime.is_main else contextlib.nullcontext())
 
 
 @contextlib.contextmanager
 def temporary_folder(runtime, place):
-    """A new folder, the same on all ranks, that is gone at the end: in the hidden .dry_run of `place`, or of what is
-    above it so far. What a killed process left there goes first.
+    """Yield a new, empty folder, the same on all ranks, and delete it at the end.
 
-    Raises UserError where `place` cannot be written to, or another run has such a folder there.
+    It lies in `place`/.dry_run, or above if `place` does not exist; what a killed process left there is deleted first.
+    Raises UserError if `place` cannot be written, or if another run uses its .dry_run.
     """
     def choose():
         here = next(path for path in (Path(place).resolve(), *Path(place).resolve().parents) if path.exists())
@@ -340,9 +346,9 @@ def temporary_folder(runtime, place):
 
 
 def _catch_signals(runtime):
-    """Turn the stop signals into a flag that the ranks agree on; a SIGINT after any of them ends at once.
+    """Note stop signals in runtime.stop_signal; a SIGINT after any of them ends the process at once.
 
-    Returns the handlers that were there before, {signal: handler}.
+    Returns the previous handlers, {signal: handler}.
     """
     def handler(number, frame):
         if number == signal.SIGINT and runtime.stop_signal:
@@ -353,15 +359,15 @@ def _catch_signals(runtime):
 
 
 def _collective_timeout(runtime):
-    """A little longer than the watch waits, which then has said why before the time-out ends the run."""
+    """Return torch's time-out: a little longer than the watch's, which can then report before torch aborts."""
     return datetime.timedelta(seconds=runtime.patience_s + HANG_GRACE_S)
 
 
 def seed_everything(*key):
-    """Seed torch's generators with a hash of the key: what is random in a step depends on (seed, step, rank) alone."""
+    """Seed torch's generators with a hash of the key, for example (seed, "step", step, rank)."""
     torch.manual_seed(seed_from(*key))
 
 
 def seed_from(*key):
-    """A 63-bit seed, a pure function of the key."""
+    """Return a 63-bit seed that is a pure function of the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1

@@ -25,7 +25,7 @@ from exactgpt.launch import command_line
 from exactgpt.lora import add_adapter
 from exactgpt.metrics import TuneLog, require_mlflow
 from exactgpt.open_model import build_model, open_model
-from exactgpt.optimizer import Skipped, finish_step, learning_rate_factor, parameter_groups
+from exactgpt.optimizer import SkippedSteps, finish_step, learning_rate_factor, parameter_groups
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
@@ -245,7 +245,7 @@ class Tuning:
     seconds: float = 0.0       # in steps and evaluations so far, of all starts
     best: Best = field(default_factory=Best)
     first: dict = field(default_factory=dict)    # the facts before training
-    skipped: Skipped = field(default_factory=Skipped)
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
 
 def trained_weights(model):

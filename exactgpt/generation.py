@@ -88,10 +88,11 @@ def write_samples(run, config, runtime, step):
     """Texts that the model writes at this step, on rank 0; the others have nothing to wait for."""
     if not runtime.is_main:
         return []
-    run.raw.eval()
+    run.raw_model.eval()
     with runtime.autocast():
-        texts, _ = generate(run.raw, run.tokenizer, SAMPLE_PROMPTS, max_tokens=SAMPLE_TOKENS, seed=(config.seed, step))
-    run.raw.train()
+        texts, _ = generate(run.raw_model, run.tokenizer, SAMPLE_PROMPTS, max_tokens=SAMPLE_TOKENS,
+                            seed=(config.seed, step))
+    run.raw_model.train()
     return texts
 
 

@@ -1,16 +1,16 @@
-"""What a run prints and writes down: the banner, the step line, log.txt, metrics.jsonl, and its mirror in MLflow.
+"""Logs of a run: the banner, the step line, log.txt, metrics.jsonl, and optionally MLflow.
 
 log.txt        250 val 3.9123     250 hella 0.2612     250 train 3.950000       (build-nanogpt's columns)
-metrics.jsonl  one JSON object a line: a row per step (training), evaluation, samples, skipped step
+metrics.jsonl  one JSON object a line, for each training step, evaluation, list of samples and skipped update
 
     tracker = Tracker(config, log_dir, "train")     # does nothing unless config.mlflow
     tracker.log(step, loss=3.95, lr=2e-4)
     tracker.artifact(log_dir / "plot.png")
     tracker.close()
 
-The mirror is a SQLite store beside the run's own files, filled by a thread of its own: importing MLflow takes seconds
-and a call 10 ms, so rows are sent in batches. The run neither waits for it nor ends with it: what fails is warned of
-once, and tried again with the next batch.
+MLflow gets a SQLite store beside the run's own files. A thread fills it in batches, because importing MLflow takes
+seconds and a call 10 ms. Training neither waits for it nor fails with it: a failed batch prints one warning and is
+retried with the next.
 """
 import contextlib
 import importlib.util
@@ -29,26 +29,25 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import differences, disk_bytes
+from exactgpt.checkpoint import disk_bytes, resolved_differences
 from exactgpt.config import UserError, atomic_write, human_bytes, human_time
-from exactgpt.figures import draw_runs, read_run, save_figure
 
 SEND_EVERY_S = 10
-BATCH = 1000                  # metrics of a call: MLflow takes no more
-FINISH_S, STOP_S = 60, 10     # the longest wait for the last batch, after a run and after a stop
+BATCH = 1000                  # metrics per call: MLflow's limit
+FINISH_S, STOP_S = 60, 10     # longest wait for the last batch, after a finished and after a stopped run
 STORE, ARTIFACTS = "mlflow.db", "mlflow_artifacts"
 
 
-def describe(run, config, runtime, checkpoint, saves):
-    """The banner: what this start will do."""
-    c, plan, resolved = run.raw.config, run.plan, run.resolved
+def print_banner(run, config, runtime, checkpoint, saves):
+    """Print what this start will do. checkpoint: the one it resumes from, or None. saves: it writes checkpoints."""
+    c, plan, resolved, n_params = run.raw_model.config, run.plan, run.resolved, run.raw_model.n_params()
     accum = plan.local_windows // run.micro_batch_size
     lines = {
-        "model": f"GPT-2, {run.raw.n_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels",
+        "model": f"GPT-2, {n_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels",
         "tokens": f"block_size {c.block_size}, vocabulary {run.tokenizer.name} of {run.tokenizer.n_vocab:,}"
                   + f" (padded to {c.vocab_size:,})" * (c.vocab_size > run.tokenizer.n_vocab),
         "data": f"{config.data_dir}: {run.train_stream.n_tokens:,} train and {run.val_stream.n_tokens:,} val tokens in "
-                f"{len(run.folder.shards)} shards",
+                f"{len(run.shards.shards)} shards",
         "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process{'es' * (runtime.world_size > 1)} x "
                 f"{accum} micro-batch{'es' * (accum > 1)} x {run.micro_batch_size} rows x {c.block_size}",
         "length": f"{plan.max_steps:,} steps, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} schedule "
@@ -57,62 +56,62 @@ def describe(run, config, runtime, checkpoint, saves):
                    f"attention, compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
     }
     if saves:
-        lines["disk"] = (f"{human_bytes(disk_bytes(config, run.raw, plan.max_steps))} in {config.log_dir} for "
+        lines["disk"] = (f"{human_bytes(disk_bytes(config, n_params, plan.max_steps))} in {config.log_dir} for "
                          f"{config.keep_checkpoints} checkpoints")
     runtime.print_banner(lines)
     if checkpoint:
-        runtime.print(f"going on from step {run.first_step}")
-        changed = differences(checkpoint["resolved"], resolved)
+        runtime.print(f"resuming from step {checkpoint['step']}")
+        changed = resolved_differences(checkpoint["resolved"], resolved)
         if changed:
             runtime.print(f"same tokens, not bitwise the same run: {', '.join(changed)}")
 
 
 class RunLog:
-    """The log of a run: rank 0 writes and prints, the other ranks' logs do nothing."""
+    """Log of a training run: rank 0 writes and prints, on other ranks it only keeps time."""
 
-    def __init__(self, runtime, config, run):
-        """Cut the files of an earlier start in config.log_dir back to run.first_step, and append from there."""
-        self._runtime, self._run = runtime, run
+    def __init__(self, run, progress, config, runtime):
+        """Open log.txt and metrics.jsonl in config.log_dir, without what an earlier start logged beyond this step."""
+        self._runtime, self._progress = runtime, progress
         self._tokens_per_step = run.plan.tokens_per_step
-        self._flops_per_token = run.raw.flops_per_token()
+        self._flops_per_token, self._n_params = run.raw_model.flops_per_token(), run.raw_model.n_params()
         self._recent_ms = deque(maxlen=50)
-        self._pauses = defaultdict(list)      # (kind, every) -> seconds of each pause
-        self.steps_done = 0
+        self._times = defaultdict(list)      # (what is timed, every how many steps) -> the seconds it took each time
+        first_step = progress.step
         if runtime.is_main:
             self._log_dir = log_dir = Path(config.log_dir)
-            cut_back(log_dir / "log.txt", run.first_step, lambda line: int(line.split()[0]))
-            cut_back(log_dir / "metrics.jsonl", run.first_step, lambda line: int(json.loads(line)["step"]))
+            cut_back(log_dir / "log.txt", first_step, lambda line: int(line.split()[0]))
+            cut_back(log_dir / "metrics.jsonl", first_step, lambda line: int(json.loads(line)["step"]))
             self._text, self._json = AppendFile(log_dir / "log.txt"), AppendFile(log_dir / "metrics.jsonl")
-            self._tracker = Tracker(config, log_dir, "train", resumed=run.first_step > 0)
+            self._tracker = Tracker(config, log_dir, "train", resumed=first_step > 0)
 
     def start_clock(self):
-        """The step that `train` logs next begins now: evaluation and saving are outside the clock."""
+        """Start the clock of the step that `train` logs next. Evaluation and saving are outside of it."""
         self._clock = time.perf_counter()
 
     def train(self, step, result, lr, data_wait_s):
-        """Log one optimizer step (a StepResult) and the part of its time spent waiting for data."""
+        """Log a training step: its StepResult, learning rate, and the seconds it waited for data."""
         seconds = time.perf_counter() - self._clock
         self._recent_ms.append(1000 * seconds)
-        self.steps_done += 1
         if not self._runtime.is_main:
             return
         tok_per_sec = self._tokens_per_step / seconds
         peak = self._runtime.hardware.peak_flops()
         mfu = tok_per_sec * self._flops_per_token / (peak * self._runtime.world_size) if peak else None
         self._text.write(f"{step} train {result.loss:.6f}\n")
-        self._row(step, (step + 1) * self._tokens_per_step, loss=result.loss, lr=lr, grad_norm=result.grad_norm,
-                  ms=1000 * seconds, tok_per_sec=tok_per_sec, mfu=mfu, data_wait_ms=1000 * data_wait_s,
-                  peak_mem_gb=peak_memory_gb(self._runtime))
-        parts = [f"step {step:>{len(str(self._run.last_step))}}/{self._run.last_step}", f"loss {result.loss:.4f}",
+        self._write(step, (step + 1) * self._tokens_per_step, loss=result.loss, lr=lr, grad_norm=result.grad_norm,
+                    ms=1000 * seconds, tok_per_sec=tok_per_sec, mfu=mfu, data_wait_ms=1000 * data_wait_s,
+                    peak_mem_gb=peak_memory_gb(self._runtime))
+        last_step = self._progress.last_step
+        parts = [f"step {step:>{len(str(last_step))}}/{last_step}", f"loss {result.loss:.4f}",
                  f"lr {lr:.2e}", f"norm {result.grad_norm:.3f}", f"{1000 * seconds:.0f} ms",
                  f"{tok_per_sec:,.0f} tok/s"]
         parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
         print(" | ".join([*parts, f"eta {self.eta(step)}"]), flush=True)
 
     def skipped(self, step, reason, windows):
-        """Log that a step's update was skipped, and the windows of the train split that it read."""
+        """Log that the update of a step was skipped, and the windows of the train split that it read."""
         if self._runtime.is_main:
-            self._row(step, (step + 1) * self._tokens_per_step, skipped=reason, windows=windows.tolist())
+            self._write(step, (step + 1) * self._tokens_per_step, skipped=reason, windows=windows.tolist())
             print(f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
                   f"{windows[0]}: metrics.jsonl has all)", flush=True)
 
@@ -120,43 +119,44 @@ class RunLog:
         """Log a validation loss, in nats, over n_tokens."""
         if self._runtime.is_main:
             self._text.write(f"{step} val {loss:.4f}\n")
-            self._row(step, step * self._tokens_per_step, val_loss=loss)
+            self._write(step, step * self._tokens_per_step, val_loss=loss)
             print(f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", flush=True)
 
     def hellaswag(self, step, score):
         """Log a HellaSwagScore: accuracies from 0 to 1."""
         if self._runtime.is_main:
             self._text.write(f"{step} hella {score.acc_norm:.4f}\n")
-            self._row(step, step * self._tokens_per_step, hella_acc=score.acc, hella_acc_norm=score.acc_norm)
+            self._write(step, step * self._tokens_per_step, hella_acc=score.acc, hella_acc_norm=score.acc_norm)
             print(f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over {score.n:,} items",
                   flush=True)
 
     def samples(self, step, texts):
         """Log texts that the model wrote."""
         if self._runtime.is_main:
-            self._row(step, step * self._tokens_per_step, samples=texts)
+            self._write(step, step * self._tokens_per_step, samples=texts)
             for text in texts:
                 print(f"step {step}: sample > {text!r}", flush=True)
 
-    def _row(self, step, tokens, **values):
+    def _write(self, step, tokens, **values):
+        """Add a line to metrics.jsonl, and send it to MLflow. JSON has no inf and NaN: they become null."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._json.write(json.dumps(dict(step=step, tokens=tokens, **plain)) + "\n")
         self._tracker.log(step, tokens=tokens, **plain)
 
     @contextlib.contextmanager
-    def pause(self, kind, every):
-        """Time what happens every `every` steps beside the training, for the ETA."""
+    def timed(self, kind, every):
+        """Measure the time of what happens every `every` steps besides training, for the ETA."""
         start = time.monotonic()
         yield
-        self._pauses[kind, every].append(time.monotonic() - start)
+        self._times[kind, every].append(time.monotonic() - start)
 
     def close(self):
-        """Close the files; the mirror gets the curves and the best checkpoint's path."""
+        """Close the files. MLflow gets the curves, if the run is finished, and the path of the best checkpoint."""
         if not self._runtime.is_main:
             return
         self._text.close()
         self._json.close()
-        finished = self._run.first_step + self.steps_done >= self._run.last_step
+        finished = self._progress.step >= self._progress.last_step
         if finished:
             self._tracker.artifact(self._log_dir / "plot.png", make=self._draw)
         best = self._log_dir / "model_best.pt"
@@ -165,48 +165,49 @@ class RunLog:
         self._tracker.close(finished)
 
     def _draw(self, path):
+        from exactgpt.figures import draw_runs, read_run, save_figure  # only MLflow needs them here
         save_figure(draw_runs([read_run(self._log_dir)]), path)
 
     def eta(self, step):
-        """The time left after this step, evaluations and saves included, as 5h31m."""
-        left = self._run.last_step - step - 1
+        """Return the time left after this step, evaluations and saves included: "5h31m"."""
+        left = self._progress.last_step - step - 1
         seconds = left * sum(self._recent_ms) / len(self._recent_ms) / 1000
-        seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._pauses.items() if every)
+        seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._times.items() if every)
         return human_time(seconds)
 
     def forecast(self, config, plan, shares):
-        """What the full run takes, from two steps and some evaluations of each kind.
+        """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run.
 
-        plan: of the full run. shares: the part of its work that an evaluation did here.
+        plan: the full run's. shares: {"validation": the part of a full one that was done here, ...}.
         """
         step_s = self._recent_ms[-1] / 1000
         every = dict(validation=config.eval_every, HellaSwag=config.hellaswag_every, samples=config.sample_every,
                      checkpoint=config.checkpoint_every)
-        pauses = {kind: sum(times) / len(times) / shares.get(kind, 1) for (kind, _), times in self._pauses.items()}
+        besides = {kind: sum(times) / len(times) / shares.get(kind, 1) for (kind, _), times in self._times.items()}
         total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)
-                                              for kind, s in pauses.items())
+                                              for kind, s in besides.items())
         return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at "
                 f"most; the full run of {plan.max_steps} steps takes about {human_time(total)} and "
-                f"{human_bytes(disk_bytes(config, self._run.raw, plan.max_steps))} of disk. Nothing was kept.")
+                f"{human_bytes(disk_bytes(config, self._n_params, plan.max_steps))} of disk. Nothing was kept.")
 
 
 class AppendFile:
-    """A file that lines are added to; what a full disk refuses is kept and tried again with the next line."""
+    """A file that lines are appended to; failed writes are retried with the next line."""
 
     def __init__(self, path):
-        """Open the file at its end, making it where there is none. Raises OSError."""
+        """Open the file to append to it; create it if it does not exist. Raises OSError."""
         self._path, self._pending, self._warned = path, b"", False
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, line):
-        """Add a line, its newline included, after those that still wait. A failure is warned of, once."""
+        """Append a line, which includes its newline, after those that could not be written. Warns once."""
         self._pending += line.encode("utf-8")
         try:
             while self._pending:
                 self._pending = self._pending[os.write(self._descriptor, self._pending):]
         except OSError as error:
             if not self._warned:
-                print(f"warning: cannot write {self._path} ({error.strerror}); trying again with each line", flush=True)
+                print(f"warning: cannot write {self._path} ({error.strerror}); retrying with each line", flush=True)
             self._warned = True
 
     def close(self):
@@ -215,7 +216,10 @@ class AppendFile:
 
 
 def cut_back(path, first_step, step_of):
-    """Drop the lines of a log from `first_step` on, and lines that are torn. Every line before stays as it is."""
+    """Delete the lines of a log from `first_step` on, and torn ones. All lines before stay as they are, byte by byte.
+
+    A run that resumes at step k logs step k again. step_of(line) returns its step.
+    """
     if not path.exists():
         return
     kept = []
@@ -228,7 +232,7 @@ def cut_back(path, first_step, step_of):
 
 
 def peak_memory_gb(runtime):
-    """The most memory used so far, in GB: allocated on the card, or resident on a CPU."""
+    """Return the peak memory so far in GB: allocated on the card, or resident on a CPU."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device) / 1e9
     import resource  # Unix only
@@ -289,39 +293,39 @@ class TuneLog:
 
 
 # -----------------------------------------------------------------------------
-# the mirror in MLflow
+# MLflow
 
 def require_mlflow():
-    """Raise UserError where MLflow is not installed."""
+    """Raise UserError if MLflow is not installed."""
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("--mlflow needs MLflow: pip install -r requirements-extras.txt, or leave the flag out")
 
 
 class Tracker:
-    """One run of one experiment. Make it in one process only (rank 0), and close it."""
+    """A run in MLflow; does nothing unless config.mlflow. Make it on rank 0 only, and close it."""
 
     def __init__(self, config, log_dir, experiment, resumed=False):
-        """The parameters are the fields of the dataclass `config`; experiment: "train", "lr_finder", ...
+        """Log the fields of `config` as parameters. experiment: "train", "lr_finder", ...
 
-        resumed: go on with the newest run of the experiment in log_dir; the rows of metrics.jsonl that it lacks (a
-        killed process had not sent them) are sent first. Raises UserError where MLflow is not installed.
+        resumed: continue the newest run of the experiment in log_dir, and first send the lines of metrics.jsonl that a
+        killed process had not sent. Raises UserError if MLflow is not installed.
         """
         self._enabled = config.mlflow
         if not self._enabled:
             return
         require_mlflow()
-        os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")    # read when it is imported
+        os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")    # read when MLflow is imported
         self._log_dir, self._experiment, self._resumed = Path(log_dir), experiment, resumed
         self._params = {name: str(value) for name, value in asdict(config).items()}
         self._client, self._run_id, self._warned = None, None, False
-        self._in_store = {}          # name -> last step that the store held when this process began
+        self._in_store = {}          # name -> last step in the store when this process started
         self._metrics = deque()      # (name, value, time in ms, step), not sent yet
-        self._actions = deque()      # what else to send, after the last metrics
+        self._actions = deque()      # what to do after the last metrics are sent
         self._closing = threading.Event()
-        rows = self._log_dir / "metrics.jsonl"
-        if resumed and rows.exists():
-            for line in rows.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, TypeError):      # a line that a full disk tore
+        written = self._log_dir / "metrics.jsonl"
+        if resumed and written.exists():
+            for line in written.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, TypeError):      # a line torn by a full disk
                     self.log(**json.loads(line))
         self._thread = threading.Thread(target=self._work, daemon=True, name="MLflow")
         self._thread.start()
@@ -330,14 +334,14 @@ class Tracker:
                   flush=True)
 
     def log(self, step, **values):
-        """Take the numbers of a row; what is no finite number is left out."""
+        """Queue the numbers of a line of metrics.jsonl, but for those that are not finite."""
         if self._enabled:
             now = round(1000 * time.time())
             self._metrics.extend((name, value, now, step) for name, value in values.items()
                                  if type(value) in (int, float) and math.isfinite(value))
 
     def artifact(self, path, make=None):
-        """Keep a copy of a file; make(path) writes it first, in the tracker's thread."""
+        """Queue a copy of a file. make(path), if given, writes the file first, in the tracker's thread."""
         def keep():
             if make:
                 make(path)
@@ -346,22 +350,22 @@ class Tracker:
             self._actions.append(keep)
 
     def text(self, name, text):
-        """Keep a text as an artifact of this name."""
+        """Queue a text as an artifact of this name."""
         if self._enabled:
             self._actions.append(lambda: self._client.log_text(self._run_id, text, name))
 
     def close(self, finished=True):
-        """Send what is left, and wait for it, but not for ever. finished: else the run was stopped, and may go on."""
+        """Send what is queued and wait for it, for a limited time. finished: False if the run may be resumed."""
         if self._enabled:
             status = "FINISHED" if finished else "KILLED"
             self._actions.append(lambda: self._client.set_terminated(self._run_id, status))
             self._closing.set()
             self._thread.join(FINISH_S if finished else STOP_S)
             if self._thread.is_alive():
-                self._warn("it takes too long, so its last rows are missing")
+                self._warn("it takes too long, so the last values are missing")
 
     def _work(self):
-        """The thread: a batch at once, one every SEND_EVERY_S, and the rest when the tracker closes."""
+        """Send a batch every SEND_EVERY_S, and the rest when the tracker closes. Runs in the thread."""
         closing = False
         while not closing:
             self._attempt(self._send)
@@ -372,46 +376,46 @@ class Tracker:
     def _attempt(self, action):
         try:
             action()
-        except Exception as error:  # of a database, a disk, MLflow: any kind, and the run goes on
+        except Exception as error:      # of a database, a disk, MLflow: training continues whatever it is
             self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def _warn(self, problem):
         if not self._warned:
-            print(f"warning: MLflow: {problem}; the run goes on without it", flush=True)
+            print(f"warning: MLflow: {problem}; training continues without it", flush=True)
         self._warned = True
 
     def _send(self):
-        """Send the metrics that wait, oldest first. A batch that fails stays: what MLflow has of it, it knows."""
+        """Send the queued metrics, oldest first. A failed batch stays queued; MLflow ignores what it has already."""
         if self._client is None:
             self._client = self._open()
         from mlflow.entities import Metric
         while self._metrics:
-            rows = list(islice(self._metrics, BATCH))
-            new = [Metric(*row) for row in rows if row[3] > self._in_store.get(row[0], -1)]
+            batch = list(islice(self._metrics, BATCH))
+            new = [Metric(*metric) for metric in batch if metric[3] > self._in_store.get(metric[0], -1)]
             if new:
                 self._client.log_batch(self._run_id, metrics=new)
-            for _ in rows:
+            for _ in batch:
                 self._metrics.popleft()
 
     def _open(self):
-        """The client of the store in log_dir, both made where they are not yet; finds or begins the run."""
+        """Return a client of the store in log_dir, which is created if needed; find or begin the run."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
-        for name in ("mlflow", "alembic"):          # of the tables that a new store gets
+        for name in ("mlflow", "alembic"):          # they report every table that a new store gets
             logging.getLogger(name).setLevel(logging.WARNING)
         folder = self._log_dir.resolve()
         client = MlflowClient(f"sqlite:///{folder / STORE}")
         experiment = client.get_experiment_by_name(self._experiment)
-        # Without a location of its own MLflow would put the artifacts into ./mlruns.
+        # Without an explicit location MLflow would put the artifacts into ./mlruns.
         number = experiment.experiment_id if experiment else client.create_experiment(
             self._experiment, artifact_location=(folder / ARTIFACTS).as_uri())
         newest = ["attributes.start_time DESC"]
         runs = client.search_runs([number], order_by=newest, max_results=1) if self._resumed else []
         run = runs[0] if runs else client.create_run(number, run_name=folder.name)
-        self._run_id, self._resumed = run.info.run_id, True     # should the rest fail, the next attempt finds it
+        self._run_id, self._resumed = run.info.run_id, True     # if the rest fails, the next attempt finds the run
         if runs:
             client.update_run(self._run_id, status="RUNNING")
-        if not run.data.params:                     # a resumed run keeps those that it began with
+        if not run.data.params:                     # a resumed run keeps its first parameters
             client.log_batch(self._run_id, params=[Param(*param) for param in self._params.items()])
         self._in_store = {name: max(metric.step for metric in client.get_metric_history(self._run_id, name))
                           for name in run.data.metrics}

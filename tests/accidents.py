@@ -74,11 +74,11 @@ def poisoned(train_step):
     def wrapped(run, config, runtime, tokens, step):
         hook = None
         if mine and (step == int(at) or (what == "infs" and step > int(at))):
-            hook = run.raw.transformer.ln_f.weight.register_hook(lambda grad: grad * float("inf"))
+            hook = run.raw_model.transformer.ln_f.weight.register_hook(lambda grad: grad * float("inf"))
         result = train_step(run, config, runtime, tokens, step)
         if hook:
             hook.remove()
-        runtime.require_equal("weights", [p.double().sum().item() for p in run.raw.parameters()])
+        runtime.require_equal("weights", [p.double().sum().item() for p in run.raw_model.parameters()])
         return result
     return wrapped
 
@@ -88,8 +88,18 @@ if what in ("inf", "infs"):
 train.train_step = before(train.train_step, lambda run, config, runtime, tokens, step: step, "step")
 checkpoint.save_checkpoint = half_a_save
 train.write_samples = before(train.write_samples, lambda run, config, runtime, step: step, "sample")
-train.validate = before(train.validate, lambda run, config, runtime, log, step: step, "validate")
-train.build = before(train.build, lambda *_: 0, "start")
+
+
+class RunLog(train.RunLog):
+    """The log of the run, which knows how far it is."""
+
+    def __init__(self, run, progress, config, runtime):
+        super().__init__(run, progress, config, runtime)
+        train.validate = before(validate, lambda *_: progress.step, "validate")
+
+
+validate, train.RunLog = train.validate, RunLog
+train.compile_and_wrap = before(train.compile_and_wrap, lambda *_: 0, "start")
 
 if __name__ == "__main__":
     sys.argv[0] = "train.py"

@@ -26,7 +26,7 @@ def count(graph, inputs):
 def as_on_a_card(module, block_size, wanted, local_windows, runtime, **options):
     """find_micro_batch_size, with a try."""
     size = device.find_micro_batch_size(module, block_size, wanted, local_windows, runtime, **options)
-    assert device.fits_in_memory_everywhere(module, block_size, size, runtime)
+    assert device.fits_on_all_ranks(module, block_size, size, runtime)
     if os.environ.pop("COMPILATION", "") == "fails":
         raise device.CompilationFailed("no compiler")
     return size

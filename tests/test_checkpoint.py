@@ -17,7 +17,7 @@ from exactgpt.checkpoint import (
     check_disk,
     checkpoint_bytes,
     checkpoint_path,
-    delete_old,
+    delete_old_checkpoints,
     disk_bytes,
     list_checkpoints,
     newest_valid,
@@ -139,20 +139,19 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mon
 def test_the_disk_needs_room_for_the_files_that_a_run_will_write(flags, files, bests):
     """The newest few and the best, each beside the one that it replaces; what is written once replaces none."""
     config = train.TrainConfig(**flags)
-    model = SimpleNamespace(n_params=lambda: 1000)
     steps = train.MAX_STEPS if config.max_steps is None else config.max_steps
-    assert disk_bytes(config, model, steps) == 4000 * (3 * files + bests)
+    assert disk_bytes(config, 1000, steps) == 4000 * (3 * files + bests)
 
 
 def test_a_disk_of_64_gb_has_room_for_a_large_model_that_is_saved_once(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(64 * 10**9, 0, 60 * 10**9))
-    run = SimpleNamespace(raw=SimpleNamespace(n_params=lambda: 1_557_611_200), plan=SimpleNamespace(max_steps=1000))
     runtime = SimpleNamespace(is_main=True, on_all_ranks=lambda action: action())
     once = dict(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=0)
-    check_disk(train.TrainConfig(**once), run, runtime)                           # 18.7 GB, and twice 6.2 of the best
-    check_disk(train.TrainConfig(**once, eval_every=0), run, runtime)
+    run = 1_557_611_200, 1000       # parameters, steps
+    check_disk(train.TrainConfig(**once), *run, runtime)                          # 18.7 GB, and twice 6.2 of the best
+    check_disk(train.TrainConfig(**once, eval_every=0), *run, runtime)
     with pytest.raises(UserError, match=r"the checkpoints need 87\.2 GB more, the disk of .* has 60\.0 GB"):
-        check_disk(train.TrainConfig(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=250), run, runtime)
+        check_disk(train.TrainConfig(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=250), *run, runtime)
 
 
 def test_the_optimizers_state_comes_to_the_other_ranks_last_and_onto_their_cards(monkeypatch, make_shards, tmp_path):
@@ -241,12 +240,12 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (5, 10, 99_999, 100_000):
         checkpoint_path(tmp_path, step).touch()
     (tmp_path / "model_best.pt").touch()
-    delete_old(tmp_path, 2, 10**6)
+    delete_old_checkpoints(tmp_path, 2, 10**6)
     assert {p.name for p in tmp_path.iterdir()} == {"model_99999.pt", "model_100000.pt", "model_best.pt"}
-    delete_old(tmp_path, 5, 10**6)
+    delete_old_checkpoints(tmp_path, 5, 10**6)
     assert len(list_checkpoints(tmp_path)) == 2
     checkpoint_path(tmp_path, 200).touch()
-    delete_old(tmp_path, 1, 200)      # the later ones are damaged: the run fell back and has just saved step 200
+    delete_old_checkpoints(tmp_path, 1, 200)      # the later ones are damaged: the run has just saved step 200
     assert [step for step, _ in list_checkpoints(tmp_path)] == [100_000, 99_999, 200]
 
 
@@ -280,7 +279,7 @@ def test_a_pickle_bomb_does_nothing_and_is_one_line(tmp_path, place, zipped, cap
     path = tmp_path / "model_00001.pt"
     torch.save(place(Bomb(tmp_path / "BOOM")), path, _use_new_zipfile_serialization=zipped)
     message = refusal(open_model, path)
-    assert message.startswith(f"{path} cannot be loaded as a checkpoint: it asks to run code")
+    assert message.startswith(f"{path} cannot be loaded: it asks to run code")
     assert not (tmp_path / "BOOM").exists() and capfd.readouterr() == ("", "")
     torch.load(path, weights_only=False)                             # the bomb is a live one
     assert (tmp_path / "BOOM").exists()

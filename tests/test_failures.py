@@ -62,7 +62,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, mak
     assert [p.name for p in disk.glob("logs/*.pt")] == ["model_00004.pt"]
     (disk / "filler").unlink()
     rc, out, err = run("train.py", *flags)
-    assert rc == 0 and "going on from step 4" in out, err
+    assert rc == 0 and "resuming from step 4" in out, err
     assert steps_logged(disk / "logs") == list(range(30))
     assert [p.name for p in sorted(disk.glob("logs/*.pt"))] == ["model_00028.pt", "model_00030.pt"]
 
@@ -72,7 +72,7 @@ def test_a_disk_too_small_for_the_run_is_refused_at_the_start(run, make_shards, 
     disk = small_disk(200)
     rc, _, err = run("train.py", *FLAGS, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs",
                      "--max_steps", 30)
-    assert rc == 2 and "make room, choose another --log_dir, or fewer --keep_checkpoints" in err
+    assert rc == 2 and "make room, use another --log_dir, or fewer --keep_checkpoints" in err
     assert len(err.splitlines()) == 1
 
 

@@ -209,7 +209,7 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for flags, message in (([], "give --prompt"), (["--prompt", "x"], "no model_XXXXX.pt below logs/"),
-                           (["--prompt", "x", "--checkpoint", "bad.pt"], "bad.pt cannot be loaded as a checkpoint"),
+                           (["--prompt", "x", "--checkpoint", "bad.pt"], "bad.pt cannot be loaded"),
                            (["--prompt", "x", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
                            (["--prompt", "x", "--checkpoint", "latin.txt"], "latin.txt cannot be loaded"),
                            (["--prompt", "x", "--checkpoint", "."], ". holds neither a model_XXXXX.pt nor"),

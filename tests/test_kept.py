@@ -81,7 +81,7 @@ def test_a_run_goes_on_to_the_end_it_had_then(command, kept, name):
     """
     then, folder = EXPECTED["pretraining"][name], kept / name
     text, rows = ((folder / log).read_bytes() for log in ("log.txt", "metrics.jsonl"))
-    assert f"going on from step {then['step']}" in command(then["command"])
+    assert f"resuming from step {then['step']}" in command(then["command"])
     check_continued(folder / "metrics.jsonl", rows, then, FP16 if name == "fp16" else FP32)
     old, new = lines_before(then["step"], text), (folder / "log.txt").read_bytes().splitlines(keepends=True)
     assert new[:len(old)] == old
@@ -97,7 +97,7 @@ def test_an_interrupted_fine_tuning_goes_on_to_the_end_it_had_then(command, kept
     """instruct_stopped has to end with the adapter and the answers of instruct, which was not interrupted."""
     then, log = EXPECTED["fine_tuning"][name], kept / name / "metrics.jsonl"
     before = log.read_bytes()
-    assert f"going on from step {then['step']}" in command(then["command"])
+    assert f"resuming from step {then['step']}" in command(then["command"])
     check_continued(log, before, then)
     if name == "instruct_stopped":
         folders = [kept / "instruct", kept / name]

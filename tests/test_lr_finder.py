@@ -37,8 +37,8 @@ def toy_run(folder, steps):
     model = NoisyParabola()
     shards = ShardFolder(folder)
     run = SimpleNamespace(
-        raw=model, ddp=model, optimizer=torch.optim.SGD([dict(params=model.parameters(), peak_lr=1.0)], lr=1.0),
-        scaler=torch.amp.GradScaler("cpu", enabled=False), micro_batch_size=4, slow=False,
+        raw_model=model, ddp=model, optimizer=torch.optim.SGD([dict(params=model.parameters(), peak_lr=1.0)], lr=1.0),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), micro_batch_size=4,
         train_stream=TokenStream(shards.train, 16), plan=SimpleNamespace(windows_per_step=8))
     config = FinderConfig(lr_low=1e-3 / CURVATURE, lr_high=100 / CURVATURE, steps=steps, max_lr=1.0, grad_clip=0.0)
     return run, config, cpu_runtime()
@@ -97,7 +97,7 @@ def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_be
     other[other.index("elsewhere")] = str(tmp_path / "other")
     train.main(other)
     assert losses(log_dir) == losses(tmp_path / "other") and len(losses(log_dir)) == 3
-    with pytest.raises(UserError, match="holds a run"):
+    with pytest.raises(UserError, match="already contains a run"):
         finder(*flags, "--log_dir", log_dir)
     if mlflow:
         [sweep_run], [train_run] = mlflow_runs(log_dir, "lr_finder"), mlflow_runs(log_dir, "train")
@@ -144,7 +144,7 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_mistakes_are_one_line():
-    for flags, message in ((["--lr_low", "1", "--lr_high", "0.1"], "--lr_low 1 must be below --lr_high 0.1"),
+    for flags, message in ((["--lr_low", "1", "--lr_high", "0.1"], "--lr_low 1 is not below --lr_high 0.1"),
                            (["--steps", "5"], "--steps must be >= 10"), (["--resume", "x.pt"], "leave --resume out"),
                            (["--dry_run"], "leave --dry_run out"),
                            (["--lr_low", "0"], "--lr_low must be > 0")):

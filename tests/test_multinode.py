@@ -120,7 +120,7 @@ def test_a_cut_cable_and_killed_workers_leave_the_run_as_if_undisturbed(make_sha
         *flags, port=29412, launcher=["--max_restarts=3"], ACCIDENT="kill:step:7:1,kill:step:10:0",
         ACCIDENT_ONCE=str(nodes.folder / "happened")), 120)
     assert statuses == [0, 0] and (nodes.folder / "happened").read_text() == "xx", outputs
-    assert "going on from step 4" in outputs[0] + outputs[1]
+    assert "resuming from step 4" in outputs[0] + outputs[1]
     assert_same_run(reference, log_dir)
 
 

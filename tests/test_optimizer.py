@@ -16,7 +16,7 @@ from exactgpt.optimizer import (
     MAX_SKIPPED,
     Muon,
     OptimizerPair,
-    Skipped,
+    SkippedSteps,
     StepResult,
     decay_start,
     finish_step,
@@ -205,7 +205,7 @@ def test_nothing_is_read_from_the_card_before_the_update_is_launched(monkeypatch
 def test_the_search_for_a_loss_scale_is_no_row_of_bad_steps():
     scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: 2.0)
     bad, good = StepResult(2.0, float("inf"), False), StepResult(2.0, 1.0, True)
-    skipped = Skipped()
+    skipped = SkippedSteps()
     for _ in range(3 * MAX_SKIPPED):
         assert "loss scale" in skipped.count(bad, scaler)
     skipped.check()

@@ -103,7 +103,7 @@ def test_a_wsd_run_may_grow_before_its_decay_and_not_after(make_shards, tmp_path
              tmp_path / "logs")
     assert run(SCRIPT, *FLAGS, *flags, env={"ACCIDENT": "term:step:5"})[0] == 0
     rc, out, err = run(SCRIPT, *FLAGS, *flags, "--max_steps", 30, env={"ACCIDENT": "term:step:25"})
-    assert rc == 0 and "going on from step 6" in out, err
+    assert rc == 0 and "resuming from step 6" in out, err
     rc, _, err = run(SCRIPT, *FLAGS, *flags, "--max_steps", 60)
     assert rc == 2 and "--init_from" in err
 

@@ -11,7 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exactgpt.checkpoint import checkpoint_path, delete_old, find_checkpoint, last_step, save_checkpoint
+from exactgpt.checkpoint import (
+    AlreadyFinished,
+    checkpoint_path,
+    delete_old_checkpoints,
+    final_step,
+    find_checkpoint,
+    save_checkpoint,
+)
 from exactgpt.config import UserError
 from tests.common import ROOT, script_env, torchrun_words
 from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, state_of
@@ -113,7 +120,7 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
         assert time.monotonic() < deadline, "the workers outlived their launcher"
         time.sleep(0.1)
     deadline = time.monotonic() + 90
-    while "going on from step" not in open(again.log.name).read():
+    while "resuming from step" not in open(again.log.name).read():
         assert time.monotonic() < deadline and again.poll() is None, open(again.log.name).read()
         time.sleep(0.2)
     again.send_signal(signal.SIGINT)
@@ -183,7 +190,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_notice(train_ranks, m
     with open(logs / "metrics.jsonl", "a") as f:
         f.write('{"step": 10, "tok')                                   # a line that the kill tore
     codes, out = train_ranks(1, *flags)
-    assert codes == [0] and "skipping" in out and "going on from step 4" in out, out
+    assert codes == [0] and "skipping" in out and "resuming from step 4" in out, out
     assert_same_run(reference, logs)
 
 
@@ -209,7 +216,7 @@ def test_going_back_to_an_older_checkpoint_goes_on_from_there_when_killed(tmp_pa
     config = SimpleNamespace(resume=str(older), log_dir=str(tmp_path))
     assert find_checkpoint(config, print)["step"] == 4
     save_checkpoint(later, stored(8))
-    with pytest.raises(UserError, match=r"holds a later checkpoint, of step 8: leave --resume out"):
+    with pytest.raises(UserError, match=r"contains a later checkpoint, of step 8: leave out --resume"):
         find_checkpoint(config, print)
     save_checkpoint(later, stored(8, train_config={"resume": str(older)}))
     assert find_checkpoint(config, print)["step"] == 8
@@ -222,7 +229,7 @@ def test_the_same_resume_file_goes_on_when_rotation_has_deleted_it(tmp_path):
     save_checkpoint(file, stored(4))
     for step in (8, 12, 16):
         save_checkpoint(checkpoint_path(tmp_path, step), stored(step, train_config={"resume": str(file)}))
-        delete_old(tmp_path, 3, step)
+        delete_old_checkpoints(tmp_path, 3, step)
     assert not file.exists()
     assert find_checkpoint(SimpleNamespace(resume=str(file), log_dir=str(tmp_path)), print)["step"] == 16
 
@@ -238,11 +245,19 @@ def test_a_file_from_elsewhere_is_gone_on_from_where_log_dir_is_damaged(tmp_path
 @pytest.mark.parametrize("entries, stop_loss, expected", [
     (stored(7), 0.1, 100),
     (stored(7, train_config={"stop_loss": 0.1}, last_step=7), 0.1, 7),       # stopped in its last evaluation
-    (stored(7, train_config={"stop_loss": 0.1}, finished=True), 0.1, 7),
     (stored(7, train_config={"stop_loss": 0.1}, last_step=7), 0.05, 100),    # now asked for less
     (stored(7, train_config={"stop_loss": 0.1}, last_step=100), 0.1, 100),   # not reached yet
     (stored(100, train_config={"stop_loss": 0.1}, finished=True), 0.1, 120),  # a wsd run that may grow
 ])
 def test_a_run_ends_where_its_stop_loss_was_reached(entries, stop_loss, expected):
     plan = SimpleNamespace(max_steps=120 if entries["step"] == 100 else 100)
-    assert last_step(SimpleNamespace(stop_loss=stop_loss), entries, plan) == expected
+    assert final_step(SimpleNamespace(stop_loss=stop_loss), entries, plan) == expected
+
+
+@pytest.mark.parametrize("entries", [stored(7, train_config={"stop_loss": 0.1}, finished=True),
+                                     stored(100, finished=True)])
+def test_a_finished_run_says_how_to_train_its_model_further(entries):
+    config = SimpleNamespace(stop_loss=0.1, resume="auto", log_dir="logs/mine")
+    with pytest.raises(AlreadyFinished, match=f"the run in logs/mine is finished, at step {entries['step']}; .*"
+                                              "--init_from logs/mine --log_dir NEW"):
+        final_step(config, entries, SimpleNamespace(max_steps=100))

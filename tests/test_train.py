@@ -144,7 +144,7 @@ def test_warm_up_is_a_tenth_of_a_short_run_unless_given(max_steps, given, expect
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     message = plan_refusal(1024, 10**6, 1, max_steps=100, warmup_steps=101)
-    assert "--warmup_steps 101 is longer than the run of 100 steps" in message
+    assert "--warmup_steps 101 exceeds the 100 steps of the run" in message
 
 
 @pytest.mark.parametrize("epochs, n_windows, n, steps", [
@@ -160,8 +160,8 @@ def test_epochs_become_the_whole_steps_that_they_hold(epochs, n_windows, n, step
 
 def test_epochs_too_few_for_a_step_name_the_largest_batch_that_works():
     message = plan_refusal(16, 100, 2, total_batch_size=2048, num_epochs=1)
-    assert "--num_epochs 1 of 1,600 tokens holds no step of 2,048 tokens" in message
-    assert "the largest --total_batch_size is 1600" in message
+    assert "--num_epochs 1 of 1,600 tokens is less than one step of 2,048 tokens" in message
+    assert "use --total_batch_size 1600 at most" in message
     assert train.make_plan(plan_flags(total_batch_size=1600, num_epochs=1), 16, 100, 2).max_steps == 1
     message = plan_refusal(16, 101, 2, total_batch_size=2048, num_epochs=1)
     assert "is 1600" in message                                     # 1616 is no multiple of 2 processes x 16
@@ -181,7 +181,7 @@ def test_a_total_batch_that_does_not_divide_names_the_nearest_that_do(total, blo
 
 
 def test_a_train_split_without_a_window_is_refused():
-    assert "no full window of 1024 tokens" in plan_refusal(1024, 0, 1)
+    assert "shorter than one window of 1024 tokens" in plan_refusal(1024, 0, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -197,7 +197,7 @@ BAD = {
     "micro-batch": (["--micro_batch_size", 3], "use one of 4, 2, 1, or 0"),
     "heads": (["--n_head", 3], "n_embd (16) must be a multiple of n_head (3)"),
     "shape twice": (["--model", "gpt2"], "exclude each other"),
-    "warm-up": (["--warmup_steps", 50], "longer than the run"),
+    "warm-up": (["--warmup_steps", 50], "exceeds the 2 steps of the run"),
     "two lengths": (["--num_epochs", 1], "exclude each other"),
     "attention": (["--attention", "cudnn"], "--attention auto"),
     "val too short": (["--eval_every", 1, "--block_size", 64], "--val_fraction"),
@@ -238,7 +238,7 @@ def test_a_log_dir_of_another_run_is_left_alone(run, make_shards, tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "logs").iterdir()}
     for more, expected in ((["--max_lr", 1e-3], "--max_lr 0.001 (it has 0.0006)"),
                            (["--n_embd", 32], "n_embd 32 (it has 16)"),
-                           (["--resume", "never"], "choose another --log_dir"), (["--max_steps", 3], "--init_from")):
+                           (["--resume", "never"], "use another --log_dir"), (["--max_steps", 3], "--init_from")):
         with pytest.raises(UserError) as caught:
             train.main(list(map(str, [*flags, *more])))
         assert expected in str(caught.value)
