@@ -1,10 +1,10 @@
 """GPT-2: the model of "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), exactly.
 
-Learned positions, LayerNorm before each block, tanh GELU, biases, output layer tied to the token embedding.
-Names of the parameters follow nanoGPT and Hugging Face (transformer.h.0.attn.c_attn.weight), matrices stand as
-nn.Linear stores them (out, in). Shapes are written where they change:
+Learned positions, LayerNorm before attention and MLP, tanh GELU, biases, output layer tied to the token embedding.
+Parameters have the names of nanoGPT and Hugging Face (transformer.h.0.attn.c_attn.weight); matrices are (out, in), as
+nn.Linear stores them. Comments give shapes where they change:
 
-    B batch    T time (tokens)    C channels = n_embd    nh heads    hs head size = C / nh    V vocabulary rows
+    B batch    T time (tokens)    C channels = n_embd    nh heads    hs head size = C / nh    V vocabulary (padded)
 """
 import math
 from dataclasses import asdict, dataclass
@@ -22,27 +22,27 @@ GPT2_SIZES = {
 }
 ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),      # GPT-2
-    "gelu": F.gelu,                                            # nanoGPT trains with the exact one
+    "gelu": F.gelu,                                            # exact: nanoGPT's checkpoints
     "relu": F.relu,
 }
-IGNORED = -1  # a target that does not count
+IGNORED = -1  # target of a token that has no loss
 
 
 def padded_vocab(n_vocab):
-    """The rows that a model we initialise has for a vocabulary: the next multiple of 64 (matrix units like those)."""
+    """Return the embedding rows of a new model: the next multiple of 64, for which matrix products are faster."""
     return -(-n_vocab // 64) * 64
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises ValueError for one that cannot be built."""
+    """Shape of a model. Raises ValueError for one that cannot be built."""
     block_size: int = 1024
     vocab_size: int = 50304            # rows of the embedding; 50257 in imported weights
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True                  # of linear layers and LayerNorms
+    bias: bool = True                  # in linear layers and LayerNorms
     tie_word_embeddings: bool = True   # the output layer is the token embedding
     activation: str = "gelu_tanh"
     layer_norm_eps: float = 1e-5
@@ -66,7 +66,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it."""
+    """Multi-head attention in which each token attends to itself and to the tokens before it."""
 
     def __init__(self, config):
         super().__init__()
@@ -76,8 +76,11 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, attn_mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C). attn_mask: bool, broadcast to (B, nh, T, keys), True = may look; None: causal.
-        With a cache it is what the cache adds to the scores."""
+        """Map x (B, T, C) to (B, T, C).
+
+        attn_mask: bool, broadcast to (B, nh, T, keys), True where a token may attend; None: causal. With a KVCache it
+        is added to the scores instead.
+        """
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # each (B, nh, T, hs)
                    for part in self.c_attn(x).split(C, dim=2))
@@ -91,7 +94,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide between them."""
+    """Feed-forward layers: to four times the width, activation, and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -101,12 +104,12 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        """x (B, T, C) -> (B, T, C)."""
+        """Map x (B, T, C) to (B, T, C)."""
         return F.dropout(self.c_proj(self.activation(self.c_fc(x))), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each added to the residual stream."""
+    """One layer: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -116,19 +119,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, attn_mask=None, cache=None):
-        """x (B, T, C) -> (B, T, C)."""
+        """Map x (B, T, C) to (B, T, C)."""
         x = x + self.attn(self.ln_1(x), attn_mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """The whole model: embeddings, n_layer blocks, a last LayerNorm, the output layer."""
+    """The model: token and position embeddings, n_layer blocks, a final LayerNorm, the output layer."""
     config_class = GPTConfig
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False  # True: recompute each block in the backward pass instead of keeping its activations
+        self.recompute = False      # True: recompute each block's activations in the backward pass
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -141,19 +144,22 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """N(0, 0.02); what writes to the residual stream 1/sqrt(2 n_layer) of that (as nanoGPT and Hugging Face)."""
+        """Draw weights from N(0, 0.02); those that add to the residual stream are scaled by 1/sqrt(2 n_layer).
+
+        As in nanoGPT and Hugging Face, so that the variance of the stream does not grow with depth.
+        """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, (CausalSelfAttention, MLP)):  # after its own layers: apply() visits children first
+        if isinstance(module, (CausalSelfAttention, MLP)):      # apply() has visited c_proj itself before
             nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(self, idx, positions=None, attn_mask=None, cache=None):
-        """idx (B, T) int64 -> the last LayerNorm's output (B, T, C).
+        """Return the final LayerNorm's output (B, T, C) for token ids idx (B, T) int64.
 
-        positions (T) or (B, T) and attn_mask (see CausalSelfAttention) are for packed rows; with a KVCache both
-        come from the cache. Raises ValueError when T exceeds block_size.
+        positions (T) or (B, T) and attn_mask (see CausalSelfAttention) are for packed sequences; with a KVCache both
+        come from the cache. Raises ValueError if T exceeds block_size.
         """
         T = idx.size(1)
         if self.config.block_size < T:
@@ -172,28 +178,32 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, reduction="mean", positions=None, attn_mask=None, cache=None):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) the cross-entropy instead, in nats, in fp32.
+        """Return logits (B, T, V) for token ids idx (B, T), or the cross-entropy in nats if targets (B, T) are given.
 
-        Targets of IGNORED do not count. reduction: "mean" or "sum" over the tokens, or "none" for (B, T).
+        Tokens with the target IGNORED do not count. reduction: "mean" or "sum" over tokens, or "none": (B, T).
         """
         logits = self.lm_head(self.hidden(idx, positions, attn_mask, cache))
         if targets is None:
             return logits
+        # fp32, because sums of exponentials over 50,000 entries are too coarse in bf16
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1),
                                ignore_index=IGNORED, reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
     def n_params(self):
-        """The number of parameters; a tied output layer counts once."""
+        """Return the number of parameters. A tied output layer counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating-point operations to train on one token: 6N + 12 n_layer n_embd block_size (PaLM, appendix B)."""
+        """Return the floating-point operations of training on one token (PaLM paper, appendix B).
+
+        6 for each parameter (2 forward, 4 backward), and 12 n_layer n_embd block_size for attention.
+        """
         c = self.config
         return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def crop_block_size(self, block_size):
-        """Drop the positions from block_size on. Raises ValueError if there are not that many."""
+        """Shorten the context to block_size. Raises ValueError if the model has fewer positions."""
         if block_size > self.config.block_size:
             raise ValueError(f"the weights have {self.config.block_size} positions, block_size {block_size} needs more")
         self.config.block_size = block_size
@@ -202,15 +212,15 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config, state):
-        """The model of a config (a dict) and a state dict, whose tensors it takes over.
+        """Make a model from a config (a dict) and a state dict, whose tensors it uses without copying them.
 
-        Raises ValueError for a config that is none, and naming the first key that is missing, unknown or misshapen.
+        Raises ValueError for an invalid config, and for the first weight that is missing, unknown or of another shape.
         """
         try:
             shape = cls.config_class(**config)
-            if shape.n_layer > len(state):    # a damaged number would build blocks for hours
+            if shape.n_layer > len(state):    # with a damaged number it would build blocks for hours
                 raise ValueError(f"missing weights: n_layer is {shape.n_layer}, there are {len(state)} in all")
-            with torch.device("meta"):  # nothing to initialise: the tensors come from `state`
+            with torch.device("meta"):        # no memory and no initialisation: the tensors come from `state`
                 model = cls(shape)
         except TypeError as error:
             raise ValueError(f"not a GPT-2 config ({error})") from error
@@ -231,5 +241,5 @@ class GPT(nn.Module):
         return model.requires_grad_(True)
 
     def config_dict(self):
-        """The config as plain values, for checkpoints."""
+        """Return the config as a dict of plain values, for checkpoints."""
         return asdict(self.config)

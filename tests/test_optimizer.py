@@ -12,17 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from exactgpt.config import RunFailed
 from exactgpt.distributed import Runtime
+from exactgpt.muon import Muon, OptimizerPair, newton_schulz
 from exactgpt.optimizer import (
     MAX_SKIPPED,
-    Muon,
-    OptimizerPair,
     SkippedSteps,
     StepResult,
     decay_start,
     finish_step,
     learning_rate_factor,
     make_optimizer,
-    newton_schulz,
 )
 from model import GPT, GPTConfig
 from tests.common import cpu_runtime
