@@ -48,7 +48,7 @@ REFERENCES = {
     # 124M and 1558M: build-nanogpt's hellaswag.py; 350M and 774M: its play.ipynb; GPT-3: its paper, table H.1
     "karpathy": [("GPT-2 124M", 0.2859, 0.2955), ("GPT-2 350M", None, 0.3752), ("GPT-2 774M", None, 0.4320),
                  ("GPT-2 1558M", 0.3842, 0.4893), ("GPT-3 124M", None, 0.3370)],
-    # lm-evaluation-harness' own, as build-nanogpt's hellaswag.py quotes them
+    # lm-evaluation-harness' scores, as build-nanogpt's hellaswag.py quotes them
     "lm_eval": [("GPT-2 124M", 0.2892, 0.3114), ("GPT-2 1558M", 0.4004, 0.5089)],
 }
 
@@ -83,7 +83,7 @@ def main(argv=None):
             else:
                 score_checkpoint(config, runtime)
         except StopRequested:
-            runtime.print("stopped before the end, no result")
+            runtime.print("stopped; no result")
             raise SystemExit(130)
 
 

@@ -1,8 +1,8 @@
 """Text generation with a KV cache: prefill the prompts once, then decode one token per row and step.
 
-`stream` and `generate` continue texts; `generate_ids` is the loop below them, over token ids. A Decoder holds what
-stays from call to call: how a step runs (eager, compiled, as a CUDA graph) and its buffers. Shapes as in model.py; a
-batch has B rows, one per prompt.
+`stream` and `generate` continue texts; `generate_ids` is the loop below them, over token ids. A Decoder keeps the
+compiled step, its CUDA graph and its buffers from call to call. Shapes as in model.py; a batch has B rows, one per
+prompt.
 """
 import codecs
 import math
@@ -168,7 +168,7 @@ class Decoder:
         self.model, self.compile, self.cuda_graph = model, compile, cuda_graph
         self.device = next(model.parameters()).device
 
-        def forward_token(tokens, cache):      # not a method: Decoder and DecodeStep would form a reference cycle
+        def forward_token(tokens, cache):          # not a method: Decoder and DecodeStep would form a reference cycle
             """Return the logits (B, V) after one more token of each row (B,)."""
             return model(tokens[:, None], cache=cache)[:, 0]
         self._eager_forward = forward_token
@@ -240,8 +240,8 @@ class Decoder:
 def make_decoder(model, device, dtype, compile="auto"):
     """Return a Decoder for a model on a device and in a torch.dtype; the model itself is converted.
 
-    compile: "auto" for what is fast without a wait (CUDA graphs on a GPU, packed weights for bf16 on a CPU), "on" for
-    torch.compile and CUDA graphs, "off" for eager steps.
+    compile: "auto" for what is fast without compiling (CUDA graphs on a GPU, packed weights for bf16 on a CPU), "on"
+    for torch.compile, with CUDA graphs on a GPU, "off" for eager steps.
     """
     keep_freed_memory(device)
     model = model.to(device=device, dtype=dtype).eval()

@@ -117,8 +117,8 @@ def batch_by_length(questions, block_size, batch_tokens, world_size):
 def collate(questions, indices, T, n_endings):
     """Collate some questions; return ((tokens, positions, segments, predict_at, targets), ending_ids).
 
-    The first three are (B, T), the others (S,). predict_at indexes the flattened batch (B T), ending_ids the endings of
-    all questions.
+    The first three are (B, T), the others (S,). predict_at indexes the flattened batch (B T); ending_ids are question
+    index * n_endings + ending.
     """
     batch = [(i, sequence) for i in indices for sequence in questions[i]]
     tokens, positions = np.zeros((2, len(batch), T), dtype=np.int64)
