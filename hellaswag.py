@@ -1,17 +1,17 @@
-"""HellaSwag: which of four endings does a model find likeliest? 10,042 questions, counted as people quote them.
+"""Evaluate a model on HellaSwag: which of four endings of a text does it find likeliest?
 
     python hellaswag.py                                                    # the newest model below logs/
     python hellaswag.py --checkpoint gpt2 --style lm_eval
     torchrun --nproc_per_node=8 hellaswag.py --checkpoint logs/model_19073.pt
 
-There are two styles, and their numbers do not compare:
+There are two styles; their scores are not comparable:
 
-    karpathy   build-nanogpt's: the context as it stands, each ending encoded by itself behind a space;
-               acc goes by the summed loss of an ending, acc_norm by its mean per token
-    lm_eval    lm-evaluation-harness': the topic before the context, WikiHow's [brackets] removed, context and
-               ending encoded together; acc goes by the summed loss, acc_norm by the loss per character
+    karpathy   build-nanogpt's: the context unchanged, each ending tokenized alone after a space; acc compares the
+               summed losses of the endings, acc_norm their mean losses per token
+    lm_eval    lm-evaluation-harness': the topic before the context, WikiHow's [brackets] removed, context and ending
+               tokenized together; acc compares the summed losses, acc_norm the losses per character
 
-prepare_hellaswag() and evaluate_hellaswag() serve train.py too.
+train.py uses prepare_hellaswag() and evaluate_hellaswag(), too.
 """
 import json
 import math
@@ -38,47 +38,47 @@ from exactgpt.distributed import StopRequested, start
 from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 from exactgpt.open_model import newest_model, open_model
 
-DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # its validation split
+DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # of its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
 STYLES = ("karpathy", "lm_eval")
 N_ENDINGS = 4
 
-# (model, acc, acc_norm) over all examples; None: not published in that style.
+# Published (model, acc, acc_norm) over all examples; None: not published in this style.
 REFERENCES = {
     # 124M and 1558M: build-nanogpt's hellaswag.py; 350M and 774M: its play.ipynb; GPT-3: its paper, table H.1
     "karpathy": [("GPT-2 124M", 0.2859, 0.2955), ("GPT-2 350M", None, 0.3752), ("GPT-2 774M", None, 0.4320),
                  ("GPT-2 1558M", 0.3842, 0.4893), ("GPT-3 124M", None, 0.3370)],
-    # lm-evaluation-harness' own, as build-nanogpt's hellaswag.py quotes them
+    # lm-evaluation-harness' scores, as build-nanogpt's hellaswag.py quotes them
     "lm_eval": [("GPT-2 124M", 0.2892, 0.3114), ("GPT-2 1558M", 0.4004, 0.5089)],
 }
 
 
 @dataclass(kw_only=True)
 class HellaSwagConfig(DeviceConfig):
-    """Every flag of this script."""
+    """The command-line flags."""
     checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
     data: str = flag("", f"JSON-lines file of examples (default: {DATA_FILE}, downloaded once)", group="data")
-    limit: int = flag(0, "score the first N examples; 0: all", group="data", low=0)
-    download: bool = flag(False, f"only get {DATA_FILE}", group="data")
-    style: str = flag("karpathy", "how to ask and to count", group="scoring", choices=STYLES)
-    batch_tokens: int = flag(0, "tokens of a forward pass, a matter of speed and memory alone; "
-                                f"0: {BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS}", group="scoring", low=0)
-    json: str = flag("", "file to write the result to", group="scoring")
+    limit: int = flag(0, "score only the first N examples (0: all)", group="data", low=0)
+    download: bool = flag(False, f"only download {DATA_FILE}", group="data")
+    style: str = flag("karpathy", "prompt and scoring convention", group="scoring", choices=STYLES)
+    batch_tokens: int = flag(0, "tokens per forward pass; changes speed and memory, not the score "
+                                f"(0: {BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS})", group="scoring", low=0)
+    json: str = flag("", "JSON file to write the result to", group="scoring")
 
     def check(self):
         """Raise UserError for flags that contradict each other."""
         if self.download and self.data:
-            raise UserError(f"--download gets {DATA_FILE}; leave --data out")
+            raise UserError(f"--download writes {DATA_FILE}; leave out --data")
 
 
 def main(argv=None):
-    """Score, or download, as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
+    """Score a model or download the data, as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(HellaSwagConfig, argv, __doc__.split("\n\n")[0])
     with start(config) as runtime:
         try:
             if config.download:
-                path = runtime.broadcast(find_hellaswag)
+                path = runtime.broadcast(fetch_hellaswag)
                 runtime.print(f"{DATASET} is in {path}\nnext: python hellaswag.py --checkpoint gpt2")
             else:
                 score_checkpoint(config, runtime)
@@ -88,7 +88,7 @@ def main(argv=None):
 
 
 def score_checkpoint(config, runtime):
-    """Score the model that the flags name; print and write the result."""
+    """Score the model that the flags name; print the result and write it to --json."""
     if config.json:
         runtime.broadcast(lambda: check_new_file(config.json, "--json"))
     opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint or newest_model(),
@@ -101,7 +101,7 @@ def score_checkpoint(config, runtime):
     begin = time.perf_counter()
     score = evaluate_hellaswag(model, hellaswag, runtime, config.batch_tokens, progress="HellaSwag")
     seconds = time.perf_counter() - begin
-    runtime.print(report(score, seconds))
+    runtime.print(format_score(score, seconds))
     if config.json and runtime.is_main:
         write_result(config.json, dict(
             acc=score.acc, acc_norm=score.acc_norm, n=score.n, style=score.style, acc_stderr=score.stderr(score.acc),
@@ -111,7 +111,7 @@ def score_checkpoint(config, runtime):
 
 
 def write_result(path, result):
-    """Write a result as JSON. Raises UserError where that is not possible."""
+    """Write a result as JSON. Raises UserError if the file cannot be written."""
     try:
         write_json(path, result)
     except OSError as error:
@@ -119,8 +119,8 @@ def write_result(path, result):
     print(f"wrote {path}")
 
 
-def report(score, seconds):
-    """The table that a person reads: this model beside published ones of the same style."""
+def format_score(score, seconds):
+    """Return a table of this model's scores and the published ones in the same style."""
     rows = [("", "acc", "acc_norm"),
             ("this model", *(f"{p:.4f} ± {score.stderr(p):.4f}" for p in (score.acc, score.acc_norm)))]
     for name, *published in [*REFERENCES[score.style], ("guessing", 0.25, 0.25)]:
@@ -129,110 +129,110 @@ def report(score, seconds):
              + ("" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})")]
     lines += [f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows]
     if score.n_cut:
-        lines.append(f"{score.n_cut:,} examples are longer than the model's window: their beginnings were cut off")
+        lines.append(f"{score.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
     return "\n".join([*lines, f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s"])
 
 
 # -----------------------------------------------------------------------------
-# the data: a file of examples, rendered as a style asks for
+# the data: a file of examples, rendered in one of the styles
 
-def find_hellaswag(path=DATA_FILE):
-    """The path of the data set, downloaded first where it is not there yet. Raises UserError, saying how to go on."""
+def fetch_hellaswag(path=DATA_FILE):
+    """Return the path of the data set, after downloading it if it is missing. Raises UserError if that fails."""
     if Path(path).exists():
         return str(path)
     print(f"downloading {DATASET} to {path}", flush=True)
-    if not hub.reachable():     # then only what was downloaded before counts, and it fails at once
+    if not hub.reachable():     # use the hub's cache or fail at once, without retries
         hub.work_offline()
     try:
         from datasets import load_dataset
         rows = load_dataset(DATASET, split="validation")
         if len(rows) != N_EXAMPLES:
-            raise ValueError(f"{len(rows)} examples came, not {N_EXAMPLES}")
+            raise ValueError(f"got {len(rows)} examples, expected {N_EXAMPLES}")
         with atomic_write(path, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
-    except Exception as error:  # no network, no `datasets`, no disk: many libraries' errors, one way out
+    except Exception as error:  # no network, no `datasets`, a full disk: each library raises its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(f"{path} is not there and cannot be downloaded ({reason}); run python hellaswag.py --download "
-                        "where there is a network and bring the file, or train with --hellaswag_every 0") from error
+        raise UserError(f"{path} is missing and cannot be downloaded ({reason}); run python hellaswag.py --download on "
+                        "a machine with a network and copy the file, or train with --hellaswag_every 0") from error
     return str(path)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question as text: the context, the endings without the space before them, and which one is right."""
+    """One question as text."""
     context: str
-    endings: tuple
-    label: int
+    endings: tuple      # of N_ENDINGS texts, without the space before them
+    label: int          # the index of the right ending
 
 
 def load_hellaswag(path, style="karpathy", limit=0):
-    """The Examples of a JSON-lines file, rendered in a style; the first `limit` of them, 0: all.
+    """Load the first `limit` Examples (0: all) of a JSON-lines file, rendered in a style.
 
-    Raises UserError naming the line for whatever is not an example, and for a file without any.
+    Raises UserError for an empty file, and with the line number for an invalid example.
     """
     examples = []
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    examples.append(read_example(line, style, f"{path}, line {number}"))
+                    examples.append(parse_example(line, style, f"{path}, line {number}"))
                 if limit and len(examples) == limit:
                     break
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; without --data, HellaSwag is downloaded") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; leave out --data to download HellaSwag") from error
     if not examples:
-        raise UserError(f"{path}, line 1: the file is empty; it must hold one JSON example per line")
+        raise UserError(f"{path}, line 1: the file is empty; it must contain one JSON example per line")
     return examples
 
 
-def read_example(line, style, where):
-    """The Example in a line of JSON (bytes). Raises UserError that begins with `where`."""
+def parse_example(line, style, where):
+    """Parse a line of JSON (bytes) into an Example. Raises UserError that begins with `where`."""
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON; if it is {DATA_FILE}, cut short, delete it: it is downloaded again"
+        raise UserError(f"{where}: not valid JSON; fix the line, or delete a damaged {DATA_FILE} to download it again"
                         ) from error
     if not isinstance(item, dict):
-        raise UserError(f"{where}: a JSON {type(item).__name__}, not an example")
+        raise UserError(f"{where}: expected a JSON object, found a {type(item).__name__}")
     context = render_context(item, style, where)
     if not context.strip():
         raise UserError(f"{where}: the context is empty")
     endings, label = item.get("endings"), item.get("label")
     if not (isinstance(endings, list) and len(endings) == N_ENDINGS and all(isinstance(e, str) for e in endings)):
-        raise UserError(f"{where}: 'endings' must be a list of {N_ENDINGS} texts")
-    endings = [clean(e) for e in endings] if style == "lm_eval" else endings
+        raise UserError(f"{where}: 'endings' must be a list of {N_ENDINGS} strings")
+    endings = [strip_markup(e) for e in endings] if style == "lm_eval" else endings
     for k, ending in enumerate(endings):
         if not ending.strip():
             raise UserError(f"{where}: ending {k} is empty")
-    if str(label) not in map(str, range(N_ENDINGS)):  # the hub has them as text, and '' in its test split
+    if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
         raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
     return Example(context, tuple(endings), int(label))
 
 
 def render_context(item, style, where):
-    """What stands before the endings of an item (a dict). Raises UserError for a text that is missing."""
+    """Return the context of an item (a dict) in a style. Raises UserError if a field is missing or not a string."""
     def text(key):
         if not isinstance(item.get(key), str):
-            raise UserError(f"{where}: {key!r} is missing or not a text")
+            raise UserError(f"{where}: {key!r} is missing or not a string")
         return item[key]
 
     if style == "karpathy":
         return text("ctx")
     has_parts = "ctx_a" in item and "ctx_b" in item
     ctx_a, ctx_b = (text("ctx_a"), text("ctx_b")) if has_parts else split_context(text("ctx"))
-    return clean(text("activity_label") + ": " + ctx_a + " " + ctx_b.capitalize())
+    return strip_markup(text("activity_label") + ": " + ctx_a + " " + ctx_b.capitalize())
 
 
 def split_context(ctx):
-    """(ctx_a, ctx_b) of a context without its parts: ctx_b is what follows the last sentence end, if in lower case."""
+    """Split a context into (ctx_a, ctx_b): ctx_b is the text after the last sentence end if it starts in lower case."""
     ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*\s+", ctx)]
     if ends and ctx[ends[-1]:][:1].islower():
         return ctx[:ends[-1]].rstrip(), ctx[ends[-1]:]
     return ctx, ""
 
 
-def clean(text):
-    """A text without WikiHow's artefacts, by the very steps of lm_eval/tasks/hellaswag/utils.py (preprocess)."""
+def strip_markup(text):
+    """Remove WikiHow's markup exactly as preprocess() in lm_eval/tasks/hellaswag/utils.py does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -241,41 +241,41 @@ def clean(text):
 # tokens and scores
 
 @dataclass(frozen=True)
-class HellaSwag:
-    """The benchmark in the tokens and for the window of one model: what evaluate_hellaswag() takes."""
-    questions: list          # per example its rows (multiple_choice.py)
-    labels: np.ndarray       # (n,) which ending is right
-    lengths: np.ndarray      # (n, 4) what acc_norm divides an ending's loss by
+class PreparedHellaSwag:
+    """The benchmark, tokenized and packed for one model."""
+    questions: list          # the PackedSequences of each example (multiple_choice.py)
+    labels: np.ndarray       # (n,) index of the right ending
+    lengths: np.ndarray      # (n, 4) divisor of each ending's loss for acc_norm
     style: str
-    n_cut: int               # examples that lost the beginning of their context
+    n_cut: int               # examples whose context was cut to fit the window
 
 
 def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="", limit=0):
-    """The HellaSwag of a file (default: the data set itself, downloaded on first use), tokenised for a model.
+    """Load and tokenize HellaSwag for a model. path: a file of examples (default: the data set, downloaded if missing).
 
-    A collective: rank 0 reads, every rank tokenises. Raises on every rank the UserError that rank 0 met.
+    A collective: rank 0 reads the file, every rank tokenizes. A UserError on rank 0 is raised on every rank.
     """
-    examples = runtime.broadcast(lambda: load_hellaswag(path or find_hellaswag(), style, limit))
-    return tokenize(examples, tokenizer, block_size, style)
+    examples = runtime.broadcast(lambda: load_hellaswag(path or fetch_hellaswag(), style, limit))
+    return tokenize_examples(examples, tokenizer, block_size, style)
 
 
-def tokenize(examples, tokenizer, block_size, style):
-    """The HellaSwag of a list of Examples that were rendered in a style."""
+def tokenize_examples(examples, tokenizer, block_size, style):
+    """Tokenize and pack Examples that were rendered in a style; return a PreparedHellaSwag."""
     questions, lengths, n_cut = [], [], 0
     for example in examples:
-        context, endings = encode(example, tokenizer, style)
+        context, endings = encode_example(example, tokenizer, style)
         questions.append(pack_question(context, endings, block_size))
         n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
         n_scored = [min(len(ending), block_size) for ending in endings]
         lengths.append([len(text) for text in example.endings] if style == "lm_eval" else n_scored)
-    return HellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), style, n_cut)
+    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), style, n_cut)
 
 
-def encode(example, tokenizer, style):
-    """(ids of the context, [ids of each ending]).
+def encode_example(example, tokenizer, style):
+    """Return (ids of the context, [ids of each ending]).
 
-    lm_eval encodes context and ending together and cuts after as many ids as the context alone has; spaces at the
-    context's end go to the endings (lm_eval/api/model.py, TemplateLM._encode_pair).
+    lm_eval encodes context and ending together and cuts after as many ids as the context alone has. Spaces at the end
+    of the context move to the endings (lm_eval/api/model.py, TemplateLM._encode_pair).
     """
     if style == "karpathy":
         return tokenizer.encode(example.context), [tokenizer.encode(" " + e) for e in example.endings]
@@ -287,36 +287,36 @@ def encode(example, tokenizer, style):
 
 @dataclass(frozen=True)
 class HellaSwagScore:
-    """The share of n examples whose right ending is the likeliest: by sum (acc), by length (acc_norm)."""
+    """Accuracy over n examples: acc by the summed loss, acc_norm by the loss per length."""
     acc: float
     acc_norm: float
     n: int
     style: str
     n_cut: int
 
-    def stderr(self, share):
-        """The standard error of a share of the n examples, as lm-evaluation-harness has it."""
-        return math.sqrt(share * (1 - share) / max(1, self.n - 1))
+    def stderr(self, accuracy):
+        """Return the standard error of an accuracy over the n examples, as lm-evaluation-harness computes it."""
+        return math.sqrt(accuracy * (1 - accuracy) / max(1, self.n - 1))
 
 
 def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0, progress=None):
-    """The HellaSwagScore of a model (the raw GPT, neither compiled nor wrapped) on a prepared HellaSwag.
+    """Score a model on a PreparedHellaSwag; return a HellaSwagScore. model: the raw GPT, neither compiled nor wrapped.
 
-    A collective: each rank scores its share, all get the same result, which depends on neither batch_tokens (of a
-    rank's forward pass; 0 chooses) nor the number of ranks. Raises StopRequested on all ranks after the batch during
-    which any was signalled. The model is left in the mode that it came in. progress: see ending_losses.
+    A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens (per
+    rank and forward pass, 0: by device) nor the number of ranks. Raises StopRequested on all ranks after the batch
+    during which any of them got a signal. The model keeps its training or eval mode. progress: see ending_losses.
     """
     was_training = model.training
     model.eval()
     try:
-        losses, mine = ending_losses(model, hellaswag.questions, N_ENDINGS, runtime, batch_tokens, progress)
+        losses, scored = ending_losses(model, hellaswag.questions, N_ENDINGS, runtime, batch_tokens, progress)
     finally:
         model.train(was_training)
-    losses, labels = losses[mine], hellaswag.labels[mine]                     # (this rank's, 4), (this rank's,)
-    finite = np.isfinite(losses).all(axis=1)                                  # a broken model is never right
+    losses, labels = losses[scored], hellaswag.labels[scored]                 # of this rank's questions
+    finite = np.isfinite(losses).all(axis=1)                                  # argmin of NaNs must not count as right
     right = (losses.argmin(axis=1) == labels) & finite
-    right_norm = ((losses / hellaswag.lengths[mine]).argmin(axis=1) == labels) & finite
-    n_right, n_right_norm, n = runtime.sum(int(right.sum()), int(right_norm.sum()), len(mine))
+    right_norm = ((losses / hellaswag.lengths[scored]).argmin(axis=1) == labels) & finite
+    n_right, n_right_norm, n = runtime.sum(int(right.sum()), int(right_norm.sum()), len(scored))
     return HellaSwagScore(n_right / n, n_right_norm / n, int(n), hellaswag.style, hellaswag.n_cut)
 
 

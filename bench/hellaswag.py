@@ -20,7 +20,7 @@ from exactgpt.config import UserError, flag, parse_config, run_script
 from exactgpt.distributed import start
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import default_tokenizer
-from hellaswag import DATA_FILE, evaluate_hellaswag, find_hellaswag, load_hellaswag, tokenize
+from hellaswag import DATA_FILE, evaluate_hellaswag, fetch_hellaswag, load_hellaswag, tokenize_examples
 from model import GPT, GPTConfig
 
 CPU_LIMIT, GPU_LIMIT = 96, 2000
@@ -47,8 +47,8 @@ def main(argv=None):
         model, tokenizer = make_model(config, runtime.device)
         name = config.checkpoint or f"{config.name}, random weights"
         limit = config.limit if config.limit is not None else CPU_LIMIT if runtime.device.type == "cpu" else GPU_LIMIT
-        examples = spread(load_hellaswag(config.data or find_hellaswag()), limit)
-        prepared = tokenize(examples, tokenizer, model.config.block_size, "karpathy")
+        examples = spread(load_hellaswag(config.data or fetch_hellaswag()), limit)
+        prepared = tokenize_examples(examples, tokenizer, model.config.block_size, "karpathy")
         runtime.setup_done()
         # Kernels load and caches fill. Ours has few shapes, which all come; the other way has one for each example.
         packed(model, prepared, runtime, config.batch_tokens)

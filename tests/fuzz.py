@@ -24,7 +24,7 @@ from exactgpt.open_model import open_model, write_pretrained
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import Tokenizer
 from finetune_instruct import encode, read_items
-from hellaswag import STYLES, load_hellaswag, tokenize
+from hellaswag import STYLES, load_hellaswag, tokenize_examples
 from model import GPT, GPTConfig
 from tests import forks
 from tests.common import write_shards
@@ -216,7 +216,7 @@ def read_hellaswag(folder):
     """The examples in both styles, and how many fit a small model."""
     tokenizer = Tokenizer([], "bytes")
     return [digest_of([(e.context, e.endings, e.label) for e in examples]) + str(
-        len(tokenize(examples, tokenizer, 8, style).questions))
+        len(tokenize_examples(examples, tokenizer, 8, style).questions))
         for style in STYLES for examples in [load_hellaswag(folder / "hellaswag.jsonl", style)]]
 
 

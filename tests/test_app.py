@@ -1,4 +1,4 @@
-"""app.py run by Streamlit's AppTest: what a visitor sees for what he does; the one model that all visitors share."""
+"""app.py, run by Streamlit's AppTest: what the page shows, and the model that all visitors share."""
 import gc
 import io
 import json
@@ -12,7 +12,7 @@ import torch
 
 from exactgpt.checkpoint import checkpoint_path, save_checkpoint
 from exactgpt.config import UserError
-from exactgpt.generation import generate, likeliest_next, stream
+from exactgpt.generation import generate, stream, top_next_tokens
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -27,7 +27,7 @@ BYTES = Tokenizer([], "bytes")
 
 
 def save_model(path, seed=0, step=7):
-    """A tiny model over bytes as a checkpoint; the model."""
+    """Save a tiny byte-level model as a checkpoint; return the model."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(32, 320, 1, 2, 16)).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def save_model(path, seed=0, step=7):
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """page(*flags) -> a new visitor's AppTest, run once, in an empty folder."""
+    """page(*flags) -> the AppTest of a new visitor, run once in an empty folder."""
     monkeypatch.chdir(tmp_path)
     st.cache_resource.clear()
     st.cache_data.clear()
@@ -50,7 +50,7 @@ def page(tmp_path, monkeypatch):
 
 
 def html_of(at):
-    """All HTML that the page shows."""
+    """Return all HTML on the page."""
     return "\n".join(element.proto.body for element in at.get("html"))
 
 
@@ -58,7 +58,7 @@ def slider(at, label):
     return next(s for s in at.slider if s.label == label)
 
 
-def test_it_writes_what_generate_writes_with_the_settings_of_the_sliders(page, tmp_path):
+def test_it_generates_the_text_of_generate_with_the_settings_of_the_sliders(page, tmp_path):
     model = save_model(tmp_path / "logs" / "demo" / "model_00007.pt")
     at = page()
     assert not at.exception and "5.5000" in html_of(at) and "1, 2, 16" in html_of(at)
@@ -72,34 +72,34 @@ def test_it_writes_what_generate_writes_with_the_settings_of_the_sliders(page, t
     at.button(key="write").click().run()
     texts, n_tokens = generate(model, BYTES, ["<b>Once</b> *upon*"] * 3, temperature=1.3, top_k=7, top_p=0.9, seed=11,
                                max_tokens=40)
-    written = at.session_state.written
-    assert not at.exception and [written.prompt + text for text in written.texts] == texts
+    generated = at.session_state.generated
+    assert not at.exception and [generated.prompt + text for text in generated.texts] == texts
     shown = html_of(at)
     assert shown.count("&lt;b&gt;Once&lt;/b&gt; *upon*") == 3 and "<b>Once" not in shown
     assert f"{n_tokens} tokens in" in shown and "tokens/s" in shown
     at.segmented_control(key="after").set_value("text 2").run()
-    assert at.session_state.next[0][2] == texts[1] and not at.exception
+    assert at.session_state.next_tokens[0][2] == texts[1] and not at.exception
 
 
-def test_the_bars_are_the_softmax_of_the_model(page, tmp_path):
+def test_the_bars_show_the_softmax_of_the_model(page, tmp_path):
     model = save_model(tmp_path / "logs" / "model_00001.pt")
     ids = BYTES.encode("Once upon a time, in a window of 32 tokens")
     with torch.no_grad():
         shares = torch.softmax(model(torch.tensor([ids[-32:]]))[0, -1, :257].float(), dim=-1)
     expected = sorted(enumerate(shares.tolist()), key=lambda pair: -pair[1])[:10]
-    found = likeliest_next(model, ids, 257)
+    found = top_next_tokens(model, ids, 257)
     assert [i for i, _ in found] == [i for i, _ in expected]
     assert [p for _, p in found] == pytest.approx([p for _, p in expected], rel=1e-4)
     at = page()
     at.text_area(key="prompt").set_value("Once upon a time, in a window of 32 tokens").run()
-    assert [share for _, share in at.session_state.next[1]] == pytest.approx([p for _, p in expected], rel=1e-4)
-    names = [app.token_name(BYTES, i) for i in (*BYTES.encode(" \n<"), 256, 255 - 33)]
+    assert [p for _, p in at.session_state.next_tokens[1]] == pytest.approx([p for _, p in expected], rel=1e-4)
+    names = [app.printable_token(BYTES, i) for i in (*BYTES.encode(" \n<"), 256, 255 - 33)]
     assert names[:4] == ["\u00b7", "\u21b5", "<", "end of text"] and names[4].startswith("0x")
 
 
-def test_without_a_model_it_says_how_to_make_one_and_never_fails(page, tmp_path):
+def test_without_a_model_it_says_how_to_get_one_and_does_not_fail(page, tmp_path):
     at = page()
-    assert not at.exception and "no model yet" in at.header[0].value and "make demo" in [c.value for c in at.code]
+    assert not at.exception and "No model selected" in at.header[0].value and "make demo" in [c.value for c in at.code]
     at.session_state["tab"] = "Training"
     at.run()
     assert not at.exception and "make demo" in [c.value for c in at.code]
@@ -114,12 +114,13 @@ def test_without_a_model_it_says_how_to_make_one_and_never_fails(page, tmp_path)
 
 
 @pytest.mark.slow
-def test_without_streamlit_around_it_one_line_says_how_to_start_it(run):
+def test_without_streamlit_one_line_says_how_to_start_it(run):
     rc, out, err = run("app.py")
-    assert (rc, out) == (2, "") and err.endswith("app.py: error: this is a page, start it with: streamlit run app.py\n")
+    assert (rc, out) == (2, "")
+    assert err.endswith("app.py: error: this is a Streamlit page; start it with: streamlit run app.py\n")
 
 
-def test_a_visitor_can_name_no_file_that_was_not_offered(page, tmp_path, monkeypatch):
+def test_a_visitor_can_open_only_the_listed_models(page, tmp_path, monkeypatch):
     save_model(tmp_path / "secret" / "model_00001.pt")
     save_model(tmp_path / "logs" / "model_00002.pt")
     opened = []
@@ -128,7 +129,7 @@ def test_a_visitor_can_name_no_file_that_was_not_offered(page, tmp_path, monkeyp
     at = page()
     with monkeypatch.context() as forged:                     # a browser may send any text as its choice
         forged.setattr(st, "selectbox", lambda *a, **k: str(tmp_path / "secret" / "model_00001.pt"))
-        assert "no model yet" in at.run().header[0].value and not at.exception
+        assert "No model selected" in at.run().header[0].value and not at.exception
     assert set(opened) == {"logs/model_00002.pt"}
     config = app.PageConfig(checkpoint="gpt2-xl")
     assert list(app.find_models(config).items()) == [
@@ -141,30 +142,30 @@ def test_a_visitor_can_name_no_file_that_was_not_offered(page, tmp_path, monkeyp
     assert "logs/hf" in app.find_models(config)
 
 
-def test_prompts_and_samples_are_bounded(page, tmp_path):
+def test_prompts_and_samples_are_limited(page, tmp_path):
     save_model(tmp_path / "logs" / "model_00001.pt")
     at = page()
     assert slider(at, "Samples side by side").max == app.MAX_SAMPLES and at.text_area(key="prompt").proto.max_chars
     slider(at, "Maximum length").set_value(3)
     at.text_area(key="prompt").set_value("x" * (app.MAX_PROMPT + 100)).run()
     at.button(key="write").click().run()
-    assert not at.exception and at.session_state.written.prompt == "x" * app.MAX_PROMPT
+    assert not at.exception and at.session_state.generated.prompt == "x" * app.MAX_PROMPT
 
 
-def test_reruns_and_visitors_share_one_model_and_a_new_file_or_another_choice_replaces_it(page, tmp_path, monkeypatch):
+def test_visitors_share_one_model_until_the_file_or_the_choice_changes(page, tmp_path, monkeypatch):
     first, second = tmp_path / "logs" / "model_00001.pt", tmp_path / "logs" / "model_00002.pt"
     save_model(first, step=1)
     save_model(second, step=2)
     os.utime(first, (1, 1))
     opened = []
 
-    def watch(source, **options):
+    def recording_open_model(source, **options):
         gc.collect()
-        assert not any(model() for _, model in opened)        # the old one is gone before the new one comes
+        assert not any(model() for _, model in opened)        # the old model is freed before the new one is loaded
         result = open_model(source)
         opened.append((source, weakref.ref(result.model)))
         return result
-    monkeypatch.setattr("exactgpt.open_model.open_model", watch)
+    monkeypatch.setattr("exactgpt.open_model.open_model", recording_open_model)
     at = page()
     at.text_area(key="prompt").set_value("a").run()
     other = page()
@@ -176,38 +177,38 @@ def test_reruns_and_visitors_share_one_model_and_a_new_file_or_another_choice_re
     assert [source for source, _ in opened][2:] == ["logs/model_00001.pt"] and not at.exception
 
 
-def test_two_visitors_at_once_get_the_texts_that_each_would_get_alone(tmp_path):
+def test_concurrent_visitors_get_the_same_texts_as_one_at_a_time(tmp_path):
     path = checkpoint_path(tmp_path, 1)
     save_model(path)
-    desk, config = app.Desk(), app.PageConfig(device="cpu", dtype="fp32")
+    slot, config = app.GenerationSlot(), app.PageConfig(device="cpu", dtype="fp32")
     prompts, results, waits = ["Once", "Twice upon", "Thrice"], {}, []
 
-    def write(prompt):
-        with desk.writer(str(path), config, lambda: waits.append(prompt)) as writer:
-            for rows in stream(writer.decoder, writer.tokenizer, [prompt], max_tokens=60, seed=3):
-                results[prompt] = rows[0].text
+    def generate_text(prompt):
+        with slot.acquire(str(path), config, lambda: waits.append(prompt)) as loaded:
+            for continuations in stream(loaded.decoder, loaded.tokenizer, [prompt], max_tokens=60, seed=3):
+                results[prompt] = continuations[0].text
     for prompt in prompts:
-        write(prompt)
+        generate_text(prompt)
     alone = dict(results)
     for _ in range(3):
-        threads = [threading.Thread(target=write, args=(p,)) for p in prompts]
+        threads = [threading.Thread(target=generate_text, args=(p,)) for p in prompts]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert results == alone
-    with pytest.raises(UserError), desk.writer(str(tmp_path / "gone.pt"), config):
+    with pytest.raises(UserError), slot.acquire(str(tmp_path / "gone.pt"), config):
         pass
-    assert desk.lock.acquire(timeout=0)                       # free again after an error
+    assert slot.lock.acquire(timeout=0)                       # released after an error
 
 
-def test_the_training_tab_shows_curves_that_grow_and_the_samples_of_each_evaluation(page, tmp_path):
+def test_the_training_tab_updates_the_curves_and_shows_the_samples_of_each_evaluation(page, tmp_path):
     from PIL import Image
     log = tmp_path / "logs" / "demo" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
-    rows = [dict(step=k, tokens=8 * k, loss=5.0 - k / 10, lr=1e-3, grad_norm=1.0, ms=10.0) for k in range(20)]
-    rows += [dict(step=k, tokens=8 * k, samples=[f"<i>step {k}</i>", "two"]) for k in (0, 10)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [dict(step=k, tokens=8 * k, loss=5.0 - k / 10, lr=1e-3, grad_norm=1.0, ms=10.0) for k in range(20)]
+    lines += [dict(step=k, tokens=8 * k, samples=[f"<i>step {k}</i>", "two"]) for k in (0, 10)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     at = page()
     at.session_state["tab"] = "Training"
     at.run()
@@ -216,12 +217,13 @@ def test_the_training_tab_shows_curves_that_grow_and_the_samples_of_each_evaluat
     at.selectbox(key="step of demo").select(0).run()
     assert "&lt;i&gt;step 0&lt;/i&gt;" in html_of(at)
     logs = {"demo": str(log)}
-    before = app.picture(logs, [app.last_change(log)], "steps")
-    assert Image.open(io.BytesIO(before)).width > 1000 and app.picture(logs, [app.last_change(log)], "steps") == before
+    before = app.draw_curves(logs, [app.last_modified(log)], "steps")
+    assert Image.open(io.BytesIO(before)).width > 1000
+    assert app.draw_curves(logs, [app.last_modified(log)], "steps") == before
     with log.open("a") as f:
         f.write(json.dumps(dict(step=20, tokens=160, loss=1.0)) + "\n")
     os.utime(log, (2, 2))
-    assert app.picture(logs, [app.last_change(log)], "steps") != before
+    assert app.draw_curves(logs, [app.last_modified(log)], "steps") != before
     log.write_text("")
     at.run()
     assert not at.exception and "holds no losses yet" in at.code[0].value

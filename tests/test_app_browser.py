@@ -1,4 +1,4 @@
-"""app.py in a real browser: headless Chromium types, moves a slider, watches the text grow, switches, stops."""
+"""app.py in headless Chromium: type, move a slider, watch the text grow, stop it, switch the model."""
 import contextlib
 import os
 import re
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium a
 
 
 def save_model(path, step):
-    """A model over bytes that takes a while for a thousand tokens and never ends a text by itself."""
+    """Save a byte-level model that is slow enough to be stopped and never generates end-of-text."""
     torch.manual_seed(step)
     model = GPT(GPTConfig(256, 320, 96, 2, 32))
     with torch.no_grad():
@@ -42,7 +42,7 @@ def save_model(path, step):
 
 @contextlib.contextmanager
 def serve(command, folder, port, **environment):
-    """A Streamlit server that answers; its whole process group is ended afterwards."""
+    """Start a Streamlit server and wait until it answers; end its process group afterwards."""
     with open(folder / "server.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, env=script_env(folder, environment), stdout=log, stderr=log,
                                   start_new_session=True, shell=isinstance(command, str))
@@ -67,7 +67,7 @@ def free_port():
 
 
 def wait_for(get, what, seconds=90):
-    """get() once it is true."""
+    """Poll get() until it is true; return its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(WebDriverException, StopIteration):
@@ -75,7 +75,7 @@ def wait_for(get, what, seconds=90):
             if value:
                 return value
         time.sleep(0.05)
-    raise AssertionError(f"{what} did not come")
+    raise AssertionError(f"timed out waiting for {what}")
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def browser(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
+def test_a_visitor_types_watches_stops_and_switches_the_model(browser, tmp_path):
     for step in (7, 9):
         save_model(tmp_path / "logs" / f"model_{step:05d}.pt", step)
     port = free_port()
@@ -103,7 +103,7 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
 
     def text(css):
         return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)"
-                                      ".join(' ')", css)     # at once: the page changes under our hands
+                                      ".join(' ')", css)     # in one call, because the page keeps changing
 
     def button(name):
         return next(b for b in find("button") if b.text == name)
@@ -117,7 +117,7 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         area = wait_for(lambda: find("textarea"), "the text box")[0]
         area.send_keys(" <b>bold</b>")
         slider = wait_for(lambda: find("input[type=range][aria-label='Maximum length']"), "the slider")[0]
-        browser.execute_script("arguments[0].focus()", slider)      # it lies unseen below the thumb
+        browser.execute_script("arguments[0].focus()", slider)      # it is hidden below the thumb
         webdriver.ActionChains(browser).send_keys(webdriver.Keys.END).perform()
         wait_for(lambda: "1000" in text("[data-testid=stSlider]"), "the slider's end")
         wait_for(lambda: text(".gpt-next") != before, "bars for the new prompt")
@@ -126,7 +126,7 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
         wait_for(lambda: lengths.add(len(text(".gpt-card"))) or len(lengths) >= 5, "a text that grows")
         button("Stop").click()
         wait_for(lambda: not button("Stop").is_enabled() and not find(".caret"), "the stop")
-        stopped = wait_for(lambda: text(".gpt-card") and text(".gpt-note"), "the page, drawn anew")
+        stopped = wait_for(lambda: text(".gpt-card") and text(".gpt-note"), "the final page")
         assert 0 < int(stopped.split(": ")[1].split()[0].replace(",", "")) < 2000 and "tokens/s" in stopped
         shown = text(".gpt-card")
         assert shown.count("Return a new <b>bold</b>") == 2 and not find(".gpt-card b")
@@ -138,7 +138,7 @@ def test_a_visitor_types_watches_stops_and_switches(browser, tmp_path):
 
 
 def third_party(module):
-    """The packages that importing one of our modules imports, by the statements at the top of the files."""
+    """Return the third-party packages that importing a module loads, from the imports at the top of the files."""
     reached, pending = set(), {module}
     while pending:
         found = set(imports(TREES[pending.pop()].body)) - reached
@@ -147,8 +147,8 @@ def third_party(module):
     return reached - TREES.keys() - sys.stdlib_module_names
 
 
-def test_the_space_starts_with_its_own_command_and_has_what_it_imports(tmp_path):
-    """The folder that docs/page.md uploads: our scripts and examples/space on top; its command, not its container."""
+def test_the_space_starts_with_its_command_and_lists_what_it_imports(tmp_path):
+    """Run the command, but not the container, in the folder that docs/page.md uploads."""
     space = ROOT / "examples" / "space"
     for path in (*ROOT.glob("*.py"), *space.iterdir()):
         shutil.copy(path, tmp_path)

@@ -1,4 +1,4 @@
-"""bench.generate warms up with what it times: a minute of compilation for each batch size, not two."""
+"""bench.generate warms up with the shapes that it times, so each batch size is compiled once, not twice."""
 import torch
 
 from bench import generate

@@ -1,4 +1,4 @@
-"""bench.hellaswag times a sample on a GPU and warms the slow way up on a part of it."""
+"""bench.hellaswag times a sample of the examples and warms up the slow baseline on fewer."""
 import contextlib
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""generation.py: the cache changes nothing, the batch changes nothing, samples follow the model's distribution."""
+"""generation.py: text does not depend on the cache or the batch, and samples follow the model's distribution."""
 import copy
 import gc
 import weakref
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exactgpt import generation
-from exactgpt.generation import Decoder, Sampling, generate_ids, one_ahead, pack_linears, pick, read_prompts
+from exactgpt.generation import Decoder, Sampling, generate_ids, pack_linears, prefetch, prefill, sample
 from exactgpt.open_model import open_model
 from model import GPT, GPTConfig
 from tests.common import as_ours
@@ -17,12 +17,12 @@ RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
 
 @pytest.fixture
 def model(tiny_gpt2):
-    """A model of ours whose greedy text wanders: 65 tokens, block_size 32."""
+    """A GPT with varied greedy output: 65 tokens, block_size 32."""
     return as_ours(tiny_gpt2(tie_word_embeddings=False))
 
 
-def written(model, prompts, **options):
-    """The ids that generate_ids writes for each prompt."""
+def generated_ids(model, prompts, **options):
+    """Return the ids that generate_ids yields for each prompt."""
     rows = [[] for _ in prompts]
     for step in generate_ids(model, prompts, **{"n_vocab": 65, "max_tokens": 80, "temperature": 0, **options}):
         assert len(step) == len(prompts)
@@ -33,7 +33,7 @@ def written(model, prompts, **options):
 
 @torch.no_grad()
 def uncached(model, prompt, max_tokens):
-    """Greedy decoding that reads the whole window for each token and crops it as DESIGN.md says."""
+    """Decode greedily without a cache: read the whole window for each token, cropped as generate_ids crops it."""
     block_size, tokens = model.config.block_size, []
     window = list(prompt)[-block_size:]
     for _ in range(max_tokens):
@@ -45,22 +45,22 @@ def uncached(model, prompt, max_tokens):
 
 
 @pytest.mark.parametrize("prompts", [RAGGED[:1], RAGGED[1:2], RAGGED[:3], RAGGED, [RAGGED[0]] * 3], ids=len)
-def test_cached_equals_uncached_greedy_decoding_across_the_edge_of_the_window(model, prompts):
+def test_cached_greedy_decoding_equals_uncached_beyond_a_full_window(model, prompts):
     expected = [uncached(model, p, 80) for p in prompts]            # 80 new tokens: the window is full three times
     assert all(len(set(row)) > 8 for row in expected)
-    assert written(model, prompts) == expected
+    assert generated_ids(model, prompts) == expected
 
 
 @pytest.mark.parametrize("length", [15, 16, 31, 32, 33, 70])
-def test_prompts_about_as_long_as_the_window_and_longer_go_on_as_uncached(model, length):
+def test_prompts_near_and_beyond_the_window_length_decode_as_uncached(model, length):
     prompts = [[(7 * i + 3) % 65 for i in range(length)], [1, 2]]
-    assert written(model, prompts) == [uncached(model, p, 80) for p in prompts]
+    assert generated_ids(model, prompts) == [uncached(model, p, 80) for p in prompts]
 
 
-def test_the_text_of_a_row_does_not_depend_on_what_else_is_in_the_batch(model):
-    alone = [written(model, [p])[0] for p in RAGGED]
-    assert written(model, RAGGED) == alone
-    assert written(model, RAGGED[::-1]) == alone[::-1]
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(model):
+    alone = [generated_ids(model, [p])[0] for p in RAGGED]
+    assert generated_ids(model, RAGGED) == alone
+    assert generated_ids(model, RAGGED[::-1]) == alone[::-1]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3])
@@ -70,16 +70,16 @@ def test_the_smallest_windows_work(block_size):
     with torch.no_grad():
         model.transformer.wpe.weight.normal_()
         model.transformer.wte.weight.normal_()
-    assert written(model, [[3], [4, 5]], max_tokens=9) == [uncached(model, p, 9) for p in ([3], [4, 5])]
+    assert generated_ids(model, [[3], [4, 5]], max_tokens=9) == [uncached(model, p, 9) for p in ([3], [4, 5])]
 
 
-def test_greedy_text_is_that_of_transformers_generate(tiny_gpt2):
+def test_greedy_text_equals_transformers_generate(tiny_gpt2):
     theirs = tiny_gpt2(tie_word_embeddings=False)
     ids = torch.tensor([[5, 7, 11, 13], [60, 2, 3, 4]])
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=28,
                                pad_token_id=0)
     assert expected.shape == (2, 32)
-    assert written(as_ours(theirs), ids.tolist(), max_tokens=28) == expected[:, 4:].tolist()
+    assert generated_ids(as_ours(theirs), ids.tolist(), max_tokens=28) == expected[:, 4:].tolist()
 
 
 def test_the_trained_gpt_nano_sorts_as_it_does_in_transformers(gpt_nano):
@@ -89,7 +89,7 @@ def test_the_trained_gpt_nano_sorts_as_it_does_in_transformers(gpt_nano):
         ids = torch.tensor([prompt])
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
                                    eos_token_id=None, pad_token_id=0)[0, 6:].tolist()
-        assert written(ours, [prompt], n_vocab=3, max_tokens=6)[0] == expected == sorted(prompt)
+        assert generated_ids(ours, [prompt], n_vocab=3, max_tokens=6)[0] == expected == sorted(prompt)
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [
@@ -105,7 +105,7 @@ def test_samples_follow_the_models_distribution(model, temperature, top_k, top_p
     n_kept = next(i for i in range(1, len(p) + 1) if i == len(p) or p[:i].sum() >= top_p)   # the fewest that reach it
     expected = torch.zeros(65, dtype=torch.double)
     expected[likeliest[:n_kept]] = n * p[:n_kept] / p[:n_kept].sum()
-    tokens = written(model, [[5, 7, 11]] * n, max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = generated_ids(model, [[5, 7, 11]] * n, max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
     counts = torch.bincount(torch.tensor(tokens)[:, 0], minlength=65)
     assert counts[expected == 0].sum() == 0
     often = expected >= 5
@@ -116,70 +116,70 @@ def test_samples_follow_the_models_distribution(model, temperature, top_k, top_p
 def test_top_k_and_top_p_have_a_threshold_for_each_row():
     logits = torch.stack([torch.arange(10.0), 100 - torch.arange(10.0), torch.zeros(10)])
     noise = torch.empty(300, 3, 3).exponential_(generator=torch.Generator().manual_seed(0))
-    drawn = torch.stack([pick(logits, n, Sampling(temperature=5.0, top_k=3)) for n in noise])
+    drawn = torch.stack([sample(logits, n, Sampling(temperature=5.0, top_k=3)) for n in noise])
     assert set(drawn[:, 0].tolist()) == {7, 8, 9} and set(drawn[:, 1].tolist()) == {0, 1, 2}
-    assert (pick(logits, noise[0, :, :1], Sampling(top_k=1))[:2] == torch.tensor([9, 0])).all()
+    assert (sample(logits, noise[0, :, :1], Sampling(top_k=1))[:2] == torch.tensor([9, 0])).all()
     noise = torch.empty(300, 3, 10).exponential_(generator=torch.Generator().manual_seed(0))
-    drawn = torch.stack([pick(logits, n, Sampling(top_k=0, top_p=0.7)) for n in noise])
+    drawn = torch.stack([sample(logits, n, Sampling(top_k=0, top_p=0.7)) for n in noise])
     assert set(drawn[:, 0].tolist()) == {8, 9} and len(set(drawn[:, 2].tolist())) in (7, 8)   # 0.63 + 0.23; 0.1 each
-    assert (pick(logits, noise[0], Sampling(top_k=0, top_p=1e-9))[:2] == torch.tensor([9, 0])).all()
+    assert (sample(logits, noise[0], Sampling(top_k=0, top_p=1e-9))[:2] == torch.tensor([9, 0])).all()
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-5, 9e-6, 1e-30, 1e-320])
 def test_a_tiny_temperature_takes_the_likeliest_and_never_divides_to_nan(model, temperature):
     with torch.no_grad():
         model.lm_head.weight.mul_(100)
-    assert written(model, RAGGED, temperature=temperature, top_k=0) == written(model, RAGGED)
+    assert generated_ids(model, RAGGED, temperature=temperature, top_k=0) == generated_ids(model, RAGGED)
 
 
 def test_temperature_0_is_greedy_whatever_top_k_and_seed(model):
-    expected = written(model, RAGGED)
+    expected = generated_ids(model, RAGGED)
     for top_k, seed in ((0, 1), (1, 2), (50, 3)):
-        assert written(model, RAGGED, top_k=top_k, seed=seed) == expected
-    assert written(model, RAGGED, temperature=1.0, top_k=1) == expected
+        assert generated_ids(model, RAGGED, top_k=top_k, seed=seed) == expected
+    assert generated_ids(model, RAGGED, temperature=1.0, top_k=1) == expected
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=0), dict(top_k=5), dict(temperature=9.0)], ids=str)
-def test_padded_ids_are_never_sampled_even_with_huge_logits(options):
+def test_ids_of_vocabulary_padding_are_never_sampled(options):
     model = GPT(GPTConfig(32, 128, 1, 2, 8, tie_word_embeddings=False)).eval()
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1.0)
         model.lm_head.weight[65:] = 1000.0
         assert (model(torch.tensor([[1, 2]]))[0, -1].argsort(descending=True)[:63] >= 65).all()
-    rows = written(model, RAGGED, **{"temperature": 1.0, **options})
+    rows = generated_ids(model, RAGGED, **{"temperature": 1.0, **options})
     assert all(0 <= token < 65 for row in rows for token in row)
 
 
-def test_a_seed_gives_the_same_text_and_leaves_torchs_generator_alone(model):
+def test_a_seed_gives_the_same_text_and_keeps_the_state_of_torchs_generator(model):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = written(model, RAGGED, temperature=1.0, seed=1)
+    first = generated_ids(model, RAGGED, temperature=1.0, seed=1)
     assert torch.equal(torch.get_rng_state(), state)                 # sampling must not disturb training
     torch.manual_seed(6)
-    assert written(model, RAGGED, temperature=1.0, seed=1) == first
-    assert written(model, RAGGED, temperature=1.0, seed=2) != first
-    assert written(model, RAGGED, temperature=1.0, seed=(1, 250)) != first   # train.py: (seed, step)
+    assert generated_ids(model, RAGGED, temperature=1.0, seed=1) == first
+    assert generated_ids(model, RAGGED, temperature=1.0, seed=2) != first
+    assert generated_ids(model, RAGGED, temperature=1.0, seed=(1, 250)) != first   # train.py: (seed, step)
 
 
 def test_equal_prompts_get_different_continuations(model):
-    rows = written(model, [RAGGED[0]] * 4, temperature=1.0)
+    rows = generated_ids(model, [RAGGED[0]] * 4, temperature=1.0)
     assert len({tuple(row) for row in rows}) == 4
 
 
-def test_a_row_ends_before_end_of_text_and_the_batch_with_its_last_row(model):
+def test_a_row_ends_before_end_of_text_and_the_batch_when_all_rows_have(model):
     prompts = [RAGGED[0], RAGGED[2]]
-    free = written(model, prompts)
+    free = generated_ids(model, prompts)
     eot = free[0][5]
     ends = [row.index(eot) if eot in row else 80 for row in free]
-    rows = written(model, prompts, eot=eot)
+    rows = generated_ids(model, prompts, eot=eot)
     assert ends[0] <= 5 and len(rows[0]) == min(80, max(ends) + 1)
     for row, end, unstopped in zip(rows, ends, free):
         assert row[:end] == unstopped[:end] and all(token is None for token in row[end:])
-    assert written(model, prompts[:1], eot=eot)[0] == free[0][:ends[0]] + [None]
+    assert generated_ids(model, prompts[:1], eot=eot)[0] == free[0][:ends[0]] + [None]
 
 
-def test_gradients_are_off_inside_and_on_between_the_tokens(model):
+def test_gradients_are_off_while_decoding_and_on_between_tokens(model):
     inside = []
     model.transformer.ln_f.register_forward_hook(lambda *_: inside.append(torch.is_grad_enabled()))
     for _ in generate_ids(model, [[1]], n_vocab=65, max_tokens=3):
@@ -187,42 +187,42 @@ def test_gradients_are_off_inside_and_on_between_the_tokens(model):
     assert inside == [False] * 3
 
 
-def test_samples_under_bf16_autocast_come_from_an_fp32_model(model):
-    """As train.py writes them: the cache is fp32, keys and values arrive in bf16."""
+def test_an_fp32_model_generates_under_bf16_autocast(model):
+    """As train.py does for its samples: the cache is fp32, keys and values arrive in bf16."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows = written(model, RAGGED, max_tokens=40)
+        rows = generated_ids(model, RAGGED, max_tokens=40)
     assert all(len(row) == 40 for row in rows)
-    in_fp32 = written(model, RAGGED, max_tokens=40)
+    in_fp32 = generated_ids(model, RAGGED, max_tokens=40)
     assert sum(a[0] == b[0] for a, b in zip(rows, in_fp32)) >= 3
 
 
-def test_a_prompt_that_is_asked_for_several_times_is_read_once(model):
+def test_equal_prompts_are_prefilled_once(model):
     read = []
     model.transformer.wte.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
-    written(model, [RAGGED[0]] * 4 + [RAGGED[1]] * 3, max_tokens=3)
+    generated_ids(model, [RAGGED[0]] * 4 + [RAGGED[1]] * 3, max_tokens=3)
     assert read == [(2, 3), (7, 1), (7, 1)]
 
 
-def test_an_uncached_pass_after_a_cached_one_is_as_before(model):
+def test_generation_does_not_change_an_uncached_forward_pass(model):
     ids = torch.tensor([RAGGED[2]])
     with torch.no_grad():
         before = model(ids)
-        written(model, RAGGED)
+        generated_ids(model, RAGGED)
         assert torch.equal(model(ids), before)
 
 
-def test_a_decoder_forgets_the_call_before_even_one_that_was_left_in_the_middle(model):
+def test_a_decoder_starts_fresh_after_an_abandoned_call(model):
     decoder, calls = Decoder(model), [(RAGGED, {}), (RAGGED[:2], {}), (RAGGED[2:], {}), (RAGGED[:2], dict(seed=3))]
     for prompts, options in calls:
         options = dict(temperature=1.0, max_tokens=20, **options)
-        begun = generate_ids(decoder, prompts, n_vocab=65, **options)
-        next(begun), next(begun)
-        assert written(decoder, prompts, **options) == written(model, prompts, **options)
+        abandoned = generate_ids(decoder, prompts, n_vocab=65, **options)
+        next(abandoned), next(abandoned)
+        assert generated_ids(decoder, prompts, **options) == generated_ids(model, prompts, **options)
 
 
 @pytest.fixture
 def no_collector():
-    """Python without its garbage collector: what lies in a circle stays."""
+    """Turn off the garbage collector, so that reference cycles stay alive."""
     gc.collect()
     gc.disable()
     yield
@@ -232,22 +232,22 @@ def no_collector():
 def test_a_dropped_cache_frees_its_memory_at_once(model, no_collector):
     cache = generation.new_cache(model, 2, 32)
     with torch.no_grad():
-        read_prompts(model, cache, [0, 1], RAGGED[:2])
+        prefill(model, cache, [0, 1], RAGGED[:2])
         model(torch.tensor([[3], [4]]), cache=cache)
     dropped = [weakref.ref(part) for part in (cache, cache.layers[0], cache.layers[0].k, cache.lengths)]
     del cache
     assert [part() for part in dropped] == [None] * 4
 
 
-def test_a_generation_and_its_decoder_leave_nothing_behind(model, no_collector, monkeypatch):
+def test_caches_are_freed_without_the_garbage_collector(model, no_collector, monkeypatch):
     made, begin = [], generation.KVCache.begin
     monkeypatch.setattr(generation.KVCache, "begin",
                         lambda cache, T: made.append(weakref.ref(cache)) or begin(cache, T))
-    written(model, RAGGED, max_tokens=3)
+    generated_ids(model, RAGGED, max_tokens=3)
     assert len(made) == 3 and not any(cache() for cache in made)
 
 
-def test_prompts_are_read_without_cudnn_which_plans_for_each_length(model, monkeypatch):
+def test_prefill_avoids_cudnn_which_plans_for_each_length(model, monkeypatch):
     seen, attention = [], torch.nn.functional.scaled_dot_product_attention
 
     def watch(*args, **options):
@@ -255,63 +255,63 @@ def test_prompts_are_read_without_cudnn_which_plans_for_each_length(model, monke
         return attention(*args, **options)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    written(model, RAGGED, max_tokens=3)
-    generation.likeliest_next(model, RAGGED[0], 65)
+    generated_ids(model, RAGGED, max_tokens=3)
+    generation.top_next_tokens(model, RAGGED[0], 65)
     assert seen == [False] * 4 and torch.backends.cuda.cudnn_sdp_enabled()       # two layers, twice
 
 
-def test_one_ahead_asks_for_the_next_before_it_hands_out_and_loses_none():
-    asked = []
-    steps = one_ahead(iter(lambda: asked.append(len(asked)) or len(asked), 6))
-    assert next(steps) == 1 and len(asked) == 2
+def test_prefetch_requests_the_next_item_before_yielding_and_drops_none():
+    requested = []
+    steps = prefetch(iter(lambda: requested.append(len(requested)) or len(requested), 6))
+    assert next(steps) == 1 and len(requested) == 2
     assert list(steps) == [2, 3, 4, 5]
-    assert list(one_ahead(iter([7]))) == [7]
+    assert list(prefetch(iter([7]))) == [7]
 
 
-def test_tokens_that_are_read_late_are_the_same(model, monkeypatch):
-    """The order in which a GPU's tokens are read, across the edge of the window, on this CPU."""
-    expected = written(model, RAGGED)
+def test_tokens_read_one_step_late_are_the_same(model, monkeypatch):
+    """A GPU's tokens are read in this order; tested on a CPU, beyond a full window."""
+    expected = generated_ids(model, RAGGED)
     steps = Decoder.steps
-    monkeypatch.setattr(Decoder, "steps", lambda *args: one_ahead(steps(*args)))
-    assert written(model, RAGGED) == expected
+    monkeypatch.setattr(Decoder, "steps", lambda *args: prefetch(steps(*args)))
+    assert generated_ids(model, RAGGED) == expected
 
 
 @pytest.mark.slow
-def test_the_compiled_step_gives_the_plain_steps_text(model):
-    """With fixed shapes and, on a CPU, frozen weights; ragged rows, across the edge of the window."""
+def test_the_compiled_step_gives_the_same_text_as_the_eager_step(model):
+    """With fixed shapes and, on a CPU, frozen weights; rows of different lengths, beyond a full window."""
     from torch._dynamo.utils import counters  # slow to import
     decoder, options = Decoder(model, compile=True), dict(temperature=1.0, seed=5)
     before = counters["stats"]["unique_graphs"]
-    assert written(decoder, RAGGED[:3]) == written(model, RAGGED[:3])
-    assert written(decoder, RAGGED[1:]) == written(model, RAGGED[1:])
-    assert written(decoder, RAGGED[:3], **options) == written(model, RAGGED[:3], **options)
+    assert generated_ids(decoder, RAGGED[:3]) == generated_ids(model, RAGGED[:3])
+    assert generated_ids(decoder, RAGGED[1:]) == generated_ids(model, RAGGED[1:])
+    assert generated_ids(decoder, RAGGED[:3], **options) == generated_ids(model, RAGGED[:3], **options)
     assert decoder.compile and counters["stats"]["unique_graphs"] == before + 1    # one shape, one compilation
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
-def test_the_recorded_step_gives_the_plain_steps_text(model, compile):
+def test_the_cuda_graph_gives_the_same_text_as_the_eager_step(model, compile):
     model.cuda()
     decoder = Decoder(model, compile=compile, cuda_graph=True)
     for options in ({}, dict(temperature=1.0, top_k=5), dict(temperature=2.0, top_k=0, top_p=0.9)):
-        assert written(decoder, RAGGED, **options) == written(model, RAGGED, **options)
-        assert written(decoder, RAGGED, **options) == written(model, RAGGED, **options)
+        assert generated_ids(decoder, RAGGED, **options) == generated_ids(model, RAGGED, **options)
+        assert generated_ids(decoder, RAGGED, **options) == generated_ids(model, RAGGED, **options)
     assert decoder.cuda_graph and decoder.compile == compile and decoder._step.graph
 
 
-def test_a_compiler_that_fails_is_left_out_with_one_line(model, monkeypatch, capsys):
+def test_a_failing_compiler_is_turned_off_with_a_one_line_notice(model, monkeypatch, capsys):
     def broken(function, **options):
         def compiled(*args):
             raise RuntimeError("no compiler\nhere")
         return compiled
     monkeypatch.setattr(torch, "compile", broken)
     decoder = Decoder(model, compile=True)
-    assert written(decoder, RAGGED) == written(model, RAGGED)
-    assert capsys.readouterr().err == "without compile: RuntimeError: no compiler here\n"
-    assert written(decoder, RAGGED[:1]) == written(model, RAGGED[:1]) and capsys.readouterr().err == ""
+    assert generated_ids(decoder, RAGGED) == generated_ids(model, RAGGED)
+    assert capsys.readouterr().err == "compile failed, decoding without it: RuntimeError: no compiler here\n"
+    assert generated_ids(decoder, RAGGED[:1]) == generated_ids(model, RAGGED[:1]) and capsys.readouterr().err == ""
 
 
-def test_packed_linears_compute_what_the_linears_did():
+def test_packed_linears_give_the_same_logits():
     torch.manual_seed(0)
     plain = GPT(GPTConfig(32, 128, 2, 2, 64)).eval().bfloat16()
     with torch.no_grad():
@@ -325,8 +325,8 @@ def test_packed_linears_compute_what_the_linears_did():
     with torch.no_grad():
         torch.testing.assert_close(packed(ids), plain(ids), atol=0.02, rtol=0.02)
         cache = generation.new_cache(packed, 2, 32)
-        first = read_prompts(packed, cache, [0, 1], ids[:, :20].tolist())
+        first = prefill(packed, cache, [0, 1], ids[:, :20].tolist())
         torch.testing.assert_close(first, plain(ids[:, :20])[:, -1], atol=0.02, rtol=0.02)
     assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
-    rows = written(packed, RAGGED, n_vocab=128, max_tokens=20)
+    rows = generated_ids(packed, RAGGED, n_vocab=128, max_tokens=20)
     assert all(len(row) == 20 for row in rows)

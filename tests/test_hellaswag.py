@@ -1,4 +1,4 @@
-"""hellaswag.py and multiple_choice.py: the scores of references that share no code with them, whatever the batch."""
+"""hellaswag.py and multiple_choice.py: the scores equal those of independent references for any batch size."""
 import json
 import lzma
 import math
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import hellaswag
 from exactgpt.distributed import StopRequested
-from exactgpt.multiple_choice import ending_losses, pack_question, plan_batches
+from exactgpt.multiple_choice import batch_by_length, ending_losses, pack_question
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
-from hellaswag import evaluate_hellaswag, load_hellaswag, main, read_example, tokenize
+from hellaswag import evaluate_hellaswag, load_hellaswag, main, parse_example, tokenize_examples
 from model import GPT, GPTConfig
 from tests.common import (
     HELLASWAG_ITEM,
@@ -37,7 +37,7 @@ def bytes_tokenizer():
 
 @pytest.fixture(scope="module")
 def gpt():
-    """gpt(block_size=..., vocab_size=...) -> a small model of ours whose losses lie far apart; bytes by default."""
+    """gpt(block_size=..., vocab_size=...) -> a small GPT with well separated losses; its default is over bytes."""
     def make(block_size=1024, vocab_size=320, dropout=0.0):
         torch.manual_seed(1)
         model = GPT(GPTConfig(block_size, vocab_size, n_layer=2, n_head=2, n_embd=16, dropout=dropout)).eval()
@@ -52,7 +52,7 @@ def gpt():
 # references
 
 class Unigram(torch.nn.Module):
-    """A stub whose loss of a byte is known: 1 bit for a space, 2 for an "a", 3 for a "b", 4 for a "c"."""
+    """A stub with a known loss per byte: 1 bit for a space, 2 for an "a", 3 for a "b", 4 for a "c"."""
     def __init__(self):
         super().__init__()
         self.config = GPTConfig(block_size=32, vocab_size=257)
@@ -68,36 +68,36 @@ class Unigram(torch.nn.Module):
         return self.logits.expand(len(hidden), -1)
 
 
-def test_scores_of_a_stub_model_are_those_worked_out_by_hand(bytes_tokenizer):
+def test_scores_of_a_stub_model_equal_those_computed_by_hand(bytes_tokenizer):
     def score(label, style):
         endings = ["ccc", "aaaaaaa", "aaaa aaaa", "b b"]
         line = json.dumps({**HELLASWAG_ITEM, "endings": endings, "label": label}).encode()
-        prepared = tokenize([read_example(line, style, "here")], bytes_tokenizer, 32, style)
-        losses, mine = ending_losses(Unigram(), prepared.questions, 4, cpu_runtime())
-        assert mine.tolist() == [0]
+        prepared = tokenize_examples([parse_example(line, style, "here")], bytes_tokenizer, 32, style)
+        losses, scored = ending_losses(Unigram(), prepared.questions, 4, cpu_runtime())
+        assert scored.tolist() == [0]
         # in bits, the space before the ending included
         np.testing.assert_allclose(losses[0] / math.log(2), [1 + 12, 1 + 14, 1 + 17, 1 + 7], rtol=1e-6)
         result = evaluate_hellaswag(Unigram(), prepared, cpu_runtime())
         return result.acc, result.acc_norm
     # Smallest sum: 8 bits, ending 3. Per token (space included): 13/4, 15/8, 18/10, 8/4: ending 2 at 1.8 bits.
     assert [score(k, "karpathy") for k in range(4)] == [(0, 0), (0, 0), (0, 1), (1, 0)]
-    # Per character (without the space): 13/3, 15/7 = 2.14, 18/9 = 2, 8/3: ending 2 again; by hand, not by tokens.
+    # Per character (without the space): 13/3, 15/7 = 2.14, 18/9 = 2, 8/3: ending 2 again.
     assert [score(k, "lm_eval") for k in range(4)] == [(0, 0), (0, 0), (0, 1), (1, 0)]
 
 
-def test_characters_and_tokens_normalise_differently(bytes_tokenizer):
-    """"é" is one character and two bytes: 12 bits and some per byte, so the two styles choose different endings."""
+def test_the_styles_normalise_by_tokens_and_by_characters(bytes_tokenizer):
+    """"é" is one character and two bytes."""
     line = json.dumps({**HELLASWAG_ITEM, "endings": ["éé", "cccc", "cc", "c"], "label": 0}, ensure_ascii=False).encode()
     scores = []
     for style in hellaswag.STYLES:
-        prepared = tokenize([read_example(line, style, "here")], bytes_tokenizer, 32, style)
+        prepared = tokenize_examples([parse_example(line, style, "here")], bytes_tokenizer, 32, style)
         scores.append(prepared.lengths.tolist())
     assert scores == [[[5, 5, 3, 2]], [[2, 4, 2, 1]]]
 
 
 @torch.no_grad()
 def brute_force(model, examples, tokenizer, style):
-    """The summed loss of each ending (n, 4), one row at a time, full logits, context cut from the left where needed."""
+    """Return the summed loss of each ending (n, 4): one ending at a time, full logits, context cut from the left."""
     losses = np.zeros((len(examples), 4))
     for i, example in enumerate(examples):
         for k, ending in enumerate(example.endings):
@@ -113,16 +113,16 @@ def brute_force(model, examples, tokenizer, style):
 
 @pytest.mark.parametrize("style", hellaswag.STYLES)
 @pytest.mark.parametrize("block_size", [1024, 509, 100, 24])     # bytes: packed; some packed; all cut; endings cut too
-def test_packed_rows_score_as_one_row_at_a_time(gpt, bytes_tokenizer, style, block_size):
+def test_packed_sequences_score_as_one_ending_at_a_time(gpt, bytes_tokenizer, style, block_size):
     model, examples = gpt(block_size), load_hellaswag(HELLASWAG_ROWS, style)
-    prepared = tokenize(examples, bytes_tokenizer, block_size, style)
-    rows_per_question = {len(rows) for rows in prepared.questions}
-    assert rows_per_question == {1024: {1}, 509: {1, 4}, 100: {4}, 24: {4}}[block_size]
+    prepared = tokenize_examples(examples, bytes_tokenizer, block_size, style)
+    sequences_per_question = {len(sequences) for sequences in prepared.questions}
+    assert sequences_per_question == {1024: {1}, 509: {1, 4}, 100: {4}, 24: {4}}[block_size]
     assert (prepared.n_cut > 0) == (block_size <= 100)
-    losses, mine = ending_losses(model, prepared.questions, 4, cpu_runtime())
+    losses, scored = ending_losses(model, prepared.questions, 4, cpu_runtime())
     expected = brute_force(model, examples, bytes_tokenizer, style)
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
-    assert sorted(mine) == list(range(20))
+    assert sorted(scored) == list(range(20))
     score = evaluate_hellaswag(model, prepared, cpu_runtime())
     labels = np.array([e.label for e in examples])
     assert score.acc == np.mean(expected.argmin(1) == labels)
@@ -130,14 +130,14 @@ def test_packed_rows_score_as_one_row_at_a_time(gpt, bytes_tokenizer, style, blo
     assert score.n == 20 and score.n_cut == prepared.n_cut
 
 
-def test_a_context_is_cut_from_the_left_as_far_as_each_ending_needs():
+def test_a_long_context_is_cut_from_the_left_only_as_far_as_each_ending_needs():
     context, endings = list(range(100, 110)), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
-    rows = pack_question(context, endings, 6)
-    assert [row.tokens.tolist() for row in rows] == [
+    sequences = pack_question(context, endings, 6)
+    assert [s.tokens.tolist() for s in sequences] == [
         [106, 107, 108, 109, 1, 2], [104, 105, 106, 107, 108, 109], [5, 6, 7, 8, 9, 10], [105, 106, 107, 108, 109, 12]]
-    assert [row.targets.tolist() for row in rows] == [[1, 2, 3], [4], [6, 7, 8, 9, 10, 11], [12, 13]]
-    assert [row.places.tolist() for row in rows] == [[3, 4, 5], [5], [0, 1, 2, 3, 4, 5], [4, 5]]
-    assert [row.owners.tolist() for row in rows] == [[k] * n for k, n in enumerate([3, 1, 6, 2])]
+    assert [s.targets.tolist() for s in sequences] == [[1, 2, 3], [4], [6, 7, 8, 9, 10, 11], [12, 13]]
+    assert [s.predict_at.tolist() for s in sequences] == [[3, 4, 5], [5], [0, 1, 2, 3, 4, 5], [4, 5]]
+    assert [s.ending_ids.tolist() for s in sequences] == [[k] * n for k, n in enumerate([3, 1, 6, 2])]
     packed, = pack_question(context[:4], endings, 14)
     assert packed.tokens.tolist() == [100, 101, 102, 103, 1, 2, 5, 6, 7, 8, 9, 10, 12]
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 4]
@@ -146,7 +146,7 @@ def test_a_context_is_cut_from_the_left_as_far_as_each_ending_needs():
 
 @torch.no_grad()
 def transformers_score(model, tokenizer, path):
-    """(acc, acc_norm) in karpathy style by a plain loop around transformers' model and tokenizer."""
+    """Return (acc, acc_norm) in karpathy style from a plain loop over transformers' model and tokenizer."""
     right = right_norm = n = 0
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
@@ -197,8 +197,8 @@ def test_a_hugging_face_folder_scores_as_transformers_does(their_model, their_to
 
 
 @pytest.mark.slow
-def test_lm_eval_style_is_that_of_the_harness_itself(their_model, their_tokenizer, tmp_path):
-    """lm-evaluation-harness on the same rows and weights: the same losses, predictions and scores."""
+def test_lm_eval_style_equals_lm_evaluation_harness(their_model, their_tokenizer, tmp_path):
+    """The harness gives the same losses, predictions and scores for the same examples and weights."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-extras.txt)")
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
@@ -217,8 +217,8 @@ def test_lm_eval_style_is_that_of_the_harness_itself(their_model, their_tokenize
     examples = load_hellaswag(HELLASWAG_ROWS, "lm_eval")
     assert [e.context for e in examples] == [s["arguments"][0][0] for s in samples]
     assert [[" " + c for c in e.endings] for e in examples] == [[a[1] for a in s["arguments"]] for s in samples]
-    assert any(e.context != e.context.rstrip() for e in examples)       # a space that has to move is among them
-    prepared = tokenize(examples, gpt2_tokenizer(), 256, "lm_eval")
+    assert any(e.context != e.context.rstrip() for e in examples)       # one has a space that must move
+    prepared = tokenize_examples(examples, gpt2_tokenizer(), 256, "lm_eval")
     losses, _ = ending_losses(as_ours(their_model), prepared.questions, 4, cpu_runtime())
     np.testing.assert_allclose(-losses, [[r[0] for r in s["filtered_resps"]] for s in samples], rtol=2e-5)
     labels = np.array([e.label for e in examples])
@@ -230,10 +230,10 @@ def test_lm_eval_style_is_that_of_the_harness_itself(their_model, their_tokenize
 
 
 # -----------------------------------------------------------------------------
-# what must not matter
+# batch size, order and number of ranks do not matter
 
-def real_rows(folder, n):
-    """A file of the first n items of HellaSwag's own validation split."""
+def write_real_examples(folder, n):
+    """Write a file with the first n examples of HellaSwag's validation split."""
     if not REAL.exists():
         pytest.skip(f"{REAL} is not on this machine")
     path = folder / "real.jsonl"
@@ -244,13 +244,13 @@ def real_rows(folder, n):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", hellaswag.STYLES)
-def test_neither_batch_nor_order_changes_the_score_of_real_examples(gpt, bytes_tokenizer, tmp_path, style):
-    examples = load_hellaswag(real_rows(tmp_path, 120), style)
+def test_batch_size_and_order_do_not_change_the_score_of_real_examples(gpt, bytes_tokenizer, tmp_path, style):
+    examples = load_hellaswag(write_real_examples(tmp_path, 120), style)
     model = gpt(640)
     scores = set()
     for batch_tokens in (1, 900, 20_000):
         for order in (1, -1):
-            prepared = tokenize(examples[::order], bytes_tokenizer, 640, style)
+            prepared = tokenize_examples(examples[::order], bytes_tokenizer, 640, style)
             score = evaluate_hellaswag(model, prepared, cpu_runtime(), batch_tokens)
             scores.add((score.acc, score.acc_norm))
     assert len(scores) == 1 and score.n == 120
@@ -258,15 +258,15 @@ def test_neither_batch_nor_order_changes_the_score_of_real_examples(gpt, bytes_t
 
 
 @pytest.mark.slow
-def test_all_of_hellaswag_is_read_in_both_styles_into_few_shapes(tmp_path):
-    path = real_rows(tmp_path, 10042)
+def test_all_of_hellaswag_loads_in_both_styles_and_gives_few_shapes(tmp_path):
+    path = write_real_examples(tmp_path, 10042)
     for style in hellaswag.STYLES:
-        prepared = tokenize(load_hellaswag(path, style), gpt2_tokenizer(), 1024, style)
-        batches = list(plan_batches(prepared.questions, 1024, 8192, 1))
+        prepared = tokenize_examples(load_hellaswag(path, style), gpt2_tokenizer(), 1024, style)
+        batches = list(batch_by_length(prepared.questions, 1024, 8192, 1))
         assert len(prepared.questions) == 10042 and prepared.n_cut == 0
-        assert sorted(i for _, members in batches for i in members) == list(range(10042))
-        assert all(T % 16 == 0 and T * len(members) <= 8192 for T, members in batches)
-        assert len({(T, len(members)) for T, members in batches}) <= 36
+        assert sorted(i for _, indices in batches for i in indices) == list(range(10042))
+        assert all(T % 16 == 0 and T * len(indices) <= 8192 for T, indices in batches)
+        assert len({(T, len(indices)) for T, indices in batches}) <= 36
         assert [T for T, _ in batches] == sorted((T for T, _ in batches), reverse=True)
 
 
@@ -303,8 +303,8 @@ with start(DeviceConfig(device="cpu", dtype="fp32")) as runtime:
 
 
 @pytest.mark.slow
-def test_two_processes_get_the_score_of_one(tmp_path):
-    """One of them without an example now and then; the last rank's word, which has to have it from the others."""
+def test_two_processes_get_the_same_score_as_one(tmp_path):
+    """Some batches leave a rank without an example. The last rank reports, so it must get the sums of the other."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS_SCRIPT)
     results = []
@@ -320,11 +320,11 @@ def test_two_processes_get_the_score_of_one(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# as a guest of training
+# evaluation during training
 
-def test_the_models_mode_stays_and_dropout_is_off(gpt, bytes_tokenizer):
+def test_it_restores_the_models_mode_and_turns_dropout_off(gpt, bytes_tokenizer):
     model = gpt(640, dropout=0.5)
-    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
     expected = evaluate_hellaswag(model, prepared, cpu_runtime())
     assert evaluate_hellaswag(model.train(), prepared, cpu_runtime()) == expected
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -332,7 +332,7 @@ def test_the_models_mode_stays_and_dropout_is_off(gpt, bytes_tokenizer):
 
 def test_a_signal_stops_it_after_a_batch(gpt, bytes_tokenizer):
     model = gpt(640).train()
-    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
     signalled = cpu_runtime()
     signalled.stop_signal = "SIGTERM"
     calls = []
@@ -342,9 +342,9 @@ def test_a_signal_stops_it_after_a_batch(gpt, bytes_tokenizer):
     assert len(calls) == 1 and model.training
 
 
-def test_it_neither_recompiles_nor_is_compiled_in_a_compiled_run(gpt, bytes_tokenizer):
+def test_in_a_compiled_run_it_is_not_compiled_and_causes_no_recompilation(gpt, bytes_tokenizer):
     raw = gpt(640).train()
-    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
     expected = evaluate_hellaswag(raw, prepared, cpu_runtime())
     graphs = []
     compiled = torch.compile(raw, dynamic=False, backend=lambda module, _: graphs.append(1) or module.forward)
@@ -356,12 +356,12 @@ def test_it_neither_recompiles_nor_is_compiled_in_a_compiled_run(gpt, bytes_toke
     assert len(graphs) == before
 
 
-def test_a_run_confined_to_one_attention_backend_stays_so(gpt, bytes_tokenizer):
+def test_a_forced_attention_backend_is_kept(gpt, bytes_tokenizer):
     from exactgpt.device import enable_attention
-    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
     expected = evaluate_hellaswag(gpt(640), prepared, cpu_runtime())
     try:
-        enable_attention("cudnn")   # which no CPU has
+        enable_attention("cudnn")   # no CPU has it
         score = evaluate_hellaswag(gpt(640), prepared, cpu_runtime())
         assert (score.acc, score.acc_norm) == (expected.acc, expected.acc_norm)
         assert not torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
@@ -369,15 +369,15 @@ def test_a_run_confined_to_one_attention_backend_stays_so(gpt, bytes_tokenizer):
         enable_attention("auto")
 
 
-def test_a_model_of_nans_is_never_right(gpt, bytes_tokenizer):
+def test_a_model_with_nan_losses_scores_zero(gpt, bytes_tokenizer):
     model = gpt(640)
     torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
-    prepared = tokenize(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
     score = evaluate_hellaswag(model, prepared, cpu_runtime())
     assert (score.acc, score.acc_norm, score.n) == (0, 0, 20)
 
 
-def test_importing_brings_in_neither_datasets_nor_any_extra(run):
+def test_importing_loads_neither_datasets_nor_any_extra(run):
     code = ("import sys, hellaswag\n"
             "print({'datasets', 'transformers', 'huggingface_hub', 'pyarrow', 'lm_eval'} & set(sys.modules))")
     assert run("-c", code)[:2] == (0, "set()\n")

@@ -1,4 +1,4 @@
-"""hellaswag.py's data: files read, refused by line, rendered as the two styles do, downloaded once."""
+"""hellaswag.py's data: loading, errors that name the line, rendering in both styles, and the download."""
 import json
 import sys
 import types
@@ -8,7 +8,7 @@ import pytest
 import hellaswag
 from exactgpt.config import UserError
 from exactgpt.tokenizer import Tokenizer
-from hellaswag import find_hellaswag, load_hellaswag, main, prepare_hellaswag, read_example, split_context
+from hellaswag import fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag, split_context
 from tests.common import HELLASWAG_ITEM, HELLASWAG_ROWS, cpu_runtime
 
 
@@ -22,69 +22,69 @@ from tests.common import HELLASWAG_ITEM, HELLASWAG_ROWS, cpu_runtime
     ("It costs 3.50 a piece", "It costs 3.50 a piece", ""),
     ("", "", ""),
 ])
-def test_the_parts_of_a_context_are_found_again(ctx, ctx_a, ctx_b):
+def test_a_context_splits_into_its_two_parts(ctx, ctx_a, ctx_b):
     assert split_context(ctx) == (ctx_a, ctx_b)
 
 
-def test_rows_without_parts_render_as_those_with_them():
+def test_an_example_without_the_two_parts_renders_as_one_with_them():
     for line in HELLASWAG_ROWS.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         if item["ctx_b"][:1].islower():
-            whole = read_example(line, "lm_eval", "")
+            whole = parse_example(line, "lm_eval", "")
             del item["ctx_a"], item["ctx_b"]
-            assert read_example(json.dumps(item), "lm_eval", "") == whole
+            assert parse_example(json.dumps(item), "lm_eval", "") == whole
 
 
-def test_the_two_styles_render_as_their_authors_do():
+def test_the_two_styles_render_as_their_originals():
     line = json.dumps(dict(
         activity_label="Pets", label="2", ctx="[header] How to [title] Wait. [step] Sit  down. THE cat",
         ctx_a="[header] How to [title] Wait. [step] Sit  down.", ctx_b="THE cat",
         endings=["[substeps] One [x] two.", "b", "c", "d [title] e"]))
-    karpathy, lm_eval = (read_example(line, style, "") for style in hellaswag.STYLES)
+    karpathy, lm_eval = (parse_example(line, style, "") for style in hellaswag.STYLES)
     assert karpathy.context == "[header] How to [title] Wait. [step] Sit  down. THE cat"
     assert karpathy.endings == ("[substeps] One [x] two.", "b", "c", "d [title] e") and karpathy.label == 2
     assert lm_eval.context == "Pets: How to. Wait. Sit down. The cat"
     assert lm_eval.endings == (" One two.", "b", "c", "d. e")
 
 
-@pytest.mark.parametrize("style, change, complaint", [
-    ("karpathy", dict(ctx=None), "'ctx' is missing or not a text"),
+@pytest.mark.parametrize("style, change, message", [
+    ("karpathy", dict(ctx=None), "'ctx' is missing or not a string"),
     ("karpathy", dict(ctx="  "), "the context is empty"),
-    ("karpathy", dict(endings=["a", "b", "c"]), "'endings' must be a list of 4 texts"),
-    ("karpathy", dict(endings=["a", "b", "c", 4]), "'endings' must be a list of 4 texts"),
-    ("karpathy", dict(endings="abcd"), "'endings' must be a list of 4 texts"),
+    ("karpathy", dict(endings=["a", "b", "c"]), "'endings' must be a list of 4 strings"),
+    ("karpathy", dict(endings=["a", "b", "c", 4]), "'endings' must be a list of 4 strings"),
+    ("karpathy", dict(endings="abcd"), "'endings' must be a list of 4 strings"),
     ("karpathy", dict(endings=["a", "b", " ", "d"]), "ending 2 is empty"),
     ("lm_eval", dict(endings=["a", "[title]", "c", "d"]), "ending 1 is empty"),
     ("karpathy", dict(label=4), "'label' must be 0 to 3, but is 4"),
     ("karpathy", dict(label=-1), "'label' must be 0 to 3, but is -1"),
     ("karpathy", dict(label=True), "'label' must be 0 to 3, but is True"),
     ("karpathy", dict(label=""), "'label' must be 0 to 3, but is ''"),
-    ("lm_eval", dict(activity_label=None), "'activity_label' is missing or not a text"),
-    ("lm_eval", dict(ctx_b=7), "'ctx_b' is missing or not a text"),
+    ("lm_eval", dict(activity_label=None), "'activity_label' is missing or not a string"),
+    ("lm_eval", dict(ctx_b=7), "'ctx_b' is missing or not a string"),
 ])
-def test_a_bad_example_is_refused_by_its_line(tmp_path, style, change, complaint):
+def test_an_invalid_example_is_reported_with_its_line(tmp_path, style, change, message):
     path = tmp_path / "bad.jsonl"
     items = (HELLASWAG_ITEM, HELLASWAG_ITEM, {**HELLASWAG_ITEM, **change})
     path.write_text("\n".join(map(json.dumps, items)) + "\n")
     with pytest.raises(UserError) as caught:
         load_hellaswag(path, style)
-    assert str(caught.value) == f"{path}, line 3: {complaint}"
+    assert str(caught.value) == f"{path}, line 3: {message}"
     assert len(load_hellaswag(path, style, limit=2)) == 2
 
 
-@pytest.mark.parametrize("data, complaint", [
+@pytest.mark.parametrize("data, message", [
     (b"", "line 1: the file is empty"),
     (b"\n \n", "line 1: the file is empty"),
     (json.dumps(HELLASWAG_ITEM).encode() + b"\n" + json.dumps(HELLASWAG_ITEM).encode()[:40],
-     "line 2: not valid JSON; if it is data"),
+     "line 2: not valid JSON; fix the line, or delete a damaged data"),
     (b"\xff\xfe{}\n", "line 1: not valid JSON"),
-    (b"[1, 2]\n", "line 1: a JSON list, not an example"),
+    (b"[1, 2]\n", "line 1: expected a JSON object, found a list"),
     (b"[" * 100_000, "line 1: not valid JSON"),
 ])
-def test_a_damaged_file_is_refused_by_its_line(tmp_path, data, complaint):
+def test_a_damaged_file_is_reported_with_its_line(tmp_path, data, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         load_hellaswag(path)
 
 
@@ -103,13 +103,13 @@ def fake_hub(monkeypatch, load):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
 
 
-def test_the_data_set_is_downloaded_once_and_whole(tmp_path, monkeypatch, capsys):
+def test_the_data_set_is_downloaded_once_and_must_be_complete(tmp_path, monkeypatch, capsys):
     calls = []
     rows = [{**HELLASWAG_ITEM, "ind": i, "label": "3", "ctx": "Ça va. elle"} for i in range(5)]
     fake_hub(monkeypatch, lambda name, split: calls.append((name, split)) or rows)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="5 examples came, not 10042"):
-        find_hellaswag()
+    with pytest.raises(UserError, match="got 5 examples, expected 10042"):
+        fetch_hellaswag()
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
     monkeypatch.setattr(hellaswag, "N_EXAMPLES", 5)
     main(["--download", "--device", "cpu"])
@@ -120,16 +120,16 @@ def test_the_data_set_is_downloaded_once_and_whole(tmp_path, monkeypatch, capsys
     assert prepared.labels.tolist() == [3] * 5 and [p.name for p in tmp_path.rglob("*.*")] == ["hellaswag_val.jsonl"]
 
 
-def test_a_failed_download_names_both_ways_out(tmp_path, monkeypatch):
+def test_a_failed_download_names_both_workarounds(tmp_path, monkeypatch):
     def fail(name, split):
         raise ConnectionError("no route\nto the hub")
     fake_hub(monkeypatch, fail)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         prepare_hellaswag(cpu_runtime(), Tokenizer([], "bytes"), 128)
-    message = str(caught.value)
-    assert "\n" not in message and "ConnectionError: no route to the hub" in message
-    assert "python hellaswag.py --download" in message and "--hellaswag_every 0" in message
+    error = str(caught.value)
+    assert "\n" not in error and "ConnectionError: no route to the hub" in error
+    assert "python hellaswag.py --download" in error and "--hellaswag_every 0" in error
     monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
     with pytest.raises(UserError, match="--hellaswag_every 0"):
-        find_hellaswag()
+        fetch_hellaswag()

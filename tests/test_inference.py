@@ -1,4 +1,4 @@
-"""inference.py: text comes whole, as it is written or at once; prompts from flags, files, pipes and a terminal."""
+"""inference.py: whole characters, streamed or not; prompts from flags, files, pipes and a terminal."""
 import io
 import os
 import random
@@ -23,14 +23,14 @@ FLAGS = ("--device", "cpu", "--dtype", "fp32", "--num_seq", "2", "--max_tokens",
 
 @pytest.fixture
 def byte_model():
-    """A model over bytes, padded to 320 rows, and its tokenizer of 257 entries."""
+    """A byte-level model with a vocabulary padded to 320, and its tokenizer of 257 tokens."""
     torch.manual_seed(0)
     return GPT(GPTConfig(32, 320, 1, 2, 16)).eval(), Tokenizer([], "bytes")
 
 
 @pytest.fixture
 def saved(byte_model, tmp_path, monkeypatch):
-    """The byte model as logs/demo/model_00007.pt of the current folder."""
+    """The byte model, saved as logs/demo/model_00007.pt in the current folder."""
     model, tokenizer = byte_model
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs" / "demo").mkdir(parents=True)
@@ -41,19 +41,19 @@ def saved(byte_model, tmp_path, monkeypatch):
 
 
 def expected_output(byte_model, prompts, **options):
-    """What the script prints for prompts, FLAGS given: each twice."""
+    """Return what the script prints for these prompts with FLAGS: two continuations of each."""
     texts, _ = generate(*byte_model, [p for p in prompts for _ in range(2)], max_tokens=12, **options)
     return "".join(f"> {text}\n" for text in texts)
 
 
 def main(capsys, *flags):
-    """(standard output, standard error) of inference.py with FLAGS and more, in this process."""
+    """Run inference.py in this process with FLAGS and more; return (standard output, standard error)."""
     inference.main([*FLAGS, *map(str, flags)])
     return capsys.readouterr()
 
 
 def pipe(monkeypatch, data):
-    """Let standard input be a pipe with these bytes."""
+    """Replace standard input by a pipe with these bytes."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
 
 
@@ -71,26 +71,26 @@ def test_generate_gives_prompt_and_continuation_and_counts_tokens(byte_model):
     assert texts == [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows)]
 
 
-def written(tokenizer, ids, stop=()):
-    """(the Continuation of these ids, its text after each step); it must only ever grow."""
-    row, texts = Continuation(tokenizer, stop), [""]
+def continuation_of(tokenizer, ids, stop=()):
+    """Return (the Continuation of these ids, its text after each step) and check that the text only grows."""
+    continuation, texts = Continuation(tokenizer, stop), [""]
     for token in [*ids, None]:
-        row.add(token)
-        assert row.text.startswith(texts[-1])
-        texts.append(row.text)
-    return row, texts
+        continuation.add(token)
+        assert continuation.text.startswith(texts[-1])
+        texts.append(continuation.text)
+    return continuation, texts
 
 
-def test_characters_of_several_tokens_come_whole_and_invalid_bytes_as_decode_has_them():
+def test_characters_of_several_tokens_appear_whole_and_invalid_bytes_as_decode_shows_them():
     tokenizer, rng = Tokenizer([], "bytes"), random.Random(0)
-    _, texts = written(tokenizer, tokenizer.encode("a\u00e9\u6771\U0001f600!"))
+    _, texts = continuation_of(tokenizer, tokenizer.encode("a\u00e9\u6771\U0001f600!"))
     assert texts == ["", "a", "a", "a\u00e9", "a\u00e9", "a\u00e9", "a\u00e9\u6771", *["a\u00e9\u6771"] * 3,
                      "a\u00e9\u6771\U0001f600", "a\u00e9\u6771\U0001f600!", "a\u00e9\u6771\U0001f600!"]
     letters = tokenizer.encode("ab\u00e9\u6771\U0001f600")
     for _ in range(500):
         ids = [rng.choice(letters) if rng.random() < 0.8 else rng.randrange(256) for _ in range(rng.randrange(12))]
-        row, _ = written(tokenizer, ids)
-        assert row.text == tokenizer.decode(ids) and row.n_tokens == len(ids) and row.ended
+        continuation, _ = continuation_of(tokenizer, ids)
+        assert continuation.text == tokenizer.decode(ids) and continuation.n_tokens == len(ids) and continuation.ended
 
 
 def test_a_continuation_ends_before_the_first_stop_text_and_never_shows_a_part_of_it():
@@ -98,23 +98,23 @@ def test_a_continuation_ends_before_the_first_stop_text_and_never_shows_a_part_o
     for _ in range(2000):
         ids = tokenizer.encode("".join(rng.choice("ab\u00e9") for _ in range(rng.randrange(15))))
         stop = ["".join(rng.choice("ab\u00e9") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(3))]
-        row, texts = written(tokenizer, ids, stop)
+        continuation, texts = continuation_of(tokenizer, ids, stop)
         whole = tokenizer.decode(ids)
         heads = [head for n in range(len(whole) + 1) if any(s in (head := whole[:n]) for s in stop)]
-        assert row.text == (whole[:min(heads[0].find(s) for s in stop if s in heads[0])] if heads else whole)
+        assert continuation.text == (whole[:min(heads[0].find(s) for s in stop if s in heads[0])] if heads else whole)
         assert not any(s in text for text in texts for s in stop)
-    row, texts = written(tokenizer, tokenizer.encode("one\n\ntwo"), ["\n\n"])
-    assert texts == ["", "o", "on", "one", "one", *["one"] * 5] and row.n_tokens == 5
-    assert written(tokenizer, tokenizer.encode("one\n"), ["\n\n"])[0].text == "one\n"      # not a stop after all
+    continuation, texts = continuation_of(tokenizer, tokenizer.encode("one\n\ntwo"), ["\n\n"])
+    assert texts == ["", "o", "on", "one", "one", *["one"] * 5] and continuation.n_tokens == 5
+    assert continuation_of(tokenizer, tokenizer.encode("one\n"), ["\n\n"])[0].text == "one\n"      # no stop text
 
 
-def test_stream_grows_to_what_generate_gives_and_ends_with_its_last_row(byte_model):
+def test_stream_ends_with_the_text_of_generate_when_all_continuations_have_ended(byte_model):
     prompts = ["Hello", "", "Once upon a time in a far away country"]
     texts, n_tokens = generate(*byte_model, prompts, max_tokens=30, stop=["e"])
     steps = list(stream(*byte_model, prompts, max_tokens=30, stop=["e"]))
-    rows = steps[-1]
-    assert [p + row.text for p, row in zip(prompts, rows)] == texts and all(row.ended for row in rows)
-    assert sum(row.n_tokens for row in rows) == n_tokens and not any("e" in row.text for row in rows)
+    continuations = steps[-1]
+    assert [p + c.text for p, c in zip(prompts, continuations)] == texts and all(c.ended for c in continuations)
+    assert sum(c.n_tokens for c in continuations) == n_tokens and not any("e" in c.text for c in continuations)
     assert len(steps) <= 31
     every_byte = [tuple(map(chr, range(128)))]
     assert len(list(stream(*byte_model, prompts[:1], temperature=0, stop=[*every_byte[0], "\ufffd"]))) == 1
@@ -123,7 +123,7 @@ def test_stream_grows_to_what_generate_gives_and_ends_with_its_last_row(byte_mod
 # -----------------------------------------------------------------------------
 # the script
 
-def test_the_script_writes_the_same_text_for_the_same_seed_from_the_newest_checkpoint(run, byte_model, saved, tmp_path):
+def test_the_script_gives_the_same_text_for_a_seed_and_uses_the_newest_checkpoint(run, byte_model, saved, tmp_path):
     flags = ("--prompt", "Once", "--prompt", "Twice", "--seed", 5)
     rc, out, err = run("inference.py", *FLAGS, *flags, cwd=tmp_path)
     assert rc == 0 and "model_00007.pt: " in err and "step 7, validation loss 5.5000" in err and "tokens/s" in err
@@ -149,24 +149,24 @@ def test_prompts_come_from_files_and_pipes_too(byte_model, saved, capsys, tmp_pa
     assert main(capsys, "--prompt", "").out == expected_output(byte_model, [""])             # a new document
 
 
-def test_an_instruction_is_put_into_alpacas_words_and_only_the_answer_is_shown(byte_model, saved, capsys):
+def test_an_instruction_becomes_alpacas_prompt_and_only_the_answer_is_printed(byte_model, saved, capsys):
     prompt = alpaca_prompt("Add.", "1 2")
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n" in prompt
     texts, _ = generate(*byte_model, [prompt] * 2, max_tokens=12)
     out, err = main(capsys, "--instruction", "Add.", "--input", "1 2")
     assert out == "".join(f"> {text[len(prompt):]}\n" for text in texts)
-    assert "its beginning is left out" in err                        # 32 tokens are few
+    assert "its beginning is ignored" in err                         # the window has only 32 tokens
     assert "Input" not in alpaca_prompt("Add.") and alpaca_prompt("Add.").endswith("Add.\n\n### Response:\n")
 
 
-def test_bf16_writes_with_packed_weights_and_compile_off_without(byte_model, saved, capsys):
+def test_bf16_works_with_packed_weights_and_with_compile_off(byte_model, saved, capsys):
     for compile in ("auto", "off"):
         out, err = main(capsys, "--prompt", "Once", "--dtype", "bf16", "--compile", compile)
         assert out.count("> Once") == 2 and "on cpu in bf16" in err
 
 
 @pytest.mark.slow
-def test_on_a_terminal_it_asks_line_by_line_until_ctrl_d(saved, tmp_path):
+def test_on_a_terminal_it_reads_one_prompt_per_line_until_ctrl_d(saved, tmp_path):
     pty = pytest.importorskip("pty")
     terminal, its_end = pty.openpty()
     process = subprocess.Popen([sys.executable, ROOT / "inference.py", *FLAGS[:-1], "1000000"], stdin=its_end,
@@ -174,10 +174,10 @@ def test_on_a_terminal_it_asks_line_by_line_until_ctrl_d(saved, tmp_path):
                                start_new_session=True, preexec_fn=take_terminal)
     os.close(its_end)
     shown = read_until(terminal, b"prompt: ")
-    assert "model_00007.pt" in shown and "Ctrl-D ends" in shown
+    assert "model_00007.pt" in shown and "Ctrl-D quits" in shown
     os.write(terminal, b"Once\n")
     read_until(terminal, b"> Once")
-    os.write(terminal, b"\x03")                                      # Ctrl-C: enough of this text
+    os.write(terminal, b"\x03")                                      # Ctrl-C: interrupt this text
     read_until(terminal, b"prompt: ")
     os.write(terminal, b"\n")
     read_until(terminal, b"prompt: ")
@@ -187,14 +187,14 @@ def test_on_a_terminal_it_asks_line_by_line_until_ctrl_d(saved, tmp_path):
 
 
 def take_terminal():
-    """In the child: its standard input becomes its controlling terminal, so that Ctrl-C is a signal."""
+    """Make standard input the controlling terminal of the child, so that Ctrl-C is a signal."""
     import fcntl
     import termios
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def read_until(terminal, text, seconds=60):
-    """What a terminal shows up to a text."""
+    """Read a terminal until a text appears; return what it showed."""
     shown, end = b"", time.monotonic() + seconds
     while text not in shown:
         assert time.monotonic() < end, shown
@@ -208,7 +208,7 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
     pipe(monkeypatch, b"")
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for flags, message in (([], "give --prompt"), (["--prompt", "x"], "no model_XXXXX.pt below logs/"),
+    for flags, message in (([], "no prompt; pass --prompt"), (["--prompt", "x"], "no model_XXXXX.pt below logs/"),
                            (["--prompt", "x", "--checkpoint", "bad.pt"], "bad.pt cannot be loaded"),
                            (["--prompt", "x", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
                            (["--prompt", "x", "--checkpoint", "latin.txt"], "latin.txt cannot be loaded"),
@@ -217,9 +217,9 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
                            (["--prompt", "x", "--max_tokens", "0"], "--max_tokens must be >= 1"),
                            (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0"),
                            (["--prompt", "x", "--top_p", "0"], "--top_p must be > 0"),
-                           (["--prompt", "x", "--stop", ""], "--stop needs a text"),
+                           (["--prompt", "x", "--stop", ""], "--stop must not be empty"),
                            (["--prompt", "x", "--instruction", "y"], "--instruction and --prompt exclude each other"),
-                           (["--prompt", "x", "--input", "y"], "--input belongs to an --instruction"),
+                           (["--prompt", "x", "--input", "y"], "--input needs an --instruction"),
                            (["--prompt_file", "gone.txt"], "cannot read gone.txt: No such file"),
                            (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text (at byte 3)")):
         with pytest.raises(inference.UserError) as caught:
@@ -228,15 +228,15 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_prompt_longer_than_the_window_is_cut_with_a_line_of_notice(byte_model, saved, capsys):
+def test_a_prompt_longer_than_the_window_is_cut_with_a_warning(byte_model, saved, capsys):
     out, err = main(capsys, "--prompt", "x" * 100)
     assert out == expected_output(byte_model, ["x" * 100])
-    assert "a prompt has 100 tokens, the model reads 32: its beginning is left out\n" in err
+    assert "warning: a prompt has 100 tokens, but the model's window is 32; its beginning is ignored\n" in err
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")], ids=type)
-def test_a_batch_that_does_not_fit_is_one_line(saved, monkeypatch, error):
+def test_out_of_memory_is_one_line(saved, monkeypatch, error):
     def fail(*args, **options):
         raise error
     monkeypatch.setattr(generation, "generate_ids", fail)
