@@ -49,7 +49,7 @@ class PrepareFinewebConfig:
     text_column: str = flag("text", "column that holds the text", group="source")
     data_files: str = flag("", "read local parquet or jsonl files instead of the hub: a quoted pattern such as "
                            "'dir/*.parquet'", group="source")
-    out: str | None = flag(None, "output folder (default: data/edu_fineweb10B, or data/NAME_OF_THE_DATA_SET)",
+    out: str | None = flag(None, "output folder (default: data/edu_fineweb10B; for another data set data/DATASET)",
                            group="shards")
     shard_tokens: int = flag(100_000_000, "tokens per shard", group="shards", low=1, high=2_000_000_000)
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
@@ -107,7 +107,7 @@ def resolve_source_files(config, manifest):
                             "restore them or choose another --out")
         manifest.files = files
         for f in files:
-            # Fail now, not hours later, if a file is unreadable or lacks the column.
+            # Fail now, not hours later, if a parquet file is damaged or lacks the column.
             next(split_into_pieces(f["path"], config.text_column), None)
     elif not manifest.files:
         manifest.revision, files = resolve_dataset(config.dataset, config.name)
@@ -162,7 +162,7 @@ class SourceReader:
         self.largest = max(f.size for f in self._files)
 
     def tasks(self):
-        """Yield tasks for `encode_tasks`, labelled (position, source bytes before that position)."""
+        """Yield tasks for `encode_tasks`, labeled (position, source bytes before that position)."""
         c, at = self._config, self._manifest.position
         first = at["file"]
         fetch = self._fetch if not c.data_files else lambda f: Path(f.path)

@@ -1,7 +1,7 @@
 """Read documents, or some columns of a table, from .txt, .md, .jsonl, .json, .csv, .tsv and .parquet files.
 
-`read_documents` yields the texts of a file, `read_rows` the values of some columns. Files are read piece by piece, and
-nothing in them is trusted: a bad file raises a UserError that names the file and the line.
+`read_documents` yields the texts of a file, `read_rows` the values of some columns. Nothing in a file is trusted: a bad
+file raises a UserError that names the file and, if possible, the line.
 
 To add an input format to prepare_text.py, write a function like `_read_csv` and add its suffix to the table READERS.
 To add one to prepare_fineweb.py, write a function like `_split_jsonl` and add its suffix to the table SPLITTERS.

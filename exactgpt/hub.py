@@ -42,7 +42,10 @@ def work_offline():
 
 
 def reachable():
-    """Return True if the hub, or the proxy to it, accepts a connection within CONNECT_TIMEOUT_S."""
+    """Return True if the hub, or the proxy to it, accepts a connection within CONNECT_TIMEOUT_S.
+
+    Returns False at once if HF_HUB_OFFLINE is set.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))

@@ -1,8 +1,8 @@
 """Tokenize documents on all cores and write them to shards; each finished shard gets an entry in the manifest.
 
 The order of the documents is kept, memory is bounded, and the output is the same for any number of workers. A task is a
-function that reads some documents, and its arguments. If the documents are in a file, the worker reads them itself and
-the parent only joins uint16 arrays. Workers never import torch.
+function that returns some documents, and its arguments. For prepare_fineweb.py that function reads a piece of a file,
+so workers do the reading and the parent only joins uint16 arrays. Workers never import torch.
 """
 import contextlib
 import hashlib
