@@ -265,7 +265,7 @@ def main(argv=None):
     wanted = new_manifest(config, tokenizer)
     manifest = load_matching_manifest(folder, wanted)
     if manifest and manifest.complete:
-        print(f"{folder} already contains these shards")
+        print(f"{folder} is already complete; nothing to do")
         return print_summary(folder)
     manifest = manifest or wanted
     resolve_source_files(config, manifest)

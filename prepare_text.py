@@ -175,7 +175,7 @@ def is_already_prepared(folder, manifest):
     """
     found = load_matching_manifest(folder, manifest)
     if found and found.complete:
-        print(f"{folder} already contains these shards")
+        print(f"{folder} is already complete; nothing to do")
         return True
     return False
 

@@ -196,7 +196,7 @@ def test_repeating_a_command_does_nothing_and_another_command_is_refused(jsonl, 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name != ".lock"}
     Tokenizer([("a", "b")], "").save(tmp_path)
     prepare_text.main(command)
-    assert "already contains" in capsys.readouterr().out
+    assert "is already complete; nothing to do" in capsys.readouterr().out
     for more, named in ((["--seed", "1"], "seed"), (["--val_fraction", "0.1"], "val_fraction"),
                         (["--train_tokenizer", "300"], "train_tokenizer"), (["--shard_tokens", "50"], "shard_tokens"),
                         (["--tokenizer", str(tmp_path)], "tokenizer")):
