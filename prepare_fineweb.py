@@ -1,13 +1,13 @@
-"""FineWeb-Edu, or any text data set of the Hugging Face hub, to token shards.
+"""Turn FineWeb-Edu, or any other text data set on the Hugging Face hub, into token shards.
 
     python prepare_fineweb.py                                  # 10B tokens, 100 shards in data/edu_fineweb10B
-    python prepare_fineweb.py --max_tokens 10000000            # a first try
+    python prepare_fineweb.py --max_tokens 10000000            # a quick first try
     python prepare_fineweb.py --dataset Skylion007/openwebtext --out data/openwebtext
-    python prepare_fineweb.py --data_files 'fineweb/*.parquet' # the same files on disk
-    python prepare_fineweb.py --verify                         # read every token of the shards again
+    python prepare_fineweb.py --data_files 'fineweb/*.parquet' # files that are already on this disk
+    python prepare_fineweb.py --verify                         # only verify existing shards
 
-One source file at a time, of which only the text column is read. Killed at any moment, the same command continues:
-the manifest says where the next shard begins in the source.
+Source files are downloaded one at a time, and only their text column is read. If the script is killed, run the same
+command again: the manifest records where in the source the next shard begins.
 """
 import concurrent.futures
 import contextlib
@@ -24,9 +24,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
-from exactgpt.documents import plan_reads
-from exactgpt.hub import FORMATS, SourceFile, download, resolve_dataset
-from exactgpt.shard_writer import ShardWriter, available_cpus, encode_tasks, matching_manifest, print_shards, writing_to
+from exactgpt.documents import split_into_pieces
+from exactgpt.hub import FORMATS, SourceFile, download_source_file, resolve_dataset
+from exactgpt.shard_writer import (
+    ShardWriter,
+    available_cpus,
+    encode_tasks,
+    load_matching_manifest,
+    print_summary,
+    report_write_errors,
+)
 from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer
 
@@ -34,28 +41,27 @@ FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 
 @dataclass(kw_only=True)
-class Config:
-    """Every flag of this script."""
-    dataset: str = flag(FINEWEB_EDU, "data set of the hub", group="source")
-    name: str | None = flag(None, "its configuration, such as sample-100BT or CC-MAIN-2024-10 (default: sample-10BT "
-                            "for FineWeb-Edu, else the data set's own default)", group="source")
-    text_column: str = flag("text", "the column that holds the text", group="source")
-    data_files: str = flag("", "parquet or jsonl files on this disk instead of the hub: a quoted pattern such as "
+class PrepareFinewebConfig:
+    """The flags of prepare_fineweb.py."""
+    dataset: str = flag(FINEWEB_EDU, "data set on the Hugging Face hub", group="source")
+    name: str | None = flag(None, "configuration of the data set, such as sample-100BT or CC-MAIN-2024-10 (default: "
+                            "sample-10BT for FineWeb-Edu, otherwise the data set's own default)", group="source")
+    text_column: str = flag("text", "column that holds the text", group="source")
+    data_files: str = flag("", "read local parquet or jsonl files instead of the hub: a quoted pattern such as "
                            "'dir/*.parquet'", group="source")
-    out: str | None = flag(None, "folder of the shards (default: data/edu_fineweb10B, or one named after the data "
-                           "set)", group="shards")
-    shard_tokens: int = flag(100_000_000, "tokens in a shard", group="shards", low=1, high=2_000_000_000)
+    out: str | None = flag(None, "output folder (default: data/edu_fineweb10B; for another data set data/DATASET)",
+                           group="shards")
+    shard_tokens: int = flag(100_000_000, "tokens per shard", group="shards", low=1, high=2_000_000_000)
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
-    tokenizer: str = flag("", "folder whose vocab.bpe and encoder.json encode the text, such as one with shards "
+    tokenizer: str = flag("", "folder with the vocab.bpe and encoder.json to use, such as a folder of shards "
                           "(default: GPT-2's vocabulary)", group="shards")
-    num_proc: int | None = flag(None, "tokenising processes, 0 for none but this one (default: one a core)",
+    num_proc: int | None = flag(None, "tokenizer processes (default: one per core, 0: tokenize in the main process)",
                                 group="system", low=0, high=1024)
-    keep_downloads: bool = flag(False, "keep the source files in OUT/downloads", group="system")
-    verify: bool = flag(False, "make nothing: hold every token of the shards against hashes and vocabulary",
-                        group="system")
+    keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads", group="system")
+    verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids", group="system")
 
     def check(self):
-        """Choose what is left open."""
+        """Fill in the defaults that depend on other flags."""
         is_fineweb = self.dataset == FINEWEB_EDU
         if self.name is None and is_fineweb and not self.data_files:
             self.name = SAMPLE_10BT
@@ -67,11 +73,11 @@ class Config:
             self.num_proc = available_cpus()
 
     def prefix(self):
-        """What the shards' names begin with; build-nanogpt's for its data set."""
+        """Return the prefix of shard names. For FineWeb-Edu it is the one build-nanogpt uses."""
         return "edufineweb" if self.dataset == FINEWEB_EDU else _slug(self.dataset.split("/")[-1])
 
     def val_tokens(self):
-        """The validation shard has the size of the others, or a tenth of a small corpus."""
+        """Return the size of the validation shard: --shard_tokens, or a tenth of --max_tokens if that is less."""
         return min(self.shard_tokens, (self.max_tokens or 10 * self.shard_tokens) // 10)
 
 
@@ -80,116 +86,120 @@ def _slug(text):
 
 
 def new_manifest(config, tokenizer):
-    """The manifest that this command begins with; `matching_manifest` compares its settings."""
-    kept = ("dataset", "name", "text_column", "data_files", "shard_tokens", "max_tokens")
-    settings = {k: getattr(config, k) for k in kept}
+    """Return an empty manifest for this command. `load_matching_manifest` compares its settings with a stored one."""
+    compared = ("dataset", "name", "text_column", "data_files", "shard_tokens", "max_tokens")
+    settings = {k: getattr(config, k) for k in compared}
     source = f"files {config.data_files}" if config.data_files else f"{config.dataset} {config.name or ''}".strip()
     return Manifest(source=source, tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, eot=tokenizer.eot,
                     settings=settings, position={"file": 0, "start": 0, "skip": 0})
 
 
-def find_sources(config, manifest):
-    """Write into a new manifest which source files there are; of an old one, hold them against those on this disk.
+def resolve_source_files(config, manifest):
+    """List the source files in a new manifest, or check that those of an existing one are unchanged.
 
-    The hub's are pinned to a commit at the first start and never asked for again. Raises UserError.
+    Hub files are pinned to a commit when the folder is created, so a continued run does not ask the hub again.
+    Raises UserError.
     """
     if config.data_files:
-        files = [dataclasses.asdict(f) for f in local_files(config.data_files)]
+        files = [dataclasses.asdict(f) for f in local_source_files(config.data_files)]
         if manifest.files not in ([], files):
-            raise UserError(f"the files behind --data_files {config.data_files} changed since {config.out} was begun; "
+            raise UserError(f"the files of --data_files {config.data_files} changed since {config.out} was started; "
                             "restore them or choose another --out")
         manifest.files = files
         for f in files:
-            next(plan_reads(f["path"], config.text_column), None)       # is it parquet, has it the column?
+            # Fail now, not hours later, if a parquet file is damaged or lacks the column.
+            next(split_into_pieces(f["path"], config.text_column), None)
     elif not manifest.files:
         manifest.revision, files = resolve_dataset(config.dataset, config.name)
         manifest.files = [dataclasses.asdict(f) for f in files]
     if set(manifest.position) != {"file", "start", "skip"} or manifest.position["file"] >= len(manifest.files):
-        raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out}, begin again")
+        raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out} and start over")
 
 
-def local_files(pattern):
-    """The SourceFiles behind a pattern, sorted by path. Raises UserError."""
+def local_source_files(pattern):
+    """Return the SourceFiles that match a pattern, sorted by path. Raises UserError."""
     paths = sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    foreign = [p for p in paths if not p.endswith(FORMATS)]
-    if not paths or foreign:
-        raise UserError(f"--data_files {pattern}: " + (f"{foreign[0]} is neither .parquet nor .jsonl" if foreign else
-                                                       "no file matches"))
+    if not paths:
+        raise UserError(f"--data_files {pattern}: no file matches")
+    for path in paths:
+        if not path.endswith(FORMATS):
+            raise UserError(f"--data_files {pattern}: cannot read {path}: it must end in one of {', '.join(FORMATS)}")
     return [SourceFile(p, Path(p).stat().st_size) for p in paths]
 
 
-def fetch_ahead(fetch, files, read_ahead):
-    """Yield fetch(file) for each file; with read_ahead the next one is fetched meanwhile."""
-    following = _in_thread(fetch, files[0])
+def iter_fetched(fetch, files, prefetch):
+    """Yield fetch(file) for each file. With prefetch, fetch the next file in the background."""
+    following = _run_in_thread(fetch, files[0])
     for i, file in enumerate(files):
-        path = (following or _in_thread(fetch, file)).result()
-        following = _in_thread(fetch, files[i + 1]) if read_ahead and i + 1 < len(files) else None
+        path = (following or _run_in_thread(fetch, file)).result()
+        following = _run_in_thread(fetch, files[i + 1]) if prefetch and i + 1 < len(files) else None
         yield path
 
 
-def _in_thread(call, argument):
-    """A Future of call(argument), worked on by a thread that does not delay the end of the process."""
+def _run_in_thread(function, argument):
+    """Return a Future of function(argument), computed in a daemon thread."""
+    # Not a ThreadPoolExecutor: Python waits for its threads at exit, so Ctrl-C would hang until the download ends.
     future = concurrent.futures.Future()
 
     def work():
         try:
-            future.set_result(call(argument))
+            future.set_result(function(argument))
         except BaseException as error:
             future.set_exception(error)
     threading.Thread(target=work, daemon=True, name="download").start()
     return future
 
 
-class Sources:
-    """The source files from the manifest's position on: fetched, planned for the workers, and deleted after use."""
+class SourceReader:
+    """The source files from the manifest's position on, downloaded as needed and deleted after use."""
 
     def __init__(self, config, manifest):
         self.folder = Path(config.out) / "downloads"
         self._config, self._manifest = config, manifest
         self._files = [SourceFile(**f) for f in manifest.files]
-        self._on_disk = {}                   # number of the file -> downloaded path
+        self._downloaded = {}                # file number -> path
         self.size = sum(f.size for f in self._files)
         self.largest = max(f.size for f in self._files)
 
     def tasks(self):
-        """Yield the tasks of encode_tasks, labelled with (position, bytes of the source before it)."""
+        """Yield tasks for `encode_tasks`, labeled (position, source bytes before that position)."""
         c, at = self._config, self._manifest.position
         first = at["file"]
         fetch = self._fetch if not c.data_files else lambda f: Path(f.path)
-        # With --max_tokens the next file may never be needed.
-        paths = fetch_ahead(fetch, self._files[first:], read_ahead=not c.data_files and c.max_tokens is None)
+        # No prefetch with --max_tokens: the next file may never be needed.
+        paths = iter_fetched(fetch, self._files[first:], prefetch=not c.data_files and c.max_tokens is None)
         done = sum(f.size for f in self._files[:first])
         for i, path in enumerate(paths, first):
             if not c.data_files:
-                self._on_disk[i] = path
+                self._downloaded[i] = path
             start = at["start"] if i == first else 0
-            for begin, share, read, *args in plan_reads(path, c.text_column, start):
+            for begin, share, read, *args in split_into_pieces(path, c.text_column, start):
                 yield ({"file": i, "start": begin}, done + int(share * self._files[i].size)), read, *args
             done += self._files[i].size
 
     def _fetch(self, file):
-        return download(self._config.dataset, self._manifest.revision, file, self.folder)
+        return download_source_file(self._config.dataset, self._manifest.revision, file, self.folder)
 
-    def delete_before(self, number):
-        """Delete the downloads of the files before this number: their last token is in a worker's result."""
-        for i in [i for i in self._on_disk if i < number]:
-            path = self._on_disk.pop(i)
+    def delete_downloads_before(self, number):
+        """Delete the downloaded files before file `number`. Call it once all their tokens have arrived."""
+        for i in [i for i in self._downloaded if i < number]:
+            path = self._downloaded.pop(i)
             if not self._config.keep_downloads:
                 path.unlink()
 
 
-def write_tokens(config, manifest, sources, tokenizer):
-    """Tokenise from the manifest's position to the end of the source or --max_tokens."""
-    done, n_bytes, started = sum(row["tokens"] for row in manifest.shards), 0, time.monotonic()
+def tokenize_to_shards(config, manifest, sources, tokenizer):
+    """Tokenize and write shards from the manifest's position to the end of the source or --max_tokens."""
+    done, n_bytes, started = sum(entry["tokens"] for entry in manifest.shards), 0, time.monotonic()
     writer = ShardWriter(config.out, config.prefix(), manifest, config.val_tokens(), config.shard_tokens)
     skip = manifest.position["skip"]
-    bar = tqdm(desc="tokenising", initial=done, total=config.max_tokens, unit="tok", unit_scale=True, disable=None,
+    bar = tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok", unit_scale=True, disable=None,
                smoothing=0.05)
     results = encode_tasks(sources.tasks(), tokenizer, config.num_proc)
     with bar, contextlib.closing(results):
         for (position, source_bytes), tokens, size in results:
-            sources.delete_before(position["file"])
-            dropped = min(skip, len(tokens))        # what the finished shards hold of the first pieces
+            sources.delete_downloads_before(position["file"])
+            dropped = min(skip, len(tokens))        # these are already in finished shards
             skip -= dropped
             tokens = tokens[dropped:][:config.max_tokens and config.max_tokens - done]
             n_shards = len(manifest.shards)
@@ -201,81 +211,81 @@ def write_tokens(config, manifest, sources, tokenizer):
             speed = f"{n_bytes / 1e6 / (time.monotonic() - started):.1f} MB/s"
             bar.set_postfix_str(speed, refresh=False)
             bar.update(len(tokens))
-            for row in manifest.shards[n_shards:]:
-                bar.write(f"{row['file']} is written, {speed} of text")
+            for entry in manifest.shards[n_shards:]:
+                bar.write(f"wrote {entry['file']} ({speed} of text)")
             if done == config.max_tokens:
                 break
         bar.total = done
     if done <= config.val_tokens():
         raise UserError(f"the source ends after {done:,} tokens, inside the validation shard of "
-                        f"{config.val_tokens():,}; give a smaller --shard_tokens, or a --max_tokens, a tenth of which "
-                        "is validation")
+                        f"{config.val_tokens():,}; use a smaller --shard_tokens, or set --max_tokens (a tenth of it "
+                        "becomes validation)")
     writer.finish()
 
 
-def announce(config, manifest, sources):
-    """Print what will happen and where it will need room."""
-    begun = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
+def print_plan(config, manifest, sources):
+    """Print the source, the number of workers and an estimate of the disk space needed."""
+    resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
     at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
-    print(f"{manifest.source}{at}: {len(manifest.files)} files, {human_bytes(sources.size)}{begun}")
-    # A byte of FineWeb-Edu's parquet gives 0.35 tokens, of two bytes each.
+    print(f"{manifest.source}{at}: {len(manifest.files)} files, {human_bytes(sources.size)}{resumed}")
+    # FineWeb-Edu gives 0.35 tokens per byte of parquet, and a token takes two bytes.
     needed = min(2 * (config.max_tokens or 10**15), int(0.7 * sources.size))
-    needed -= sum(2 * row["tokens"] for row in manifest.shards)
+    needed -= sum(2 * entry["tokens"] for entry in manifest.shards)
     if not config.data_files:
         needed += min(2, len(manifest.files)) * sources.largest
     free = shutil.disk_usage(config.out).free
-    may_not_do = "; that may not do" if needed > free else ""
+    warning = ", probably not enough" if needed > free else ""
     print(f"{config.num_proc or 'no'} worker process{'es' * (config.num_proc != 1)}; {config.out} will need about "
-          f"{human_bytes(max(needed, 0))}, {human_bytes(free)} are free{may_not_do}", flush=True)
+          f"{human_bytes(max(needed, 0))} ({human_bytes(free)} free{warning})", flush=True)
 
 
-def verify(folder, tokenizer=""):
-    """Read every token of the shards. tokenizer: the flag. Raises UserError at the first fault."""
+def verify_shards(folder, tokenizer=""):
+    """Check every shard's size, hash and token ids. tokenizer: the flag. Raises UserError at the first error."""
     shards = ShardFolder(folder, need_complete=False)
     n_vocab = shards.tokenizer(tokenizer).n_vocab
     n_bytes = sum(2 * s.n_tokens for s in shards.shards)
     with tqdm(desc="verifying", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         shards.verify(n_vocab, bar.update)
-    what = "hashes, sizes and token ids are right" if shards.manifest else \
-        "sizes and token ids are right; there is no manifest.json to hold hashes against"
-    print(f"{folder}: {len(shards.shards)} shards, {n_bytes // 2:,} tokens: {what}")
+    result = "hashes, sizes and token ids are correct" if shards.manifest else \
+        "sizes and token ids are correct; hashes not checked, there is no manifest.json"
+    print(f"{folder}: {len(shards.shards)} shards, {n_bytes // 2:,} tokens: {result}")
     if shards.manifest and not shards.manifest.complete:
-        print("it is incomplete: run the same prepare command again, which completes it")
+        print(f"{folder} is incomplete; run the same prepare command again to complete it")
 
 
 def main(argv=None):
-    """Make or verify shards as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
-    config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
+    """Make or verify shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
+    config = parse_config(PrepareFinewebConfig, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
     if config.verify:
-        return verify(folder, config.tokenizer)
-    # Chunks of what is downloaded once would fill a second place on the disk.
+        return verify_shards(folder, config.tokenizer)
+    # Every file is downloaded once, so Xet's chunk cache would only double the disk space.
     os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
     tokenizer = default_tokenizer(config.tokenizer)
     wanted = new_manifest(config, tokenizer)
-    manifest = matching_manifest(folder, wanted)
+    manifest = load_matching_manifest(folder, wanted)
     if manifest and manifest.complete:
-        print(f"{folder} already holds the shards of this command")
-        return print_shards(folder)
+        print(f"{folder} is already complete; nothing to do")
+        return print_summary(folder)
     manifest = manifest or wanted
-    find_sources(config, manifest)
+    resolve_source_files(config, manifest)
     n_shards = len(manifest.shards)
-    with FolderLock(folder, wait_s=0), writing_to(folder):
-        now = matching_manifest(folder, wanted)
+    with FolderLock(folder, wait_s=0), report_write_errors(folder):
+        now = load_matching_manifest(folder, wanted)
         if now and len(now.shards) != n_shards:
-            raise UserError(f"another process has made shards in {folder} meanwhile; run the same command again")
+            raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
         manifest.save(folder)
         tokenizer.save(folder)
         if manifest.shards:
-            ShardFolder(folder, need_complete=False)        # what is there must be sound to be continued
-        sources = Sources(config, manifest)
-        for left_over in sources.folder.rglob("*.incomplete"):
-            left_over.unlink()
-        announce(config, manifest, sources)
-        write_tokens(config, manifest, sources, tokenizer)
+            ShardFolder(folder, need_complete=False)        # raises if the shards to continue from are damaged
+        sources = SourceReader(config, manifest)
+        for leftover in sources.folder.rglob("*.incomplete"):
+            leftover.unlink()
+        print_plan(config, manifest, sources)
+        tokenize_to_shards(config, manifest, sources, tokenizer)
         if not config.keep_downloads:
             shutil.rmtree(sources.folder, ignore_errors=True)
-    return print_shards(folder)
+    return print_summary(folder)
 
 
 if __name__ == "__main__":

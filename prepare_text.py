@@ -1,10 +1,10 @@
-"""Your own text to token shards: .txt, .md, .jsonl, .csv, .tsv, .parquet files and directories of them.
+"""Turn your own text into token shards: .txt, .md, .jsonl, .csv, .tsv and .parquet files, or directories of them.
 
     python prepare_text.py book.txt --out data/book
     python prepare_text.py stories/ --separator '<|endoftext|>' --train_tokenizer 8192 --out data/stories
     python prepare_text.py --demo --train_tokenizer 4096 --out data/demo
 
-Everything is read and checked before anything is written. Documents are shuffled by the seed; some go to validation.
+All input is read and checked before anything is written. Documents are shuffled by the seed; some go to validation.
 """
 import hashlib
 import itertools
@@ -20,11 +20,11 @@ from exactgpt.documents import find_files, python_documents, read_documents
 from exactgpt.shard_writer import (
     ShardWriter,
     available_cpus,
+    batch_documents,
     encode_tasks,
-    in_batches,
-    matching_manifest,
-    print_shards,
-    writing_to,
+    load_matching_manifest,
+    print_summary,
+    report_write_errors,
 )
 from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, train_tokenizer
@@ -33,39 +33,36 @@ POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer 
 
 
 @dataclass(kw_only=True)
-class Config:
-    """Every flag of this script."""
-    paths: list[str] = flag([], "files and directories, in this order", group="text", positional=True)
-    demo: bool = flag(False, "the documentation inside CPython instead of files", group="text")
-    separator: str = flag("", r"what stands between the documents of a .txt (\n and \t are understood); "
-                          "without it a file is one document", group="text")
-    text_column: str = flag("text", "the column of .jsonl, .csv, .tsv and .parquet that holds the text", group="text")
-    tokenizer: str = flag("", "folder whose vocab.bpe and encoder.json encode the text, such as one with shards "
+class PrepareTextConfig:
+    """The flags of prepare_text.py."""
+    paths: list[str] = flag([], "files and directories to read, in this order", group="text", positional=True)
+    demo: bool = flag(False, "use Python's own documentation instead of files", group="text")
+    separator: str = flag("", r"string between the documents of a .txt or .md file, with \n and \t for newline "
+                          "and tab (default: one document per file)", group="text")
+    text_column: str = flag("text", "column of .jsonl, .csv, .tsv and .parquet files that holds the text", group="text")
+    tokenizer: str = flag("", "folder with the vocab.bpe and encoder.json to use, such as a folder of shards "
                           "(default: GPT-2's vocabulary)", group="tokens")
-    train_tokenizer: int | None = flag(None, "train a byte-pair vocabulary of N entries on this text instead",
+    train_tokenizer: int | None = flag(None, "train a byte-pair vocabulary of N entries on this text and use it",
                                        group="tokens", low=257, high=65535)
-    out: str = flag("", "the folder to make, such as data/NAME (required)", group="tokens")
-    val_fraction: float = flag(0.05, "share of the tokens kept for validation", group="tokens", above=0, below=1)
-    shard_tokens: int = flag(100_000_000, "tokens in a shard", group="tokens", low=1, high=2_000_000_000)
-    seed: int = flag(1337, "of the order of the documents", group="tokens", low=0)
+    out: str = flag("", "output folder, such as data/NAME (required)", group="tokens")
+    val_fraction: float = flag(0.05, "fraction of the tokens kept for validation", group="tokens", above=0, below=1)
+    shard_tokens: int = flag(100_000_000, "tokens per shard", group="tokens", low=1, high=2_000_000_000)
+    seed: int = flag(1337, "random seed for the order of the documents", group="tokens", low=0)
 
     def check(self):
-        """Raise UserError for flags that are missing or contradict each other; read the escapes in --separator."""
+        """Check flags against each other and expand the escapes in --separator. Raises UserError."""
         if self.demo == bool(self.paths):
-            raise UserError("--demo brings its own text; drop the files" if self.demo else
-                            "name the files and directories to read, or --demo")
+            raise UserError("--demo has its own text; drop the files" if self.demo else
+                            "no input; name files or directories to read, or use --demo")
         if not self.out:
-            raise UserError("say where the shards go: --out data/NAME")
+            raise UserError("no output folder; add --out data/NAME")
         if self.tokenizer and self.train_tokenizer:
-            raise UserError("--tokenizer and --train_tokenizer exclude each other: drop one of them")
+            raise UserError("--tokenizer and --train_tokenizer exclude each other; drop one of them")
         self.separator = self.separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
-class Corpus:
-    """All documents of a command; iterating reads them again from the start as (text, starts) pairs.
-
-    Documents of whitespace alone are left out.
-    """
+class DocumentReader:
+    """All documents of a command. Each iteration reads them again, as (text, starts) pairs; blank ones are skipped."""
 
     def __init__(self, config):
         self._config = config
@@ -79,28 +76,34 @@ class Corpus:
             if not starts or (text and not text.isspace()):
                 yield text, starts
 
-    def survey(self):
-        """(documents, bytes, sha256 of them all); reads everything, so that every fault shows. Raises UserError."""
+    def scan(self):
+        """Return (number of documents, bytes, sha256 of all text). Raises UserError for unreadable or empty input.
+
+        This reads everything once, so that errors show before anything is written.
+        """
         n_documents, n_bytes, digest = 0, 0, hashlib.sha256()
         with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
             for text, starts in self:
                 data = text.encode("utf-8")
-                digest.update(b"\xff" if starts else b"")      # a byte that UTF-8 never holds
+                digest.update(b"\xff" if starts else b"")      # UTF-8 never contains this byte, so it marks a start
                 digest.update(data)
                 n_documents += starts
                 n_bytes += len(data)
                 bar.update(len(data))
         if not n_documents:
-            raise UserError(f"there is no text in {', '.join(map(str, self.files[:3]))}")
+            raise UserError(f"no text in {', '.join(map(str, self.files[:3]))}")
         return n_documents, n_bytes, digest.hexdigest()
 
 
-def tokenise(corpus, n_bytes, tokenizer, file):
-    """Write the corpus' tokens into an open file; (all tokens, a uint16 array that stays there; documents' starts)."""
+def tokenize_documents(documents, n_bytes, tokenizer, file):
+    """Tokenize (text, starts) pairs into an open file.
+
+    Returns all tokens, a uint16 memory map of the file, and the index in it where each document starts.
+    """
     num_proc = available_cpus() if n_bytes > POOL_BYTES else 0
-    tasks = ((None, iter_batch, batch) for batch in in_batches(corpus))
+    tasks = ((None, read_batch, batch) for batch in batch_documents(documents))
     n_tokens, starts = 0, []
-    with tqdm(desc="tokenising", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for _, tokens, size in encode_tasks(tasks, tokenizer, num_proc):
             starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
             n_tokens += len(tokens)
@@ -110,16 +113,16 @@ def tokenise(corpus, n_bytes, tokenizer, file):
     return np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
 
 
-def iter_batch(batch):
-    """How a worker reads a task whose texts travel with it."""
+def read_batch(batch):
+    """Return the batch itself: the `read` function of tasks that carry their texts with them."""
     return batch
 
 
 def split_documents(lengths, order, val_fraction):
-    """(val, train): the documents of each split, in seeded order; val is empty where no document fits.
+    """Return (val, train), the document numbers of each split in seeded order; val is empty if no document fits.
 
-    lengths (documents,) in tokens. Documents go to val until it holds val_fraction of the tokens; one that would make
-    it more than twice that, or all there is, is left to train.
+    lengths: tokens of each document, shape (documents,). Documents go to val until it has val_fraction of all tokens.
+    A document stays in train if it would make val more than twice that size, or all there is.
     """
     total = lengths.sum()
     target = val_fraction * total
@@ -135,16 +138,16 @@ def split_documents(lengths, order, val_fraction):
 
 
 def write_shards(folder, manifest, tokens, starts, config):
-    """Cut the tokens (all documents as read) into a val shard and train shards in seeded order."""
+    """Write the documents to a validation shard and train shards, in seeded order."""
     ends = np.append(starts[1:], len(tokens))
     order = permutation(len(starts), config.seed, "documents")
     val, train = split_documents(ends - starts, order, config.val_fraction)
     documents = np.concatenate([val, train])
     if len(val):
         n_val = int((ends - starts)[val].sum())
-    else:       # no document fits: val is the tail of what would be train
+    else:       # no document fits: validate on the end of the text
         n_val = max(1, int(config.val_fraction * len(tokens)))
-        starts, ends = cut_tail(starts[train], ends[train], n_val)
+        starts, ends = move_tail_first(starts[train], ends[train], n_val)
         documents = np.arange(len(starts))
     writer = ShardWriter(folder, folder.resolve().name, manifest, n_val, config.shard_tokens)
     for d in tqdm(documents, desc="writing", unit="doc", unit_scale=True, disable=None, leave=False):
@@ -152,9 +155,12 @@ def write_shards(folder, manifest, tokens, starts, config):
     writer.finish()
 
 
-def cut_tail(starts, ends, n_tail):
-    """The same pieces in another order, (2, pieces): the last n_tail tokens first, the piece at the border cut."""
-    before = np.cumsum(ends - starts) - (ends - starts)         # tokens in front of each piece
+def move_tail_first(starts, ends, n_tail):
+    """Return (starts, ends) of the same pieces with the last n_tail tokens moved to the front.
+
+    The piece at the border is cut in two. Shape: (2, pieces).
+    """
+    before = np.cumsum(ends - starts) - (ends - starts)         # tokens before each piece
     border = before[-1] + ends[-1] - starts[-1] - n_tail
     i = int(np.searchsorted(before, border, side="right")) - 1  # the piece that holds the border
     cut = starts[i] + border - before[i]
@@ -162,43 +168,47 @@ def cut_tail(starts, ends, n_tail):
     return np.array([p for p in pieces if p[0] < p[1]]).T
 
 
-def is_made(folder, manifest):
-    """Whether a folder holds the shards of this command; says so. Raises UserError where it holds other things."""
-    found = matching_manifest(folder, manifest)
+def is_already_prepared(folder, manifest):
+    """Return True, and print a line, if this command has already filled the folder.
+
+    Raises UserError if the folder contains something else.
+    """
+    found = load_matching_manifest(folder, manifest)
     if found and found.complete:
-        print(f"{folder} already holds the shards of this command")
+        print(f"{folder} is already complete; nothing to do")
         return True
     return False
 
 
 def main(argv=None):
-    """Make shards as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
-    config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
+    """Make shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
+    config = parse_config(PrepareTextConfig, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
     tokenizer = None if config.train_tokenizer else default_tokenizer(config.tokenizer)
-    corpus = Corpus(config)
-    n_documents, n_bytes, digest = corpus.survey()
+    documents = DocumentReader(config)
+    n_documents, n_bytes, digest = documents.scan()
     manifest = Manifest(source="CPython documentation" if config.demo else "text", vocab_size=0, eot=0,
                         tokenizer=tokenizer.name if tokenizer else "", seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
-    if is_made(folder, manifest):
-        return print_shards(folder)
-    with FolderLock(folder, wait_s=0), writing_to(folder):
-        if is_made(folder, manifest):    # by another process, meanwhile
-            return print_shards(folder)
+    if is_already_prepared(folder, manifest):
+        return print_summary(folder)
+    with FolderLock(folder, wait_s=0), report_write_errors(folder):
+        if is_already_prepared(folder, manifest):    # another process may have finished since the check above
+            return print_summary(folder)
         if tokenizer is None:
             print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
-            tokenizer = train_tokenizer((text for text, _ in corpus), config.train_tokenizer)
+            tokenizer = train_tokenizer((text for text, _ in documents), config.train_tokenizer)
             if tokenizer.n_vocab < config.train_tokenizer:
-                print(f"this text has pairs for {tokenizer.n_vocab:,} entries only")
+                print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
         manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
-        manifest.save(folder)           # incomplete as yet: a killed run is recognised and done again
+        manifest.save(folder)           # still incomplete: after a kill, the same command recognizes it and starts over
         tokenizer.save(folder)
-        with tempfile.TemporaryFile(dir=folder) as file:    # nameless: a killed run leaves none
-            write_shards(folder, manifest, *tokenise(corpus, n_bytes, tokenizer, file), config)
+        with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
+            tokens, starts = tokenize_documents(documents, n_bytes, tokenizer, file)
+            write_shards(folder, manifest, tokens, starts, config)
     print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
-    return print_shards(folder)
+    return print_summary(folder)
 
 
 if __name__ == "__main__":

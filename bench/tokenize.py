@@ -28,7 +28,7 @@ import tiktoken_ext.openai_public
 import prepare_fineweb
 from bench.common import compared, machine, write_results
 from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.documents import find_files, plan_reads, python_documents, read_documents
+from exactgpt.documents import find_files, python_documents, read_documents, split_into_pieces
 from exactgpt.shard_writer import encode_tasks
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import EOT_TEXT, gpt2_tokenizer
@@ -85,7 +85,7 @@ def make_bench(documents, folder, workers, name):
 
 def ours_one_process(bench):
     """prepare_fineweb's worker function: reads the parquet file, gives uint16."""
-    tasks = ((start, *task) for start, _, *task in plan_reads(bench.parquet, "text"))
+    tasks = ((start, *task) for start, _, *task in split_into_pieces(bench.parquet, "text"))
     return [tokens for _, tokens, _ in encode_tasks(tasks, gpt2_tokenizer(), 0)]
 
 

@@ -1,8 +1,10 @@
-"""Documents and rows from .txt, .md, .jsonl, .json, .csv, .tsv and .parquet files, one at a time, trusting nothing.
+"""Read documents, or some columns of a table, from .txt, .md, .jsonl, .json, .csv, .tsv and .parquet files.
 
-`read_documents` gives the text of a corpus, `read_rows` some columns of a table. What cannot be read is a UserError
-that names the file and the line. `python_documents` gives the documentation inside CPython itself, a corpus that every
-machine with Python already has.
+`read_documents` yields the texts of a file, `read_rows` the values of some columns. Nothing in a file is trusted: a bad
+file raises a UserError that names the file and, if possible, the line.
+
+To add an input format to prepare_text.py, write a function like `_read_csv` and add its suffix to the table READERS.
+To add one to prepare_fineweb.py, write a function like `_split_jsonl` and add its suffix to the table SPLITTERS.
 """
 import ast
 import codecs
@@ -17,52 +19,56 @@ from pathlib import Path
 
 from exactgpt.config import UserError
 
-PART_CHARS = 1 << 20       # a longer document comes in parts of about this many characters
-PIECE_BYTES = 1 << 21      # what plan_reads makes a piece of
-LARGE_GROUP = 1 << 24      # a row group of more bytes is too much for a worker's memory
+PART_CHARS = 1 << 20       # a longer .txt or .md document is yielded in parts of about this many characters
+PIECE_BYTES = 1 << 21      # size of the pieces that split_into_pieces makes
+LARGE_GROUP = 1 << 24      # bytes; a larger parquet row group would take too much memory in a worker
 _SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def find_files(paths):
-    """The files behind a list of files and directories (searched through, in sorted order). Raises UserError."""
+    """Return the files in a list of files and directories. Directories are searched recursively, in sorted order.
+
+    Raises UserError for a missing or unsupported file and for a directory without text.
+    """
+    suffixes = [suffix for suffix in READERS if suffix != ".json"]     # stray .json files are settings, not text
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _IN_DIRECTORIES and p.is_file()
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()
                             and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not inside:
-                raise UserError(f"no text under {path} ({', '.join(_IN_DIRECTORIES)})")
+                raise UserError(f"no text files in {path} (looked for {', '.join(suffixes)})")
             found += inside
         elif not path.exists():
             raise UserError(f"{path} does not exist")
-        elif path.suffix.lower() not in _FORMATS:
-            raise UserError(f"cannot read {path}: it must end in one of {', '.join(_FORMATS)}")
+        elif path.suffix.lower() not in READERS:
+            raise UserError(f"cannot read {path}: it must end in one of {', '.join(READERS)}")
         else:
             found.append(path)
     return found
 
 
 def read_documents(path, text_column="text", separator=None):
-    """Yield (text, starts) for each document of a file, in order; starts is False where a document goes on.
+    """Yield (text, starts) for the documents of a file, in order. Raises UserError.
 
-    A .txt or .md file is one document, or as many as `separator` makes of it; a long one comes in parts. Other
-    files hold a document a row, in the column `text_column`. Parts are cut between a character and the whitespace
-    after it: no match of GPT-2's split pattern spans that, so the parts' ids are the ids of the whole.
-    Raises UserError.
+    A .txt or .md file is one document, or several if `separator` is given. A long document is yielded in parts; starts
+    is False for all but the first. Other files have one document per row, in the column `text_column`.
+    Parts end between a character and the whitespace after it. No match of GPT-2's split pattern spans such a place, so
+    the parts together have the token ids of the whole.
     """
-    if _FORMATS[Path(path).suffix.lower()] is None:
-        yield from _split_text(path, separator)
+    if READERS[Path(path).suffix.lower()] is None:
+        yield from _read_text(path, separator)
     else:
         for (text,) in read_rows(path, [text_column]):
             yield text, True
 
 
-def _split_text(path, separator):
+def _read_text(path, separator):
     rest, starts = "", True
     overlap = len(separator) - 1 if separator else 0    # a separator may begin here and end in the next chunk
     with _open_text(path) as f:
         while chunk := f.read(PART_CHARS):
-            _refuse_binary(chunk, path)
+            _check_not_binary(chunk, path)
             rest += chunk
             if separator:
                 *documents, rest = rest.split(separator)
@@ -79,30 +85,30 @@ def _split_text(path, separator):
 
 @contextlib.contextmanager
 def _open_text(path, newline=None):
-    """An open UTF-8 text file; what goes wrong while it is read is a UserError."""
+    """Open a UTF-8 text file and turn errors while it is read into UserErrors."""
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as f:
             yield f
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (it holds the byte {error.object[error.start]:#04x}); if it is text "
-                        "of another encoding: iconv -f latin1 -t utf-8") from error
+        raise UserError(f"{path} is not UTF-8 text (it contains the byte {error.object[error.start]:#04x}); convert it "
+                        "first, for instance with iconv -f latin1 -t utf-8") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _refuse_binary(text, path):
+def _check_not_binary(text, path):
     if "\0" in text:
-        raise UserError(f"{path} is a binary file (it holds zero bytes), not text")
+        raise UserError(f"{path} is a binary file (it contains zero bytes); use a text file")
 
 
 def read_rows(path, columns):
-    """Yield the values of the named columns of each row as a tuple of str; a null is "". Raises UserError.
+    """Yield the values of the named columns of each row as a tuple of str; null becomes "". Raises UserError.
 
-    .jsonl: an object a line; .json: a list of objects; .csv and .tsv: a header line; a .tsv has no quoting.
+    .jsonl: one object per line; .json: a list of objects; .csv and .tsv: a header line first; .tsv: no quoting.
     """
-    reader = _FORMATS.get(Path(path).suffix.lower())
+    reader = READERS.get(Path(path).suffix.lower())
     if reader is None:
-        raise UserError(f"{path} has no columns; bring one of {', '.join(k for k, v in _FORMATS.items() if v)}")
+        raise UserError(f"{path} has no columns; use one of {', '.join(k for k, v in READERS.items() if v)}")
     for where, values in reader(path, columns):
         yield tuple(v if type(v) is str else _to_text(v, where, c) for v, c in zip(values, columns))
 
@@ -112,35 +118,35 @@ def _to_text(value, where, column):
         return ""
     if isinstance(value, (int, float)):
         return str(value)
-    raise UserError(f"{where}: column {column!r} holds a {type(value).__name__}, not text")
+    raise UserError(f"{where}: column {column!r} contains a {type(value).__name__}, not text")
 
 
-def require_columns(columns, present, where):
-    """Raise UserError unless all the columns are present."""
+def check_columns_exist(columns, present, where):
+    """Raise UserError unless all columns are present."""
     for column in columns:
         if column not in present:
-            hint = "; name the right one with --text_column" if len(columns) == 1 else ""
+            hint = "; choose one with --text_column" if len(columns) == 1 else ""
             raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present)) or 'none'}{hint}")
 
 
 def parse_json_line(line, where, columns):
-    """The values of the columns in one line of JSON (str or bytes). Raises UserError."""
+    """Return the values of the columns in one line of JSON (str or bytes). Raises UserError."""
     try:
-        row = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from error
-    return _pick(row, where, columns)
+    return _column_values(value, where, columns)
 
 
-def _pick(row, where, columns):
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: must be a JSON object, but is a {type(row).__name__}")
-    require_columns(columns, row, where)
-    return [_mend(row[c]) if isinstance(row[c], str) else row[c] for c in columns]
+def _column_values(value, where, columns):
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a JSON object, but is a {type(value).__name__}")
+    check_columns_exist(columns, value, where)
+    return [_replace_lone_surrogates(value[c]) if isinstance(value[c], str) else value[c] for c in columns]
 
 
-def _mend(text):
-    """The text with lone halves of surrogate pairs, which JSON can say and UTF-8 cannot, as U+FFFD."""
+def _replace_lone_surrogates(text):
+    """Return the text with U+FFFD for lone surrogates, which JSON can escape but UTF-8 cannot encode."""
     try:
         text.encode()
         return text
@@ -165,10 +171,10 @@ def _read_json(path, columns):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path} must hold a JSON list of objects, but holds a {type(rows).__name__}")
+        raise UserError(f"{path} must contain a JSON list of objects, but contains a {type(rows).__name__}")
     for i, row in enumerate(rows):
         where = f"{path}, item {i}"
-        yield where, _pick(row, where, columns)
+        yield where, _column_values(row, where, columns)
 
 
 def _read_csv(path, columns, **dialect):
@@ -177,13 +183,13 @@ def _read_csv(path, columns, **dialect):
         reader = csv.reader(f, **dialect)
         try:
             header = next(reader, [])
-            require_columns(columns, header, path)
+            check_columns_exist(columns, header, path)
             indices = [header.index(c) for c in columns]
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if row and len(row) != len(header):
                     raise UserError(f"{where}: {len(row)} cells, but {len(header)} in the header; quote cells that "
-                                    "hold a separator")
+                                    "contain the separator")
                 if row:
                     yield where, [row[i] for i in indices]
         except csv.Error as error:
@@ -203,12 +209,12 @@ def _read_parquet(path, columns):
 
 
 def open_parquet(path, columns):
-    """A pyarrow ParquetFile that has the columns; it holds little of a column in memory. Raises UserError."""
+    """Return a pyarrow ParquetFile that has the columns, opened to use little memory. Raises UserError."""
     import pyarrow.parquet
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())       # the default one keeps what is freed: 30 MB a worker
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory: 30 MB per worker
     with _parquet_errors(path):
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    require_columns(columns, file.schema_arrow.names, path)
+    check_columns_exist(columns, file.schema_arrow.names, path)
     return file
 
 
@@ -216,32 +222,32 @@ def open_parquet(path, columns):
 def _parquet_errors(path):
     try:
         yield
-    except (OSError, ValueError) as error:      # pyarrow's errors are one or the other
+    except (OSError, ValueError) as error:      # every pyarrow error is one of these
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(f"{path} is not a readable parquet file ({reason})") from error
 
 
-# None: plain text, no columns.
-_FORMATS = {".txt": None, ".md": None, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
-            ".parquet": _read_parquet}
-_IN_DIRECTORIES = [suffix for suffix in _FORMATS if suffix != ".json"]   # stray .json files are settings, not text
+# File suffix -> function(path, columns) that yields (place for messages, values of the columns) for each row. None:
+# plain text without columns, read by _read_text.
+READERS = {".txt": None, ".md": None, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
+           ".parquet": _read_parquet}
 
 
 # -----------------------------------------------------------------------------
-# large files in pieces: a plan in one process, the reading in others
+# large files in pieces: one process splits a file, other processes read the pieces
 
-def plan_reads(path, column, start=0):
-    """Yield (start, share, read, *args) for the pieces of a .parquet or .jsonl file, from `start` on, in order.
+def split_into_pieces(path, column, start=0):
+    """Yield (start, share, read, *args) for the pieces of a .parquet or .jsonl file from `start` on. Raises UserError.
 
-    start: where the piece begins (a row of a parquet file, a byte of a .jsonl file), with which a later call goes on.
-    share: of the file before it, 0 to 1. read(*args), in any process, yields the piece's documents (text, True).
-    Row groups of more than LARGE_GROUP are read here and their text travels, likewise the one that `start` lies in; all
-    else is read where it is needed. Raises UserError.
+    start: position of the piece (a row of a parquet file, a byte of a .jsonl file); pass it to a later call to continue
+    there. share: fraction of the file before the piece, 0 to 1. read(*args) yields the piece's documents (text, True)
+    in any process.
     """
-    return (_plan_parquet if Path(path).suffix == ".parquet" else _plan_jsonl)(str(path), column, start)
+    split = next(function for suffix, function in SPLITTERS.items() if str(path).endswith(suffix))
+    return split(str(path), column, start)
 
 
-def _plan_jsonl(path, column, start):
+def _split_jsonl(path, column, start):
     try:
         size = Path(path).stat().st_size
         with open(path, "rb") as f:
@@ -249,14 +255,14 @@ def _plan_jsonl(path, column, start):
                 f.seek(start + PIECE_BYTES)
                 f.readline()
                 stop = min(f.tell(), size)
-                yield start, start / size, read_lines, path, column, start, stop
+                yield start, start / size, read_jsonl_lines, path, column, start, stop
                 start = stop
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def read_lines(path, column, start, stop):
-    """Yield (text, True) for the lines of a .jsonl file between two bytes. Raises UserError."""
+def read_jsonl_lines(path, column, start, stop):
+    """Yield (text, True) for the lines of a .jsonl file from byte `start` to byte `stop`. Raises UserError."""
     try:
         with open(path, "rb") as f:
             f.seek(start)
@@ -271,35 +277,40 @@ def read_lines(path, column, start, stop):
             yield text if type(text) is str else _to_text(text, where, column), True
 
 
-def _plan_parquet(path, column, start):
+def _split_parquet(path, column, start):
+    """Split a parquet file at row groups.
+
+    Usually the worker reads the row groups itself. The row group that `start` lies in and row groups larger than
+    LARGE_GROUP are read here instead, and the piece carries their text.
+    """
     file = open_parquet(path, [column])
     kind = str(file.schema_arrow.field(column).type)
     if "string" not in kind or kind.startswith(("list", "struct", "map")):
-        raise UserError(f"{path}: column {column!r} holds {kind}, not text")
+        raise UserError(f"{path}: column {column!r} contains {kind}, not text")
     n_rows = file.metadata.num_rows
-    run, run_start, run_bytes = [], 0, 0        # consecutive row groups that are read as one piece
-    for group, first, stop, size in _row_groups(file.metadata, column):
+    groups, groups_start, groups_bytes = [], 0, 0       # consecutive small row groups that become one piece
+    for group, first, stop, size in _row_group_ranges(file.metadata, column):
         if stop <= start:
             continue
         read_here = first < start or size > LARGE_GROUP
-        if run and (read_here or run_bytes >= PIECE_BYTES):
-            yield run_start, run_start / n_rows, read_row_groups, path, column, run
-            run = []
+        if groups and (read_here or groups_bytes >= PIECE_BYTES):
+            yield groups_start, groups_start / n_rows, read_row_groups, path, column, groups
+            groups = []
         if read_here:
             batch_rows = max(1, (stop - first) * PIECE_BYTES // max(size, 1))
-            for row, texts in _batches(file, path, column, group, first, start, batch_rows):
+            for row, texts in _read_row_group(file, path, column, group, first, start, batch_rows):
                 yield row, row / n_rows, iter_texts, texts
             continue
-        if not run:
-            run_start, run_bytes = first, 0
-        run.append(group)
-        run_bytes += size
-    if run:
-        yield run_start, run_start / n_rows, read_row_groups, path, column, run
+        if not groups:
+            groups_start, groups_bytes = first, 0
+        groups.append(group)
+        groups_bytes += size
+    if groups:
+        yield groups_start, groups_start / n_rows, read_row_groups, path, column, groups
 
 
-def _row_groups(metadata, column):
-    """Yield (row group, its first row, the row after its last, bytes of the column uncompressed)."""
+def _row_group_ranges(metadata, column):
+    """Yield (row group, first row, one past the last row, uncompressed bytes of the column)."""
     first = 0
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
@@ -309,8 +320,8 @@ def _row_groups(metadata, column):
         first += group.num_rows
 
 
-def _batches(file, path, column, group, first, start, batch_rows):
-    """Yield (row, texts) for the rows of a row group from `start` on."""
+def _read_row_group(file, path, column, group, first, start, batch_rows):
+    """Yield (first row, texts) for the rows of a row group from row `start` on, batch by batch."""
     with _parquet_errors(path):
         for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[column], use_threads=False):
             if first + len(batch) > start:
@@ -320,68 +331,75 @@ def _batches(file, path, column, group, first, start, batch_rows):
 
 
 def read_row_groups(path, column, groups):
-    """Yield (text, True) for the rows of some row groups of a parquet file. Raises UserError."""
+    """Yield (text, True) for the rows in a list of row groups of a parquet file. Raises UserError."""
     with _parquet_errors(path):
-        file = _open_parquet_again(path, column)
+        file = _open_parquet_cached(path, column)
         for batch in file.iter_batches(256, row_groups=groups, columns=[column], use_threads=False):
             yield from iter_texts(batch.column(0).to_pylist())
 
 
 @functools.lru_cache(maxsize=1)
-def _open_parquet_again(path, column):
-    """The open file of the piece before: a footer of thousands of row groups takes a while to parse."""
+def _open_parquet_cached(path, column):
+    """Keep the last file open: a footer with thousands of row groups takes a while to parse."""
     return open_parquet(path, [column])
 
 
 def iter_texts(texts):
-    """Yield (text, True) for each text of a list; a null is an empty document."""
+    """Yield (text, True) for each text of a list; None becomes an empty document."""
     return ((text or "", True) for text in texts)
 
 
+# File suffix -> function(path, column, start) that yields the pieces; see split_into_pieces.
+SPLITTERS = {".parquet": _split_parquet, ".jsonl": _split_jsonl}
+
+
 # -----------------------------------------------------------------------------
-# the demo's corpus, about 2 MB: the language reference's topics (pydoc_data) and the standard library's docstrings
+# text for --demo, about 2 MB: the language reference (pydoc_data) and the docstrings of the standard library
 
 # Not documentation: tests, the bundled editor and its turtles, code page tables, other people's packages.
-_SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",
-            "pydoc_data", "encodings", "__pycache__", "__phello__", "_pyrepl"}
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",
+                    "pydoc_data", "encodings", "__pycache__", "__phello__", "_pyrepl"}
 
 
 def python_documents():
-    """Yield the documents (str) in a fixed order: one for each topic, one for each module. Raises UserError."""
+    """Yield Python's own documentation: one text per language topic, then one per module, in a fixed order.
+
+    Every machine with Python already has it, so the demo needs no download. Raises UserError if it is not installed.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.exists():
-        raise UserError(f"this Python came without its documentation ({topics} is missing); use one from python.org, "
-                        "or bring your own text: prepare_text.py FILE_OR_DIR... --out data/NAME")
-    dictionary = next(node.value for node in _parse(topics).body if isinstance(node, ast.Assign))
+        raise UserError(f"this Python has no documentation ({topics} is missing); use a Python from python.org, "
+                        "or your own text: prepare_text.py FILE_OR_DIR... --out data/NAME")
+    dictionary = next(node.value for node in _parse_module(topics).body if isinstance(node, ast.Assign))
     for _, text in sorted(ast.literal_eval(dictionary).items()):
         yield text.strip() + "\n"
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
-        if _SKIPPED.isdisjoint(parts) and not parts[0].startswith("config-"):
-            text = _module_text(".".join(p for p in parts if p != "__init__"), _parse(path))
+        if _SKIPPED_FOLDERS.isdisjoint(parts) and not parts[0].startswith("config-"):
+            text = _module_documentation(".".join(p for p in parts if p != "__init__"), _parse_module(path))
             if text:
                 yield text
 
 
-def _parse(path):
+def _parse_module(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # invalid escapes in old docstrings
         try:
             return ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):       # a template, or a file of another Python
+        except (SyntaxError, ValueError):       # a template, or written for another Python version
             return ast.Module([], [])
 
 
-def _module_text(name, module):
-    """The docstrings of a module, its classes and functions as pydoc lays them out; "" where there are none."""
+def _module_documentation(name, module):
+    """Return the docstrings of a module, its classes and functions in pydoc's layout; "" if there are none."""
     text = ast.get_docstring(module) or ""
     sections = [f"Help on module {name}:\n\n{text}"] if text else []
-    sections += _definitions(module, name + ".", "")
+    sections += _docstring_sections(module, name + ".", "")
     return "\n\n".join(sections) + "\n" if sections else ""
 
 
-def _definitions(node, prefix, indent):
+def _docstring_sections(node, prefix, indent):
     sections = []
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -393,5 +411,5 @@ def _definitions(node, prefix, indent):
             body = "\n".join(f"{indent}    {line}".rstrip() for line in text.splitlines())
             sections.append(f"{indent}{head}\n{body}")
         if is_class:
-            sections += _definitions(child, "", indent + "    ")
+            sections += _docstring_sections(child, "", indent + "    ")
     return sections

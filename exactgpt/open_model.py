@@ -17,7 +17,14 @@ from exactgpt import hub, lora
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError, atomic_write, find_visible, new_folder, read_json, write_json
-from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, confirm, from_checkpoint, from_merges, load_tokenizer
+from exactgpt.tokenizer import (
+    GPT2_ENTRIES,
+    Tokenizer,
+    from_checkpoint,
+    from_merges,
+    load_tokenizer,
+    require_same_vocabulary,
+)
 from model import GPT, GPTConfig
 
 PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more spare rows the vocabulary is another one
@@ -117,7 +124,7 @@ def _folder_tokenizer(folder, vocab_size, otherwise):
         is_known = otherwise or (folder / "vocab.bpe").exists()
         return load_tokenizer(folder, otherwise) if is_known or _may_be_gpt2s(vocab_size) else None
     merges, ids = stored
-    tokenizer = confirm(from_merges(merges, folder), otherwise, folder)
+    tokenizer = require_same_vocabulary(from_merges(merges, folder), otherwise, folder)
     ours = json.loads(tokenizer.encoder_json())
     is_ours = all(ids.get(token) == i for token, i in ours.items())     # and not special tokens first, say
     return tokenizer if is_ours else None

@@ -1,8 +1,8 @@
-"""Documents to token shards: encoded on every core, cut into files, each named in the manifest once it is whole.
+"""Tokenize documents on all cores and write them to shards; each finished shard gets an entry in the manifest.
 
-The order is kept, work in flight is bounded, and the bytes are the same for any number of workers. A task says how to
-read some documents: a function and its arguments. Where the documents lie in a file the worker reads them itself, so
-that the parent only joins uint16 arrays. Workers never import torch.
+The order of the documents is kept, memory is bounded, and the output is the same for any number of workers. A task is a
+function that returns some documents, and its arguments. For prepare_fineweb.py that function reads a piece of a file,
+so workers do the reading and the parent only joins uint16 arrays. Workers never import torch.
 """
 import contextlib
 import hashlib
@@ -23,13 +23,13 @@ import numpy as np
 from exactgpt.config import UserError, atomic_write
 from exactgpt.shards import ShardFolder, load_manifest
 
-TASK_CHARS = 1 << 20       # about what a task should read: large against its overhead, small against memory
+TASK_CHARS = 1 << 20       # text per task: enough to outweigh the overhead, little enough for memory
 
 
 def encode_documents(tokenizer, documents):
-    """One uint16 array of all the (text, starts) pairs, end-of-text before each document; and the bytes of the texts.
+    """Return the tokens of (text, starts) pairs as one uint16 array, and the number of bytes of text.
 
-    starts is False where a text continues the document before it.
+    Each document begins with end-of-text. starts is False if the text continues the previous document.
     """
     parts, n_bytes = [np.empty(0, dtype="<u2")], 0
     eot = np.array([tokenizer.eot], dtype="<u2")
@@ -41,8 +41,8 @@ def encode_documents(tokenizer, documents):
     return np.concatenate(parts), n_bytes
 
 
-def in_batches(documents):
-    """Cut a stream of (text, starts) pairs into lists of about TASK_CHARS characters."""
+def batch_documents(documents):
+    """Yield lists of (text, starts) pairs with about TASK_CHARS characters each."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -57,16 +57,16 @@ def in_batches(documents):
 def encode_tasks(tasks, tokenizer, num_proc):
     """Yield (label, tokens, bytes of text) for each task (label, read, *args), in order.
 
-    read(*args), called in a worker, gives (text, starts) pairs. num_proc 0: everything in this process. At most three
-    tasks a worker are in flight or wait for their turn, however slow the consumer is. Raises what `read` raises when
-    the task's turn comes, and UserError when a worker dies.
+    Workers call read(*args), which returns (text, starts) pairs. num_proc 0: do everything in this process. At most
+    three tasks per worker are pending, even if the consumer is slow. An error in `read` is raised when the results
+    reach that task. Raises UserError if a worker dies.
     """
     if num_proc == 0:
         for label, read, *args in tasks:
             yield label, *encode_documents(tokenizer, read(*args))
         return
     tasks, labels, results = enumerate(tasks), {}, {}
-    with _Workers(tokenizer, num_proc) as workers:
+    with _WorkerPool(tokenizer, num_proc) as workers:
         for turn in itertools.count():
             for number, (label, read, *args) in itertools.islice(tasks, 3 * num_proc - len(labels)):
                 labels[number] = label
@@ -82,20 +82,21 @@ def encode_tasks(tasks, tokenizer, num_proc):
             yield labels.pop(turn), *result
 
 
-class _Workers:
-    """Processes that encode tasks. They keep nothing, so they are simply killed at the end, whatever the end is."""
+class _WorkerPool:
+    """Processes that encode tasks. They have no state worth saving, so they are always just killed at the end."""
 
     def __init__(self, tokenizer, n):
-        self._processes, self._load = [], {}      # load: {pipe to a worker: tasks that it has}
-        # Spawned, because the parent has threads (downloads, pyarrow) that a fork would break. They inherit that
-        # SIGINT is blocked: Ctrl-C is the parent's, and a worker that still imports would print a traceback.
+        self._processes, self._load = [], {}      # load: {pipe to a worker: number of its unfinished tasks}
+        # Spawn, because the parent has threads (downloads, pyarrow) and forking with threads can deadlock. SIGINT is
+        # blocked and workers inherit that: Ctrl-C is for the parent, and a worker that is still importing would print
+        # a traceback.
         context = multiprocessing.get_context("spawn")
-        multiprocessing.resource_tracker.ensure_running()       # spawning starts it, and it unblocks SIGINT then
+        multiprocessing.resource_tracker.ensure_running()       # spawning would start it, and that unblocks SIGINT
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(n):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs,), daemon=True)
+                process = context.Process(target=_worker_main, args=(theirs,), daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -105,8 +106,8 @@ class _Workers:
         self._tokenizer = tokenizer
 
     def __enter__(self):
-        for pipe in self._load:         # not among the arguments: start() would wait forever for a worker that died
-            with self._deaths():
+        for pipe in self._load:     # not as an argument of Process: start() would hang if the worker died
+            with self._worker_death_as_user_error():
                 pipe.send(self._tokenizer)
         return self
 
@@ -119,34 +120,34 @@ class _Workers:
     def send(self, number, read, args):
         pipe = min(self._load, key=self._load.get)
         self._load[pipe] += 1
-        with self._deaths():
+        with self._worker_death_as_user_error():
             pipe.send((number, read, args))
 
     def receive(self):
-        """(number of a task, its result: (tokens, bytes) or an exception), as they come."""
+        """Return (task number, result) of any finished task. The result is (tokens, bytes) or an exception."""
         pipe = multiprocessing.connection.wait([p for p, load in self._load.items() if load])[0]
         self._load[pipe] -= 1
-        with self._deaths():
+        with self._worker_death_as_user_error():
             return pipe.recv()
 
     @contextlib.contextmanager
-    def _deaths(self):
+    def _worker_death_as_user_error(self):
         try:
             yield
         except (EOFError, OSError) as error:
-            raise UserError("a tokenising process was killed (out of memory?); run the same command again, with fewer "
-                            "--num_proc where it has that") from error
+            raise UserError("a tokenizer process was killed (out of memory?); run the same command again, with a "
+                            "smaller --num_proc if it has that flag") from error
 
 
-def _work(pipe):
-    """A worker's life: it ends with its parent, even after kill -9, because then the pipe does."""
+def _worker_main(pipe):
+    """Encode tasks from the pipe until it closes. It closes whenever the parent ends, even after kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         tokenizer = pipe.recv()
     except EOFError:
         return
     tasks = queue.SimpleQueue()
-    threading.Thread(target=_read_ahead, args=(pipe, tasks), daemon=True).start()
+    threading.Thread(target=_receive_tasks, args=(pipe, tasks), daemon=True).start()
     while True:
         number, read, args = tasks.get()
         try:
@@ -161,8 +162,8 @@ def _work(pipe):
             os._exit(1)
 
 
-def _read_ahead(pipe, tasks):
-    """Take tasks off the pipe at once: parent and worker would wait forever if each waited for the other to read."""
+def _receive_tasks(pipe, tasks):
+    """Read tasks from the pipe at once. Otherwise parent and worker could both block on a full pipe, forever."""
     try:
         while True:
             tasks.put(pipe.recv())
@@ -171,17 +172,17 @@ def _read_ahead(pipe, tasks):
 
 
 def available_cpus():
-    """The number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -----------------------------------------------------------------------------
 # the folder of shards
 
-def matching_manifest(folder, wanted):
-    """The manifest of `folder` if the command that made it is that of the manifest `wanted`; None for a new folder.
+def load_matching_manifest(folder, wanted):
+    """Return the folder's manifest if it was made by the same command as `wanted`, or None if the folder is new.
 
-    A folder without a finished shard is as good as new. Raises UserError where the folder holds something else.
+    A folder without a finished shard counts as new. Raises UserError if the folder contains something else.
     """
     folder = Path(folder)
     found = load_manifest(folder)
@@ -189,43 +190,43 @@ def matching_manifest(folder, wanted):
         others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.suffix != ".tmp"] \
             if folder.is_dir() else []
         if others:
-            raise UserError(f"{folder} holds other files ({others[0]}); choose another --out")
+            raise UserError(f"{folder} contains other files ({others[0]}); choose another --out")
         return None
     if not found.shards and not found.complete:
         return None
     differing = [k for k, v in {**wanted.settings, "seed": wanted.seed}.items()
                  if {**found.settings, "seed": found.seed}.get(k) != v]
-    if wanted.tokenizer not in ("", found.tokenizer):       # "": still to be trained
+    if wanted.tokenizer not in ("", found.tokenizer):       # "": not trained yet
         differing.append("tokenizer")
     if differing or found.source != wanted.source:
-        raise UserError(f"{folder} holds shards of another command (differing: {', '.join(differing) or 'source'}); "
+        raise UserError(f"{folder} contains shards of another command (differing: {', '.join(differing) or 'source'}); "
                         f"choose another --out, or delete {folder}")
     return found
 
 
-def print_shards(folder):
-    """Print what a finished folder holds and the command that trains on it."""
+def print_summary(folder):
+    """Print the sizes of a finished folder and the command to train on it."""
     shards = ShardFolder(folder)
     for name, split in (("train", shards.train), ("val", shards.val)):
         plural = "s" if len(split) != 1 else ""
         print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
     print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
     print(f"next: python train.py --data_dir {folder} --log_dir logs/{Path(folder).resolve().name} --dry_run\n"
-          "      (says how long GPT-2 124M takes here; for a small one add --n_layer 4 --n_head 4 --n_embd 256)")
+          "      (estimates the time for GPT-2 124M; for a small model add --n_layer 4 --n_head 4 --n_embd 256)")
 
 
 @contextlib.contextmanager
-def writing_to(folder):
-    """What goes wrong while the files of a folder are written (a full disk) becomes a UserError."""
+def report_write_errors(folder):
+    """Turn an OSError while writing to a folder, such as a full disk, into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror or error}; make room there and run the same "
-                        "command again") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; fix that and run the same command "
+                        "again") from error
 
 
 def save_shard(folder, name, split, index, tokens):
-    """Write one shard atomically; its manifest row {file, split, tokens, sha256}."""
+    """Write one shard atomically and return its manifest entry {file, split, tokens, sha256}."""
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
@@ -239,10 +240,10 @@ def save_shard(folder, name, split, index, tokens):
 
 
 class ShardWriter:
-    """Cuts a stream of documents into shards and keeps the manifest in step with what is on the disk.
+    """Cuts a stream of tokens into shards and keeps the manifest up to date with the files on disk.
 
-    Shard 0 holds the first `val_tokens` tokens, the following ones `shard_tokens` each, the last what is left;
-    documents are cut at the borders, as build-nanogpt's fineweb.py does.
+    Shard 0 gets the first `val_tokens` tokens, each following shard gets `shard_tokens`, and the last gets the rest.
+    Documents are cut at shard borders, as in build-nanogpt's fineweb.py.
     """
 
     def __init__(self, folder, name, manifest, val_tokens, shard_tokens):
@@ -252,10 +253,10 @@ class ShardWriter:
         self._filled = 0
 
     def append(self, tokens, position):
-        """Add tokens (uint16) that the source holds from `position` (a dict) on.
+        """Add tokens (uint16) that begin at `position` (a dict) in the source.
 
-        When a shard is full it is written, and then the manifest, whose position says where the next one begins:
-        "skip" tokens after `position`. A continued run begins there.
+        A full shard is written to disk, then the manifest. The manifest's position is where the next shard begins,
+        "skip" tokens after `position`, and a continued run starts there.
         """
         start = 0
         while start < len(tokens):
@@ -271,8 +272,8 @@ class ShardWriter:
 
     def _flush(self, position):
         index = len(self.manifest.shards)
-        row = save_shard(self.folder, self.name, "train" if index else "val", index, self._buffer[:self._filled])
-        self.manifest.shards.append(row)
+        entry = save_shard(self.folder, self.name, "train" if index else "val", index, self._buffer[:self._filled])
+        self.manifest.shards.append(entry)
         self.manifest.position = position
         self.manifest.save(self.folder)
         self._filled = 0

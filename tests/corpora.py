@@ -1,4 +1,4 @@
-"""For the tests of the prepare scripts: corpora, what build-nanogpt would make of them, commands that are killed."""
+"""Helpers for the tests of the prepare scripts: sample texts, build-nanogpt's shards of them, killed commands."""
 import itertools
 import signal
 import subprocess
@@ -28,7 +28,7 @@ def parquet_bytes(texts, row_group_size=10, **columns):
 
 
 def write_corpus(folder):
-    """Three parquet files in a folder; their texts in order."""
+    """Write three parquet files into a folder and return their texts in order."""
     texts = some_texts(250)
     for i, (a, b) in enumerate(itertools.pairwise([0, 100, 101, 250])):
         (folder / f"{i:03d}.parquet").write_bytes(parquet_bytes(texts[a:b]))
@@ -36,7 +36,7 @@ def write_corpus(folder):
 
 
 def build_nanogpt(texts, shard_tokens, val_tokens=None):
-    """{file: tokens} as build-nanogpt's fineweb.py cuts them: each document after 50256, shards filled in order."""
+    """Return {file: tokens} as build-nanogpt's fineweb.py writes them: 50256 before each document, in order."""
     shards, shard = [], []
     for text in texts:
         for token in [EOT, *gpt2_tokenizer().encode(text)]:
@@ -65,7 +65,10 @@ def children(pid):
 
 
 def kill_at(command, env, when):
-    """Start a command and SIGKILL it as soon as when(); whether it was still running. Its workers must end too."""
+    """Start a command and SIGKILL it as soon as when() is true. Its workers must exit too.
+
+    Returns True if the command was still running.
+    """
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not when():
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""A server that plays the part of the Hugging Face hub that hub.py talks to, with faults on request."""
+"""A local server that imitates the parts of the Hugging Face hub that hub.py uses, with errors on request."""
 import contextlib
 import hashlib
 import http.server
@@ -14,9 +14,9 @@ CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
 class FakeHub(http.server.ThreadingHTTPServer):
     """datasets: {id: {"files": {path: bytes}, "configs": [...], "converted": {path: bytes}, "error": (status, code)}}.
 
-    faults: [(method, part of the path, fault)], each used once: a status, (status, headers), "hang", "cut", "damage",
-    or the bytes of another answer.
-    requests: [(method, path)] as they came.
+    faults: [(method, part of the path, fault)], each used once. A fault is a status, (status, headers), "hang", "cut",
+    "damage", or the bytes of another response.
+    requests: [(method, path)] in the order received.
     """
     daemon_threads = True
 
@@ -30,12 +30,12 @@ class FakeHub(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
-        pass        # clients that go away in the middle are part of the play
+        pass        # some tests kill the client during a request
 
 
 @contextlib.contextmanager
 def serve(datasets, faults=()):
-    """A running FakeHub."""
+    """Run a FakeHub."""
     server = FakeHub(datasets, faults)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -116,11 +116,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, json.dumps(info).encode())
 
     def _paths_info(self, files):
-        asked = urllib.parse.parse_qs(self._body.decode())["paths"]
-        rows = [{"type": "file", "path": p, "size": len(files[p]), "oid": "0" * 40,
-                 "lfs": {"oid": hashlib.sha256(files[p]).hexdigest(), "size": len(files[p]), "pointerSize": 134}}
-                for p in asked if p in files]
-        self._send(200, json.dumps(rows).encode())
+        paths = urllib.parse.parse_qs(self._body.decode())["paths"]
+        infos = [{"type": "file", "path": p, "size": len(files[p]), "oid": "0" * 40,
+                  "lfs": {"oid": hashlib.sha256(files[p]).hexdigest(), "size": len(files[p]), "pointerSize": 134}}
+                 for p in paths if p in files]
+        self._send(200, json.dumps(infos).encode())
 
     def _file(self, dataset, revision, path, fault):
         data = self._files(dataset, revision)[path]

@@ -1,4 +1,4 @@
-"""hub.py, and prepare_fineweb.py on it, against a server on this machine that plays the hub with faults."""
+"""Test hub.py and prepare_fineweb.py against a local server that imitates the hub and its failures."""
 import hashlib
 import socket
 import subprocess
@@ -15,7 +15,7 @@ from tests.corpora import build_nanogpt, kill_at, loaded, parquet_bytes, write_c
 from tests.fake_hub import COMMIT, CONVERTED, serve
 
 EDU = "HuggingFaceFW/fineweb-edu"
-IMPATIENT = ("import prepare_fineweb; from exactgpt import config, hub; hub.FIRST_PAUSE_S = 0.1; "
+FAST_RETRIES = ("import prepare_fineweb; from exactgpt import config, hub; hub.FIRST_PAUSE_S = 0.1; "
              "config.run_script(prepare_fineweb.main)")
 CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
            {"config_name": "sample-10BT", "data_files": [{"split": "train", "path": "sample/10BT/*"}]}]
@@ -23,7 +23,7 @@ CONFIGS = [{"config_name": "default", "data_files": [{"split": "train", "path": 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of three parquet files, and their texts in order."""
+    """Return a folder of three parquet files, and their texts in order."""
     folder = tmp_path_factory.mktemp("corpus")
     return folder, write_corpus(folder)
 
@@ -37,9 +37,9 @@ def edu(corpus):
 
 @pytest.fixture
 def prepare_from(tmp_path):
-    """prepare_from(server, *flags) -> (rc, stdout, stderr), with pauses a tenth as long."""
+    """Return prepare_from(server, *flags) -> (rc, stdout, stderr). Its retry pauses are a tenth as long."""
     def call(server, *flags):
-        result = subprocess.run([sys.executable, "-c", IMPATIENT, *map(str, flags)], env=hub_env(tmp_path, server),
+        result = subprocess.run([sys.executable, "-c", FAST_RETRIES, *map(str, flags)], env=hub_env(tmp_path, server),
                                 text=True, capture_output=True, timeout=100)
         return result.returncode, result.stdout, result.stderr
     return call
@@ -50,7 +50,7 @@ def hub_env(home, server):
                              "HF_HUB_ETAG_TIMEOUT": "1", "PYTHONWARNINGS": "ignore"})
 
 
-def test_the_hubs_files_are_downloaded_and_deleted(corpus, edu, prepare_from, tmp_path):
+def test_files_are_downloaded_and_deleted(corpus, edu, prepare_from, tmp_path):
     with serve(edu) as server:
         rc, out, err = prepare_from(server, "--shard_tokens", 20_000, "--out", tmp_path / "out", "--num_proc", 2)
     assert rc == 0, err
@@ -74,7 +74,7 @@ def test_keep_downloads(corpus, edu, prepare_from, tmp_path):
 
 
 @pytest.mark.slow
-def test_faults_of_the_network_are_outlived(corpus, edu, prepare_from, tmp_path):
+def test_temporary_network_errors_are_retried(corpus, edu, prepare_from, tmp_path):
     faults = [("GET", f"/api/datasets/{EDU}", 503), ("POST", "paths-info", 500), ("GET", "000.parquet", 502),
               ("GET", "001.parquet", "damage"), ("GET", "001.parquet", (500, {"Retry-After": "1"})),
               ("GET", "002.parquet", "cut"), ("GET", "002.parquet", "hang")]
@@ -84,40 +84,40 @@ def test_faults_of_the_network_are_outlived(corpus, edu, prepare_from, tmp_path)
         assert server.faults == []
     assert rc == 0, err
     assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
-    assert "HTTP 503; next try in" in err and "the file arrived damaged; next try in" in err
-    assert "HTTP 500; next try in 1.0 s" in err and time.monotonic() - started > 1      # Retry-After beats 0.1 s
+    assert "HTTP 503; retrying in" in err and "the downloaded file is damaged; retrying in" in err
+    assert "HTTP 500; retrying in 1.0 s" in err and time.monotonic() - started > 1      # Retry-After beats 0.1 s
     assert "Traceback" not in err
 
 
-def test_rate_limits_are_waited_out(edu, prepare_from, tmp_path):
+def test_rate_limits_wait_for_retry_after(edu, prepare_from, tmp_path):
     with serve(edu, [("GET", f"/api/datasets/{EDU}", (429, {"Retry-After": "1.5"}))]) as server:
         rc, _, err = prepare_from(server, "--max_tokens", 2000, "--out", tmp_path / "out", "--num_proc", 0)
-    assert rc == 0 and err.count("HTTP 429; next try in 1.5 s") == 1, err
+    assert rc == 0 and err.count("HTTP 429; retrying in 1.5 s") == 1, err
 
 
-def test_patience_ends(edu, prepare_from, tmp_path):
+def test_retries_end(edu, prepare_from, tmp_path):
     with serve(edu, [("GET", f"/api/datasets/{EDU}", 503)] * 99) as server:
         rc, _, err = prepare_from(server, "--out", tmp_path / "out")
     assert rc == 2 and "cannot get HuggingFaceFW/fineweb-edu from the hub (HTTP 503); check the network" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_while_it_downloads_it_continues_at_the_same_commit(corpus, edu, prepare_from, tmp_path):
+def test_a_run_killed_during_a_download_continues_at_the_same_commit(corpus, edu, prepare_from, tmp_path):
     flags = ["--shard_tokens", "5000", "--out", str(tmp_path / "out"), "--num_proc", "0"]
     with serve(edu, [("GET", "002.parquet", "hang")]) as server:
         command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
-        asked = lambda: any("002.parquet" in p for m, p in server.requests if m == "GET") \
+        requested = lambda: any("002.parquet" in p for m, p in server.requests if m == "GET") \
             and (tmp_path / "out/edufineweb_train_000001.npy").exists()
-        assert kill_at(command, hub_env(tmp_path, server), asked)
+        assert kill_at(command, hub_env(tmp_path, server), requested)
         server.requests.clear()
         rc, out, err = prepare_from(server, *flags)
         assert rc == 0 and "continuing after shard" in out, err
-        assert not [p for _, p in server.requests if p.startswith("/api/datasets")]      # the manifest knows
+        assert not [p for _, p in server.requests if p.startswith("/api/datasets")]      # the manifest has the list
     assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 5000)
     assert not list((tmp_path / "out").glob("downloads"))
 
 
-LAYOUTS = {     # files, card, name -> what is read
+LAYOUTS = {     # files, card, name, expected files
     "a card": (["a/train-0.parquet", "a/test-0.parquet", "b/train-0.parquet"], [
         {"config_name": "a", "data_files": [{"split": s, "path": f"a/{s}-*"} for s in ("train", "test")]},
         {"config_name": "b", "data_files": "b/**"}], "a", ["a/train-0.parquet"]),
@@ -138,8 +138,8 @@ LAYOUTS = {     # files, card, name -> what is read
 
 
 @pytest.fixture
-def ask(monkeypatch):
-    """ask(server) lets this process talk to that hub."""
+def use_hub(monkeypatch):
+    """Return use_hub(server), which makes this process use that server as the hub."""
     def call(server):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -147,20 +147,20 @@ def ask(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_data_sets(layout, ask):
+def test_layouts_of_data_sets(layout, use_hub):
     paths, configs, name, expected = LAYOUTS[layout]
     dataset = {"files": dict.fromkeys(paths, b"data"), **({"configs": configs} if configs else {})}
     with serve({"someone/corpus": dataset}) as server:
-        ask(server)
+        use_hub(server)
         commit, files = hub.resolve_dataset("someone/corpus", name)
     assert commit == COMMIT and [f.path for f in files] == expected
     assert all((f.size, f.sha256) == (4, hashlib.sha256(b"data").hexdigest()) for f in files)
 
 
-def test_other_formats_come_from_the_hubs_conversion(ask):
+def test_other_formats_use_the_hubs_parquet_conversion(use_hub):
     converted = {f"{config}/{split}/0000.parquet": b"" for config in ("default", "b") for split in ("train", "test")}
     with serve({"someone/corpus": {"files": {"train.csv.gz": b""}, "converted": converted}}) as server:
-        ask(server)
+        use_hub(server)
         for name, folder in ((None, "default"), ("b", "b")):
             commit, files = hub.resolve_dataset("someone/corpus", name)
             assert commit == CONVERTED and [f.path for f in files] == [f"{folder}/train/0000.parquet"]
@@ -178,13 +178,13 @@ HUB_ERRORS = {
 
 
 @pytest.mark.parametrize("case", HUB_ERRORS)
-def test_lasting_faults_are_told_at_once(edu, ask, case):
+def test_permanent_errors_are_not_retried(edu, use_hub, case):
     dataset, name, message = HUB_ERRORS[case]
     several = [{"config_name": n, "data_files": "*"} for n in ("en", "de")]
     others = {"some/gated": {"error": (403, "GatedRepo")}, "some/images": {"files": {"a.png": b"png"}},
               "some/disabled": {"error": (403, "")}, "some/several": {"files": {"a.parquet": b""}, "configs": several}}
     with serve({**edu, **others}) as server:
-        ask(server)
+        use_hub(server)
         started = time.monotonic()
         with pytest.raises(UserError, match=message):
             hub.resolve_dataset(dataset, name)
@@ -195,28 +195,28 @@ def test_lasting_faults_are_told_at_once(edu, ask, case):
     b"<html>Please log in to the hotel's network</html>", b"", b"[]", b"null", b"{}", b'{"siblings": 3}',
     b'{"id": "a", "sha": 5, "siblings": [{}]}', b'{"id": "a", "cardData": [], "siblings": []}',
     b'{"id": "a", "cardData": {"configs": 3}, "siblings": []}'])
-def test_garbage_from_the_hub_is_one_line_in_the_end(edu, ask, monkeypatch, garbage):
-    """A captive portal's page, or JSON of something else: tried again, as it may be a proxy's; then one line."""
+def test_invalid_responses_are_retried_and_then_a_user_error(edu, use_hub, monkeypatch, garbage):
+    """The login page of a hotel network, or unrelated JSON, may come from a proxy, so it is retried."""
     monkeypatch.setattr(hub, "FIRST_PAUSE_S", 0.001)
     with serve(edu, [("GET", "/api/datasets/", garbage)] * 8) as server:
-        ask(server)
+        use_hub(server)
         with pytest.raises(UserError, match=EDU):
             hub.resolve_dataset(EDU, "sample-10BT")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--text_column", "content"], "no column 'content' among id, text; name the right one with --text_column"),
-    (["--text_column", "id"], "column 'id' holds int64, not text"),
-    (["--shard_tokens", "10000000"], "inside the validation shard of 10,000,000; give a smaller --shard_tokens"),
+    (["--text_column", "content"], "no column 'content' among id, text; choose one with --text_column"),
+    (["--text_column", "id"], "column 'id' contains int64, not text"),
+    (["--shard_tokens", "10000000"], "inside the validation shard of 10,000,000; use a smaller --shard_tokens"),
     (["--name", "none"], "no configuration 'none'")])
-def test_errors_are_one_line(edu, prepare_from, tmp_path, flags, message):
+def test_errors_print_one_line(edu, prepare_from, tmp_path, flags, message):
     with serve(edu) as server:
         rc, _, err = prepare_from(server, *flags, "--num_proc", 0, "--out", tmp_path / "out")
     assert rc == 2 and message in err and err.count("\n") == 1, err
     assert not list((tmp_path / "out").glob("*.npy"))
 
 
-def test_after_an_error_at_the_start_another_command_may_use_the_folder(corpus, edu, prepare_from, tmp_path):
+def test_another_command_may_use_a_folder_without_a_finished_shard(corpus, edu, prepare_from, tmp_path):
     with serve(edu) as server:
         assert prepare_from(server, "--shard_tokens", 10**7, "--num_proc", 0, "--out", tmp_path / "out")[0] == 2
         rc, _, err = prepare_from(server, "--shard_tokens", 20_000, "--num_proc", 0, "--out", tmp_path / "out")
@@ -224,27 +224,27 @@ def test_after_an_error_at_the_start_another_command_may_use_the_folder(corpus, 
     assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
 
 
-def test_without_a_network_it_says_so(run, tmp_path):
-    rc, _, err = run("-c", IMPATIENT, "--out", tmp_path / "out",
+def test_without_a_network_it_prints_one_line(run, tmp_path):
+    rc, _, err = run("-c", FAST_RETRIES, "--out", tmp_path / "out",
                      env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
     assert rc == 2 and "cannot get HuggingFaceFW/fineweb-edu from the hub (" in err.splitlines()[-1]
     rc, _, err = run("prepare_fineweb.py", "--out", tmp_path / "out", env={"HF_HUB_OFFLINE": "1"})
     assert rc == 2 and err.count("\n") == 1
-    assert "HF_HUB_OFFLINE is set; unset it, or bring files with --data_files" in err
+    assert "HF_HUB_OFFLINE is set; unset it, or use local files with --data_files" in err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("pattern", ["a/*", "**/sub/*.jsonl", "data-?.parquet", "./x/**"])
-def test_patterns_of_cards(pattern):
+def test_card_patterns(pattern):
     paths = {"a/b": ["a/*"], "a/b/c": [], "sub/x.jsonl": ["**/sub/*.jsonl"], "y/z/sub/x.jsonl": ["**/sub/*.jsonl"],
              "data-1.parquet": ["data-?.parquet"], "data-12.parquet": [], "x/y/z": ["./x/**"], "data-/.parquet": []}
-    assert [p for p in paths if hub._glob(pattern).fullmatch(p)] == [p for p in paths if pattern in paths[p]]
+    assert [p for p in paths if hub._glob_regex(pattern).fullmatch(p)] == [p for p in paths if pattern in paths[p]]
 
 
 @pytest.mark.parametrize("form", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
 @pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
-def test_behind_a_proxy_the_hub_is_within_reach_if_the_proxy_is(monkeypatch, variable, form):
-    """Through a dead one each file would be tried for a minute before what was downloaded is used."""
+def test_behind_a_proxy_the_hub_is_reachable_if_the_proxy_is(monkeypatch, variable, form):
+    """Otherwise each file would be retried for a minute through a dead proxy before the cache is used."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)

@@ -66,7 +66,7 @@ def test_shards_are_whole_and_their_tokenizer_gives_the_same_ids(command, kept):
     from exactgpt.tokenizer import load_tokenizer
     command("prepare_fineweb.py --verify --out shards")
     before = {path.name: path.read_bytes() for path in (kept / "shards").iterdir()}
-    assert "already holds the shards of this command" in command(EXPECTED["shards"])
+    assert "is already complete; nothing to do" in command(EXPECTED["shards"])
     assert {path.name: path.read_bytes() for path in (kept / "shards").iterdir()} == before
     tokenizer, then = load_tokenizer(kept / "shards"), EXPECTED["tokenizer"]
     assert tokenizer.encode(then["text"]) == then["ids"] and tokenizer.n_vocab == then["n_vocab"]

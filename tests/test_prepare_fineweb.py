@@ -1,4 +1,4 @@
-"""prepare_fineweb.py: the same bytes for any workers, after any kill and through any fault of the network."""
+"""Test prepare_fineweb.py: the same bytes for any number of workers and after any kill."""
 import json
 import os
 import shutil
@@ -11,18 +11,18 @@ import pytest
 
 from exactgpt import documents
 from exactgpt.config import UserError
-from exactgpt.documents import plan_reads
+from exactgpt.documents import split_into_pieces
 from exactgpt.shard_writer import encode_tasks
 from exactgpt.shards import ShardFolder, load_manifest
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
-from prepare_fineweb import Config, fetch_ahead, main
+from prepare_fineweb import PrepareFinewebConfig, iter_fetched, main
 from tests.common import ROOT, SHARED_DATA, script_env
 from tests.corpora import build_nanogpt, contents, kill_at, loaded, parquet_bytes, some_texts, write_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of three parquet files, and their texts in order."""
+    """Return a folder of three parquet files, and their texts in order."""
     folder = tmp_path_factory.mktemp("corpus")
     return folder, write_corpus(folder)
 
@@ -35,7 +35,7 @@ def prepare(out, *flags):
 
 
 @pytest.mark.parametrize("shard_tokens", [1000, 7777, 40_000])
-def test_tokens_are_build_nanogpts(corpus, tmp_path, shard_tokens):
+def test_tokens_match_build_nanogpt(corpus, tmp_path, shard_tokens):
     folder, texts = corpus
     prepare(tmp_path / "out", "--data_files", f"{folder}/*.parquet", "--shard_tokens", shard_tokens, "--num_proc", 0)
     assert loaded(tmp_path / "out") == build_nanogpt(texts, shard_tokens)
@@ -44,7 +44,7 @@ def test_tokens_are_build_nanogpts(corpus, tmp_path, shard_tokens):
     assert not [name for name in contents(tmp_path / "out") if name.endswith(".tmp")]
 
 
-def test_max_tokens_ends_the_stream_and_shrinks_the_validation_shard(corpus, tmp_path):
+def test_max_tokens_limits_the_output_and_the_validation_shard(corpus, tmp_path):
     folder, texts = corpus
     prepare(tmp_path / "out", "--data_files", f"{folder}/*.parquet", "--max_tokens", 12_345, "--num_proc", 0)
     ours, theirs = loaded(tmp_path / "out"), build_nanogpt(texts, 10**9, 1234)
@@ -53,7 +53,7 @@ def test_max_tokens_ends_the_stream_and_shrinks_the_validation_shard(corpus, tmp
         assert tokens == theirs[name][:len(tokens)]
 
 
-def test_the_genuine_sample_through_parquet(tmp_path):
+def test_real_fineweb_sample_from_parquet_and_jsonl(tmp_path):
     path = SHARED_DATA / "fineweb_edu_sample.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not on this machine")
@@ -65,7 +65,7 @@ def test_the_genuine_sample_through_parquet(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_vocabulary_of_another_folder_encodes_the_text(corpus, tmp_path):
+def test_tokenizer_flag_uses_the_vocabulary_in_that_folder(corpus, tmp_path):
     own = Tokenizer([("a", "b")], "")
     own.save(tmp_path)
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--max_tokens", 3000, "--num_proc", 0]
@@ -79,7 +79,7 @@ def test_the_vocabulary_of_another_folder_encodes_the_text(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2, 5])
-def test_any_number_of_workers_makes_the_same_bytes(corpus, tmp_path, num_proc):
+def test_any_number_of_workers_writes_the_same_bytes(corpus, tmp_path, num_proc):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000]
     prepare(tmp_path / "0", *flags, "--num_proc", 0)
     prepare(tmp_path / "n", *flags, "--num_proc", num_proc)
@@ -87,7 +87,7 @@ def test_any_number_of_workers_makes_the_same_bytes(corpus, tmp_path, num_proc):
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
-def test_any_start_method_makes_the_same_tokens(run, start_method):
+def test_any_start_method_gives_the_same_tokens(run, start_method):
     code = f"""if True:
         import multiprocessing
         from exactgpt.shard_writer import encode_tasks
@@ -95,16 +95,16 @@ def test_any_start_method_makes_the_same_tokens(run, start_method):
         from exactgpt.tokenizer import gpt2_tokenizer
         multiprocessing.set_start_method({start_method!r})
         tasks = [(i, iter_texts, [f"text {{i}} {{j}}" for j in range(i)]) for i in range(20)]
-        def show(n):
+        def results(n):
             return [(i, tokens.tolist(), size) for i, tokens, size in encode_tasks(tasks, gpt2_tokenizer(), n)]
-        assert show(2) == show(0)
-        print(len(show(2)))"""
+        assert results(2) == results(0)
+        print(len(results(2)))"""
     rc, out, err = run("-c", code)
     assert (rc, out) == (0, "20\n"), err
 
 
 @pytest.mark.slow
-def test_work_in_flight_is_bounded_however_slow_the_consumer():
+def test_pending_tasks_are_bounded_with_a_slow_consumer():
     planned = []
 
     def tasks():
@@ -130,14 +130,15 @@ def test_workers_do_not_import_torch(run):
 
 @pytest.mark.parametrize("row_group_size", [1, 7, 100])
 @pytest.mark.parametrize("limits", [(1, 1 << 30), (3000, 1 << 30), (1 << 30, 1 << 30), (2000, 0), (500, 3000)])
-def test_pieces_are_the_file_from_any_row(tmp_path, monkeypatch, row_group_size, limits):
+def test_parquet_pieces_cover_the_file_from_any_row(tmp_path, monkeypatch, row_group_size, limits):
     monkeypatch.setattr(documents, "PIECE_BYTES", limits[0])
     monkeypatch.setattr(documents, "LARGE_GROUP", limits[1])
     texts = [*some_texts(40, 3), None, ""]
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(texts, row_group_size))
     for start in (0, 1, 6, 7, 8, 41, 42):
-        pieces = [(begin, share, list(read(*args))) for begin, share, read, *args in plan_reads(path, "text", start)]
+        pieces = [(begin, share, list(read(*args)))
+                  for begin, share, read, *args in split_into_pieces(path, "text", start)]
         assert [t for *_, piece in pieces for t in piece] == [(t or "", True) for t in texts[start:]]
         at = start
         for begin, share, piece in pieces:
@@ -146,26 +147,26 @@ def test_pieces_are_the_file_from_any_row(tmp_path, monkeypatch, row_group_size,
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 100, 5000, 1 << 20])
-def test_pieces_of_json_lines(tmp_path, monkeypatch, piece_bytes):
+def test_jsonl_pieces_cover_the_file_from_any_piece(tmp_path, monkeypatch, piece_bytes):
     monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
     texts = some_texts(30, 4)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps({"text": t}) for t in texts).encode() + b"\n\n")
-    pieces = [(begin, list(read(*args))) for begin, _, read, *args in plan_reads(path, "text")]
+    pieces = [(begin, list(read(*args))) for begin, _, read, *args in split_into_pieces(path, "text")]
     assert [t for _, piece in pieces for t in piece] == [(t, True) for t in texts]
     for i, (begin, _) in enumerate(pieces):
-        again = [t for _, _, read, *args in plan_reads(path, "text", begin) for t in read(*args)]
+        again = [t for _, _, read, *args in split_into_pieces(path, "text", begin) for t in read(*args)]
         assert again == [t for _, piece in pieces[i:] for t in piece]
 
 
-# --- killed and continued
+# --- kills and restarts
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [0, 2])
-def test_killed_at_any_moment_it_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
+def test_a_killed_run_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", "2500", "--num_proc", str(num_proc)]
-    prepare(tmp_path / "straight", *flags)
+    prepare(tmp_path / "not_killed", *flags)
     out, kills = tmp_path / "killed", 0
     command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags, "--out", str(out)]
     for n_shards in (0, 2, 7, 8):
@@ -173,14 +174,14 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(corpus, tmp_path, n
         kills += kill_at(command, script_env(tmp_path), reached)
         shards = load_manifest(out).shards if (out / "manifest.json").exists() else []
         on_disk = loaded(out)
-        assert [len(on_disk[row["file"]]) for row in shards] == [2500] * len(shards)    # none half written
+        assert [len(on_disk[entry["file"]]) for entry in shards] == [2500] * len(shards)    # no partial shard
     assert kills >= 3
     prepare(out, *flags)
-    assert contents(out) == contents(tmp_path / "straight")
+    assert contents(out) == contents(tmp_path / "not_killed")
 
 
 @pytest.mark.parametrize("delay", [0.4, 1.0, None])
-def test_ctrl_c_ends_it_without_a_traceback(corpus, tmp_path, delay):
+def test_ctrl_c_stops_it_without_a_traceback(corpus, tmp_path, delay):
     out = tmp_path / "out"
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", "1000", "--num_proc", "2", "--out", str(out)]
     command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
@@ -190,22 +191,22 @@ def test_ctrl_c_ends_it_without_a_traceback(corpus, tmp_path, delay):
         while process.poll() is None and not list(out.glob("*.npy")):
             time.sleep(0.002)
     else:
-        time.sleep(delay)       # while it starts, or its workers do
+        time.sleep(delay)       # during startup, or while the workers start
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=20)[1].decode()
-    # Before main() has begun the traceback is Python's own.
+    # Before main() starts, Python itself prints a traceback.
     assert process.returncode in (130, -signal.SIGINT, 0) and "SpawnProcess" not in error
     assert "Traceback" not in error or not out.exists()
     assert not list(out.glob("*.tmp"))
 
 
-def test_one_run_at_a_time(corpus, tmp_path):
+def test_only_one_run_uses_a_folder(corpus, tmp_path):
     from exactgpt.config import FolderLock
     with FolderLock(tmp_path / "out", 0), pytest.raises(UserError, match="another run is using"):
         prepare(tmp_path / "out", "--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0)
 
 
-def test_other_settings_are_refused_by_name(corpus, tmp_path):
+def test_changed_settings_are_refused_by_name(corpus, tmp_path):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0]
     prepare(tmp_path / "out", *flags)
     before = contents(tmp_path / "out")
@@ -225,7 +226,7 @@ def test_local_files_that_changed_are_refused(corpus, tmp_path):
     manifest.complete = False
     manifest.save(tmp_path / "out")
     (tmp_path / "files" / "003.parquet").write_bytes(parquet_bytes(["more"]))
-    with pytest.raises(UserError, match=r"the files behind --data_files .* changed"):
+    with pytest.raises(UserError, match=r"the files of --data_files .* changed"):
         prepare(tmp_path / "out", *flags)
 
 
@@ -233,7 +234,7 @@ def test_verify(corpus, tmp_path, capsys):
     out = tmp_path / "out"
     prepare(out, "--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000, "--num_proc", 0)
     prepare(out, "--verify")
-    assert "hashes, sizes and token ids are right" in capsys.readouterr().out
+    assert "hashes, sizes and token ids are correct" in capsys.readouterr().out
     path = out / "edufineweb_train_000002.npy"
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
@@ -242,35 +243,35 @@ def test_verify(corpus, tmp_path, capsys):
         prepare(out, "--verify")
 
 
-# --- the rest
+# --- other behavior
 
 
-def test_only_one_file_is_fetched_ahead():
+def test_at_most_one_file_is_prefetched():
     fetched = []
-    paths = fetch_ahead(lambda f: fetched.append(f) or f, list("abcd"), read_ahead=True)
+    paths = iter_fetched(lambda f: fetched.append(f) or f, list("abcd"), prefetch=True)
     for i, path in enumerate(paths):
         time.sleep(0.05)
         assert path == "abcd"[i] and fetched == list("abcd"[:i + 2])
     fetched.clear()
-    for i, _ in enumerate(fetch_ahead(lambda f: fetched.append(f) or f, list("abcd"), read_ahead=False)):
+    for i, _ in enumerate(iter_fetched(lambda f: fetched.append(f) or f, list("abcd"), prefetch=False)):
         time.sleep(0.05)
         assert fetched == list("abcd"[:i + 1])
 
 
-def test_defaults_name_the_folder_and_the_shards():
-    def made(**flags):
-        config = Config(**flags)
+def test_default_folder_and_shard_names():
+    def names(**flags):
+        config = PrepareFinewebConfig(**flags)
         config.check()
         return config.out, config.prefix(), config.val_tokens()
-    assert made() == ("data/edu_fineweb10B", "edufineweb", 100_000_000)
-    assert made(data_files="x/*.parquet", max_tokens=10**7) == ("data/edu_fineweb10B", "edufineweb", 10**6)
-    assert made(name="CC-MAIN-2024-10")[0] == "data/edufineweb_CC-MAIN-2024-10"
-    assert made(dataset="Skylion007/openwebtext")[:2] == ("data/openwebtext", "openwebtext")
+    assert names() == ("data/edu_fineweb10B", "edufineweb", 100_000_000)
+    assert names(data_files="x/*.parquet", max_tokens=10**7) == ("data/edu_fineweb10B", "edufineweb", 10**6)
+    assert names(name="CC-MAIN-2024-10")[0] == "data/edufineweb_CC-MAIN-2024-10"
+    assert names(dataset="Skylion007/openwebtext")[:2] == ("data/openwebtext", "openwebtext")
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--data_files", "nothing/*.parquet"], "--data_files nothing/*.parquet: no file matches"),
-    (["--data_files", "*.txt"], "a.txt is neither .parquet nor .jsonl"),
+    (["--data_files", "*.txt"], "cannot read a.txt: it must end in one of .parquet, .jsonl"),
     (["--data_files", "fake.parquet"], "fake.parquet is not a readable parquet file"),
     (["--data_files", "bad.jsonl"], "bad.jsonl, byte 14: not valid JSON"),
     (["--max_tokens", "5"], "--max_tokens must be >= 20"),
@@ -278,7 +279,7 @@ def test_defaults_name_the_folder_and_the_shards():
     (["--verify", "--out", "none"], "no shards: none does not exist"),
     (["--max_token", "100"], "unknown argument --max_token; did you mean --max_tokens?"),
 ])
-def test_wrong_commands_are_one_line(tmp_path, run, flags, message):
+def test_wrong_commands_print_one_line(tmp_path, run, flags, message):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "fake.parquet").write_text("PAR1")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
@@ -289,7 +290,7 @@ def test_wrong_commands_are_one_line(tmp_path, run, flags, message):
 
 
 @pytest.mark.slow
-def test_a_damaged_row_group_keeps_what_is_done(corpus, tmp_path):
+def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path):
     shutil.copytree(corpus[0], tmp_path / "files")
     path, flags = tmp_path / "files" / "002.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]
     good = path.read_bytes()
@@ -302,7 +303,7 @@ def test_a_damaged_row_group_keeps_what_is_done(corpus, tmp_path):
     assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 1000)
 
 
-def test_a_worker_that_is_killed_is_one_line(tmp_path):
+def test_a_killed_worker_is_a_user_error(tmp_path):
     read = os._exit
-    with pytest.raises(UserError, match="a tokenising process was killed"):
+    with pytest.raises(UserError, match="a tokenizer process was killed"):
         list(encode_tasks([(0, read, 9)], gpt2_tokenizer(), 1))

@@ -1,4 +1,4 @@
-"""prepare_text.py and documents.py: the shards hold the text, split by the rule of DESIGN.md, or nothing is written."""
+"""Test prepare_text.py and documents.py: the shards contain the text, or nothing is written at all."""
 import csv
 import json
 import os
@@ -52,12 +52,12 @@ def jsonl(tmp_path):
 
 
 def brute_force_split(lengths, order, val_fraction):
-    """DESIGN.md's words, a document at a time, with fractions of integers."""
+    """Apply the rule in docs/data.md to one document at a time."""
     total, val, train, full = sum(lengths), [], [], False
     for d in order:
-        held = sum(lengths[i] for i in val)
-        full = full or held >= val_fraction * total
-        fits = held + lengths[d] <= 2 * val_fraction * total and held + lengths[d] < total
+        n_val = sum(lengths[i] for i in val)
+        full = full or n_val >= val_fraction * total
+        fits = n_val + lengths[d] <= 2 * val_fraction * total and n_val + lengths[d] < total
         (val if not full and fits else train).append(d)
     return val, train
 
@@ -74,7 +74,7 @@ def test_documents_are_split_and_ordered_by_the_rule(jsonl, tmp_path, val_fracti
 
 
 @pytest.mark.parametrize("shard_tokens", [37, 1000])
-def test_where_no_document_fits_the_tail_is_cut_off(tmp_path, shard_tokens):
+def test_validation_is_the_end_of_the_text_if_no_document_fits(tmp_path, shard_tokens):
     texts = ["one two three four " * 30, "five six seven eight nine " * 40]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
@@ -89,7 +89,7 @@ def test_where_no_document_fits_the_tail_is_cut_off(tmp_path, shard_tokens):
     assert {s.n_tokens for s in ShardFolder(tmp_path / "out").train[:-1]} <= {shard_tokens}
 
 
-def test_val_never_takes_all_there_is(tmp_path):
+def test_val_never_takes_all_documents(tmp_path):
     (tmp_path / "two.txt").write_text("one two three four|one two three four")
     prepare_text.main([str(tmp_path / "two.txt"), "--separator", "|", "--out", str(tmp_path / "out"),
                        "--val_fraction", "0.6"])
@@ -97,10 +97,10 @@ def test_val_never_takes_all_there_is(tmp_path):
 
 
 @pytest.mark.parametrize("n", range(1, 14))
-def test_a_tail_may_hold_several_documents(n):
+def test_the_tail_may_contain_several_documents(n):
     starts, ends = np.array([10, 0, 5]), np.array([14, 5, 10])      # three pieces of 4, 5 and 5 tokens
     original = [t for a, b in zip(starts, ends) for t in range(a, b)]
-    cut = [t for a, b in zip(*prepare_text.cut_tail(starts, ends, n)) for t in range(a, b)]
+    cut = [t for a, b in zip(*prepare_text.move_tail_first(starts, ends, n)) for t in range(a, b)]
     assert cut == original[-n:] + original[:-n]
 
 
@@ -121,7 +121,7 @@ def test_every_format_gives_the_same_shards(jsonl, tmp_path):
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "jsonl")])
     expected = contents(tmp_path / "jsonl")
     for name in ("a.csv", "a.parquet", "a.json", "a.txt"):
-        out = tmp_path / name / "jsonl"        # the last part names the shards
+        out = tmp_path / name / "jsonl"        # the folder's name becomes the shards' prefix
         prepare_text.main([str(folder / name), "--out", str(out), "--text_column", "body",
                            "--separator", "<|endoftext|>"])
         assert contents(out) == expected, name
@@ -137,7 +137,7 @@ def test_directories_are_read_in_sorted_order(tmp_path):
 
 @pytest.mark.parametrize("separator", ["", "\n\n", "<|endoftext|>", "d d", "x\n"])
 @pytest.mark.parametrize("part_chars", [7, 100])
-def test_long_text_comes_in_parts_with_the_ids_of_the_whole(tmp_path, monkeypatch, separator, part_chars):
+def test_parts_of_a_long_text_have_the_ids_of_the_whole(tmp_path, monkeypatch, separator, part_chars):
     monkeypatch.setattr(documents, "PART_CHARS", part_chars)
     text = "Some words\n\n\nand  more words, don't split 'em<|endoftext|>\n\n  x\n日本 語\u00a0 d d 12\n" * 9 + "end"
     path = tmp_path / "a.txt"
@@ -156,7 +156,7 @@ def test_long_text_comes_in_parts_with_the_ids_of_the_whole(tmp_path, monkeypatc
     assert separator or len(parts) > 3
 
 
-def test_parts_are_one_document_in_the_shards(tmp_path, monkeypatch):
+def test_parts_become_one_document_in_the_shards(tmp_path, monkeypatch):
     text = "A long book with many words in it.\n" * 2000
     (tmp_path / "book.txt").write_text(text)
     for name, part_chars in (("a", 1 << 20), ("b", 500)):
@@ -168,20 +168,20 @@ def test_parts_are_one_document_in_the_shards(tmp_path, monkeypatch):
     assert stream(tmp_path / "a/x", "train").count(EOT) == 1
 
 
-def test_odd_rows_are_text_all_the_same(tmp_path):
+def test_unusual_rows_are_read_as_text(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a\\ud800b", "n": 1}\r\n\r\n{"text": null}\n{"text": 3}\n'
                      b'{"text": " \\n"}\n{"text": "x"}')
     assert [t for (t,) in read_rows(path, ["text"])] == ["a\ufffdb", "", "3", " \n", "x"]
     prepare_text.main([str(path), "--out", str(tmp_path / "out")])
     tokens = stream(tmp_path / "out", "train") + stream(tmp_path / "out", "val")
-    assert tokens.count(EOT) == 3           # blank documents are left out
+    assert tokens.count(EOT) == 3           # blank documents are skipped
 
 
-# --- sameness
+# --- reproducibility
 
 
-def test_the_pool_makes_the_same_bytes(jsonl, tmp_path, monkeypatch):
+def test_worker_processes_write_the_same_bytes(jsonl, tmp_path, monkeypatch):
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x")])
     monkeypatch.setattr(prepare_text, "POOL_BYTES", 0)
     monkeypatch.setattr(prepare_text, "available_cpus", lambda: 2)
@@ -190,13 +190,13 @@ def test_the_pool_makes_the_same_bytes(jsonl, tmp_path, monkeypatch):
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
 
 
-def test_the_same_command_again_does_nothing_and_another_one_is_refused(jsonl, tmp_path, capsys):
+def test_repeating_a_command_does_nothing_and_another_command_is_refused(jsonl, tmp_path, capsys):
     command = [str(jsonl), "--out", str(tmp_path / "out")]
     prepare_text.main(command)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name != ".lock"}
     Tokenizer([("a", "b")], "").save(tmp_path)
     prepare_text.main(command)
-    assert "already holds" in capsys.readouterr().out
+    assert "is already complete; nothing to do" in capsys.readouterr().out
     for more, named in ((["--seed", "1"], "seed"), (["--val_fraction", "0.1"], "val_fraction"),
                         (["--train_tokenizer", "300"], "train_tokenizer"), (["--shard_tokens", "50"], "shard_tokens"),
                         (["--tokenizer", str(tmp_path)], "tokenizer")):
@@ -208,22 +208,22 @@ def test_the_same_command_again_does_nothing_and_another_one_is_refused(jsonl, t
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name != ".lock"} == before
 
 
-def test_the_vocabulary_of_another_folder_encodes_the_text(jsonl, tmp_path):
+def test_tokenizer_flag_uses_the_vocabulary_in_that_folder(jsonl, tmp_path):
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x"), "--train_tokenizer", "300"])
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x"), "--tokenizer", str(tmp_path / "a" / "x")])
     trained, again = contents(tmp_path / "a" / "x"), contents(tmp_path / "b" / "x")
     assert trained.pop("manifest.json") != again.pop("manifest.json") and trained == again
 
 
-def test_a_folder_of_other_things_is_left_alone(jsonl, tmp_path):
+def test_a_folder_with_other_files_is_not_touched(jsonl, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.docx").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds other files \(thesis\.docx\); choose another --out"):
+    with pytest.raises(UserError, match=r"contains other files \(thesis\.docx\); choose another --out"):
         prepare_text.main([str(jsonl), "--out", str(tmp_path / "out")])
     assert contents(tmp_path / "out") == {"thesis.docx": b"years of work"}
 
 
-def test_killed_at_any_moment_the_same_command_makes_the_same_shards(jsonl, tmp_path):
+def test_a_killed_run_starts_over_and_writes_the_same_shards(jsonl, tmp_path):
     flags = [str(jsonl), "--train_tokenizer", "300", "--shard_tokens", "50"]
     prepare_text.main([*flags, "--out", str(tmp_path / "a" / "x")])
     out = tmp_path / "b" / "x"
@@ -242,7 +242,7 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_shards(jsonl, tmp_
 
 
 @pytest.mark.slow
-def test_demo_is_documentation_in_a_vocabulary_of_its_own(tmp_path, run):
+def test_demo_is_pythons_documentation_with_its_own_vocabulary(tmp_path, run):
     rc, out, err = run("prepare_text.py", "--demo", "--train_tokenizer", 1000, "--out", tmp_path / "demo")
     assert (rc, err) == (0, "") and f"python train.py --data_dir {tmp_path / 'demo'}" in out
     folder = ShardFolder(tmp_path / "demo")
@@ -266,14 +266,14 @@ def test_tinyshakespeare(tmp_path):
     assert load_tokenizer(tmp_path / "out").name == "gpt2"
 
 
-# --- bad input: a line, and nothing on the disk
+# --- bad input prints one line and writes nothing
 
 
 BAD = {
-    "empty.txt": (b"", "there is no text"),
-    "blank.txt": (b" \n\t\n", "there is no text"),
+    "empty.txt": (b"", r"no text in .*empty\.txt"),
+    "blank.txt": (b" \n\t\n", r"no text in .*blank\.txt"),
     "program.txt": (b"\x7fELF\x02\x01\x01\x00\x00", r"program\.txt is a binary file"),
-    "latin.txt": ("caf\u00e9 ".encode("latin-1"), r"latin\.txt is not UTF-8 text \(it holds the byte 0xe9\)"),
+    "latin.txt": ("caf\u00e9 ".encode("latin-1"), r"latin\.txt is not UTF-8 text \(it contains the byte 0xe9\)"),
     "cut.txt": ("é".encode()[:1], r"cut\.txt is not UTF-8"),
     "image.png": (b"\x89PNG", r"image\.png: it must end in one of"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": "b"\n', r"bad\.jsonl, line 2: not valid JSON"),
@@ -281,7 +281,7 @@ BAD = {
     "list.jsonl": (b'["a"]\n', r"list\.jsonl, line 1: must be a JSON object, but is a list"),
     "key.jsonl": (b'{"text": "a"}\n{"body": "b"}\n',
                   r"key\.jsonl, line 2: no column 'text' among body.*--text_column"),
-    "type.jsonl": (b'{"text": ["a"]}\n', r"type\.jsonl, line 1: column 'text' holds a list"),
+    "type.jsonl": (b'{"text": ["a"]}\n', r"type\.jsonl, line 1: column 'text' contains a list"),
     "column.csv": (b"id,body\n1,a\n", r"column\.csv: no column 'text' among id, body"),
     "cells.csv": (b"id,text\n1,Hello, world\n", r"cells\.csv, line 2: 3 cells, but 2 in the header"),
     "none.csv": (b"", r"none\.csv: no column 'text' among none"),
@@ -290,7 +290,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, name):
+def test_bad_input_is_a_user_error_and_writes_nothing(tmp_path, name):
     content, message = BAD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -298,7 +298,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_page_of_a_parquet_file_is_found_before_anything_is_written(tmp_path):
+def test_a_damaged_parquet_page_is_found_before_anything_is_written(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, text=[f"some text number {i}" for i in range(5000)])
     data = bytearray(path.read_bytes())
@@ -310,17 +310,17 @@ def test_a_damaged_page_of_a_parquet_file_is_found_before_anything_is_written(tm
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "name the files and directories to read, or --demo"),
+    ([], "no input; name files or directories to read, or use --demo"),
     (["nothing.txt", "--out", "x"], "nothing.txt does not exist"),
-    (["--demo"], "say where the shards go: --out data/NAME"),
+    (["--demo"], "no output folder; add --out data/NAME"),
     (["--demo", "a.txt", "--out", "x"], "drop the files"),
     (["--demo", "--out", "x", "--val_fraction", "1"], "--val_fraction must be < 1"),
     (["--demo", "--out", "x", "--train_tokenizer", "256"], "--train_tokenizer must be >= 257"),
-    (["--demo", "--out", "x", "--train_tokenizer", "300", "--tokenizer", "."], "exclude each other: drop one of them"),
+    (["--demo", "--out", "x", "--train_tokenizer", "300", "--tokenizer", "."], "exclude each other; drop one of them"),
     (["--demo", "--out", "x", "--tokenizer", "y"], "--tokenizer y: there is no vocab.bpe; name a folder"),
     (["--demo", "--out", "x", "--shards", "3"], "unknown argument --shards"),
     (["--demo", "--out", "x", "--val", "0.1"], "unknown argument --val"),
-    ([".", "--out", "x"], "no text under ."),
+    ([".", "--out", "x"], "no text files in ."),
 ])
 def test_wrong_commands_are_refused(tmp_path, run, flags, message):
     rc, out, err = run("prepare_text.py", *flags, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""shards.py: NumPy reads what it writes, and it refuses what cannot be trusted, by name."""
+"""Test shards.py and ShardWriter: NumPy can read the shards, and damaged folders are refused by name."""
 import hashlib
 import itertools
 import json
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from exactgpt.config import UserError
-from exactgpt.shard_writer import ShardWriter, save_shard, writing_to
+from exactgpt.shard_writer import ShardWriter, report_write_errors, save_shard
 from exactgpt.shards import Manifest, ShardFolder, load_manifest, open_shard, permutation
 from exactgpt.tokenizer import train_tokenizer
 from tests.common import permuted
 
 
 def write_bin(path, tokens, magic=20240520, version=1, count=None):
-    """As llm.c's data_common.py and modded-nanogpt write a shard."""
+    """Write a shard as llm.c's data_common.py and modded-nanogpt do."""
     header = np.zeros(256, dtype=np.int32)
     header[:3] = magic, version, len(tokens) if count is None else count
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes())
@@ -38,19 +38,20 @@ def rewrite(folder, **changes):
 
 
 @pytest.mark.parametrize("n", [1, 2, 1000, 70_000])
-def test_shards_are_numpys_files(tmp_path, n):
+def test_shards_are_npy_files(tmp_path, n):
     tokens = np.random.default_rng(n).integers(0, 50257, n).astype(np.uint16)
-    row = save_shard(tmp_path, "x", "train", 1, tokens)
+    entry = save_shard(tmp_path, "x", "train", 1, tokens)
     path = tmp_path / "x_train_000001.npy"
     np.save(tmp_path / "reference.npy", tokens)
     assert path.read_bytes() == (tmp_path / "reference.npy").read_bytes()
     np.testing.assert_array_equal(np.load(path, mmap_mode="r"), tokens)
-    assert row == dict(file=path.name, split="train", tokens=n, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    assert entry == dict(file=path.name, split="train", tokens=n,
+                         sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     np.testing.assert_array_equal(read_all(open_shard(path)), tokens)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["reference.npy", path.name]
 
 
-def test_build_nanogpts_folder_is_read(tmp_path):
+def test_build_nanogpt_folders_are_read(tmp_path):
     names = [f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy" for i in range(4)]
     tokens = {name: np.arange(100 * i, 100 * i + 100 - i, dtype=np.uint16) for i, name in enumerate(names)}
     for name, values in tokens.items():
@@ -79,20 +80,20 @@ def test_bin_folders_of_llmc_and_modded_nanogpt_are_read(tmp_path, names):
     np.testing.assert_array_equal(out, np.arange(43, 50))
 
 
-def test_train_shards_come_in_numerical_order(tmp_path):
+def test_train_shards_are_in_numerical_order(tmp_path):
     for i in range(1, 13):
         write_bin(tmp_path / f"x_train_{i}.bin", [i])
     assert [read_all(s)[0] for s in ShardFolder(tmp_path).train] == list(range(1, 13))
 
 
-def test_fingerprint_tells_content_not_place(make_shards):
+def test_fingerprint_depends_on_the_shards_not_the_path(make_shards):
     one, two = ShardFolder(make_shards([50, 60], name="one")), ShardFolder(make_shards([50, 60], name="two"))
     assert one.fingerprint() == two.fingerprint() != ShardFolder(make_shards([50, 61], name="three")).fingerprint()
     (one.folder / "manifest.json").unlink()
     assert ShardFolder(one.folder).fingerprint() == two.fingerprint()
 
 
-def test_permutation_is_frozen():
+def test_permutation_never_changes():
     assert permutation(8, 1337, "documents").tolist() == [6, 0, 1, 3, 7, 2, 5, 4]
     assert permutation(1000, 1337, "documents").tolist() == permuted(range(1000), 1337, "documents")
     for n in (0, 1, 2, 1000):
@@ -100,7 +101,7 @@ def test_permutation_is_frozen():
     assert permutation(100, 1).tolist() != permutation(100, 2).tolist()
 
 
-# --- what is refused
+# --- damaged and unsuitable folders
 
 
 def damage_truncated(folder):
@@ -141,13 +142,13 @@ def damage_missing(folder):
     (folder / "test_train_000001.npy").unlink()
 
 
-def damage_stranger(folder):
+def damage_extra_shard(folder):
     np.save(folder / "test_train_000003.npy", np.zeros(10, dtype=np.uint16))
 
 
 @pytest.mark.parametrize("damage", [
     damage_truncated, damage_longer, damage_emptied, damage_without_tokens, damage_wrong_type, damage_wrong_shape,
-    damage_pickled, damage_other_count, damage_missing, damage_stranger])
+    damage_pickled, damage_other_count, damage_missing, damage_extra_shard])
 def test_damaged_shards_are_refused_by_name(make_shards, damage):
     folder = make_shards([500, 500])
     ShardFolder(folder)
@@ -156,8 +157,8 @@ def test_damaged_shards_are_refused_by_name(make_shards, damage):
         ShardFolder(folder)
 
 
-def test_headers_of_noise_are_refused(tmp_path):
-    """Whatever bytes stand in the header: one UserError, never a traceback of the parser."""
+def test_random_bytes_in_a_header_are_refused(tmp_path):
+    """Random bytes in the header raise a UserError, never another exception of NumPy's parser."""
     path = tmp_path / "x_train_000001.npy"
     np.save(path, np.arange(10, dtype=np.uint16))
     good, rng = path.read_bytes(), np.random.default_rng(0)
@@ -167,7 +168,7 @@ def test_headers_of_noise_are_refused(tmp_path):
             bad[place] = rng.integers(0, 256)
         path.write_bytes(bytes(bad))
         try:
-            assert open_shard(path).n_tokens == 10      # a harmless change, in the padding
+            assert open_shard(path).n_tokens == 10      # the change was harmless, in the padding
         except UserError as error:
             assert path.name in str(error)
 
@@ -192,25 +193,25 @@ def test_a_short_bin_file_is_refused(tmp_path):
     (["x_val_000000.npy", "x_train_000002.npy"], "shard 000001 is missing before 000002"),
     (["x_train_000001.npy", "y_train_000002.npy"], "mixes the data sets 'x' and 'y'"),
     (["x_train_000001.npy", "x_train_000002.bin"], "mixes .npy and .bin"),
-    (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 is there twice")])
-def test_folders_that_make_no_stream_are_refused(tmp_path, names, message):
+    (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 exists twice")])
+def test_gaps_duplicates_and_mixtures_are_refused(tmp_path, names, message):
     for name in names:
         np.save(open(tmp_path / name, "wb"), np.arange(10, dtype=np.uint16))
     with pytest.raises(UserError, match=message):
         ShardFolder(tmp_path)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"does not exist; make them with prepare_fineweb\.py"):
         ShardFolder(tmp_path / "none")
 
 
-def test_an_incomplete_folder_is_refused_but_can_be_looked_at(make_shards):
+def test_an_incomplete_folder_is_refused_unless_allowed(make_shards):
     folder = make_shards([100])
     rewrite(folder, complete=False)
-    with pytest.raises(UserError, match="incomplete: run the same prepare command again"):
+    with pytest.raises(UserError, match="incomplete; run the same prepare command again"):
         ShardFolder(folder)
-    np.save(folder / "test_train_000002.npy", np.zeros(3, dtype=np.uint16))     # written, not yet in the manifest
+    np.save(folder / "test_train_000002.npy", np.zeros(3, dtype=np.uint16))     # not yet in the manifest
     assert len(ShardFolder(folder, need_complete=False).train) == 1
 
 
@@ -236,18 +237,18 @@ def test_manifests_that_are_no_json_object_are_refused(make_shards, content):
         load_manifest(folder)
 
 
-def test_a_manifest_without_its_tokenizer_is_refused(make_shards, tmp_path):
+def test_a_tokenizer_that_does_not_match_the_manifest_is_refused(make_shards, tmp_path):
     folder = make_shards([100])
     train_tokenizer(["some other text, some other vocabulary"], 300).save(folder)
     with pytest.raises(UserError, match="made with the vocabulary"):
         ShardFolder(folder).tokenizer()
     (folder / "vocab.bpe").rename(tmp_path / "vocab.bpe")
-    for otherwise in ("", tmp_path):
+    for fallback in ("", tmp_path):
         with pytest.raises(UserError, match="made with the vocabulary"):
-            ShardFolder(folder).tokenizer(otherwise)
+            ShardFolder(folder).tokenizer(fallback)
 
 
-def test_shards_without_a_vocabulary_take_that_of_the_folder_and_others_must_have_it(make_shards, tmp_path):
+def test_the_fallback_folder_is_used_without_a_vocabulary_and_must_agree_with_one(make_shards, tmp_path):
     folder, n_vocab = make_shards([100]), 257
     (tmp_path / "same").mkdir()
     (tmp_path / "other").mkdir()
@@ -265,11 +266,11 @@ def test_tokens_outside_the_vocabulary(make_shards, place):
     tokens = np.zeros(100_064, dtype=np.uint16)
     tokens[64 + place] = 300
     folder = ShardFolder(make_shards([100_000], tokens=tokens))
-    with pytest.raises(UserError, match=r"test_train_000001\.npy holds token 300, outside the vocabulary of 257"):
+    with pytest.raises(UserError, match=r"test_train_000001\.npy contains token 300, outside the vocabulary of 257"):
         folder.verify(257)
     folder.verify(301)
-    if place != 50_000:         # the sample at start sees both ends
-        with pytest.raises(UserError, match="holds token 300"):
+    if place != 50_000:         # the sample includes both ends
+        with pytest.raises(UserError, match="contains token 300"):
             folder.check_vocabulary(257)
 
 
@@ -286,7 +287,7 @@ def test_verify_finds_a_changed_byte(make_shards):
         ShardFolder(folder).verify(257)
 
 
-def test_a_shard_that_shrinks_while_it_is_read(make_shards):
+def test_a_shard_that_is_truncated_while_it_is_read(make_shards):
     shard = ShardFolder(make_shards([1000])).train[0]
     with shard.open() as file:
         shard.path.write_bytes(shard.path.read_bytes()[:1000])
@@ -298,7 +299,7 @@ def test_a_shard_that_shrinks_while_it_is_read(make_shards):
 
 
 def cut(tokens, val_tokens, shard_tokens):
-    """build-nanogpt's fineweb.py in two lines, with a first shard of another size."""
+    """Cut tokens as build-nanogpt's fineweb.py does, with another size for the first shard."""
     borders = [0, *range(val_tokens, len(tokens), shard_tokens), len(tokens)]
     return [tokens[a:b] for a, b in itertools.pairwise(borders) if b > a]
 
@@ -316,9 +317,9 @@ def test_writer_cuts_at_the_borders_and_records_positions(tmp_path, val_tokens, 
     for i, document in enumerate(documents):
         n_before = len(manifest.shards)
         writer.append(document, {"row": i})
-        if len(manifest.shards) > n_before:     # the manifest on the disk says where the next shard begins
+        if len(manifest.shards) > n_before:     # the manifest on disk says where the next shard begins
             stored = load_manifest(tmp_path)
-            written = sum(row["tokens"] for row in stored.shards)
+            written = sum(entry["tokens"] for entry in stored.shards)
             assert begins[stored.position["row"]] + stored.position["skip"] == written
             assert stored.rows == np.count_nonzero(stream[:written] == 256) and not stored.complete
     writer.finish()
@@ -332,10 +333,10 @@ def test_writer_cuts_at_the_borders_and_records_positions(tmp_path, val_tokens, 
     ShardFolder(tmp_path).verify(257)
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr("exactgpt.config.os.fsync", full)
-    with pytest.raises(UserError, match="No space left on device; make room there"), writing_to(tmp_path):
+    with pytest.raises(UserError, match="No space left on device; fix that"), report_write_errors(tmp_path):
         save_shard(tmp_path, "x", "val", 0, np.zeros(10))
     assert list(tmp_path.iterdir()) == []

