@@ -23,12 +23,12 @@ from exactgpt.documents import python_documents
 
 SLOW_WRITER = """
 import sys, time, prepare_fineweb
-from exactgpt import config, shards
-write, pause = shards.save_shard, float(sys.argv.pop())
+from exactgpt import config, shard_writer
+write, pause = shard_writer.save_shard, float(sys.argv.pop())
 def slowly(*shard):
     time.sleep(pause)
     return write(*shard)
-shards.save_shard = slowly
+shard_writer.save_shard = slowly
 config.run_script(prepare_fineweb.main)
 """
 
