@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
-from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe
+from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import alpaca_prompt, last, make_decoder, stream
 from exactgpt.open_model import newest_model, open_model
 
@@ -106,7 +106,7 @@ def read_prompt(path):
 def ready(opened, config):
     """The Decoder of an opened model on the device and in the dtype that the flags ask for. Raises UserError."""
     device = choose_device(config.device)
-    hardware = probe(device)
+    hardware = probe_hardware(device)
     dtype = choose_dtype(config.dtype, hardware)
     if config.compile == "on":
         choose_compile("on", hardware, device)             # raises UserError where no compiler is

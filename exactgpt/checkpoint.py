@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.config import UserError, atomic_write, human_bytes, kept_fields
+from exactgpt.config import UserError, atomic_write, fields_kept_on_resume, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
@@ -256,7 +256,7 @@ def advised(config, step):
 
 def changed_flags(config, stored):
     """The flags that a resumed run must keep and that differ from the stored ones, as ["--seed 2 (it has 1)"]."""
-    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in kept_fields(type(config))
+    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in fields_kept_on_resume(type(config))
             if name in stored and stored[name] != getattr(config, name)]
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from exactgpt.config import FolderLock, RunFailed, UserError
-from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
+from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
 from exactgpt.hang_watch import HANG_GRACE_S, keep_watch, lost_peer, record_collectives
 from exactgpt.launch import die_with_launcher
 from exactgpt.rendezvous import meet
@@ -297,7 +297,7 @@ def _choose_hardware(config, rank, local_rank):
     """(device, Hardware, dtype name) of this process. Raises UserError for what this machine lacks."""
     try:
         device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        hardware = probe(device)
+        hardware = probe_hardware(device)
         return device, hardware, choose_dtype(config.dtype, hardware)
     except UserError as error:
         if rank and not local_rank:    # rank 0 speaks for its own node alone

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from exactgpt.device import keep_freed_memory, unplanned_attention
+from exactgpt.device import attention_without_cudnn, keep_freed_memory
 from exactgpt.distributed import seed_from
 
 GREEDY_BELOW = 1e-5    # a temperature: logits divided by less make a one-hot softmax, or overflow
@@ -348,7 +348,7 @@ def read_prompts(model, cache, indices, rows):
     for row, i in numbers.items():
         idx[i, :len(row)] = torch.tensor(row)
     read = new_cache(model, len(numbers), idx.size(1))
-    with unplanned_attention():
+    with attention_without_cudnn():
         hidden = model.hidden(idx.to(device), cache=read)                              # (distinct, T, C)
     read.lengths += lengths.to(device)
     which = torch.tensor([numbers[tuple(row)] for row in rows], device=device)

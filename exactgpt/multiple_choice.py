@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from exactgpt.device import unplanned_attention
+from exactgpt.device import attention_without_cudnn
 
 PADDING = -1             # the segment of padding; a context is segment 0, its endings are 1, 2, ...
 ROW_MULTIPLE = 16        # rows are padded to a multiple of this: 18 lengths for HellaSwag, 5% padding (32: 10%)
@@ -80,7 +80,7 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
     bar = tqdm(batches, progress, unit="batch", leave=False, disable=None if progress and runtime.is_main else True)
     losses, owners, mine = [], [], []
     # One autocast context around all batches: it casts the weights once.
-    with runtime.autocast(), unplanned_attention():
+    with runtime.autocast(), attention_without_cudnn():
         for T, members in bar:
             # Every rank goes through every batch and takes its share, be it none, so that all poll equally often.
             members = members[runtime.rank::runtime.world_size]

@@ -18,10 +18,10 @@ from exactgpt.config import (
     UserError,
     atomic_write,
     check_new_file,
+    fields_kept_on_resume,
     find_visible,
     flag,
     human_bytes,
-    kept_fields,
     parse_config,
     read_json,
     write_json,
@@ -157,7 +157,7 @@ def test_replace_checks_what_it_changes():
 
 
 def test_the_fields_that_a_resumed_run_keeps_are_those_marked():
-    assert kept_fields(Flags) == ["steps", "dropout"]
+    assert fields_kept_on_resume(Flags) == ["steps", "dropout"]
 
 
 def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(monkeypatch, capsys):
@@ -335,7 +335,7 @@ with FolderLock({str(tmp_path)!r}, wait_s=0):
     time.sleep(0.3)
     kill(holder)
     said = waiting.communicate(timeout=10)[0].splitlines()
-    assert said == [f"another run is using {tmp_path}; waiting up to 30 s for its end", "got it"]
+    assert said == [f"another run is using {tmp_path}; waiting up to 30 s for it to finish", "got it"]
 
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
@@ -349,7 +349,7 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
 def test_a_new_file_writes_over_nothing(tmp_path):
     (tmp_path / "there").touch()
     check_new_file(tmp_path / "not" / "yet", "--out")
-    for path, problem in (("there", "exists already"), ("there/below", "cannot write in")):
+    for path, problem in (("there", "already exists"), ("there/below", "cannot write in")):
         with pytest.raises(UserError, match=f"--out .*{problem}"):
             check_new_file(tmp_path / path, "--out")
 

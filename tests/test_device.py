@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from exactgpt import device
 from exactgpt.config import UserError
-from exactgpt.device import Hardware, attention_backend, choose_compile, choose_device, choose_dtype, probe
+from exactgpt.device import Hardware, attention_backend, choose_compile, choose_device, choose_dtype, probe_hardware
 from model import GPTConfig
 
 P100 = Hardware("cuda", "Tesla P100-PCIE-16GB", (6, 0))
@@ -58,7 +58,7 @@ def test_auto_compile_is_on_exactly_where_a_compiled_function_runs(monkeypatch, 
     assert choose_compile("auto", hardware, torch.device("cpu")) == (True, None)
     monkeypatch.setattr(device, "compile_problem", lambda device: "no Triton")
     compiled, notice = choose_compile("auto", hardware, torch.device("cpu"))
-    assert not compiled and "does not run here (no Triton)" in notice
+    assert not compiled and "it does not work here (no Triton)" in notice
     assert choose_compile("off", hardware, torch.device("cpu")) == (False, None)
     with pytest.raises(UserError, match=r"--compile on: .*\(no Triton\).*--compile off"):
         choose_compile("on", hardware, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_other_words_are_no_device(requested):
 def test_a_cpu_computes_in_bf16_with_avx512_bf16_or_amx(monkeypatch, flags):
     for feature, has in zip(("avx512_bf16", "amx_tile"), flags):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda has=has: has)
-    assert probe(torch.device("cpu")) == Hardware("cpu", device.cpu_name(), cpu_bf16=any(flags))
+    assert probe_hardware(torch.device("cpu")) == Hardware("cpu", device.cpu_name(), cpu_bf16=any(flags))
 
 
 @pytest.mark.parametrize("name, tflops", [
@@ -174,7 +174,7 @@ def test_attention_of_new_shapes_leaves_cudnn_out_and_flash_where_it_was_not_ask
                                                                                        left):
     device.enable_attention(requested)
     c = torch.backends.cuda
-    with device.unplanned_attention():
+    with device.attention_without_cudnn():
         enabled = dict(flash=c.flash_sdp_enabled(), efficient=c.mem_efficient_sdp_enabled(), math=c.math_sdp_enabled(),
                        cudnn=c.cudnn_sdp_enabled())
     assert [name for name, is_on in enabled.items() if is_on] == left

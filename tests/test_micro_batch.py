@@ -72,9 +72,9 @@ def test_the_bound_is_just_below_what_the_compiled_step_was_counted_to_keep(name
     with torch.device("meta"):
         model = GPT(GPTConfig(**GPT2_SIZES[name]))
     model.recompute = recompute
-    state = device.least_bytes(model, 0)
+    state = device.min_training_bytes(model, 0)
     assert state == counted["state_gb"] * 1e9
-    assert 0.98 < (device.least_bytes(model, 1024) - state) / 1024 / (1e6 * counted["mb_per_token"]) < 1
+    assert 0.98 < (device.min_training_bytes(model, 1024) - state) / 1024 / (1e6 * counted["mb_per_token"]) < 1
 
 
 def test_a_size_that_cannot_fit_costs_no_try(monkeypatch):

@@ -316,7 +316,7 @@ def test_a_folder_that_holds_something_is_left_alone_and_an_empty_one_is_filled(
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
-        with pytest.raises(UserError, match="exists already; choose another name"):
+        with pytest.raises(UserError, match="already exists; choose another name"):
             write_model(model, tmp_path / name)
     assert (tmp_path / "full" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
