@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from exactgpt.config import FolderLock, RunFailed, UserError
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
-from exactgpt.hang_watch import HANG_GRACE_S, keep_watch, lost_peer, record_collectives
+from exactgpt.hang_watch import HANG_GRACE_S, enable_flight_recorder, peer_failure, watch_run
 from exactgpt.launch import die_with_launcher
-from exactgpt.rendezvous import meet
+from exactgpt.rendezvous import wait_for_peers
 
 START_TIMEOUT_S = 1800   # until the first step: compilation and slow file systems
 STEADY_TIMEOUT_S = 600   # after it, but for --timeout: longer than the longest thing that rank 0 does alone (a save)
@@ -254,13 +254,13 @@ def start(config):
         torch.cuda.set_device(device)
     meeting = None
     if world_size > 1 or getattr(config, "process_group", False):
-        meeting = meet(rank, world_size, START_TIMEOUT_S)
-        record_collectives(meeting.name)
+        meeting = wait_for_peers(rank, world_size, START_TIMEOUT_S)
+        enable_flight_recorder(meeting.name)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
                                 store=dist.PrefixStore("group", meeting.store), timeout=_collective_timeout(runtime),
                                 device_id=device if device.type == "cuda" else None)
         runtime.last_progress = time.monotonic()    # the others may have come late
-    threading.Thread(target=keep_watch, args=(runtime, meeting), daemon=True, name="watch").start()
+    threading.Thread(target=watch_run, args=(runtime, meeting), daemon=True, name="watch").start()
     try:
         yield runtime
     except SystemExit:
@@ -275,7 +275,7 @@ def start(config):
             raise
         # A dead rank must not wait for its peers on the way out: torchrun sees it end and stops the rest.
         if not runtime.hangs:
-            what = f": {lost_peer(error)}" if lost_peer(error) else f" failed:\n{traceback.format_exc()}"
+            what = f": {peer_failure(error)}" if peer_failure(error) else f" failed:\n{traceback.format_exc()}"
             print(f"rank {rank} on {socket.gethostname()}{what}", file=sys.stderr, flush=True)
         os._exit(1)
     finally:
@@ -288,7 +288,7 @@ def start(config):
         try:
             dist.barrier()
         except RuntimeError as error:     # rank 0 failed at what it does alone at the end
-            print(f"rank {rank} on {socket.gethostname()}: {lost_peer(error) or error}", file=sys.stderr, flush=True)
+            print(f"rank {rank} on {socket.gethostname()}: {peer_failure(error) or error}", file=sys.stderr, flush=True)
             os._exit(1)
         dist.destroy_process_group()
 

@@ -113,7 +113,7 @@ def test_a_cut_cable_and_killed_workers_leave_the_run_as_if_undisturbed(make_sha
     statuses, outputs = end(nodes.torchrun(*flags, port=29411, ACCIDENT="run:step:6:0",
                                            ACCIDENT_COMMAND=nodes.cable("down")), 90)
     assert all(statuses), outputs
-    assert "rank 1 on node-1 gives no answer" in outputs[0] and "rank 0 on node-0 gives no answer" in outputs[1]
+    assert "rank 1 on node-1 does not answer" in outputs[0] and "rank 0 on node-0 does not answer" in outputs[1]
     assert "no progress for 3 s" in outputs[0] and "Traceback" not in outputs[0].split("failed (exitcode")[0]
     subprocess.run(shlex.split(nodes.cable("up")), check=True)
     statuses, outputs = end(nodes.torchrun(

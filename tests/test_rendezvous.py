@@ -9,13 +9,13 @@ from tests.common import script_env
 
 MEET = """
 import os, time, torch, torch.distributed as dist
-from exactgpt.rendezvous import meet
+from exactgpt.rendezvous import wait_for_peers
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-meeting = meet(rank, world_size, 60)
-dist.init_process_group("gloo", store=dist.PrefixStore("group", meeting.store), rank=rank, world_size=world_size)
+rendezvous = wait_for_peers(rank, world_size, 60)
+dist.init_process_group("gloo", store=dist.PrefixStore("group", rendezvous.store), rank=rank, world_size=world_size)
 total = torch.ones(1)
 dist.all_reduce(total)
-print(meeting.name, int(total), len(meeting.hosts), flush=True)
+print(rendezvous.name, int(total), len(rendezvous.hosts), flush=True)
 time.sleep(60)                      # lives on until it is killed
 """
 
@@ -71,7 +71,7 @@ def test_new_processes_never_meet_the_dead(store, member):
     assert len(names) == 1
     for process in first:
         kill(process)
-    left = member(1)                                    # finds the name of a dead rank 0, says a word, and is killed
+    left = member(1)                                    # finds the name of a dead rank 0, sends a nonce, and is killed
     until(lambda: dist.PrefixStore(*names, store).check(["arrival 2"]))
     kill(left)
     old = store.get("start")
@@ -86,11 +86,12 @@ def test_new_processes_never_meet_the_dead(store, member):
 
 
 @pytest.mark.slow
-def test_who_did_not_come_is_named(tmp_path, store):
-    (tmp_path / "meet.py").write_text("import os\nfrom exactgpt import config, rendezvous\n"
-                                      "config.run_script(lambda: rendezvous.meet(int(os.environ['RANK']), 4, 1))")
-    for rank, words in ((0, "meet.py: error: 1 of 4 processes met"), (0, "ranks 1, 2, 3 did not come"),
-                        (1, ", rank 1: rank 0 did not come to 127.0.0.1:")):
+def test_missing_ranks_are_named(tmp_path, store):
+    (tmp_path / "meet.py").write_text(
+        "import os\nfrom exactgpt import config, rendezvous\n"
+        "config.run_script(lambda: rendezvous.wait_for_peers(int(os.environ['RANK']), 4, 1))")
+    for rank, words in ((0, "meet.py: error: only 1 of 4 processes reached"), (0, "missing: ranks 1, 2, 3"),
+                        (1, ", rank 1: rank 0 did not reach 127.0.0.1:")):
         store.delete_key("start")
         env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank)
         output = tmp_path / f"out{rank}"
