@@ -110,7 +110,7 @@ def ready(opened, config):
     dtype = choose_dtype(config.dtype, hardware)
     if config.compile == "on":
         choose_compile("on", hardware, device)             # raises UserError where no compiler is
-    print(f"{opened.describe()}, on {device} in {dtype}", file=sys.stderr)
+    print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
     return make_decoder(opened.model, device, DTYPES[dtype], config.compile)
 
 

@@ -10,7 +10,7 @@ import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
 from exactgpt.generation import generate_ids
-from exactgpt.open_model import open_model, their_config, their_state, tokenizer_files
+from exactgpt.open_model import config_to_huggingface, open_model, state_to_huggingface, tokenizer_files
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 from tests.common import in_our_layout
@@ -46,7 +46,7 @@ def test_ours_travels_to_transformers_and_back_bit_for_bit(trained, tmp_path, ca
     path, model, tokenizer = trained
     main("--checkpoint", path, "--out", tmp_path / "hf")
     out = capsys.readouterr().out
-    assert "the weights come back bit for bit" in out and "transformers" in out and "its tokenizer gives our ids" in out
+    assert "the weights are bitwise equal" in out and "with transformers" in out and "(same token ids)" in out
     assert f'next: python inference.py --checkpoint {tmp_path / "hf"} --prompt "..."' in out
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
@@ -73,23 +73,23 @@ def test_gpt_nano_comes_back_as_the_very_tensors_of_its_file(gpt_nano, tmp_path,
     from safetensors.torch import load_file
     main("--checkpoint", gpt_nano, "--out", tmp_path / "nano.pt")
     main("--checkpoint", tmp_path / "nano.pt", "--out", tmp_path / "hf")
-    assert "no tokenizer to take along" in capsys.readouterr().out
+    assert "the checkpoint has no tokenizer" in capsys.readouterr().out
     before, after = load_file(gpt_nano / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
 @pytest.mark.parametrize("damage, message", [
-    ("weights", "did not come back as it was written"), ("config", "the logits of our reader differ"),
-    ("tokenizer", "transformers' tokenizer gives other ids"),
+    ("weights", "reads back differently"), ("config", "the logits of our reader differ"),
+    ("tokenizer", "transformers' tokenizer gives other token ids"),
 ])
 def test_an_export_that_is_not_the_model_is_not_kept(trained, tmp_path, monkeypatch, damage, message):
     if damage == "weights":
-        monkeypatch.setattr("exactgpt.open_model.their_state", lambda *args: {
+        monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
             k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v
-            for k, v in their_state(*args).items()})
+            for k, v in state_to_huggingface(*args).items()})
     if damage == "config":
-        monkeypatch.setattr("exactgpt.open_model.their_config",
-                            lambda *args: {**their_config(*args), "activation_function": "gelu_new"})
+        monkeypatch.setattr("exactgpt.open_model.config_to_huggingface",
+                            lambda *args: {**config_to_huggingface(*args), "activation_function": "gelu_new"})
     if damage == "tokenizer":
         monkeypatch.setattr("exactgpt.open_model.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
             Tokenizer(tokenizer.merges[:-2], ""), n))
@@ -115,8 +115,8 @@ def test_mistakes_are_one_line_and_touch_nothing(trained, tmp_path, monkeypatch,
     (tmp_path / "garbage.pt").write_bytes(b"garbage")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for flags, message in ((["--checkpoint", "ours.pt"], "arguments are required: --out"),
-                           (["--out", "full", "--checkpoint", "ours.pt"], "full exists already"),
-                           (["--out", "ours.pt", "--checkpoint", "ours.pt"], "ours.pt exists already"),
+                           (["--out", "full", "--checkpoint", "ours.pt"], "full already exists"),
+                           (["--out", "ours.pt", "--checkpoint", "ours.pt"], "ours.pt already exists"),
                            (["--out", "new"], "no model_XXXXX.pt below logs/"),
                            (["--out", "new", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
                            (["--out", "new", "--checkpoint", "garbage.pt"], "garbage.pt cannot be loaded"),

@@ -88,7 +88,7 @@ def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transf
     assert lines[0].startswith("good (bad 0.") and lines[1].startswith("bad (bad 0.")
     assert lines[0].endswith(": So lovely b") and lines[1].endswith(": A poor c")
     check_export(out / "classifier.pt", tmp_path, capsys)
-    with pytest.raises(UserError, match="writes no text, it is a classifier \\(bad, good\\)"):
+    with pytest.raises(UserError, match="is a classifier \\(bad, good\\), not a language model"):
         inference.main(["--checkpoint", str(out / "classifier.pt"), "--prompt", "x"])
     main(*classifier_flags(out), "--class_weights", "balanced")
     assert "is finished" in capsys.readouterr().out

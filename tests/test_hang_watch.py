@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from exactgpt import hang_watch
 from exactgpt.config import as_user_error
-from exactgpt.hang_watch import describe_hang, enable_flight_recorder, peer_failure, main_thread_location
+from exactgpt.hang_watch import describe_hang, enable_flight_recorder, main_thread_location, peer_failure
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
 

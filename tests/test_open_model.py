@@ -102,7 +102,7 @@ def test_the_trained_gpt_nano_gives_transformers_logits(gpt_nano):
 
 
 @pytest.mark.parametrize("entries, message", [
-    (dict(model_type="llama"), "describes a 'llama' model; only gpt2 is read"),
+    (dict(model_type="llama"), "describes a 'llama' model; only gpt2 is supported"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
     (dict(scale_attn_weights=False), "scale_attn_weights = False is not supported"),
     (dict(add_cross_attention=True), "add_cross_attention = True is not supported"),

@@ -165,7 +165,7 @@ def test_an_enormous_spike_stays_within_its_window():
 def test_long_curves_keep_their_spikes_and_gaps():
     y = np.sin(np.arange(100_000) / 5000)
     y[70_001], y[20_000:30_000] = 9.0, np.nan
-    x, thin = figures._thin(np.arange(len(y)), y)
+    x, thin = figures._downsample(np.arange(len(y)), y)
     assert len(thin) <= 4000 and np.nanmax(thin) == 9.0 and x[np.nanargmax(thin)] == 70_001
     assert np.isnan(thin[(x > 20_100) & (x < 29_900)]).all() and (np.diff(x) > 0).all()
 
@@ -300,13 +300,13 @@ def test_several_runs_to_svg(tmp_path):
     done = run_plot(first, second, "--x", "hours", "--reference", "gpt2", "--title", "two", "--out", out)
     assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 3
     assert not is_blank(out)
-    assert [run.name for run in plot.tell_apart([read_run(first), read_run(second)])] == ["a/logs", "b/logs"]
+    assert [run.name for run in plot.make_names_unique([read_run(first), read_run(second)])] == ["a/logs", "b/logs"]
 
 
 def test_tokens_of_log_txt_and_damage_are_told(tmp_path):
     folder = write_text(tmp_path / "build", BUILD_NANOGPT_LOG + "damaged\n")
     done = run_plot(folder, "--x", "tokens", "--tokens_per_step", "1000")
-    assert done.returncode == 0 and "1 unreadable line left out" in done.stdout
+    assert done.returncode == 0 and "1 unreadable line skipped" in done.stdout
     assert not is_blank(folder / "plot.png")
 
 
@@ -314,8 +314,8 @@ def test_tokens_of_log_txt_and_damage_are_told(tmp_path):
     ([], "at least one run"), (["nothing"], "no folder"), (["."], "its folders json, text do"),
     (["json/metrics.jsonl"], "is a file"),
     (["json", "--out", "plot.pdf"], "must end in .png or .svg"), (["json", "--out", "json"], "must end in .png"),
-    (["text", "--x", "hours"], "does not tell the hours"),
-    (["json", "text", "--x", "hours"], "log.txt does not tell the hours"),
+    (["text", "--x", "hours"], "does not record hours"),
+    (["json", "text", "--x", "hours"], "log.txt does not record hours"),
     (["json", "--x", "days"], "--x must be one of"), (["text", "--tokens_per_step", "0"], "--tokens_per_step must be"),
     (["json", "--out", "json/metrics.jsonl/plot.png"], "choose another place")])
 def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, words, message):
