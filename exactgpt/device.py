@@ -219,7 +219,7 @@ def _set_malloc_options(device, **options):
 # -----------------------------------------------------------------------------
 # the largest micro-batch that fits, found by trial steps
 
-CPU_TOKENS = 4096      # at most so many tokens in a micro-batch on a CPU: more is not faster, though memory allows it
+CPU_TOKENS = 4096      # most tokens in a micro-batch on a CPU: memory allows more, but it is not faster
 CUDA_TOKENS = 65536    # the same on a GPU: 64 rows of 1024 already keep it busy
 OUT_OF_MEMORY_PHRASES = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")     # CUDA and Triton; cuBLAS; cuDNN
 ADVICE_FOR_LESS_MEMORY = "use a smaller --block_size or model (train.py also has --recompute)"
@@ -258,7 +258,7 @@ def min_training_bytes(model, n_tokens):
     Per parameter: weight, gradient and two moments in fp32. Per token: logits in 16 bits. Per token, layer and channel:
     two normalised inputs in fp32 (8 bytes), the LayerNorms' outputs (4), queries, keys, values and attention's output
     (8), the MLP's hidden units before the GELU (8) and after it (8); with --recompute only the block's input (4).
-    The compiled step keeps at most a percent more than that (bench.memory counts it).
+    This is within a percent of what the compiled step keeps (bench.memory counts that).
     """
     c = model.config
     layer = 4 if model.recompute else 36 if "gelu" in c.activation else 28

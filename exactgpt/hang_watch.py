@@ -121,7 +121,7 @@ def describe_hang(locations, hosts):
     parts += [f"{len(silent) - 8} more ranks do not answer"] * (len(silent) > 8)
     counts = Counter(locations.values())
     if not silent and len(counts) == 1:
-        return f"all ranks answer and are at {locations[0]}: the network between them does not complete the collective"
+        return f"all ranks answer and are at {locations[0]}: the network between them is not passing data"
     for location, n in reversed(counts.most_common()):     # a rank that is not where the others wait is the suspect
         rank = next(r for r in locations if locations[r] == location)
         parts.append(f"{f'rank {rank} on {hosts[rank]} is' if n == 1 else f'{n} ranks are'} at {location}")

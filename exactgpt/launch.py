@@ -1,4 +1,4 @@
-"""How this process was started: by hand or by torchrun. Standard library only."""
+"""Helpers that depend on how this process was started: by hand or by torchrun. Standard library only."""
 import ctypes
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other.
+"""Let the processes of a run find each other.
 
 torchrun keeps one store (a TCPStore) for all its restarts. `wait_for_peers` gives each start its own prefix in it.
 """

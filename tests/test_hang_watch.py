@@ -24,7 +24,7 @@ def test_the_rank_that_hangs_is_named_with_its_host(places, words):
     assert all(word in describe_hang(places, HOSTS) for word in words)
 
 
-def test_a_thousand_silent_ranks_are_one_line():
+def test_thousands_of_silent_ranks_make_a_short_message():
     hosts = {rank: f"node{rank // 8}" for rank in range(4096)}
     said = describe_hang({rank: "train.py:9" for rank in range(1000)}, hosts)
     assert "rank 1000 on node125 does not answer" in said and "3088 more ranks do not answer" in said
@@ -50,7 +50,7 @@ def test_errors_of_a_lost_peer_are_recognised():
     assert peer_failure(ValueError("no such key")) is None
 
 
-def test_the_flight_recorder_is_on_but_for_what_the_user_set(monkeypatch):
+def test_the_flight_recorder_keeps_what_the_user_set(monkeypatch):
     for name in (*hang_watch.FLIGHT_RECORDER, hang_watch.FLIGHT_FILE, hang_watch.OLD_FLIGHT_FILE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")

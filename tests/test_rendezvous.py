@@ -1,4 +1,4 @@
-"""rendezvous.py: how processes meet through a store full of what dead ones wrote."""
+"""rendezvous.py: processes find each other through a store full of what dead ones wrote."""
 import time
 
 import pytest
@@ -16,19 +16,19 @@ dist.init_process_group("gloo", store=dist.PrefixStore("group", rendezvous.store
 total = torch.ones(1)
 dist.all_reduce(total)
 print(rendezvous.name, int(total), len(rendezvous.hosts), flush=True)
-time.sleep(60)                      # lives on until it is killed
+time.sleep(60)                      # until it is killed
 """
 
 
 @pytest.fixture
 def store():
-    """A store that outlives the processes that meet at it, as torchrun's agent keeps one."""
+    """A store that outlives the processes that use it, like that of torchrun's agent."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.fixture
 def member(store, tmp_path):
-    """member(rank, world_size) -> a process that meets the others at the store."""
+    """member(rank, world_size) -> a process that finds the others through the store."""
     members = []
     (tmp_path / "meet.py").write_text(MEET)
 
@@ -57,17 +57,17 @@ def until(condition):
         time.sleep(0.02)
 
 
-def heard(process):
-    """The words that a member prints once it has met the others."""
+def printed_words(process):
+    """Return the words that a member prints once it has found the others."""
     until(lambda: process.output.exists() and process.output.read_text().endswith("\n"))
     return process.output.read_text().split()
 
 
 @pytest.mark.slow
-def test_new_processes_never_meet_the_dead(store, member):
-    """All of them killed once they had met; then one on each side before it met anybody; then the rest in any order."""
+def test_new_processes_never_join_dead_ones(store, member):
+    """Kill all once they are connected, then one on each side while it waits; new ones may then start in any order."""
     first = [member(0), member(1)]
-    names = {heard(process)[0] for process in first}
+    names = {printed_words(process)[0] for process in first}
     assert len(names) == 1
     for process in first:
         kill(process)
@@ -75,12 +75,12 @@ def test_new_processes_never_meet_the_dead(store, member):
     until(lambda: dist.PrefixStore(*names, store).check(["arrival 2"]))
     kill(left)
     old = store.get("start")
-    left = member(0)                                    # names a start to which nobody comes
+    left = member(0)                                    # names a start that nobody joins
     until(lambda: store.get("start") != old)
     kill(left)
-    late = member(1)                                    # comes before its rank 0 does
+    late = member(1)                                    # starts before its rank 0
     until(lambda: dist.PrefixStore(store.get("start").decode(), store).check(["arrival 1"]))
-    second = [heard(member(0)), heard(late)]
+    second = [printed_words(member(0)), printed_words(late)]
     assert [line[1:] for line in second] == [["2", "2"], ["2", "1"]]       # rank 0 knows all hosts, the others its own
     assert second[0][0] == second[1][0] not in names
 
