@@ -19,7 +19,7 @@ import streamlit as st
 import torch
 
 from exactgpt.config import DeviceConfig, UserError, find_visible, flag, human_count, parse_config, run_script
-from exactgpt.device import DTYPES, choose_device, choose_dtype, probe
+from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.figures import COLOURS, X_LABELS, draw_runs, read_run, read_samples
 from exactgpt.generation import make_decoder, stream, top_next_tokens
 from exactgpt.open_model import open_model
@@ -165,7 +165,7 @@ def load_model(source, config):
     """Open a model and prepare it for generation. Raises UserError."""
     opened = open_model(source, tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, probe(device))
+    dtype = choose_dtype(config.dtype, probe_hardware(device))
     c = opened.model.config
     facts = {"Parameters": human_count(opened.model.n_params()),
              "Step": "-" if opened.step is None else f"{opened.step:,}",

@@ -1,11 +1,11 @@
-"""Convert a checkpoint: any that is read here into a Hugging Face folder, or into a .pt file of ours.
+"""Convert a checkpoint to a Hugging Face folder or to our .pt format.
 
     python convert.py --checkpoint logs/model_19073.pt --out gpt2-mine     # for transformers, lm-eval
     python convert.py --checkpoint gpt2 --out logs/gpt2.pt                 # OpenAI's weights from the hub
     python convert.py --checkpoint ckpt.pt --out nano.pt                   # nanoGPT's, build-nanogpt's
     python convert.py --checkpoint logs/spam/classifier.pt --out spam      # a classifier, for transformers
 
-Nothing is written over, and an export has its name only after it was read back and gave the same logits.
+Existing files are never overwritten. A Hugging Face folder gets its name only after reading it back gave equal logits.
 """
 import importlib.util
 from dataclasses import dataclass
@@ -18,38 +18,38 @@ from exactgpt.classifier import Classifier
 from exactgpt.config import RunFailed, TokenizerConfig, UserError, flag, human_bytes, parse_config, run_script
 from exactgpt.open_model import build_model, newest_model, open_model, read_pretrained, write_pretrained
 
-PROBE_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
+TEST_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 
 
 @dataclass(kw_only=True)
 class ConvertConfig(TokenizerConfig):
     """The flags of this script."""
-    checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
-                               "(default: the newest below logs/)", group="files")
-    out: str = flag(help="a new folder for Hugging Face's format, a new file NAME.pt for ours (required)",
+    checkpoint: str = flag("", "model to convert: model_XXXXX.pt, a Hugging Face folder or a hub name such as gpt2 "
+                               "(default: the newest model below logs/)", group="files")
+    out: str = flag(help="what to write: a new folder in Hugging Face format, or NAME.pt in our format (required)",
                     group="files")
 
 
 def main(argv=None):
-    """Convert as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
+    """Convert the checkpoint named by the flags (sys.argv, or argv). Raises UserError for user mistakes."""
     config = parse_config(ConvertConfig, argv, __doc__.splitlines()[0])
     out = Path(config.out)
     if out.exists() and not (out.is_dir() and out.suffix != ".pt" and not any(out.iterdir())):
-        raise UserError(f"{out} exists already; choose another --out or move it away")
+        raise UserError(f"{out} already exists; choose another --out or move it away")
     opened = open_model(config.checkpoint or newest_model(), classifiers=True, tokenizer=config.tokenizer)
     opened.model.eval()
     classifies = isinstance(opened.model, Classifier)
-    print(opened.describe())
+    print(opened.summary())
     if out.suffix == ".pt":
-        write_ours(out, opened)
+        write_pt_file(out, opened)
     else:
         write_pretrained(out, opened.model.config_dict(), opened.model.state_dict(), opened.tokenizer,
-                         check=lambda folder: verify(folder, opened))
+                         check=lambda folder: verify_export(folder, opened))
         files = sorted(out.iterdir())
         size = human_bytes(sum(f.stat().st_size for f in files))
         print(f"wrote {out} ({size}): {', '.join(f.name for f in files)}")
     if opened.tokenizer is None:
-        print("there was no tokenizer to take along: the model reads and writes ids")
+        print("note: the checkpoint has no tokenizer, so the converted model reads and writes only token ids")
     else:
         script, text = ("finetune_classifier.py", "--predict") if classifies else ("inference.py", "--prompt")
         print(f'next: python {script} --checkpoint {out} {text} "..."')
@@ -58,11 +58,11 @@ def main(argv=None):
                   f'"{out}")')
 
 
-def write_ours(path, opened):
-    """Write an opened model as a checkpoint of ours."""
+def write_pt_file(path, opened):
+    """Write an opened model as a checkpoint in our format."""
     entries = dict(model=opened.model.state_dict(), config=opened.model.config_dict(), step=opened.step,
                    val_loss=opened.val_loss, tokenizer=opened.tokenizer.to_checkpoint() if opened.tokenizer else None)
-    if "base" in opened.extra:      # what it was fine-tuned from
+    if "base" in opened.extra:      # the model that it was fine-tuned from
         entries["base"] = opened.extra["base"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,63 +73,65 @@ def write_ours(path, opened):
 
 
 @torch.no_grad()
-def verify(folder, opened):
-    """Read an export back, with our reader and with transformers where it is installed; print what was compared.
+def verify_export(folder, opened):
+    """Read an export back with our reader and, if installed, transformers; compare it and print the result.
 
-    Raises RunFailed where anything differs: weights by a bit, logits by more than rounding, ids of a text at all.
+    Raises RunFailed if weights differ at all, logits by more than rounding, or a text's token ids at all.
     """
     print("written; comparing it with the original ...", flush=True)
     model, tokenizer = opened.model, opened.tokenizer
     n_vocab = tokenizer.n_vocab if tokenizer else model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(n_vocab, (2, min(64, model.config.block_size)), generator=generator)
-    ids[:, -1] = 0      # end-of-text there would be padding to a classifier in transformers
+    ids[:, -1] = 0      # because transformers' classifier would take end-of-text there for padding
     logits = model(ids)[..., :n_vocab]                  # (2, T, n_vocab), of a classifier (2, labels)
     reread = build_model(*read_pretrained(folder), folder).eval()
-    compare_weights(model, reread, n_vocab)
-    found = [f"ours to {difference(logits, reread(ids), 'our reader'):.1e}"]
+    check_weights(model, reread, n_vocab)
+    results = [f"{max_logit_difference(logits, reread(ids), 'our reader'):.1e} with our reader"]
     del reread
     if importlib.util.find_spec("transformers"):
-        found.append(verify_with_transformers(folder, ids, logits, tokenizer))
+        results.append(verify_with_transformers(folder, ids, logits, tokenizer))
     else:
-        found.append("transformers is not installed here")
-    print(f"checked: the weights come back bit for bit; largest difference of logits: {', '.join(found)}")
+        results.append("transformers is not installed")
+    print(f"verified: the weights are bitwise equal; largest difference of logits: {', '.join(results)}")
 
 
-def compare_weights(model, reread, n_vocab):
-    """Raise RunFailed unless the weights that were read are the model's; absent biases are zeros."""
+def check_weights(model, reread, n_vocab):
+    """Raise RunFailed unless the reread weights equal the model's bit by bit; absent biases count as zeros."""
     expected = model.state_dict()
     for name, tensor in reread.state_dict().items():
         wanted = expected[name] if name in expected else torch.zeros_like(tensor)
         if name in ("transformer.wte.weight", "lm_head.weight"):
             wanted = wanted[:n_vocab]
-        if not torch.equal(wanted.float().view(torch.int32), tensor.view(torch.int32)):   # as bits: NaN is NaN
-            raise RunFailed(f"the export was not kept: {name} did not come back as it was written; is the disk sound?")
+        if not torch.equal(wanted.float().view(torch.int32), tensor.view(torch.int32)):   # as bits, because NaN != NaN
+            raise RunFailed(f"the export is wrong and was deleted: {name} reads back differently; check the disk")
 
 
-def difference(expected, logits, reader):
-    """The largest difference of two tensors of logits. Raises RunFailed if it is more than rounding."""
+def max_logit_difference(expected, logits, reader):
+    """Return the largest difference of two tensors of logits. Raises RunFailed if it is more than rounding."""
     rounding = 1e-5 + 1e-4 * expected.abs().nan_to_num().max().item()
     largest = (expected - logits).abs().max().item()
     if not torch.allclose(expected, logits, rtol=0, atol=rounding, equal_nan=True):
-        raise RunFailed(f"the export was not kept: the logits of {reader} differ by {largest:.1e}")
+        raise RunFailed(f"the export is wrong and was deleted: the logits of {reader} differ by {largest:.1e}")
     return largest
 
 
 def verify_with_transformers(folder, ids, logits, tokenizer):
-    """What transformers makes of an export, in words. Raises RunFailed where it differs."""
+    """Compare an export as transformers reads it; return the result in words. Raises RunFailed if it differs."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind = transformers.AutoModelForCausalLM if logits.dim() == 3 else transformers.AutoModelForSequenceClassification
     theirs = kind.from_pretrained(folder).eval()
-    words = f"transformers {transformers.__version__} to {difference(logits, theirs(ids).logits, 'transformers'):.1e}"
+    largest = max_logit_difference(logits, theirs(ids).logits, "transformers")
+    result = f"{largest:.1e} with transformers {transformers.__version__}"
     if tokenizer:
-        read = transformers.AutoTokenizer.from_pretrained(folder)
-        if read(PROBE_TEXT)["input_ids"] != tokenizer.encode(PROBE_TEXT) or read.eos_token_id != tokenizer.eot:
-            raise RunFailed("the export was not kept: transformers' tokenizer gives other ids")
-        words += ", its tokenizer gives our ids"
-    return words
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids_differ = their_tokenizer(TEST_TEXT)["input_ids"] != tokenizer.encode(TEST_TEXT)
+        if ids_differ or their_tokenizer.eos_token_id != tokenizer.eot:
+            raise RunFailed("the export is wrong and was deleted: transformers' tokenizer gives other token ids")
+        result += " (same token ids)"
+    return result
 
 
 if __name__ == "__main__":

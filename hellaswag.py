@@ -94,7 +94,7 @@ def score_checkpoint(config, runtime):
     opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint or newest_model(),
                                                  tokenizer=config.tokenizer).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
-    runtime.print(f"{opened.describe()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
+    runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,
                                   config.limit)
     runtime.setup_done()

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
-from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe
+from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
 from exactgpt.open_model import newest_model, open_model
 
@@ -105,11 +105,11 @@ def read_prompt(path):
 def prepare_decoder(opened, config):
     """Return a Decoder for an opened model, on the device and in the dtype of the flags. Raises UserError."""
     device = choose_device(config.device)
-    hardware = probe(device)
+    hardware = probe_hardware(device)
     dtype = choose_dtype(config.dtype, hardware)
     if config.compile == "on":
         choose_compile("on", hardware, device)             # raises UserError if there is no compiler
-    print(f"{opened.describe()}, on {device} in {dtype}", file=sys.stderr)
+    print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
     return make_decoder(opened.model, device, DTYPES[dtype], config.compile)
 
 

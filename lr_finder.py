@@ -19,7 +19,7 @@ from exactgpt.checkpoint import list_checkpoints
 from exactgpt.config import RunFailed, UserError, atomic_write, flag, human_rate, parse_config, replace, run_script
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
-from exactgpt.figures import COLOURS, GREY, INK, new_figure, quiet_axes, save_figure, smooth
+from exactgpt.figures import COLOURS, GREY, INK, new_figure, save_figure, smooth, style_axes
 from exactgpt.metrics import Tracker
 from train import TrainConfig, set_up, train_step, warm_up
 
@@ -157,7 +157,7 @@ def suggest(rates, smoothed, half):
 def draw_lr_finder(lrs, losses, smoothed, suggestions):
     """Return a Figure of loss by learning rate, with the suggestions {name: learning rate} marked. Arrays (n,)."""
     figure, [[ax]] = new_figure([1], [4.2], width=8.5, top=0.5)
-    quiet_axes(ax, "loss by learning rate")
+    style_axes(ax, "loss by learning rate")
     lrs, losses, smoothed = (np.asarray(a, dtype=float) for a in (lrs, losses, smoothed))
     ax.plot(lrs, losses, ".", color=COLOURS[0], alpha=0.3, ms=4, mew=0, label="each step")
     ax.plot(lrs, smoothed, color=COLOURS[0], lw=2, label="smoothed")

@@ -17,7 +17,7 @@ import torch
 from bench.common import compared, machine, spread, write_results
 from bench.sizes import SizeConfig
 from exactgpt.config import flag, parse_config, run_script
-from exactgpt.device import DTYPES, choose_device, choose_dtype, probe
+from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import generate_ids, make_decoder
 from exactgpt.open_model import write_pretrained
 from model import GPT, GPTConfig
@@ -40,7 +40,7 @@ def main(argv=None):
     """Time both by turns, and write the comparison."""
     config = parse_config(GenerateConfig, argv, __doc__.split("\n\n")[0])
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, probe(device))
+    dtype = choose_dtype(config.dtype, probe_hardware(device))
     compile = config.compile or ("on" if device.type == "cuda" else "auto")
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=N_VOCAB, **config.shape))

@@ -37,7 +37,7 @@ from bench.common import choose_meeting_point, machine, record, write_results
 from bench.toy import make_shards
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.config import DeviceConfig, parse_config, run_script
-from exactgpt.device import attention_backend, choose_device, choose_dtype, fits_in_memory, probe
+from exactgpt.device import attention_backend, choose_device, choose_dtype, fits_in_memory, probe_hardware
 from exactgpt.distributed import Runtime, start
 from exactgpt.generation import Decoder, generate_ids
 from exactgpt.open_model import open_model
@@ -81,7 +81,7 @@ def main(argv=None):
     """Run all checks; a failed one does not stop the next. Exit status 1 where any failed."""
     config = parse_config(DeviceConfig, argv, __doc__.split("\n\n")[0])
     device = choose_device(config.device)
-    hardware = probe(device)
+    hardware = probe_hardware(device)
     runtime = Runtime(0, 0, 1, device, hardware, choose_dtype(config.dtype, hardware))
     sizes = Sizes() if device.type == "cuda" else SMALL
     here = Here(runtime, sizes, default_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer([], "bytes"))

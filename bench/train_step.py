@@ -28,7 +28,7 @@ from bench.common import choose_meeting_point, compared, machine, spread, write_
 from bench.sizes import SizeConfig
 from exactgpt.config import UserError, flag, parse_config, replace, run_script
 from exactgpt.dataloader import DataOrder, TrainLoader
-from exactgpt.device import choose_device, choose_dtype, out_of_memory, probe
+from exactgpt.device import choose_device, choose_dtype, is_out_of_memory, probe_hardware
 from exactgpt.distributed import Runtime, start, temporary_folder
 from exactgpt.optimizer import parameter_groups
 from exactgpt.shard_writer import save_shard
@@ -139,7 +139,7 @@ def dropping_out(peer, runtime):
         yield
     except Exception as error:      # its memory, its compilation, another version of its library
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        peer.problem = "out of memory" if out_of_memory(error) else reason
+        peer.problem = "out of memory" if is_out_of_memory(error) else reason
         peer.step, peer.tokens_per_s = None, []
     if peer.problem and runtime.device.type == "cuda":
         gc.collect()
@@ -243,7 +243,7 @@ def in_own_process(maker, config):
 def serve_steps(maker, config, connection):
     """Make a step each time that one is asked for."""
     device = choose_device(config.device)
-    hardware = probe(device)
+    hardware = probe_hardware(device)
     step = maker(config, Runtime(0, 0, 1, device, hardware, choose_dtype(config.dtype, hardware)), None)
     with contextlib.suppress(EOFError):    # the benchmark is over
         while connection.recv():

@@ -1,4 +1,4 @@
-"""One dataclass per script is its command line, and what every script needs besides: errors, files, numbers for people.
+"""Command lines declared as dataclasses, and what all scripts share: errors, safe file writes, number formats.
 
     @dataclass
     class Config:
@@ -6,8 +6,8 @@
 
     config = parse_config(Config)          # --max_steps 100
 
-Each field is a flag, its default, its help and its check. A user's mistake is a UserError: one line that says what to
-do, exit status 2 (1 for a RunFailed). `run_script` prints it. Files have their final name only when they are complete.
+Each field declares a flag with its default, help and bounds. A user's mistake raises a UserError: one line that says
+what to do, printed by `run_script`, exit status 2 (1 for a RunFailed). Files get their final name only when complete.
 """
 import argparse
 import contextlib
@@ -29,22 +29,22 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message is one line and says how.
+    """An error that the user can fix; the message is one line and says how.
 
-    Raise it where every rank sees the same fact (flags, files all ranks read): rank 0 prints it, once.
+    Raise it where every rank sees the same fact (flags, files all ranks read), because only rank 0 prints it.
     """
 
 
 class RunFailed(UserError):
-    """A run that cannot go on, through no mistake in its flags: one line, exit status 1."""
+    """A run that failed although its flags are valid: one line, exit status 1."""
 
 
 def flag(default=MISSING, help="", *, group="options", choices=None, low=None, high=None, above=None,
          below=None, keep=False, repeat=False, positional=False):
-    """A dataclass field that is a command-line flag.
+    """Declare a dataclass field as a command-line flag.
 
-    low <= value <= high, above < value < below. keep: a resumed run must have the same value.
-    repeat: the flag may be given several times (a list). positional: takes the words that are no flag.
+    Bounds: low <= value <= high, above < value < below. keep: a resumed run must have the same value.
+    repeat: the flag may be given several times (a list). positional: takes the arguments that are not flags.
     """
     metadata = dict(help=help, group=group, choices=choices, low=low, high=high, above=above, below=below,
                     keep=keep, repeat=repeat, positional=positional)
@@ -55,17 +55,17 @@ def flag(default=MISSING, help="", *, group="options", choices=None, low=None, h
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """The flag of every script that opens models."""
-    tokenizer: str = flag("", "folder with vocab.bpe and encoder.json, for models and shards that come without a "
-                          "vocabulary (default: GPT-2's)", group="system")
+    """The flag of every script that opens a model."""
+    tokenizer: str = flag("", "folder with the vocabulary (vocab.bpe, encoder.json) for models and shards stored "
+                          "without one (default: GPT-2's)", group="system")
 
 
 @dataclass(kw_only=True)
 class DeviceConfig(TokenizerConfig):
     """The flags of every script that runs a model."""
-    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
-    dtype: str = flag("auto", "auto: bf16 where the hardware computes in it, fp16 on older CUDA cards, else fp32",
-                      group="system", choices=("auto", "bf16", "fp16", "fp32"))
+    device: str = flag("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one, else the CPU", group="system")
+    dtype: str = flag("auto", "precision of matrix products; auto: bf16 on CPUs and CUDA GPUs that support it, fp16 on "
+                      "older CUDA GPUs, else fp32", group="system", choices=("auto", "bf16", "fp16", "fp32"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +79,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _value_type(annotation):
-    """The type of one value: int for `int | None`, str for `list[str]`."""
+    """Return the type of one value: int for `int | None`, str for `list[str]`."""
     if isinstance(annotation, types.UnionType):
         return next(t for t in typing.get_args(annotation) if t is not type(None))
     if typing.get_origin(annotation) is list:
@@ -87,7 +87,7 @@ def _value_type(annotation):
     return annotation
 
 
-def _read_float(text):
+def _parse_finite_float(text):
     try:
         value = float(text)
     except ValueError:
@@ -97,8 +97,8 @@ def _read_float(text):
     return value
 
 
-def _check(name, value, m):
-    """Raise UserError unless the value lies within the bounds of its flag."""
+def _check_value(name, value, m):
+    """Raise UserError unless the value is within its flag's bounds and one of its choices."""
     if value is None:
         return
     bounds = [(m["low"], ">=", lambda v, b: v >= b), (m["high"], "<=", lambda v, b: v <= b),
@@ -111,13 +111,13 @@ def _check(name, value, m):
 
 
 def make_parser(cls, description=None):
-    """An argparse parser with one flag per field of the dataclass `cls`, grouped by the fields' groups."""
+    """Return an argparse parser with one flag per field of the dataclass `cls`, in the fields' groups."""
     prog = os.path.basename(sys.argv[0]) or "train.py"
     parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=description, formatter_class=_Help,
                      allow_abbrev=False)
     groups = {}
     hints = typing.get_type_hints(cls)
-    for f in sorted(fields(cls), key=lambda f: f.metadata["group"] == "system"):  # inherited, but least looked for
+    for f in sorted(fields(cls), key=lambda f: f.metadata["group"] == "system"):  # inherited fields last
         m, kind = f.metadata, _value_type(hints[f.name])
         if m["group"] not in groups:
             groups[m["group"]] = parser.add_argument_group(m["group"])
@@ -131,7 +131,7 @@ def make_parser(cls, description=None):
         if kind is bool:
             options["action"] = "store_true"
         else:
-            options["type"] = _read_float if kind is float else kind
+            options["type"] = _parse_finite_float if kind is float else kind
             plain = {int: "N", float: "X"}.get(kind, "TEXT")
             options["metavar"] = "|".join(map(str, m["choices"])) if m["choices"] else plain
             if m["repeat"]:
@@ -143,44 +143,44 @@ def make_parser(cls, description=None):
 
 
 def parse_config(cls, argv=None, description=None):
-    """An instance of the dataclass `cls` from the command line (or `argv`), checked field by field.
+    """Parse the command line (or `argv`) into a checked instance of the dataclass `cls`.
 
-    Raises UserError for an unknown or abbreviated flag, a word of the wrong type, a value out of bounds, and
-    for whatever the dataclass' own `check()` (facts across fields) refuses.
+    Raises UserError for an unknown or abbreviated flag, a value of the wrong type or out of bounds, and for flags
+    that contradict each other according to the dataclass' own `check()`.
     """
     parser = make_parser(cls, description)
     known, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
     if unknown:
-        word = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields(cls)], n=1)
-        hint = f"; did you mean {near[0]}?" if near and word.startswith("--") else ""
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, [f"--{f.name}" for f in fields(cls)], n=1)
+        hint = f"; did you mean {near[0]}?" if near and name.startswith("--") else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
     return check_config(cls(**vars(known)))
 
 
 def check_config(config):
-    """The config itself, once every field lies in its bounds and `config.check()` agrees. Raises UserError."""
+    """Check every field's bounds, then call `config.check()` if it exists; return the config. Raises UserError."""
     for f in fields(config):
         value = getattr(config, f.name)
         for item in value if isinstance(value, list) else [value]:
-            _check(f.name, item, f.metadata)
+            _check_value(f.name, item, f.metadata)
     if hasattr(config, "check"):
         config.check()
     return config
 
 
-def kept_fields(cls):
-    """The names of the fields that a resumed run must keep."""
+def fields_kept_on_resume(cls):
+    """Return the names of the fields that must have the same value when a run is resumed."""
     return [f.name for f in fields(cls) if f.metadata["keep"]]
 
 
 def replace(config, **changes):
-    """A checked copy of the config with some fields changed."""
+    """Return a checked copy of the config with some fields changed."""
     return check_config(dataclasses.replace(config, **changes))
 
 
 def as_user_error(build, source):
-    """build(), with its ValueError as a UserError that names where the values came from."""
+    """Return build(), turning its ValueError into a UserError that names the source of the values."""
     try:
         return build()
     except ValueError as error:
@@ -188,23 +188,23 @@ def as_user_error(build, source):
 
 
 def run_script(main):
-    """Run a script's main(): a UserError becomes one line on standard error and an exit status on every rank."""
+    """Run a script's main(); report a UserError as one line on standard error and exit every rank with its status."""
     try:
         main()
     except UserError as error:
-        leave(error)
+        exit_with_error(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `... | head` closed the pipe: nothing is wrong
+    except BrokenPipeError:  # the reader closed the pipe, as in `... | head`: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
-def leave(error):
+def exit_with_error(error):
     """Print the error on rank 0 and exit with status 2 (1 for a RunFailed).
 
-    The other ranks stay until torchrun sees rank 0 end and signals them: the first exit makes torchrun
-    kill the rest, and rank 0 might not have printed yet.
+    The other ranks wait for torchrun's signal: torchrun kills all ranks as soon as the first one exits, and rank 0
+    might not have printed yet.
     """
     status = 1 if isinstance(error, RunFailed) else 2
     if int(os.environ.get("RANK", 0)) != 0:
@@ -215,7 +215,7 @@ def leave(error):
     print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         sys.stdout.flush()
-        os._exit(status)  # no interpreter exit: a living process group would abort it
+        os._exit(status)  # not sys.exit: interpreter shutdown aborts while a process group exists
     sys.exit(status)
 
 
@@ -224,10 +224,10 @@ def leave(error):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; on a clean exit it is on the disk and carries the name `path`.
+    """Open PATH.tmp for writing; on a clean exit, flush it to disk and rename it to `path`.
 
-    Write, fsync, rename, fsync of the folder: after kill -9 or a power cut `path` is the old file or the new
-    one, never a part. The temporary name is fixed (PATH.tmp), so that the next try writes over a left-over.
+    The order is write, fsync, rename, fsync of the folder: after kill -9 or a power cut `path` is the complete old or
+    the complete new file. The temporary name is fixed, so that the next attempt overwrites a leftover.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def atomic_write(path, mode="wb"):
 
 
 def sync_folder(folder):
-    """Make the names in a folder durable (a rename is a change of the folder, not of the file)."""
+    """Flush a folder to disk, so that a rename survives a power cut (it changes the folder, not the file)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -262,7 +262,7 @@ def write_json(path, value):
 
 
 def read_json(path, kind=dict):
-    """The JSON value in a file, of the type `kind`. Raises UserError that names the file."""
+    """Return the JSON value of type `kind` in a file. Raises UserError naming the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -275,18 +275,20 @@ def read_json(path, kind=dict):
 
 
 def check_new_file(path, name):
-    """Raise UserError unless a file can be made at `path`, the flag `name`: nothing is written over."""
+    """Raise UserError if `path`, given by the flag `name`, exists already or cannot be created."""
     path = Path(path).absolute()
     if path.exists():
-        raise UserError(f"{name} {path} exists already, and nothing is written over; choose another")
+        raise UserError(f"{name} {path} already exists and will not be overwritten; choose another path")
     here = next(folder for folder in path.parents if folder.exists())
     if not (here.is_dir() and os.access(here, os.W_OK)):
-        raise UserError(f"{name} {path}: cannot write in {here}; choose another")
+        raise UserError(f"{name} {path}: cannot write in {here}; choose another path")
 
 
 def find_visible(folder, pattern):
-    """The paths of files below a folder whose names match a pattern. Hidden folders, such as a dry run's, do not count,
-    and what goes away meanwhile is left out."""
+    """Return the paths below a folder whose file names match a pattern.
+
+    Skips hidden folders, such as a dry run's, and folders that disappear during the search.
+    """
     found = []
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -295,10 +297,10 @@ def find_visible(folder, pattern):
 
 
 class FolderLock:
-    """An exclusive lock on FOLDER/.lock, held until the end of the `with` or of the process, however it ends."""
+    """An exclusive lock on FOLDER/.lock, held until the `with` block or the process ends, even by kill -9."""
 
     def __init__(self, folder, wait_s):
-        """Wait up to `wait_s` seconds for the lock. Raises UserError when another process keeps it."""
+        """Wait up to `wait_s` seconds for the lock. Raises UserError if another process still holds it."""
         import fcntl  # Unix only
         path = Path(folder) / ".lock"
         try:
@@ -314,14 +316,14 @@ class FolderLock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):    # a file system without locks
-                    print(f"warning: cannot lock {path} ({error.strerror}); see to it that one run at a time uses "
-                          f"{folder}", flush=True)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):    # the file system has no locks
+                    print(f"warning: cannot lock {path} ({error.strerror}); make sure only one run uses {folder}",
+                          flush=True)
                     return
                 if time.monotonic() > deadline:
                     raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
                 if not waits:
-                    print(f"another run is using {folder}; waiting up to {wait_s:g} s for its end", flush=True)
+                    print(f"another run is using {folder}; waiting up to {wait_s:g} s for it to finish", flush=True)
                 waits = True
                 time.sleep(0.2)
 
@@ -334,16 +336,16 @@ class FolderLock:
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A temporary folder beside `path`, which gets its name on a clean exit and is removed after an error.
+    """Yield a temporary folder; rename it to `path` on a clean exit, delete it after an error.
 
-    Raises UserError if `path` is there and not an empty folder, and where the disk refuses.
+    Raises UserError if `path` exists and is not an empty folder, or if writing fails.
     """
     path = Path(path).resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose another name or move it away")
+        raise UserError(f"{path} already exists; choose another name or move it away")
     temporary = path.with_name(path.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)       # of an export that was killed
+        shutil.rmtree(temporary, ignore_errors=True)       # left by an export that was killed
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
@@ -360,10 +362,10 @@ def new_folder(path):
 
 
 # -----------------------------------------------------------------------------
-# numbers as people read them
+# number formats
 
 def human_bytes(n):
-    """A number of bytes for people: 1.5 GB."""
+    """Format a number of bytes: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -372,7 +374,7 @@ def human_bytes(n):
 
 
 def human_time(seconds):
-    """5h31m, 12m05s or 42s."""
+    """Format a duration: 5h31m, 12m05s or 42s."""
     seconds = round(seconds)
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
@@ -380,7 +382,7 @@ def human_time(seconds):
 
 
 def human_count(n):
-    """A number for people: 950, 2.5k, 10B."""
+    """Format a count: 950, 2.5k, 10B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{float(f'{n / size:.3g}'):g}{unit}"  # twice: 999.9 is 1000, not 1e+03
@@ -388,6 +390,6 @@ def human_count(n):
 
 
 def human_rate(rate):
-    """A learning rate for people: 6e-4, 1.5e-3."""
+    """Format a learning rate: 6e-4, 1.5e-3."""
     digits, power = f"{rate:.1e}".split("e")
     return f"{float(digits):g}e{int(power)}" if rate else "0"

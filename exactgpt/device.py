@@ -1,4 +1,4 @@
-"""What the hardware can do, and what "auto" therefore means for device, dtype, compile, attention and micro-batch."""
+"""Detect the hardware and resolve "auto" for device, dtype, compile, attention and micro-batch size."""
 import contextlib
 import ctypes
 import math
@@ -18,9 +18,8 @@ from exactgpt.config import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Dense bf16 (fp16 before Ampere) peak in TFLOP/s, from the vendors' data sheets. The first name that stands
-# in the card's name as whole words counts, so longer names stand first. A card that is not here has no MFU rather
-# than a wrong one.
+# Dense bf16 (fp16 before Ampere) peak in TFLOP/s, from the vendors' data sheets. The first key that occurs in the GPU's
+# name as whole words wins, so longer keys come first. A GPU that is not listed gets no MFU rather than a wrong one.
 PEAK_TFLOPS = {
     "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
     "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10G": 70,
@@ -31,14 +30,14 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """The facts that the policies below decide on; tests write their own."""
+    """The facts about a device that the choices below depend on; tests make up their own."""
     type: str                              # "cuda", "mps" or "cpu"
     name: str = "CPU"
     capability: tuple = (0, 0)             # CUDA compute capability, (9, 0) for an H100
     cpu_bf16: bool = False                 # AVX512-bf16 or AMX
 
     def peak_flops(self):
-        """Dense 16-bit floating-point operations per second, or None for a card we do not know."""
+        """Return the peak of dense 16-bit floating-point operations per second, or None if it is not known."""
         if self.type != "cuda":
             return None
         known = [tflops for name, tflops in PEAK_TFLOPS.items()
@@ -47,7 +46,7 @@ class Hardware:
 
 
 def choose_device(requested, local_rank=0, local_world_size=1):
-    """The torch.device of this process. Raises UserError for one that this machine lacks."""
+    """Return the torch.device of this process. Raises UserError if this machine does not have it."""
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -72,8 +71,8 @@ def choose_device(requested, local_rank=0, local_world_size=1):
     return device
 
 
-def probe(device):
-    """The Hardware behind a torch.device."""
+def probe_hardware(device):
+    """Return the Hardware of a torch.device."""
     if device.type == "cuda":
         return Hardware("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if device.type == "mps":
@@ -83,7 +82,7 @@ def probe(device):
 
 
 def cpu_name():
-    """The model of the CPU, as Linux or else Python has it."""
+    """Return the CPU's model name, from Linux if possible, else from Python."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         for line in lines:
             if line.startswith("model name"):
@@ -92,7 +91,7 @@ def cpu_name():
 
 
 def choose_dtype(requested, hardware):
-    """The dtype name ("bf16", "fp16", "fp32") of matrix products. Raises UserError for what the hardware lacks."""
+    """Return the dtype of matrix products, "bf16", "fp16" or "fp32". Raises UserError if the hardware lacks it."""
     bf16_card = hardware.type == "cuda" and hardware.capability >= (8, 0)
     if requested == "auto":
         if hardware.type == "cuda":
@@ -106,7 +105,7 @@ def choose_dtype(requested, hardware):
 
 
 def choose_compile(requested, hardware, device):
-    """(whether to torch.compile, a line of notice or None). Raises UserError where "on" cannot be had."""
+    """Return (True to use torch.compile, a notice or None). Raises UserError if "on" is requested but fails here."""
     if requested == "off" or (requested == "auto" and hardware.type != "cuda"):
         return False, None
     if requested == "auto" and hardware.capability < (7, 0):
@@ -115,48 +114,48 @@ def choose_compile(requested, hardware, device):
     if problem is None:
         return True, None
     if requested == "on":
-        raise UserError(f"--compile on: a compiled function does not run here ({problem}); install a C compiler, or "
-                        "use --compile off")
-    return False, f"torch.compile is off: a compiled function does not run here ({problem})"
+        raise UserError(f"--compile on: torch.compile does not work here ({problem}); install a C compiler, or use "
+                        "--compile off")
+    return False, f"torch.compile is off: it does not work here ({problem})"
 
 
 def compile_problem(device):
-    """None if a compiled function runs on the device, else one line that says why not (it fails at the first call)."""
+    """Return the error of compiling and calling a small function on the device as one line, None if it works."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.compile(_probe_function)(torch.ones(8, device=device))
-    except Exception as error:  # no compiler, no Triton, a broken cache folder: any of torch's many errors
+            torch.compile(_function_to_compile)(torch.ones(8, device=device))     # compiles at the first call
+    except Exception as error:  # no compiler, no Triton, a broken cache folder: torch raises many kinds
         return " ".join(str(error).split())[:160] or type(error).__name__
     return None
 
 
-def _probe_function(x):
+def _function_to_compile(x):
     return (x * 2 + 1).sum()
 
 
 def enable_attention(backend):
-    """Let scaled_dot_product_attention use one backend alone, or any ("auto")."""
+    """Let scaled_dot_product_attention use only the given backend, or any of them ("auto")."""
     switches = dict(flash=torch.backends.cuda.enable_flash_sdp, cudnn=torch.backends.cuda.enable_cudnn_sdp,
                     efficient=torch.backends.cuda.enable_mem_efficient_sdp, math=torch.backends.cuda.enable_math_sdp)
     for name, switch in switches.items():
         switch(backend in ("auto", name))
 
 
-def unplanned_attention():
-    """A context for attention of ever new shapes, without cuDNN's backend, which plans for 30 ms at each of them.
+def attention_without_cudnn():
+    """Return a context for attention of varying shapes that avoids cuDNN, which plans for 30 ms at each new shape.
 
-    torch prefers cuDNN's on Hopper. The flash backend counts where --attention lets it; it takes no masks on a card, so
-    the other two are always there.
+    torch prefers cuDNN on Hopper. Flash attention is used if --attention allows it, but on CUDA it takes no masks, so
+    the other two are always enabled.
     """
     flash = [SDPBackend.FLASH_ATTENTION] * torch.backends.cuda.flash_sdp_enabled()
     return sdpa_kernel([*flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def attention_backend(requested, device, dtype, shape):
-    """The backend that attention of a model's shape (a GPTConfig) runs on, once only what was requested is enabled.
+    """Enable the requested attention backend and return the one that torch picks for a model's shape (a GPTConfig).
 
-    Raises UserError for a backend that this device lacks.
+    Raises UserError if this device does not have the backend.
     """
     enable_attention(requested)
     if device.type == "mps":
@@ -167,7 +166,7 @@ def attention_backend(requested, device, dtype, shape):
     q = torch.zeros(1, shape.n_head, shape.block_size, head_size, device=device, dtype=dtype)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of each reason against each backend
+            warnings.simplefilter("ignore")  # torch warns for each backend that it cannot use
             F.scaled_dot_product_attention(q, q, q, is_causal=True)
             choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
     except RuntimeError as error:
@@ -178,7 +177,7 @@ def attention_backend(requested, device, dtype, shape):
 
 
 def set_deterministic():
-    """Deterministic algorithms everywhere: slower, and bitwise repeatable on one kind of GPU."""
+    """Use deterministic algorithms everywhere: slower, but bitwise repeatable on the same kind of GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -188,29 +187,29 @@ def set_deterministic():
 
 
 def keep_freed_memory(device):
-    """Have the C library keep what is freed on a CPU, where it has this setting (glibc): for work of equal shapes.
+    """Make the C library keep freed CPU memory for reuse (glibc only); use it for work of constant shapes.
 
-    By default large blocks go back to the system, and the next step's tensors fault them in again page by page: a
-    fifth of a training step, and on some virtual machines nine tenths of writing a token.
+    By default large blocks go back to the OS, and the next step faults them in again page by page: a fifth of a
+    training step, and on some virtual machines nine tenths of the time to generate a token.
     """
-    _malloc_options(device, M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 * 2**20)
+    _set_malloc_options(device, M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 * 2**20)
 
 
 @contextlib.contextmanager
 def returning_freed_memory(device):
-    """Around work of ever other shapes in a process that keeps freed memory: give large blocks back meanwhile.
+    """Return freed memory to the OS while shapes vary.
 
-    What one shape has freed does not fit the next: all of HellaSwag would leave 39 GB of holes.
+    A block freed by one shape does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
     """
-    _malloc_options(device, M_MMAP_MAX=65536, M_MMAP_THRESHOLD=32 * 2**20)
+    _set_malloc_options(device, M_MMAP_MAX=65536, M_MMAP_THRESHOLD=32 * 2**20)
     try:
         yield
     finally:
         keep_freed_memory(device)
 
 
-def _malloc_options(device, **options):
-    numbers = dict(M_TRIM_THRESHOLD=-1, M_TOP_PAD=-2, M_MMAP_THRESHOLD=-3, M_MMAP_MAX=-4)    # of glibc's malloc.h
+def _set_malloc_options(device, **options):
+    numbers = dict(M_TRIM_THRESHOLD=-1, M_TOP_PAD=-2, M_MMAP_THRESHOLD=-3, M_MMAP_MAX=-4)    # from glibc's malloc.h
     if device.type == "cpu" and sys.platform.startswith("linux"):
         with contextlib.suppress(AttributeError):      # another C library
             for name, value in options.items():
@@ -218,12 +217,12 @@ def _malloc_options(device, **options):
 
 
 # -----------------------------------------------------------------------------
-# the largest micro-batch that fits, found by trying what training runs
+# the largest micro-batch that fits, found by trial steps
 
-CPU_TOKENS = 4096      # tokens of a micro-batch where memory is not what limits it: more is not faster
-CUDA_TOKENS = 65536    # the same on a card: 64 rows of 1024 already fill it with work
-FULL = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")      # as CUDA, Triton; cuBLAS; cuDNN say it
-SMALLER = "use a smaller --block_size or model (train.py also has --recompute)"
+CPU_TOKENS = 4096      # most tokens in a micro-batch on a CPU: memory allows more, but it is not faster
+CUDA_TOKENS = 65536    # the same on a GPU: 64 rows of 1024 already keep it busy
+OUT_OF_MEMORY_PHRASES = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")     # CUDA and Triton; cuBLAS; cuDNN
+ADVICE_FOR_LESS_MEMORY = "use a smaller --block_size or model (train.py also has --recompute)"
 
 
 class CompilationFailed(Exception):
@@ -231,13 +230,13 @@ class CompilationFailed(Exception):
 
 
 def divisors(n):
-    """The divisors of n, the largest first."""
+    """Return the divisors of n, largest first."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)}, reverse=True)
 
 
 def check_micro_batch_size(micro_batch_size, local_windows):
-    """Raise UserError unless the micro-batches make up a rank's share of the step exactly."""
+    """Raise UserError unless the micro-batch size divides a rank's rows per step."""
     if local_windows % micro_batch_size:
         valid = ", ".join(map(str, divisors(local_windows)[:12]))
         raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a "
@@ -245,21 +244,21 @@ def check_micro_batch_size(micro_batch_size, local_windows):
 
 
 def dummy_rows(size, block_size, device):
-    """A batch (x, y) of zeros, (size, T) each, laid out as training's are: two views of rows of T + 1 tokens.
+    """Return a batch (x, y) of zeros, (B, T) each, with the strides of training: two views of rows of T + 1 tokens.
 
-    Compiled code is made for one layout; a batch laid out otherwise would be compiled for itself, and then once more.
+    Compiled code is specialised to the strides: after a trial with others, training would compile again.
     """
     rows = torch.zeros(size, block_size + 1, dtype=torch.long, device=device)
     return rows[:, :-1], rows[:, 1:]
 
 
-def least_bytes(model, n_tokens):
-    """A bound on the memory of a GPT's training step with micro-batches of n_tokens: what no step does without.
+def min_training_bytes(model, n_tokens):
+    """Return a lower bound on the memory of a GPT's training step with micro-batches of n_tokens.
 
-    A parameter's weight, gradient and two moments in fp32; for a token its logits in 16 bits, and of each layer, in
-    units of C, two normalised inputs in fp32 (8 bytes), what the LayerNorms give (4), queries, keys, values and what
-    attention gives (8), the MLP's hidden units before the GELU (8) and after it (8); with --recompute the block's
-    input alone. Within a percent it is what the compiled step keeps (bench.memory counts that).
+    Per parameter: weight, gradient and two moments in fp32. Per token: logits in 16 bits. Per token, layer and channel:
+    two normalised inputs in fp32 (8 bytes), the LayerNorms' outputs (4), queries, keys, values and attention's output
+    (8), the MLP's hidden units before the GELU (8) and after it (8); with --recompute only the block's input (4).
+    This is within a percent of what the compiled step keeps (bench.memory counts that).
     """
     c = model.config
     layer = 4 if model.recompute else 36 if "gelu" in c.activation else 28
@@ -267,36 +266,36 @@ def least_bytes(model, n_tokens):
 
 
 def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True, gpt=None):
-    """Rows per micro-batch: `wanted` if it fits, else the first smaller divisor of local_windows that does, halving.
+    """Return the rows per micro-batch: `wanted` (0: the maximum) if it fits, else the first divisor found by halving.
 
-    Of the divisors those count that make up at most CUDA_TOKENS, on a CPU CPU_TOKENS; there that is all. On CUDA a
-    size is tried with the module itself, as it will train: compiled, in DDP, on its device; module(x, y) is a loss. The
-    ranks try the same sizes, and one fits where it fits on all. gpt: the GPT inside, if all of it is trained: then a
-    size that its least_bytes rule out costs no try, which may be minutes of compilation. Raises UserError where nothing
-    fits, and with `insist` where `wanted` does not, naming the next smaller valid size; CompilationFailed.
+    Candidates are the divisors of local_windows of at most CUDA_TOKENS tokens (CPU_TOKENS on a CPU, where nothing is
+    tried). A CUDA trial uses the module as it will train: compiled, in DDP, on its device; module(x, y) returns a loss.
+    All ranks try the same sizes, and a size fits if it fits on all. gpt: the GPT inside, if all of it is trained; sizes
+    that its min_training_bytes rule out then need no trial, which may mean minutes of compilation. Raises UserError if
+    nothing fits, or with `insist` if `wanted` does not, naming the next smaller valid size; CompilationFailed.
     """
     most = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     sizes = [d for d in divisors(local_windows) if d == 1 or d * block_size <= most]
     if runtime.device.type != "cuda":
         return wanted or sizes[0]
-    card = runtime.minimum(torch.cuda.mem_get_info(runtime.device)[1]) if gpt else 0
+    gpu_bytes = runtime.minimum(torch.cuda.mem_get_info(runtime.device)[1]) if gpt else 0
     size = wanted or sizes[0]
-    while size and ((gpt and least_bytes(gpt, size * block_size) > card)
+    while size and ((gpt and min_training_bytes(gpt, size * block_size) > gpu_bytes)
                     or not fits_on_all_ranks(module, block_size, size, runtime)):
         if wanted and insist:
             smaller = next((d for d in divisors(local_windows) if d < wanted), None)
-            advice = f"use --micro_batch_size {smaller}, or 0" if smaller else SMALLER
-            raise UserError(f"--micro_batch_size {wanted} does not fit into the memory of the card; {advice}")
+            advice = f"use --micro_batch_size {smaller}, or 0" if smaller else ADVICE_FOR_LESS_MEMORY
+            raise UserError(f"--micro_batch_size {wanted} does not fit in the GPU's memory; {advice}")
         size = next((d for d in sizes if d <= size // 2), 0)
     if size == 0:
-        raise UserError(f"not one row fits into the card's memory; {SMALLER}")
+        raise UserError(f"not even one row fits in the GPU's memory; {ADVICE_FOR_LESS_MEMORY}")
     return size
 
 
 def fits_on_all_ranks(module, block_size, size, runtime):
-    """Whether `size` rows fit on every rank. Raises CompilationFailed on every rank if the model compiles not on all.
+    """Return True if `size` rows fit on every rank. Raises CompilationFailed on all ranks if any cannot compile.
 
-    An answer costs one collective, which every rank reaches however its own try ended.
+    Each call is one collective, which every rank reaches however its own trial ended.
     """
     problem = "on another rank"
     try:
@@ -310,11 +309,11 @@ def fits_on_all_ranks(module, block_size, size, runtime):
 
 
 def fits_in_memory(module, block_size, size, runtime):
-    """Whether training on micro-batches of `size` rows fits; leaves the weights as they are.
+    """Return True if training on micro-batches of `size` rows fits in memory; leave the weights unchanged.
 
-    The most that a step holds at once is held here: AdamW's state, two micro-batches, the second of which adds to the
-    gradients of the first, DDP's buckets beside those (no_sync: then nothing is reduced, and no rank waits for another
-    that has run out of memory), and an update, whose rate is zero.
+    The trial reaches a real step's peak: AdamW's state, two micro-batches, the second adding to the first's gradients,
+    DDP's buckets next to those gradients (no_sync reduces nothing, so no rank waits for one that ran out of memory),
+    and an update with learning rate 0.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = loss = None
@@ -322,21 +321,21 @@ def fits_in_memory(module, block_size, size, runtime):
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
         for p in trained:
             p.grad = torch.zeros_like(p)
-        optimizer.step()                   # makes its state, as a resumed run has it from the start
+        optimizer.step()                   # allocates its state, which a resumed run has from the start
         optimizer.zero_grad(set_to_none=True)
         with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():
             for _ in range(2):
                 x, y = dummy_rows(size, block_size, runtime.device)
                 with runtime.autocast():
-                    loss = 0.0 * module(x, y)      # zero gradients: those of a sum overflow fp16
+                    loss = 0.0 * module(x, y)      # zero gradients, because those of a summed loss would overflow fp16
                 loss.backward()
         optimizer.step()
         loss.item()
         return True
-    except RuntimeError as error:          # torch.OutOfMemoryError is one; cuBLAS and cuDNN have others
-        if not out_of_memory(error):
+    except RuntimeError as error:          # the base of torch.OutOfMemoryError; cuBLAS and cuDNN raise others
+        if not is_out_of_memory(error):
             raise
-        torch._dynamo.reset()              # what was compiled for this size; after eight sizes torch would give up
+        torch._dynamo.reset()              # drop the code for this size: torch gives up after eight sizes
         return False
     finally:
         module.zero_grad(set_to_none=True)
@@ -346,10 +345,10 @@ def fits_in_memory(module, block_size, size, runtime):
             torch.cuda.reset_peak_memory_stats()
 
 
-def out_of_memory(error):
-    """Whether an error says that memory is full, or wraps one that does, as the compiler's do."""
+def is_out_of_memory(error):
+    """Return True if the error, or one that it wraps as the compiler's do, says that memory is full."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL):
+        if isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in OUT_OF_MEMORY_PHRASES):
             return True
         error = getattr(error, "inner_exception", None) or error.__cause__
     return False

@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from exactgpt.config import FolderLock, RunFailed, UserError
-from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe, set_deterministic
-from exactgpt.hang_watch import HANG_GRACE_S, keep_watch, lost_peer, record_collectives
+from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
+from exactgpt.hang_watch import HANG_GRACE_S, enable_flight_recorder, peer_failure, watch_run
 from exactgpt.launch import die_with_launcher
-from exactgpt.rendezvous import meet
+from exactgpt.rendezvous import wait_for_peers
 
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
 STEADY_TIMEOUT_S = 600   # afterwards (default of --timeout): more than the longest thing rank 0 does alone, a save
@@ -260,13 +260,13 @@ def start(config):
         torch.cuda.set_device(device)
     meeting = None
     if world_size > 1 or getattr(config, "process_group", False):
-        meeting = meet(rank, world_size, START_TIMEOUT_S)
-        record_collectives(meeting.name)
+        meeting = wait_for_peers(rank, world_size, START_TIMEOUT_S)
+        enable_flight_recorder(meeting.name)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
                                 store=dist.PrefixStore("group", meeting.store), timeout=_collective_timeout(runtime),
                                 device_id=device if device.type == "cuda" else None)
         runtime.last_progress = time.monotonic()    # waiting for late ranks was no hang
-    threading.Thread(target=keep_watch, args=(runtime, meeting), daemon=True, name="watch").start()
+    threading.Thread(target=watch_run, args=(runtime, meeting), daemon=True, name="watch").start()
     try:
         yield runtime
     except SystemExit:
@@ -281,7 +281,7 @@ def start(config):
             raise
         # A failed rank must not wait for the others on its way out: torchrun sees it end and stops them.
         if not runtime.hangs:
-            what = f": {lost_peer(error)}" if lost_peer(error) else f" failed:\n{traceback.format_exc()}"
+            what = f": {peer_failure(error)}" if peer_failure(error) else f" failed:\n{traceback.format_exc()}"
             print(f"rank {rank} on {socket.gethostname()}{what}", file=sys.stderr, flush=True)
         os._exit(1)
     finally:
@@ -294,7 +294,7 @@ def start(config):
         try:
             dist.barrier()
         except RuntimeError as error:     # rank 0 failed in what it does alone at the end
-            print(f"rank {rank} on {socket.gethostname()}: {lost_peer(error) or error}", file=sys.stderr, flush=True)
+            print(f"rank {rank} on {socket.gethostname()}: {peer_failure(error) or error}", file=sys.stderr, flush=True)
             os._exit(1)
         dist.destroy_process_group()
 
@@ -303,7 +303,7 @@ def _choose_hardware(config, rank, local_rank):
     """Return this process' (device, Hardware, dtype name). Raises UserError for what this machine lacks."""
     try:
         device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        hardware = probe(device)
+        hardware = probe_hardware(device)
         return device, hardware, choose_dtype(config.dtype, hardware)
     except UserError as error:
         if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own

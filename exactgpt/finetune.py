@@ -176,7 +176,7 @@ def open_base(config, runtime):
         opened = open_model(config.init_from, tokenizer=config.tokenizer).with_tokenizer()
         state = opened.model.state_dict()
         return dict(config=opened.model.config_dict(), model=state, tokenizer=opened.tokenizer.to_checkpoint(),
-                    sha256=weights_hash(state), title=opened.describe())
+                    sha256=weights_hash(state), title=opened.summary())
     stored = runtime.broadcast(read)
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if config.block_size and config.block_size < model.config.block_size:

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from exactgpt.device import keep_freed_memory, unplanned_attention
+from exactgpt.device import attention_without_cudnn, keep_freed_memory
 from exactgpt.distributed import seed_from
 
 GREEDY_BELOW = 1e-5    # temperature; dividing by less gives a one-hot softmax or overflows
@@ -347,7 +347,7 @@ def prefill(model, cache, indices, prompts):
     for prompt, i in unique.items():
         idx[i, :len(prompt)] = torch.tensor(prompt)
     prompt_cache = new_cache(model, len(unique), idx.size(1))
-    with unplanned_attention():
+    with attention_without_cudnn():
         hidden = model.hidden(idx.to(device), cache=prompt_cache)                      # (unique, T, C)
     prompt_cache.lengths += lengths.to(device)
     sources = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device)

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from exactgpt.device import unplanned_attention
+from exactgpt.device import attention_without_cudnn
 
 PADDING = -1             # the segment of padding; the context is segment 0, its endings are 1, 2, ...
 LENGTH_MULTIPLE = 16     # pad T to a multiple of this: 18 lengths for HellaSwag, 5% padding (32: 10%)
@@ -82,7 +82,7 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
     bar = tqdm(batches, progress, unit="batch", leave=False, disable=None if progress and runtime.is_main else True)
     losses, ending_ids, scored = [], [], []
     # One autocast context around all batches, so that the weights are cast only once.
-    with runtime.autocast(), unplanned_attention():
+    with runtime.autocast(), attention_without_cudnn():
         for T, indices in bar:
             # Every rank loops over every batch, even with an empty share, so that all check for a stop equally often.
             indices = indices[runtime.rank::runtime.world_size]

@@ -1,9 +1,9 @@
-"""Anyone's model as a GPT and its tokenizer: our checkpoints, nanoGPT's, build-nanogpt's, Hugging Face's format.
+"""Open a model and its tokenizer from our checkpoints, nanoGPT's, build-nanogpt's or Hugging Face format.
 
-`open_model` reads them all, `write_pretrained` writes a folder in Hugging Face format (config.json, model.safetensors,
-tokenizer files). That differs from ours in these places: Conv1D stores matrices transposed (in, out); keys may lack the
-prefix "transformer."; causal masks may be stored as buffers; the tied output layer is left out; biases are always
-there; the embedding has no padding rows.
+`open_model` reads all of them, `write_pretrained` writes a Hugging Face folder (config.json, model.safetensors,
+tokenizer files). Hugging Face format differs from ours: Conv1D stores matrices transposed (in, out); keys may lack the
+prefix "transformer."; causal masks may be stored as buffers; the tied output layer is omitted; biases are always
+present; the embedding has no padding rows.
 """
 import functools
 import json
@@ -27,33 +27,33 @@ from exactgpt.tokenizer import (
 )
 from model import GPT, GPTConfig
 
-PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more spare rows the vocabulary is another one
+PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more extra rows it has another vocabulary
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-CLASSIFIER = "GPT2ForSequenceClassification"       # the name of classifier.py's model there
-# Settings of transformers' GPT2Config that change the arithmetic, with the only value that our model computes.
+HF_CLASSIFIER = "GPT2ForSequenceClassification"       # transformers' equivalent of classifier.py
+# Settings of transformers' GPT2Config that change the result, with the only values that our model supports.
 FIXED_SETTINGS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
 @dataclass
 class OpenedModel:
-    """A model with what a script needs around it."""
+    """A model with its tokenizer and metadata."""
     model: GPT
-    tokenizer: Tokenizer | None   # None: the weights come without one (ids only)
-    source: str                   # the file, folder or name
+    tokenizer: Tokenizer | None   # None: no tokenizer is known, only token ids work
+    source: str                   # file, folder or hub name
     step: int | None = None
     val_loss: float | None = None
-    extra: dict = field(default_factory=dict)   # the checkpoint's other plain entries
+    extra: dict = field(default_factory=dict)   # the checkpoint's other entries
 
     def with_tokenizer(self):
-        """Itself, if text can be encoded for the model. Raises UserError where the weights came without a tokenizer."""
+        """Return self. Raises UserError if there is no tokenizer to encode text for the model."""
         if self.tokenizer is None:
-            raise UserError(f"{self.source} comes without a tokenizer for its {self.model.config.vocab_size:,} tokens, "
-                            "so text cannot be encoded for it; name a folder that has its with --tokenizer")
+            raise UserError(f"{self.source} has no tokenizer for its {self.model.config.vocab_size:,} tokens; name a "
+                            "folder that has one with --tokenizer")
         return self
 
-    def describe(self):
-        """One line for people: source, size, step, validation loss."""
+    def summary(self):
+        """Return source, size, step and validation loss in one line."""
         facts = [f"{self.model.n_params():,} parameters"]
         facts += [f"step {self.step}"] if self.step is not None else []
         facts += [f"validation loss {self.val_loss:.4f}"] if self.val_loss is not None else []
@@ -61,10 +61,11 @@ class OpenedModel:
 
 
 def open_model(source, classifiers=False, tokenizer=""):
-    """The model in a checkpoint file (ours, nanoGPT's, build-nanogpt's), a Hugging Face folder or hub name, a LoRA
-    adapter (merged into its base), or the newest one in the folder of a run. classifiers: a Classifier will do, too.
-    tokenizer: the folder of the vocabulary where the source has none. Raises UserError naming the file and what is
-    wrong with it, and where that vocabulary is not the model's.
+    """Open a checkpoint file, a Hugging Face folder or hub name, a LoRA adapter or a run's newest checkpoint.
+
+    Checkpoints may be ours, nanoGPT's or build-nanogpt's; an adapter is merged into its base model.
+    classifiers: accept a Classifier too. tokenizer: a folder with the vocabulary, for a source without one.
+    Raises UserError naming the file and what is wrong with it, or if the vocabulary is not the model's.
     """
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
@@ -81,57 +82,56 @@ def open_model(source, classifiers=False, tokenizer=""):
         model = build_model(*read_pretrained(folder), source)
         opened = OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size, tokenizer), str(source))
     n_rows = opened.model.config.vocab_size
-    if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # nothing that the model was trained on
+    if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # the model was not trained with it
         opened.tokenizer = None
     if tokenizer and opened.tokenizer is None:
-        raise UserError(f"--tokenizer {tokenizer}: that is not the vocabulary of {source}, whose model has {n_rows:,} "
-                        "tokens; leave it out or name the right folder")
+        raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {source}, which has {n_rows:,} tokens; "
+                        "leave it out or name the right folder")
     if isinstance(opened.model, Classifier) and not classifiers:
-        raise UserError(f"{source} writes no text, it is a classifier ({', '.join(opened.model.config.labels)}): "
-                        f"python finetune_classifier.py --checkpoint {source} --predict \"...\"")
+        raise UserError(f"{source} is a classifier ({', '.join(opened.model.config.labels)}), not a language model; "
+                        f"use python finetune_classifier.py --checkpoint {source} --predict \"...\"")
     return opened
 
 
 def open_weights(source, tokenizer, folder):
-    """Config and weights of a model to start from, as plain data. Raises UserError if its vocabulary is another one."""
+    """Return config and weights of a model to start training from. Raises UserError if its vocabulary differs."""
     opened = open_model(source, tokenizer=folder)
     if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
-        raise UserError(f"{source} speaks the vocabulary {opened.tokenizer.name}, the shards are in {tokenizer.name}")
+        raise UserError(f"{source} uses the vocabulary {opened.tokenizer.name}, but the shards use {tokenizer.name}")
     rows = opened.model.config.vocab_size
     if tokenizer.n_vocab > rows:
-        raise UserError(f"{source} has {rows} vocabulary rows, the shards need {tokenizer.n_vocab}")
+        raise UserError(f"{source} has a vocabulary of {rows}, but the shards need {tokenizer.n_vocab}")
     return dict(config=opened.model.config_dict(), model=opened.model.state_dict())
 
 
 def _open_adapter(folder, tokenizer):
-    """The model that a LoRA adapter belongs to, with the adapter merged into it."""
+    """Open the base model of a LoRA adapter and merge the adapter into it."""
     source, sha256 = lora.base_of(folder)
     try:
         opened = open_model(source, tokenizer=tokenizer)
     except UserError as error:
-        raise UserError(f"the adapter in {folder} belongs to {source}, as seen from where it was trained: {error}"
-                        ) from error
+        raise UserError(f"cannot open {source}, the base model that the adapter in {folder} names: {error}") from error
     if sha256 and weights_hash(opened.model.state_dict()) != sha256:
-        raise CheckpointError(f"{source} holds other weights than those that the adapter in {folder} belongs to")
+        raise CheckpointError(f"the weights in {source} are not those that the adapter in {folder} was trained on")
     merged = lora.merge_folder(opened.model, folder).requires_grad_(True)
     return OpenedModel(merged, opened.tokenizer, str(folder))
 
 
-def _folder_tokenizer(folder, vocab_size, otherwise):
-    """A Hugging Face folder's Tokenizer, else that of `otherwise`, else GPT-2's; None if it cannot be the model's."""
+def _folder_tokenizer(folder, vocab_size, fallback):
+    """Return a folder's Tokenizer, else that of the folder `fallback`, else GPT-2's; None if it is not the model's."""
     stored = read_vocabulary(folder)
     if stored is None:
-        is_known = otherwise or (folder / "vocab.bpe").exists()
-        return load_tokenizer(folder, otherwise) if is_known or _may_be_gpt2s(vocab_size) else None
+        is_known = fallback or (folder / "vocab.bpe").exists()
+        return load_tokenizer(folder, fallback) if is_known or _has_gpt2_size(vocab_size) else None
     merges, ids = stored
-    tokenizer = require_same_vocabulary(from_merges(merges, folder), otherwise, folder)
+    tokenizer = require_same_vocabulary(from_merges(merges, folder), fallback, folder)
     ours = json.loads(tokenizer.encoder_json())
-    is_ours = all(ids.get(token) == i for token, i in ours.items())     # and not special tokens first, say
+    is_ours = all(ids.get(token) == i for token, i in ours.items())     # false if special tokens come first, say
     return tokenizer if is_ours else None
 
 
-def _may_be_gpt2s(vocab_size):
-    """Whether a model that comes without a vocabulary has about as many embedding rows as GPT-2."""
+def _has_gpt2_size(vocab_size):
+    """Return True if an embedding of this many rows fits GPT-2's vocabulary, with or without padding."""
     return 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
 
 
@@ -145,23 +145,23 @@ def _open_file(path, folder):
     model = build_model(config, checkpoint.get("model"), path)
     stored = checkpoint.get("tokenizer")
     is_known = stored is not None or folder
-    tokenizer = from_checkpoint(stored, folder) if is_known or _may_be_gpt2s(model.config.vocab_size) else None
+    tokenizer = from_checkpoint(stored, folder) if is_known or _has_gpt2_size(model.config.vocab_size) else None
     extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
-    return OpenedModel(model, tokenizer, str(path), step, _plain_number(val_loss), extra)
+    return OpenedModel(model, tokenizer, str(path), step, _to_float(val_loss), extra)
 
 
 def build_model(config, state, source):
-    """The GPT, or the Classifier, of a checkpoint's config (dict) and state dict, in fp32. Raises CheckpointError."""
+    """Build the GPT or Classifier of a checkpoint's config (dict) and state dict, in fp32. Raises CheckpointError."""
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
     try:
-        return (Classifier if "labels" in config else GPT).from_state(config, clean_state(state)).float()
+        return (Classifier if "labels" in config else GPT).from_state(config, normalize_state_dict(state)).float()
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def clean_state(state):
-    """A state dict without what torch.compile and DDP put before its names, and without stored causal masks."""
+def normalize_state_dict(state):
+    """Return a state dict without the key prefixes of torch.compile and DDP and without stored causal masks."""
     cleaned = {}
     for key, tensor in state.items():
         key = str(key)
@@ -173,19 +173,19 @@ def clean_state(state):
 
 
 def _nanogpt_config(checkpoint):
-    """nanoGPT's model_args as our config: it computes the exact GELU."""
+    """Convert nanoGPT's model_args to our config; nanoGPT uses the exact GELU."""
     args = checkpoint["model_args"]
     names = GPTConfig.__dataclass_fields__
     return {**{k: v for k, v in args.items() if k in names}, "activation": "gelu"} if isinstance(args, dict) else None
 
 
-def _plain_number(value):
+def _to_float(value):
     is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
     return float(value) if is_number else None
 
 
 def newest_model(log_dir="logs"):
-    """The language model written last anywhere below `log_dir`, but for model_best.pt. Raises UserError without one."""
+    """Return the newest model_XXXXX.pt anywhere below `log_dir`. Raises UserError if there is none."""
     files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
     if not files:
         raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with "
@@ -197,11 +197,13 @@ def newest_model(log_dir="logs"):
 # reading Hugging Face format
 
 def read_pretrained(name_or_folder):
-    """(config, state) of a folder in Hugging Face format or of a name on the hub: GPTConfig's fields as a dict,
-    and a state dict in our names and layout. Raises UserError."""
+    """Read (config, state) from a Hugging Face folder or hub name: GPTConfig's fields as a dict, our state dict.
+
+    Raises UserError.
+    """
     folder = local_folder(name_or_folder)
-    config = read_config(folder / "config.json")
-    state = our_state(_read_weights(folder))
+    config = config_from_huggingface(folder / "config.json")
+    state = state_from_huggingface(_read_weights(folder))
     tied = config["tie_word_embeddings"] and not _has_own_head(state) and "labels" not in config
     config["tie_word_embeddings"] = tied
     if config["tie_word_embeddings"]:
@@ -210,26 +212,26 @@ def read_pretrained(name_or_folder):
 
 
 def local_folder(name_or_folder):
-    """The folder on this disk of a folder or a name on the hub, downloaded on first use. Raises UserError."""
+    """Return the local folder of a folder or a hub name, downloading the latter on first use. Raises UserError."""
     folder = Path(name_or_folder)
-    return folder if folder.is_dir() else _download(str(name_or_folder))
+    return folder if folder.is_dir() else _download_model(str(name_or_folder))
 
 
 def _has_own_head(state):
-    """Whether the file stores an output layer that differs from the token embedding."""
+    """Return True if the file stores an output layer that differs from the token embedding."""
     head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
     return head is not None and (embedding is None or not torch.equal(head, embedding))
 
 
-def _download(name):
-    """The local folder of a model on the hub: config, weights, vocabulary, nothing else. Raises UserError.
+def _download_model(name):
+    """Download config, weights and vocabulary of a model on the hub; return the local folder. Raises UserError.
 
-    Where the hub cannot be reached it is the one downloaded before, if any.
+    If the hub cannot be reached, use an earlier download, if any.
     """
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, logging, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    logging.set_verbosity_error()      # a line for each retry
-    print(f"{name} is no folder here; asking the Hugging Face hub", file=sys.stderr)
+    logging.set_verbosity_error()      # it would print a line per retry
+    print(f"{name} is not a local folder; looking on the Hugging Face hub", file=sys.stderr)
     online = hub.reachable()
     fetch = functools.partial(hf_hub_download, name, local_files_only=not online)
     try:
@@ -238,7 +240,7 @@ def _download(name):
             fetch("model.safetensors")
         except EntryNotFoundError:
             fetch("pytorch_model.bin")
-        for vocabulary in (("merges.txt", "vocab.json"), ("tokenizer.json",)):      # or neither
+        for vocabulary in (("merges.txt", "vocab.json"), ("tokenizer.json",)):      # a model may have neither
             try:
                 for file in vocabulary:
                     fetch(file)
@@ -246,21 +248,21 @@ def _download(name):
             except EntryNotFoundError as error:
                 known_absent = try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
                 if isinstance(error, LocalEntryNotFoundError) and online and not known_absent:
-                    raise                                                           # the network is gone
+                    raise                                                           # the network went down
         return Path(path).parent
     except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        unreached = isinstance(error, LocalEntryNotFoundError)  # an EntryNotFoundError too: no network, not cached
+        unreached = isinstance(error, LocalEntryNotFoundError)  # an EntryNotFoundError too: no network, no cache
         if isinstance(error, (HFValidationError, EntryNotFoundError)) and not unreached:
             raise UserError(f"{name} is neither a folder nor a model with weights on the Hugging Face hub") from error
-        raise UserError(f"cannot get {name} from the Hugging Face hub ({type(error).__name__}); check the name and the "
-                        "network, or give a folder with config.json and model.safetensors") from error
+        raise UserError(f"cannot download {name} from the Hugging Face hub ({type(error).__name__}); check the name "
+                        "and the network, or use a folder with config.json and model.safetensors") from error
 
 
-def read_config(path):
-    """GPTConfig's fields, as a dict, of a Hugging Face config.json. Raises UserError for what is not GPT-2."""
+def config_from_huggingface(path):
+    """Read GPTConfig's fields, as a dict, from a Hugging Face config.json. Raises UserError if it is not a GPT-2."""
     stored = read_json(path)
     if stored.get("model_type", "gpt2") != "gpt2":
-        raise UserError(f"{path} describes a {stored['model_type']!r} model; only gpt2 is read")
+        raise UserError(f"{path} describes a {stored['model_type']!r} model; only gpt2 is supported")
     for name, value in FIXED_SETTINGS.items():
         if stored.get(name, value) != value:
             raise UserError(f"{path}: {name} = {stored[name]} is not supported")
@@ -274,7 +276,7 @@ def read_config(path):
                       n_layer=stored["n_layer"], n_head=stored["n_head"], n_embd=n_embd, dropout=0.0, bias=True,
                       tie_word_embeddings=stored.get("tie_word_embeddings", True),
                       activation=ACTIVATION_NAMES[activation], layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5))
-        if stored.get("architectures") == [CLASSIFIER]:
+        if stored.get("architectures") == [HF_CLASSIFIER]:
             names = stored.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})       # transformers' defaults
             config["labels"] = [names[str(i)] for i in range(len(names))]
         return config
@@ -283,7 +285,7 @@ def read_config(path):
 
 
 def _read_weights(folder):
-    """The tensors of model.safetensors or pytorch_model.bin, as stored."""
+    """Read the tensors of model.safetensors or pytorch_model.bin as stored."""
     safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     try:
         if safetensors.exists():
@@ -299,8 +301,8 @@ def _read_weights(folder):
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
-def our_state(theirs):
-    """A state dict in Hugging Face's names and layout, in ours, fp32. Raises UserError for what is no tensor."""
+def state_from_huggingface(theirs):
+    """Convert a Hugging Face state dict to our names and layout in fp32. Raises UserError for damaged entries."""
     state = {}
     for key, tensor in theirs.items():
         if key.endswith((".attn.bias", ".attn.masked_bias")):
@@ -316,9 +318,9 @@ def our_state(theirs):
 
 
 def read_vocabulary(folder):
-    """(lines, {token: id}) of a folder's byte-pair vocabulary, its merges "a b" in order; None where it has none.
+    """Read a folder's byte-pair vocabulary as (merges "a b" in order, {token: id}); return None if it has none.
 
-    From merges.txt and vocab.json, else from tokenizer.json. Raises UserError for damaged ones.
+    Reads merges.txt and vocab.json, or else tokenizer.json. Raises UserError if they are damaged.
     """
     merges, whole = Path(folder) / "merges.txt", Path(folder) / "tokenizer.json"
     try:
@@ -328,7 +330,7 @@ def read_vocabulary(folder):
             stored = read_json(whole)
             model = stored["model"]
             if model.get("type") not in (None, "BPE") or '"ByteLevel"' not in json.dumps(stored.get("pre_tokenizer")):
-                return [], {}       # words, pieces, or pairs of other letters: no vocabulary of ours has these ids
+                return [], {}       # not byte-level BPE: our tokenizer cannot produce these ids
             return [m if isinstance(m, str) else " ".join(m) for m in model["merges"]], dict(model["vocab"])
     except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}") from error
@@ -336,22 +338,21 @@ def read_vocabulary(folder):
 
 
 # -----------------------------------------------------------------------------
-# writing it
+# writing Hugging Face format
 
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
-    """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and, with a Tokenizer, its
-    files. The rows beyond its vocabulary are left out.
+    """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and any Tokenizer's files.
 
-    config: GPTConfig's fields; state: a state dict of ours. The folder has its name only when it is complete and
-    check(temporary folder) has not raised. Raises UserError for a folder that holds something, and where the disk
-    refuses.
+    Embedding rows beyond the vocabulary are omitted. config: GPTConfig's fields; state: our state dict. The folder
+    gets its name only when it is complete and check(temporary folder) has not raised. Raises UserError if the folder
+    is not empty or writing fails.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     n_vocab = tokenizer.n_vocab if tokenizer else config["vocab_size"]
     eot = tokenizer.eot if tokenizer else None
     with new_folder(folder) as temporary:
-        write_json(temporary / "config.json", their_config(config, n_vocab, eot))
+        write_json(temporary / "config.json", config_to_huggingface(config, n_vocab, eot))
         if "labels" not in config:
             write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
         files = tokenizer_files(tokenizer, config["block_size"], pads="labels" in config) if tokenizer else {}
@@ -360,21 +361,23 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
                 f.write(text)
         try:
             weights = temporary / "model.safetensors"
-            save_file(their_state(config, state, n_vocab), weights, metadata={"format": "pt"})
-            weights.chmod((temporary / "config.json").stat().st_mode)      # safetensors lets only the owner read
+            save_file(state_to_huggingface(config, state, n_vocab), weights, metadata={"format": "pt"})
+            weights.chmod((temporary / "config.json").stat().st_mode)      # safetensors lets only the owner read it
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the weights in {folder}: {error}") from error
         if check:
             check(temporary)
 
 
-def their_config(config, n_vocab, eot):
-    """GPTConfig's fields (or ClassifierConfig's) as a Hugging Face config.json; eot: the id of the end-of-text token,
-    None without one."""
+def config_to_huggingface(config, n_vocab, eot):
+    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json.
+
+    eot: id of the end-of-text token, or None.
+    """
     names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
-    if "labels" in config:     # padding is what stands behind a text's last other token
-        head = dict(architectures=[CLASSIFIER], id2label={str(i): label for i, label in enumerate(config["labels"])},
+    if "labels" in config:     # transformers reads the label at the last token that is not padding
+        head = dict(architectures=[HF_CLASSIFIER], id2label={str(i): label for i, label in enumerate(config["labels"])},
                     label2id={label: i for i, label in enumerate(config["labels"])}, pad_token_id=eot,
                     problem_type="single_label_classification")
     return dict(**head, model_type="gpt2", vocab_size=n_vocab,
@@ -386,8 +389,8 @@ def their_config(config, n_vocab, eot):
                 **FIXED_SETTINGS)
 
 
-def their_state(config, state, n_vocab):
-    """A state dict of ours in Hugging Face's layout, fp32: rows beyond n_vocab left out, absent biases as zeros."""
+def state_to_huggingface(config, state, n_vocab):
+    """Convert our state dict to Hugging Face's layout in fp32, without rows beyond n_vocab, absent biases as zeros."""
     theirs = {}
     for key, tensor in state.items():
         if key == "lm_head.weight" and config["tie_word_embeddings"]:
@@ -403,9 +406,9 @@ def their_state(config, state, n_vocab):
 
 
 def tokenizer_files(tokenizer, block_size, pads=False):
-    """{name: text} of the files that AutoTokenizer reads, the slow way (vocab.json, merges.txt) and the fast one.
+    """Return {name: text} of the files that AutoTokenizer reads: vocab.json, merges.txt (slow), tokenizer.json (fast).
 
-    pads: end-of-text pads batches.
+    pads: use end-of-text as the padding token.
     """
     vocabulary = json.loads(tokenizer.encoder_json())
     text = next(token for token, i in vocabulary.items() if i == tokenizer.eot)

@@ -26,7 +26,7 @@ from exactgpt.checkpoint import (
 )
 from exactgpt.config import RunFailed, UserError
 from exactgpt.distributed import Runtime, temporary_folder
-from exactgpt.open_model import clean_state, newest_model, open_model
+from exactgpt.open_model import newest_model, normalize_state_dict, open_model
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from model import GPT, GPTConfig
 from tests.common import as_ours, in_our_layout
@@ -310,8 +310,8 @@ def test_prefixes_of_compile_and_ddp_go_in_any_chain_and_masks_with_them():
     state = {"_orig_mod.module.a.weight": 1, "module._orig_mod.b": 2, "module.module.c": 3, "transformer.module.d": 4,
              "_orig_mod.transformer.h.0.attn.bias": 5, "transformer.h.0.attn.masked_bias": 6,
              "transformer.h.0.attn.c_attn.bias": 7}
-    assert clean_state(state) == {"a.weight": 1, "b": 2, "c": 3, "transformer.module.d": 4,
-                                  "transformer.h.0.attn.c_attn.bias": 7}
+    assert normalize_state_dict(state) == {"a.weight": 1, "b": 2, "c": 3, "transformer.module.d": 4,
+                                           "transformer.h.0.attn.c_attn.bias": 7}
 
 
 def test_our_checkpoint_opens_with_its_tokenizer_step_and_loss(tmp_path):

@@ -1,6 +1,4 @@
-"""config.py: flags of every type, mistakes in one line, errors once on every rank; files whole or not there, folders
-of one process.
-"""
+"""config.py: flags of every type, one-line errors printed once over all ranks, atomic files, folder locks."""
 import json
 import os
 import signal
@@ -18,10 +16,10 @@ from exactgpt.config import (
     UserError,
     atomic_write,
     check_new_file,
+    fields_kept_on_resume,
     find_visible,
     flag,
     human_bytes,
-    kept_fields,
     parse_config,
     read_json,
     write_json,
@@ -70,7 +68,7 @@ def refusal(*words, cls=Flags):
     return str(caught.value)
 
 
-def test_without_flags_every_field_has_its_default_and_derived_ones_are_none():
+def test_without_flags_every_field_has_its_default():
     assert parsed() == Flags(source="s", steps=100, epochs=None, layers=None, dropout=0.0, kind="cosine", copies=1,
                              prompt=[], verbose=False, device="auto", dtype="auto")
 
@@ -83,7 +81,7 @@ def test_without_flags_every_field_has_its_default_and_derived_ones_are_none():
     (["--prompt", "a b"], "prompt", ["a b"]), (["--prompt", "a", "--prompt", ""], "prompt", ["a", ""]),
     (["--dtype", "bf16"], "dtype", "bf16"), (["--source", "two"], "source", "two"),
 ])
-def test_a_flag_sets_its_field_in_its_type(words, name, value):
+def test_a_flag_sets_its_field_with_the_right_type(words, name, value):
     got = getattr(parsed(*words), name)
     assert got == value and type(got) is type(value)
 
@@ -97,11 +95,11 @@ def test_lists_are_not_shared_between_configs():
     ([], []), (["a"], ["a"]), (["a", "b"], ["a", "b"]), (["--out", "o", "a"], ["a"]), (["a", "--out", "o"], ["a"]),
     (["a", "--out", "o", "b"], ["a", "b"]),
 ], ids=str)
-def test_words_that_are_no_flags_are_positional_wherever_they_stand(words, expected):
+def test_positional_arguments_may_appear_anywhere(words, expected):
     assert parsed(*words, cls=Files).files == expected
 
 
-def test_one_positional_word_is_needed_and_no_more():
+def test_a_single_positional_argument_is_required_and_unique():
     assert parsed("a", cls=OneFile).file == "a"
     assert "required: FILE" in refusal(cls=OneFile)
     assert "unknown argument b" in refusal("a", "b", cls=OneFile)
@@ -115,7 +113,7 @@ def test_one_positional_word_is_needed_and_no_more():
     (["--zzzz", "7"], "unknown argument --zzzz ("), (["-steps", "7"], "unknown argument -steps ("),
     (["stray"], "unknown argument stray ("),
 ])
-def test_an_unknown_or_abbreviated_flag_is_refused_with_the_nearest_one(words, expected):
+def test_an_unknown_or_abbreviated_flag_is_an_error_that_suggests_the_nearest_one(words, expected):
     assert expected in refusal(*words) and "--help lists the flags" in refusal(*words)
 
 
@@ -132,13 +130,13 @@ def test_an_unknown_or_abbreviated_flag_is_refused_with_the_nearest_one(words, e
     (["--verbose=1"], "--verbose: ignored explicit argument '1'"),
     (["--epochs", "1", "--layers", "1"], "--epochs and --layers exclude each other"),
 ])
-def test_a_wrong_value_is_refused_with_what_would_be_right(words, expected):
+def test_an_invalid_value_is_an_error_that_says_what_is_valid(words, expected):
     assert expected in refusal(*words)
 
 
 @pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf", "infinity", "1e999", "-1e999"])
 @pytest.mark.parametrize("name", ["dropout", "epochs"])
-def test_nan_and_infinity_are_no_numbers(name, text):
+def test_nan_and_infinity_are_invalid(name, text):
     assert f"--{name}: '{text}' is not a finite number" in refusal(f"--{name}={text}")
 
 
@@ -156,8 +154,8 @@ def test_replace_checks_what_it_changes():
         config.replace(parsed(), epochs=1.0, layers=1)
 
 
-def test_the_fields_that_a_resumed_run_keeps_are_those_marked():
-    assert kept_fields(Flags) == ["steps", "dropout"]
+def test_fields_kept_on_resume_are_those_marked_with_keep():
+    assert fields_kept_on_resume(Flags) == ["steps", "dropout"]
 
 
 def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(monkeypatch, capsys):
@@ -225,7 +223,7 @@ def test_other_errors_keep_their_traceback_and_ctrl_c_is_quiet(run):
     assert (rc, err) == (130, "")
 
 
-def test_a_closed_pipe_is_no_error(tmp_path):
+def test_a_closed_pipe_is_not_an_error(tmp_path):
     code = "from exactgpt.config import run_script\ndef main():\n    while True: print('x' * 4096)\nrun_script(main)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=script_env(tmp_path))
@@ -239,7 +237,7 @@ def test_a_closed_pipe_is_no_error(tmp_path):
 # files
 
 def background(code, home):
-    """A Python process that runs code; its standard output can be read line by line."""
+    """Start a Python process that runs code; its standard output can be read line by line."""
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=script_env(home))
 
 
@@ -249,7 +247,7 @@ def kill(process):
     process.stdout.close()
 
 
-def test_a_file_has_its_name_only_when_it_is_complete(tmp_path):
+def test_a_file_gets_its_name_only_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "folder" / "file"
     with atomic_write(path) as f:
         f.write(b"whole")
@@ -268,7 +266,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, e
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_kill_9_while_writing_leaves_the_old_file_and_the_next_try_clears_up(tmp_path):
+def test_kill_9_while_writing_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     writer = background(f"""
@@ -308,7 +306,7 @@ def test_bad_json_is_a_user_error_that_names_the_file(tmp_path, data, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_folder_is_locked_until_its_holder_leaves(tmp_path):
+def test_a_folder_is_locked_until_its_holder_exits(tmp_path):
     with FolderLock(tmp_path / "logs", wait_s=0):
         with pytest.raises(UserError, match=r"another run is using .*logs \(it holds .*\.lock\)"):
             FolderLock(tmp_path / "logs", wait_s=0)
@@ -318,7 +316,7 @@ def test_a_folder_is_locked_until_its_holder_leaves(tmp_path):
         pass
 
 
-def test_kill_9_of_the_holder_frees_the_folder_for_one_that_waits(tmp_path):
+def test_kill_9_of_the_holder_releases_the_lock_to_a_waiting_process(tmp_path):
     holder = background(f"""
 import time
 from exactgpt.config import FolderLock
@@ -335,10 +333,10 @@ with FolderLock({str(tmp_path)!r}, wait_s=0):
     time.sleep(0.3)
     kill(holder)
     said = waiting.communicate(timeout=10)[0].splitlines()
-    assert said == [f"another run is using {tmp_path}; waiting up to 30 s for its end", "got it"]
+    assert said == [f"another run is using {tmp_path}; waiting up to 30 s for it to finish", "got it"]
 
 
-def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file cannot be a folder: .*file is a file"):
         FolderLock(tmp_path / "file", wait_s=0)
@@ -346,15 +344,15 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
         FolderLock(tmp_path / "file" / "below", wait_s=0)
 
 
-def test_a_new_file_writes_over_nothing(tmp_path):
+def test_a_new_file_overwrites_nothing(tmp_path):
     (tmp_path / "there").touch()
     check_new_file(tmp_path / "not" / "yet", "--out")
-    for path, problem in (("there", "exists already"), ("there/below", "cannot write in")):
+    for path, problem in (("there", "already exists"), ("there/below", "cannot write in")):
         with pytest.raises(UserError, match=f"--out .*{problem}"):
             check_new_file(tmp_path / path, "--out")
 
 
-def test_what_is_hidden_or_goes_away_is_not_found(tmp_path, monkeypatch):
+def test_hidden_and_vanished_folders_are_skipped(tmp_path, monkeypatch):
     for name in (".dry_run/run", "a", "a/b"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "model_1.pt").touch()
@@ -368,5 +366,5 @@ def test_what_is_hidden_or_goes_away_is_not_found(tmp_path, monkeypatch):
     (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1536, "1.5 kB"), (1_500_000_000, "1.5 GB"), (2 * 10**12, "2.0 TB"),
     (10**15, "1000.0 TB"),
 ])
-def test_bytes_for_people(n, text):
+def test_human_bytes(n, text):
     assert human_bytes(n) == text

@@ -1,4 +1,4 @@
-"""convert.py: weights travel to Hugging Face and back without losing a bit, and foreign checkpoints open everywhere."""
+"""convert.py: weights survive Hugging Face format and back bit for bit, and foreign checkpoints work everywhere."""
 import json
 
 import pytest
@@ -10,7 +10,7 @@ import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
 from exactgpt.generation import generate_ids
-from exactgpt.open_model import open_model, their_config, their_state, tokenizer_files
+from exactgpt.open_model import config_to_huggingface, open_model, state_to_huggingface, tokenizer_files
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 from tests.common import in_our_layout
@@ -20,7 +20,7 @@ CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u67
 
 @pytest.fixture
 def trained(tmp_path):
-    """(path, model, tokenizer) of a checkpoint of ours: a trained vocabulary, a padded embedding, large weights."""
+    """(path, model, tokenizer) of our checkpoint with a trained vocabulary, a padded embedding and large weights."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CORPUS, 300)
     model = GPT(GPTConfig(32, 320, 2, 3, 24, activation="gelu")).eval()
@@ -36,17 +36,17 @@ def main(*flags):
     convert.main([str(f) for f in flags])
 
 
-def continued(model, prompt, n_vocab, n=12):
-    """Greedy ids after a prompt."""
+def greedy_ids(model, prompt, n_vocab, n=12):
+    """Return the ids that greedy sampling appends to a prompt."""
     return [step[0] for step in generate_ids(model, [prompt], n_vocab=n_vocab, max_tokens=n, temperature=0)]
 
 
-def test_ours_travels_to_transformers_and_back_bit_for_bit(trained, tmp_path, capsys):
+def test_our_model_converts_to_transformers_and_back_bit_for_bit(trained, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
     path, model, tokenizer = trained
     main("--checkpoint", path, "--out", tmp_path / "hf")
     out = capsys.readouterr().out
-    assert "the weights come back bit for bit" in out and "transformers" in out and "its tokenizer gives our ids" in out
+    assert "the weights are bitwise equal" in out and "with transformers" in out and "(same token ids)" in out
     assert f'next: python inference.py --checkpoint {tmp_path / "hf"} --prompt "..."' in out
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
@@ -54,7 +54,7 @@ def test_ours_travels_to_transformers_and_back_bit_for_bit(trained, tmp_path, ca
     ids = torch.randint(tokenizer.n_vocab, (2, 32))
     torch.testing.assert_close(theirs(ids).logits, model(ids)[..., :tokenizer.n_vocab], atol=1e-3, rtol=1e-3)
     prompt = tokenizer.encode("the cat")
-    expected = continued(model, prompt, tokenizer.n_vocab)
+    expected = greedy_ids(model, prompt, tokenizer.n_vocab)
     write = pipeline("text-generation", model=theirs, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "hf"))
     text = write("the cat", do_sample=False, min_new_tokens=12, max_new_tokens=12)[0]["generated_text"]
     assert text == "the cat" + tokenizer.decode(expected)
@@ -66,30 +66,30 @@ def test_ours_travels_to_transformers_and_back_bit_for_bit(trained, tmp_path, ca
     for name, tensor in back.model.state_dict().items():
         original = model.state_dict()[name]
         assert torch.equal(tensor, original[:tokenizer.n_vocab] if "wte" in name or "lm_head" in name else original)
-    assert continued(back.model.eval(), prompt, tokenizer.n_vocab) == expected
+    assert greedy_ids(back.model.eval(), prompt, tokenizer.n_vocab) == expected
 
 
-def test_gpt_nano_comes_back_as_the_very_tensors_of_its_file(gpt_nano, tmp_path, capsys):
+def test_gpt_nano_converts_back_to_the_same_tensors(gpt_nano, tmp_path, capsys):
     from safetensors.torch import load_file
     main("--checkpoint", gpt_nano, "--out", tmp_path / "nano.pt")
     main("--checkpoint", tmp_path / "nano.pt", "--out", tmp_path / "hf")
-    assert "no tokenizer to take along" in capsys.readouterr().out
+    assert "the checkpoint has no tokenizer" in capsys.readouterr().out
     before, after = load_file(gpt_nano / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
 @pytest.mark.parametrize("damage, message", [
-    ("weights", "did not come back as it was written"), ("config", "the logits of our reader differ"),
-    ("tokenizer", "transformers' tokenizer gives other ids"),
+    ("weights", "reads back differently"), ("config", "the logits of our reader differ"),
+    ("tokenizer", "transformers' tokenizer gives other token ids"),
 ])
-def test_an_export_that_is_not_the_model_is_not_kept(trained, tmp_path, monkeypatch, damage, message):
+def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, message):
     if damage == "weights":
-        monkeypatch.setattr("exactgpt.open_model.their_state", lambda *args: {
+        monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
             k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v
-            for k, v in their_state(*args).items()})
+            for k, v in state_to_huggingface(*args).items()})
     if damage == "config":
-        monkeypatch.setattr("exactgpt.open_model.their_config",
-                            lambda *args: {**their_config(*args), "activation_function": "gelu_new"})
+        monkeypatch.setattr("exactgpt.open_model.config_to_huggingface",
+                            lambda *args: {**config_to_huggingface(*args), "activation_function": "gelu_new"})
     if damage == "tokenizer":
         monkeypatch.setattr("exactgpt.open_model.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
             Tokenizer(tokenizer.merges[:-2], ""), n))
@@ -98,7 +98,7 @@ def test_an_export_that_is_not_the_model_is_not_kept(trained, tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["ours.pt"]
 
 
-def test_a_diverged_model_travels_too(tmp_path):
+def test_a_diverged_model_can_be_converted(tmp_path):
     model = GPT(GPTConfig(8, 65, 1, 2, 8))
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0] = torch.nan
@@ -108,15 +108,15 @@ def test_a_diverged_model_travels_too(tmp_path):
     assert weight[0].isnan().all() and not weight[1:].isnan().any()
 
 
-def test_mistakes_are_one_line_and_touch_nothing(trained, tmp_path, monkeypatch, capsys):
+def test_user_errors_change_no_file(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "garbage.pt").write_bytes(b"garbage")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for flags, message in ((["--checkpoint", "ours.pt"], "arguments are required: --out"),
-                           (["--out", "full", "--checkpoint", "ours.pt"], "full exists already"),
-                           (["--out", "ours.pt", "--checkpoint", "ours.pt"], "ours.pt exists already"),
+                           (["--out", "full", "--checkpoint", "ours.pt"], "full already exists"),
+                           (["--out", "ours.pt", "--checkpoint", "ours.pt"], "ours.pt already exists"),
                            (["--out", "new"], "no model_XXXXX.pt below logs/"),
                            (["--out", "new", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
                            (["--out", "new", "--checkpoint", "garbage.pt"], "garbage.pt cannot be loaded"),
@@ -149,7 +149,7 @@ torch.save({'model': torch.load(sys.argv[1]), 'config': GPTConfig(32, 50304, 2, 
 
 @pytest.fixture(params=["nanoGPT", "build-nanogpt"])
 def foreign(request, run, tiny_gpt2, tmp_path):
-    """(a file as nanoGPT or build-nanogpt writes it, transformers' model of its weights); nanoGPT's without biases."""
+    """(a file in nanoGPT's or build-nanogpt's format, transformers' model of its weights); nanoGPT's has no biases."""
     is_nano = request.param == "nanoGPT"
     theirs = tiny_gpt2(vocab_size=50304, activation_function="gelu" if is_nano else "gelu_new")
     state = {k: in_our_layout(theirs, k, tensor).contiguous().clone() for k, tensor in theirs.state_dict().items()}

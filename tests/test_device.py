@@ -1,4 +1,4 @@
-"""device.py: what "auto" means on hardware that tests write down, and what this CPU really does."""
+"""device.py: how "auto" is resolved on made-up hardware, and what this CPU really does."""
 import platform
 
 import pytest
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from exactgpt import device
 from exactgpt.config import UserError
-from exactgpt.device import Hardware, attention_backend, choose_compile, choose_device, choose_dtype, probe
+from exactgpt.device import Hardware, attention_backend, choose_compile, choose_device, choose_dtype, probe_hardware
 from model import GPTConfig
 
 P100 = Hardware("cuda", "Tesla P100-PCIE-16GB", (6, 0))
@@ -23,7 +23,7 @@ NEW_CPU, OLD_CPU = Hardware("cpu", cpu_bf16=True), Hardware("cpu")
     (P100, "fp16"), (V100, "fp16"), (T4, "fp16"), (A100, "bf16"), (H100, "bf16"), (MPS, "fp32"), (NEW_CPU, "bf16"),
     (OLD_CPU, "fp32"),
 ], ids=lambda value: getattr(value, "name", value))
-def test_auto_dtype_is_one_that_the_hardware_computes_in(hardware, dtype):
+def test_auto_dtype_is_supported_by_the_hardware(hardware, dtype):
     assert choose_dtype("auto", hardware) == dtype
 
 
@@ -33,7 +33,7 @@ def test_emulated_bf16_is_refused(hardware):
         choose_dtype("bf16", hardware)
 
 
-def test_a_dtype_that_the_hardware_has_is_taken_as_asked():
+def test_a_supported_dtype_is_used_as_requested():
     for hardware in (A100, H100, NEW_CPU, OLD_CPU):
         assert [choose_dtype(d, hardware) for d in ("bf16", "fp16", "fp32")] == ["bf16", "fp16", "fp32"]
     assert choose_dtype("fp16", T4) == "fp16" and choose_dtype("bf16", MPS) == "bf16"
@@ -53,19 +53,19 @@ def test_auto_compile_is_off_with_a_notice_below_capability_7(monkeypatch):
 
 
 @pytest.mark.parametrize("hardware", [V100, T4, A100, H100], ids=lambda h: h.name)
-def test_auto_compile_is_on_exactly_where_a_compiled_function_runs(monkeypatch, hardware):
+def test_auto_compile_is_on_if_and_only_if_a_compiled_function_runs(monkeypatch, hardware):
     monkeypatch.setattr(device, "compile_problem", lambda device: None)
     assert choose_compile("auto", hardware, torch.device("cpu")) == (True, None)
     monkeypatch.setattr(device, "compile_problem", lambda device: "no Triton")
     compiled, notice = choose_compile("auto", hardware, torch.device("cpu"))
-    assert not compiled and "does not run here (no Triton)" in notice
+    assert not compiled and "it does not work here (no Triton)" in notice
     assert choose_compile("off", hardware, torch.device("cpu")) == (False, None)
     with pytest.raises(UserError, match=r"--compile on: .*\(no Triton\).*--compile off"):
         choose_compile("on", hardware, torch.device("cpu"))
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_problem_is_one_line(run, tmp_path):
+def test_a_missing_compiler_is_reported_in_one_line(run, tmp_path):
     code = "import torch; from exactgpt import device; print(device.compile_problem(torch.device('cpu')))"
     env = {"CC": "/none/cc", "CXX": "/none/c++", "PATH": "/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     rc, out, _ = run("-c", code, env=env)
@@ -73,12 +73,12 @@ def test_without_a_compiler_the_problem_is_one_line(run, tmp_path):
 
 
 @pytest.fixture
-def two_cards(monkeypatch):
+def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-def test_each_process_has_a_card_of_its_own(two_cards):
+def test_each_process_gets_its_own_gpu(two_gpus):
     assert [choose_device("auto", rank, 2) for rank in (0, 1)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert choose_device("cuda", 1, 2) == torch.device("cuda", 1)
     assert choose_device("cuda:1") == torch.device("cuda", 1)
@@ -86,17 +86,17 @@ def test_each_process_has_a_card_of_its_own(two_cards):
 
 
 @pytest.mark.parametrize("requested", ["auto", "cuda"])
-def test_more_processes_than_cards_is_refused(two_cards, requested):
+def test_more_processes_than_gpus_is_an_error(two_gpus, requested):
     with pytest.raises(UserError, match="8 processes but 2 CUDA devices on this machine; use --nproc_per_node=2"):
         choose_device(requested, 0, 8)
 
 
-def test_a_card_that_is_not_there_is_refused(two_cards):
+def test_a_missing_gpu_is_an_error(two_gpus):
     with pytest.raises(UserError, match="--device cuda:2: this machine has the CUDA devices 0 to 1"):
         choose_device("cuda:2")
 
 
-def test_without_cards_auto_is_the_cpu_and_cuda_is_refused(monkeypatch):
+def test_without_gpus_auto_is_the_cpu_and_cuda_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto", 3, 4) == torch.device("cpu")
@@ -109,16 +109,16 @@ def test_without_cards_auto_is_the_cpu_and_cuda_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("requested", ["gpu", "", "xpu", "meta", "cuda:x", "cuda:-1"])
-def test_other_words_are_no_device(requested):
+def test_an_unknown_device_is_an_error(requested):
     with pytest.raises(UserError, match="--device must be auto, cpu, cuda, cuda:N or mps"):
         choose_device(requested)
 
 
 @pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True)])
-def test_a_cpu_computes_in_bf16_with_avx512_bf16_or_amx(monkeypatch, flags):
+def test_a_cpu_supports_bf16_with_avx512_bf16_or_amx(monkeypatch, flags):
     for feature, has in zip(("avx512_bf16", "amx_tile"), flags):
         monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda has=has: has)
-    assert probe(torch.device("cpu")) == Hardware("cpu", device.cpu_name(), cpu_bf16=any(flags))
+    assert probe_hardware(torch.device("cpu")) == Hardware("cpu", device.cpu_name(), cpu_bf16=any(flags))
 
 
 @pytest.mark.parametrize("name, tflops", [
@@ -126,7 +126,7 @@ def test_a_cpu_computes_in_bf16_with_avx512_bf16_or_amx(monkeypatch, flags):
     ("NVIDIA GH200 480GB", 989), ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
     ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA RTX A6000", 155),
 ])
-def test_known_cards_have_their_peak(name, tflops):
+def test_known_gpus_have_their_peak(name, tflops):
     assert Hardware("cuda", name, (8, 0)).peak_flops() == tflops * 1e12
 
 
@@ -135,11 +135,11 @@ def test_known_cards_have_their_peak(name, tflops):
     "NVIDIA GeForce RTX 4080 SUPER", "NVIDIA GeForce RTX 4090 Laptop GPU",
     "NVIDIA GeForce RTX 4090 D", "NVIDIA H20", "NVIDIA A2", "AMD Instinct MI300X",
 ])
-def test_a_card_that_we_do_not_know_has_no_mfu_rather_than_a_wrong_one(name):
+def test_an_unknown_gpu_has_no_mfu_rather_than_a_wrong_one(name):
     assert Hardware("cuda", name, (8, 0)).peak_flops() is None
 
 
-def test_only_cuda_cards_have_a_peak():
+def test_only_cuda_gpus_have_a_peak():
     assert OLD_CPU.peak_flops() is None and MPS.peak_flops() is None
 
 
@@ -156,32 +156,32 @@ def test_a_cpu_has_flash_and_math_attention(restored_attention, requested, used,
     with torch.profiler.profile() as profile:
         q = torch.randn(1, 2, 16, 8, dtype=dtype)
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert any(f"{used}" in event.key for event in profile.key_averages())   # and it is what later calls run on
+    assert any(f"{used}" in event.key for event in profile.key_averages())   # later calls use it too
 
 
 @pytest.mark.parametrize("requested", ["efficient", "cudnn"])
-def test_a_cpu_lacks_the_other_backends(restored_attention, requested):
+def test_a_cpu_does_not_have_the_other_attention_backends(restored_attention, requested):
     with pytest.raises(UserError, match=f"--attention {requested}: cpu has no such backend for float32 and heads of 8"):
         attention_backend(requested, torch.device("cpu"), torch.float32, GPTConfig(16, 64, 1, 2, 16))
     q = torch.randn(1, 2, 16, 8)
-    F.scaled_dot_product_attention(q, q, q, is_causal=True)         # the refusal leaves attention usable
+    F.scaled_dot_product_attention(q, q, q, is_causal=True)         # attention still works after the error
 
 
 @pytest.mark.parametrize("requested, left", [
     ("auto", ["flash", "efficient", "math"]), ("flash", ["flash", "efficient", "math"]),
     ("math", ["efficient", "math"]), ("cudnn", ["efficient", "math"])])
-def test_attention_of_new_shapes_leaves_cudnn_out_and_flash_where_it_was_not_asked_for(restored_attention, requested,
+def test_attention_without_cudnn_uses_flash_only_if_it_was_enabled(restored_attention, requested,
                                                                                        left):
     device.enable_attention(requested)
     c = torch.backends.cuda
-    with device.unplanned_attention():
+    with device.attention_without_cudnn():
         enabled = dict(flash=c.flash_sdp_enabled(), efficient=c.mem_efficient_sdp_enabled(), math=c.math_sdp_enabled(),
                        cudnn=c.cudnn_sdp_enabled())
     assert [name for name, is_on in enabled.items() if is_on] == left
     assert c.cudnn_sdp_enabled() == (requested in ("auto", "cudnn"))
 
 
-def test_mps_has_one_backend(restored_attention):
+def test_mps_has_one_attention_backend(restored_attention):
     shape = GPTConfig(16, 64, 1, 2, 16)
     assert attention_backend("auto", torch.device("mps"), torch.float32, shape) == "mps"
     with pytest.raises(UserError, match="--attention flash: mps has no such backend"):
@@ -189,7 +189,7 @@ def test_mps_has_one_backend(restored_attention):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_kept_but_where_shapes_differ(run):
+def test_freed_memory_is_kept_except_while_shapes_vary(run):
     code = """
 import resource, torch
 from exactgpt.device import keep_freed_memory, returning_freed_memory
@@ -205,7 +205,7 @@ with returning_freed_memory(cpu):
     inside = kept_of_a_block()
 print(inside, kept_of_a_block())
 """
-    rc, out, err = run("-c", code, env={"LD_PRELOAD": ""})      # no other allocator
+    rc, out, err = run("-c", code, env={"LD_PRELOAD": ""})      # no preloaded allocator
     assert rc == 0, err
     inside, after = map(float, out.split())
     assert inside < 20 and after > 180, out      # MB, of 200

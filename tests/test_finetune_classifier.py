@@ -88,7 +88,7 @@ def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transf
     assert lines[0].startswith("good (bad 0.") and lines[1].startswith("bad (bad 0.")
     assert lines[0].endswith(": So lovely b") and lines[1].endswith(": A poor c")
     check_export(out / "classifier.pt", tmp_path, capsys)
-    with pytest.raises(UserError, match="writes no text, it is a classifier \\(bad, good\\)"):
+    with pytest.raises(UserError, match="is a classifier \\(bad, good\\), not a language model"):
         inference.main(["--checkpoint", str(out / "classifier.pt"), "--prompt", "x"])
     main(*classifier_flags(out), "--class_weights", "balanced")
     assert "is finished" in capsys.readouterr().out
@@ -109,7 +109,7 @@ def check_export(path, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("text\n" + "\n".join(f'"{t}"' for t in texts) + "\n")
     for name, source in (("ours.csv", path), ("theirs.csv", tmp_path / "hf")):
         main("--checkpoint", source, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / name, *CPU)
-    with pytest.raises(UserError, match=r"--out .*new\.csv exists already, and nothing is written over"):
+    with pytest.raises(UserError, match=r"--out .*new\.csv already exists and will not be overwritten"):
         main("--checkpoint", path, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / "new.csv", *CPU)
     ours, theirs = (list(csv.DictReader(open(tmp_path / name))) for name in ("ours.csv", "theirs.csv"))
     assert ours == theirs and [row["text"] for row in ours] == texts

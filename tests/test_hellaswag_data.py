@@ -95,7 +95,7 @@ def test_a_mistake_is_one_line_and_status_2(run, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(HELLASWAG_ROWS.read_bytes())
     rc, out, err = run("hellaswag.py", "--data", tmp_path / "rows.jsonl", "--json", tmp_path / "rows.jsonl", "--device",
                        "cpu")
-    assert (rc, out) == (2, "") and "rows.jsonl exists already, and nothing is written over" in err
+    assert (rc, out) == (2, "") and "rows.jsonl already exists and will not be overwritten" in err
     assert (tmp_path / "rows.jsonl").read_bytes() == HELLASWAG_ROWS.read_bytes()
 
 

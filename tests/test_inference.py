@@ -213,7 +213,7 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
                            (["--prompt", "x", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
                            (["--prompt", "x", "--checkpoint", "latin.txt"], "latin.txt cannot be loaded"),
                            (["--prompt", "x", "--checkpoint", "."], ". holds neither a model_XXXXX.pt nor"),
-                           (["--prompt", "x", "--checkpoint", str(gpt_nano)], "without a tokenizer for its 3 tokens"),
+                           (["--prompt", "x", "--checkpoint", str(gpt_nano)], "has no tokenizer for its 3 tokens"),
                            (["--prompt", "x", "--max_tokens", "0"], "--max_tokens must be >= 1"),
                            (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0"),
                            (["--prompt", "x", "--top_p", "0"], "--top_p must be > 0"),

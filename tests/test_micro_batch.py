@@ -1,4 +1,4 @@
-"""device.py: the micro-batch search, with the card's memory faked."""
+"""device.py: the search for a micro-batch size, with faked GPU memory."""
 import gc
 import json
 from types import SimpleNamespace
@@ -19,8 +19,8 @@ from exactgpt.lora import add_adapter
 from model import GPT, GPT2_SIZES, GPTConfig
 
 
-def card(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):
-    """A runtime on a device on which up to so many rows fit; the tries are recorded."""
+def fake_gpu(monkeypatch, rows_that_fit, kind="cuda", minimum=lambda value: value):
+    """Return (a runtime on a device on which that many rows fit, the list of sizes that were tried)."""
     tried = []
 
     def fits(module, block_size, size, runtime):
@@ -35,22 +35,22 @@ RUNTIME = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.aut
 
 
 def test_the_largest_divisor_that_fits_is_found_by_halving(monkeypatch):
-    runtime, tried = card(monkeypatch, 20)
+    runtime, tried = fake_gpu(monkeypatch, 20)
     assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 16
-    assert tried == [64, 32, 16]                      # 64 x 1024 tokens already fill a card
-    runtime, tried = card(monkeypatch, 9)
+    assert tried == [64, 32, 16]                      # 64 x 1024 tokens already keep a GPU busy
+    runtime, tried = fake_gpu(monkeypatch, 9)
     assert device.find_micro_batch_size(RAW, 1024, 0, 60, runtime) == 6   # 60, 30, 15, 6: each a divisor of 60
 
 
-def test_a_size_fits_where_it_fits_on_every_rank(monkeypatch):
-    runtime, tried = card(monkeypatch, 64)
+def test_a_size_fits_only_if_it_fits_on_every_rank(monkeypatch):
+    runtime, tried = fake_gpu(monkeypatch, 64)
     runtime.minimum = lambda answer: min(answer, tried[-1] <= 8)       # another rank's answer
     assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 8
     assert tried == [64, 32, 16, 8]                                    # the ranks try the same sizes
 
 
 def test_a_size_that_does_not_fit_names_the_next_smaller_valid_one(monkeypatch):
-    runtime, _ = card(monkeypatch, 20)
+    runtime, _ = fake_gpu(monkeypatch, 20)
     with pytest.raises(UserError, match="use --micro_batch_size 16, or 0"):
         device.find_micro_batch_size(RAW, 1024, 32, 512, runtime)
     assert device.find_micro_batch_size(RAW, 1024, 16, 512, runtime) == 16
@@ -58,52 +58,52 @@ def test_a_size_that_does_not_fit_names_the_next_smaller_valid_one(monkeypatch):
         device.find_micro_batch_size(RAW, 1024, 48, 96, runtime)
 
 
-def test_a_size_that_was_found_on_a_larger_card_is_found_anew(monkeypatch):
-    runtime, tried = card(monkeypatch, 20)
+def test_a_size_found_on_a_larger_gpu_is_searched_again(monkeypatch):
+    runtime, tried = fake_gpu(monkeypatch, 20)
     assert device.find_micro_batch_size(RAW, 1024, 64, 512, runtime, insist=False) == 16
     assert tried == [64, 32, 16]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", GPT2_SIZES)
-def test_the_bound_is_just_below_what_the_compiled_step_was_counted_to_keep(name, recompute):
+def test_the_lower_bound_is_just_below_the_counted_memory_of_the_compiled_step(name, recompute):
     rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
     [counted] = [r for r in rows if (r["model"], r["recompute"], r["compiled"]) == (name, recompute, True)]
     with torch.device("meta"):
         model = GPT(GPTConfig(**GPT2_SIZES[name]))
     model.recompute = recompute
-    state = device.least_bytes(model, 0)
+    state = device.min_training_bytes(model, 0)
     assert state == counted["state_gb"] * 1e9
-    assert 0.98 < (device.least_bytes(model, 1024) - state) / 1024 / (1e6 * counted["mb_per_token"]) < 1
+    assert 0.98 < (device.min_training_bytes(model, 1024) - state) / 1024 / (1e6 * counted["mb_per_token"]) < 1
 
 
-def test_a_size_that_cannot_fit_costs_no_try(monkeypatch):
-    """80 GB, GPT-2 1558M: 64 and 32 rows are ruled out by what they must keep; who asks for them is refused at once."""
-    runtime, tried = card(monkeypatch, 64)
+def test_a_size_that_cannot_fit_is_not_tried(monkeypatch):
+    """GPT-2 1558M in 80 GB: the lower bound rules out 64 and 32 rows; asking for such a size is an error at once."""
+    runtime, tried = fake_gpu(monkeypatch, 64)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 10**9, 80 * 10**9))
     with torch.device("meta"):
         xl = GPT(GPTConfig(**GPT2_SIZES["gpt2-xl"]))
     assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 16 and tried == [16]
-    runtime.minimum = lambda value: min(value, 40e9)                   # another rank's card
+    runtime.minimum = lambda value: min(value, 40e9)                   # another rank's GPU
     assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime, gpt=xl) == 4 and tried == [16, 4]
     with pytest.raises(UserError, match="use --micro_batch_size 4, or 0"):
         device.find_micro_batch_size(RAW, 1024, 8, 512, runtime, gpt=xl)
     assert tried == [16, 4]
 
 
-def test_not_even_one_row(monkeypatch):
-    runtime, _ = card(monkeypatch, 0)
+def test_an_error_if_not_even_one_row_fits(monkeypatch):
+    runtime, _ = fake_gpu(monkeypatch, 0)
     with pytest.raises(UserError, match="--recompute"):
         device.find_micro_batch_size(RAW, 1024, 0, 512, runtime)
 
 
 def test_on_a_cpu_a_micro_batch_has_at_most_4096_tokens(monkeypatch):
-    runtime, tried = card(monkeypatch, 0, kind="cpu")
+    runtime, tried = fake_gpu(monkeypatch, 0, kind="cpu")
     assert device.find_micro_batch_size(RAW, 1024, 0, 512, runtime) == 4 and tried == []
     assert device.find_micro_batch_size(RAW, 8192, 0, 512, runtime) == 1
 
 
-def test_a_try_leaves_the_weights_bitwise_as_they_are():
+def test_a_trial_leaves_the_weights_bitwise_unchanged():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -113,7 +113,7 @@ def test_a_try_leaves_the_weights_bitwise_as_they_are():
 
 
 class Watched(GPT):
-    """A GPT that records, at each forward pass, its rows' strides and what of the optimizer and gradients is there."""
+    """A GPT that records at each forward pass the batch's strides and if optimizer state and gradients exist."""
 
     def forward(self, x, y):
         p = self.transformer.wte.weight
@@ -122,18 +122,18 @@ class Watched(GPT):
         return super().forward(x, y)
 
 
-def test_a_try_holds_what_a_step_with_accumulation_holds(monkeypatch):
-    """AdamW's state from the start, rows laid out as training's, a second micro-batch beside the first's gradients."""
+def test_a_trial_holds_what_a_step_with_accumulation_holds(monkeypatch):
+    """AdamW's state from the start, training's strides, a second micro-batch next to the first's gradients."""
     model = Watched(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
     model.seen, steps = [], []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(len(model.seen)), step(self)))
     assert device.fits_in_memory(model, 8, 2, RUNTIME)
     assert model.seen == [((9, 1), (9, 1), 3, False), ((9, 1), (9, 1), 3, True)]
-    assert steps == [0, 2]                     # one makes the state, one updates
+    assert steps == [0, 2]                     # the first allocates the state, the second updates
 
 
-def test_a_try_in_ddp_reduces_nothing_and_makes_gradients_beside_the_buckets():
+def test_a_trial_in_ddp_reduces_nothing_and_keeps_gradients_next_to_the_buckets():
     """A rank that runs out of memory must not leave the others waiting in a collective."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
@@ -152,14 +152,14 @@ def test_a_try_in_ddp_reduces_nothing_and_makes_gradients_beside_the_buckets():
     torch.OutOfMemoryError("CUDA out of memory"), BackendCompilerFailed(None, torch.OutOfMemoryError("full"), None),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError("CUDNN_..._DEVICE_ALLOCATION_FAILED")])
-def test_out_of_memory_is_no_error_but_an_answer(monkeypatch, error):
-    """What was compiled for that size goes: each size compiles anew, and after eight torch would run eager."""
+def test_out_of_memory_means_that_a_size_does_not_fit(monkeypatch, error):
+    """The code compiled for that size is dropped: each size compiles again, and after eight torch would run eager."""
     monkeypatch.setattr(torch._dynamo, "reset", lambda: forgotten.append(True))
     forgotten = []
     assert not device.fits_in_memory(Failing(error), 8, 2, RUNTIME) and forgotten
 
 
-def test_any_other_error_is_one():
+def test_any_other_error_is_raised():
     with pytest.raises(RuntimeError, match="illegal memory access"):
         device.fits_in_memory(Failing(RuntimeError("CUDA error: an illegal memory access")), 8, 2, RUNTIME)
 
@@ -176,8 +176,8 @@ class Failing(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("problem", ["here", "on another rank"])
-def test_a_compiler_that_fails_on_one_rank_fails_on_all(monkeypatch, problem):
-    runtime, _ = card(monkeypatch, 64)
+def test_a_compilation_failure_on_one_rank_is_raised_on_all(monkeypatch, problem):
+    runtime, _ = fake_gpu(monkeypatch, 64)
     if problem == "here":
         def fits(*_):
             raise BackendCompilerFailed(None, ValueError("no ptxas\n here"), None)
@@ -189,8 +189,8 @@ def test_a_compiler_that_fails_on_one_rank_fails_on_all(monkeypatch, problem):
     assert len(str(caught.value)) <= 160
 
 
-def test_where_the_model_cannot_be_compiled_the_micro_batch_is_sought_again(monkeypatch, make_shards, tmp_path, capsys):
-    """What fits compiled may not fit eager. --compile on: an error."""
+def test_without_compilation_the_micro_batch_size_is_searched_again(monkeypatch, make_shards, tmp_path, capsys):
+    """A size that fits compiled may not fit eager. With --compile on it is an error."""
     def find(module, *_, **options):
         tried.append(type(module).__name__)
         if len(tried) == 1:
@@ -213,7 +213,7 @@ def test_where_the_model_cannot_be_compiled_the_micro_batch_is_sought_again(monk
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "balanced", "head"])
-def test_a_try_of_fine_tuning_leaves_weights_and_what_is_frozen(kind):
+def test_a_fine_tuning_trial_leaves_weights_and_frozen_parameters_unchanged(kind):
     model = GPT(GPTConfig(block_size=1024, vocab_size=64, n_layer=1, n_head=2, n_embd=16))
     if kind in ("balanced", "head"):
         model = Classifier.from_gpt(model, ["a", "b"])
@@ -231,12 +231,12 @@ def test_a_try_of_fine_tuning_leaves_weights_and_what_is_frozen(kind):
     assert frozen == [not p.requires_grad for p in model.parameters()]
 
 
-def test_divisors_are_all_there_largest_first():
+def test_divisors_are_complete_and_largest_first():
     for n in (1, 2, 7, 12, 64, 97, 360, 512):
         assert device.divisors(n) == [d for d in range(n, 0, -1) if n % d == 0]
 
 
-def test_a_micro_batch_that_does_not_divide_names_those_that_do():
+def test_a_micro_batch_size_that_does_not_divide_names_those_that_do():
     for d in (1, 2, 3, 4, 6, 12):
         device.check_micro_batch_size(d, 12)
     with pytest.raises(UserError, match=r"5 does not divide the 12 rows .* use one of 12, 6, 4, 3, 2, 1, or 0"):

@@ -1,4 +1,4 @@
-"""Two nodes: network namespaces of this machine, a cable between them that is pulled, one process on each (gloo)."""
+"""Two nodes with one gloo process each: two network namespaces on this machine and a virtual cable that is pulled."""
 import contextlib
 import os
 import re
@@ -28,7 +28,7 @@ class Nodes:
         self._running = []
 
     def build(self):
-        """Raises CalledProcessError without the rights."""
+        """Create namespaces and cable. Raises CalledProcessError without the permission."""
         ip(f"link add {self.cards[0]} type veth peer name {self.cards[1]}")
         for name, card, address in zip(self.names, self.cards, ADDRESSES):
             ip(f"netns add {name}")
@@ -36,7 +36,7 @@ class Nodes:
             ip(f"-n {name} addr add {address}/24 dev {card}")
             ip(f"-n {name} link set lo up")
             ip(f"-n {name} link set {card} up")
-            # Give a connection up after 13 s without an answer, not after 15 minutes: torchrun waits for nothing less.
+            # Give a connection up after 13 s without an answer, not 15 minutes: torchrun waits until the kernel does.
             subprocess.run(["ip", "netns", "exec", name, "sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2"],
                            check=True, capture_output=True, text=True)
 
@@ -44,22 +44,22 @@ class Nodes:
         for process in self._running:
             process.kill()
             process.wait()
-        for name in self.names:     # and their cards with them
+        for name in self.names:     # deletes their network cards too
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         subprocess.run(["ip", "link", "del", self.cards[0]], capture_output=True)
 
     def cable(self, state):
-        """The command that pulls node 1's end of the cable ("down") or puts it back ("up")."""
+        """Return the command that unplugs node 1's end of the cable ("down") or plugs it in ("up")."""
         return f"ip -n {self.names[1]} link set {self.cards[1]} {state}"
 
     def torchrun(self, *flags, port, launcher=(), **env):
-        """torchrun on both nodes: [Popen, Popen], the output of each in the file process.output."""
+        """Start torchrun on both nodes; return [Popen, Popen], each with its output in the file process.output."""
         words = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
                  "--rdzv_id=test", f"--rdzv_endpoint=node-0:{port}", *SOON, *launcher, ROOT / SCRIPT, *flags]
         return [self._launch(i, words, env) for i in (0, 1)]
 
     def _launch(self, i, words, env):
-        """A Python command on node i, which has its own host name and knows the other's address."""
+        """Start a Python command on node i, which has its own host name and knows the other's address."""
         hosts = self.folder / "hosts"
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{a} node-{j}\n" for j, a in enumerate(ADDRESSES)))
         inside = (f"mount --bind {hosts} /etc/hosts; echo node-{i} > /proc/sys/kernel/hostname; "
@@ -79,7 +79,7 @@ def ip(words):
 
 @pytest.fixture
 def nodes(tmp_path):
-    """Two nodes of this machine; skipped where namespaces may not be made."""
+    """Two nodes on this machine; skips the test without permission to create namespaces."""
     if not (shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("no iproute2 or no unshare here: no network namespaces")
     nodes = Nodes(tmp_path)
@@ -93,7 +93,7 @@ def nodes(tmp_path):
 
 
 def end(processes, seconds):
-    """The exit statuses and outputs of processes, which must end in time."""
+    """Wait for processes, which must end in time; return their exit statuses and outputs."""
     deadline = time.monotonic() + seconds
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -104,16 +104,16 @@ def end(processes, seconds):
 
 
 @pytest.mark.slow
-def test_a_cut_cable_and_killed_workers_leave_the_run_as_if_undisturbed(make_shards, nodes, undisturbed):
-    """The cable is pulled before step 6: both nodes end. With the cable back the run goes on; a worker is killed on
-    each node and torchrun, which counts the restarts of each node by itself, starts both again."""
+def test_a_run_survives_a_cut_cable_and_killed_workers_unchanged(make_shards, nodes, undisturbed):
+    """The cable is pulled before step 6 and both nodes exit. With the cable back the run resumes; a worker is killed on
+    each node, and torchrun, which counts restarts per node, restarts both."""
     folder = make_shards(SIZES, val_sizes=[120])
     reference, log_dir = undisturbed(folder, 2, "--dtype", "fp32"), nodes.folder / "logs"
     flags = (*TRAIN, "--data_dir", folder, "--log_dir", log_dir, "--timeout", 3)
     statuses, outputs = end(nodes.torchrun(*flags, port=29411, ACCIDENT="run:step:6:0",
                                            ACCIDENT_COMMAND=nodes.cable("down")), 90)
     assert all(statuses), outputs
-    assert "rank 1 on node-1 gives no answer" in outputs[0] and "rank 0 on node-0 gives no answer" in outputs[1]
+    assert "rank 1 on node-1 does not answer" in outputs[0] and "rank 0 on node-0 does not answer" in outputs[1]
     assert "no progress for 3 s" in outputs[0] and "Traceback" not in outputs[0].split("failed (exitcode")[0]
     subprocess.run(shlex.split(nodes.cable("up")), check=True)
     statuses, outputs = end(nodes.torchrun(

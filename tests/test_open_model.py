@@ -1,4 +1,4 @@
-"""open_model.py: what transformers writes is read, what our model does not compute refused, the way back equal."""
+"""open_model.py: transformers' files are read, unsupported models are errors, and written files equal transformers'."""
 import http.server
 import json
 import shutil
@@ -20,7 +20,7 @@ IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
 def refusal(folder):
-    """The one line with which a folder is refused."""
+    """Return the error of opening a folder, on one line."""
     with pytest.raises(UserError) as caught:
         open_model(folder)
     return " ".join(str(caught.value).split())
@@ -44,7 +44,7 @@ def change_json(path, **entries):
     {}, dict(tie_word_embeddings=False), dict(activation_function="gelu"), dict(activation_function="relu"),
     dict(layer_norm_epsilon=1e-3), dict(n_inner=96),
 ], ids=str)
-def test_a_saved_transformers_model_is_read_bit_for_bit_and_computes_the_same(saved, options):
+def test_a_saved_transformers_model_has_equal_weights_and_logits(saved, options):
     theirs, folder = saved(**options)
     ours = open_model(folder).model.eval()
     for name, parameter in ours.named_parameters():
@@ -53,8 +53,8 @@ def test_a_saved_transformers_model_is_read_bit_for_bit_and_computes_the_same(sa
     torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_keys_without_prefix_stored_masks_and_a_copied_head_are_understood(saved):
-    """The hub's "gpt2" file: GPT2Model's names, causal masks as buffers; others store the tied head besides."""
+def test_keys_without_prefix_stored_masks_and_a_copied_head_are_accepted(saved):
+    """The hub's "gpt2" file: GPT2Model's names, causal masks as buffers; other files also store the tied head."""
     theirs, folder = saved()
     stored = load_file(folder / "model.safetensors")
     weights = {key.removeprefix("transformer."): tensor for key, tensor in stored.items()}
@@ -68,7 +68,7 @@ def test_keys_without_prefix_stored_masks_and_a_copied_head_are_understood(saved
     torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_stored_head_that_differs_is_kept_whatever_the_config_says(saved):
+def test_a_stored_head_that_differs_overrides_the_config(saved):
     theirs, folder = saved(tie_word_embeddings=False)
     change_json(folder / "config.json", tie_word_embeddings=True)
     ours = open_model(folder).model.eval()
@@ -85,7 +85,7 @@ def test_half_precision_files_become_fp32(saved, dtype):
     torch.testing.assert_close(ours.transformer.wpe.weight, weights["transformer.wpe.weight"].float(), atol=0, rtol=0)
 
 
-def test_pytorch_model_bin_is_read_where_there_is_no_safetensors(saved):
+def test_pytorch_model_bin_is_read_if_there_is_no_safetensors(saved):
     theirs, folder = saved()
     (folder / "model.safetensors").unlink()
     torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
@@ -102,7 +102,7 @@ def test_the_trained_gpt_nano_gives_transformers_logits(gpt_nano):
 
 
 @pytest.mark.parametrize("entries, message", [
-    (dict(model_type="llama"), "describes a 'llama' model; only gpt2 is read"),
+    (dict(model_type="llama"), "describes a 'llama' model; only gpt2 is supported"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
     (dict(scale_attn_weights=False), "scale_attn_weights = False is not supported"),
     (dict(add_cross_attention=True), "add_cross_attention = True is not supported"),
@@ -115,7 +115,7 @@ def test_the_trained_gpt_nano_gives_transformers_logits(gpt_nano):
     (dict(vocab_size=66), "has shape (65, 24), expected (66, 24)"),
     (dict(n_positions=None), "block_size must be a whole number"),
 ], ids=lambda value: str(value)[:40])
-def test_a_config_that_we_do_not_compute_is_refused_with_its_reason(saved, entries, message):
+def test_an_unsupported_config_is_an_error_that_says_why(saved, entries, message):
     _, folder = saved()
     change_json(folder / "config.json", **entries)
     assert message in refusal(folder) and str(folder) in refusal(folder)
@@ -124,7 +124,7 @@ def test_a_config_that_we_do_not_compute_is_refused_with_its_reason(saved, entri
 @pytest.mark.parametrize("text, message", [
     ("{", "is not valid JSON"), ("[]", "must hold a JSON dict"), (None, "neither a model_XXXXX.pt nor a config.json"),
 ])
-def test_a_damaged_or_absent_config_is_named(saved, text, message):
+def test_a_damaged_or_missing_config_is_named(saved, text, message):
     _, folder = saved()
     if text is None:
         (folder / "config.json").unlink()
@@ -161,13 +161,13 @@ def test_weights_of_something_else_are_one_line(saved):
     assert "entry 'wte.weight' is not a tensor" in refusal(folder)
 
 
-def test_a_name_without_network_speaks_of_the_network():
+def test_a_hub_name_without_network_mentions_the_network():
     """conftest sets HF_HUB_OFFLINE: the hub is not reached, and nothing is in the cache."""
     message = refusal("no-such-user-of-ours/gpt2-of-nobody")
     assert "check the name and the network" in message and "config.json and model.safetensors" in message
 
 
-def test_a_name_that_cannot_be_on_the_hub_is_called_so(tmp_path):
+def test_an_invalid_hub_name_is_an_error(tmp_path):
     assert "is neither a folder nor a model" in refusal(tmp_path / "no" / "such" / "folder")
 
 
@@ -208,7 +208,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [["merges.txt", "vocab.json"], ["tokenizer.json"], []], ids=str)
-def test_a_name_on_the_hub_gives_config_weights_and_vocabulary_and_nothing_else(run, tmp_path, vocabulary):
+def test_a_hub_name_downloads_config_weights_and_vocabulary_only(run, tmp_path, vocabulary):
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b"), ("Ġ", "ab")], "") if vocabulary else None
     model = GPT(GPTConfig(8, 50257 if tokenizer is None else tokenizer.n_vocab, 1, 2, 8))
@@ -230,7 +230,7 @@ print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), 
     assert rc == 0, err
     ids = [257] if vocabulary else gpt2_tokenizer().encode(" ab")
     assert out == f"gpt2 {model.transformer.wte.weight.double().sum().item()} {ids}\n"
-    for gone in ({}, dict(http_proxy="http://127.0.0.1:9")):     # the hub is gone: what was downloaded stays of use
+    for gone in ({}, dict(http_proxy="http://127.0.0.1:9")):     # the hub is gone: the download still works
         assert run("-c", code, env={**env, **gone})[:2] == (0, out)
     files = {path.split("/resolve/main/")[1] for path in Hub.asked if "/resolve/main/" in path}
     assert files == {"config.json", "model.safetensors", "merges.txt", *(vocabulary or ["tokenizer.json"])}
@@ -240,7 +240,7 @@ print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), 
     {}, dict(tie_word_embeddings=False), dict(activation_function="gelu"), dict(activation_function="relu"),
     dict(layer_norm_epsilon=1e-3),
 ], ids=str)
-def test_what_is_written_has_the_very_tensors_and_settings_that_transformers_writes(saved, tmp_path, options):
+def test_written_tensors_and_settings_equal_those_of_transformers(saved, tmp_path, options):
     _, folder = saved(**options)
     write_model(open_model(folder).model, tmp_path / "ours")
     theirs, ours = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "ours"))
@@ -256,7 +256,7 @@ def test_what_is_written_has_the_very_tensors_and_settings_that_transformers_wri
     assert len(modes) == 1, "safetensors lets only the owner read its file"
 
 
-def test_padding_rows_stay_out_and_absent_biases_become_zeros(tmp_path):
+def test_padding_rows_are_omitted_and_absent_biases_become_zeros(tmp_path):
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b")], "")
     model = GPT(GPTConfig(8, 320, 1, 2, 8, bias=False, activation="gelu", dropout=0.1)).eval()
@@ -271,7 +271,7 @@ def test_padding_rows_stay_out_and_absent_biases_become_zeros(tmp_path):
 
 
 def test_the_tokenizer_files_are_read_by_every_reader(tmp_path, monkeypatch):
-    """A trained vocabulary, special letters and all: by ours from either file, by transformers with no network."""
+    """A trained vocabulary with special letters: by ours from either file, by transformers without a network."""
     from transformers import AutoTokenizer
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it looks for a network"))
     texts = ["the cat, the hat; the d\u00e9j\u00e0 vu\n\n  the 2024 \u6771\u4eac don't\t!"] * 3
@@ -292,35 +292,35 @@ def test_the_tokenizer_files_are_read_by_every_reader(tmp_path, monkeypatch):
         assert (ours.name, ours.merges) == (tokenizer.name, tokenizer.merges) and ours.name.startswith("bpe-")
 
 
-def test_gpt2s_vocabulary_is_known_by_its_merges_and_another_order_of_ids_is_not_ours(tmp_path):
+def test_gpt2s_vocabulary_is_recognised_by_its_merges_and_other_id_orders_are_rejected(tmp_path):
     model, gpt2 = GPT(GPTConfig(8, 50304, 1, 2, 8)), gpt2_tokenizer()
     write_model(model, tmp_path / "hf", gpt2)
     assert open_model(tmp_path / "hf").tokenizer.name == "gpt2"
     for file in ("merges.txt", "tokenizer.json"):
         (tmp_path / "hf" / file).unlink()
-    assert open_model(tmp_path / "hf").tokenizer is gpt2             # none of its own, and GPT-2's size
+    assert open_model(tmp_path / "hf").tokenizer is gpt2             # no vocabulary stored, and GPT-2's size
     tokenizer = Tokenizer([("a", "b")], "")
     write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "own", tokenizer)
     ids = json.loads((tmp_path / "own" / "vocab.json").read_text())
     change_json(tmp_path / "own" / "vocab.json", **{token: (i + 1) % 258 for token, i in ids.items()})
-    assert open_model(tmp_path / "own").tokenizer is None            # the end-of-text token first, say
+    assert open_model(tmp_path / "own").tokenizer is None            # as if the end-of-text token came first
     for file, damage in (("merges.txt", b"\xff"), ("vocab.json", b"{"), ("merges.txt", b"a b c\n")):
         (tmp_path / "own" / file).write_bytes(damage)
         with pytest.raises(UserError):
             open_model(tmp_path / "own")
 
 
-def test_a_folder_that_holds_something_is_left_alone_and_an_empty_one_is_filled(tmp_path):
+def test_only_a_new_or_empty_folder_is_written(tmp_path):
     model = GPT(GPTConfig(8, 65, 1, 2, 8))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("full", "file"):
-        with pytest.raises(UserError, match="exists already; choose another name"):
+        with pytest.raises(UserError, match="already exists; choose another name"):
             write_model(model, tmp_path / name)
     assert (tmp_path / "full" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.tmp").mkdir()                                 # of an export that was killed
+    (tmp_path / "empty.tmp").mkdir()                                 # left by an export that was killed
     (tmp_path / "empty.tmp" / "rubbish").touch()
     write_model(model, tmp_path / "empty")
     assert {f.name for f in (tmp_path / "empty").iterdir()} == {"config.json", "generation_config.json",
@@ -328,7 +328,7 @@ def test_a_folder_that_holds_something_is_left_alone_and_an_empty_one_is_filled(
     assert {f.name for f in tmp_path.iterdir()} == {"full", "file", "empty"}
 
 
-def test_a_disk_that_refuses_leaves_nothing_behind(run, tmp_path):
+def test_a_failed_write_leaves_nothing_behind(run, tmp_path):
     rc, out, err = run("-c", f"""
 import resource
 from exactgpt.config import run_script
@@ -341,8 +341,8 @@ run_script(lambda: write_pretrained({str(tmp_path / "hf")!r}, model.config_dict(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pairs_of_other_letters_are_no_vocabulary_of_ours(tmp_path):
-    """SentencePiece's pairs, as converted to a tokenizer.json: the model opens, and reads and writes ids."""
+def test_a_vocabulary_that_is_not_byte_level_is_rejected(tmp_path):
+    """SentencePiece converted to a tokenizer.json: the model opens without a tokenizer."""
     write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps({
         "pre_tokenizer": {"type": "Metaspace"},

@@ -1,4 +1,4 @@
-"""figures.py and plot.py: logs read right, pictures that show something, mistakes in one line."""
+"""figures.py and plot.py: logs are read correctly, figures are not blank, user errors are one line."""
 import json
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def write_text(folder, text):
 
 
 def write_realistic(folder, steps=60, hellaswag=True):
-    """A run of `steps` steps of 100 tokens and 36 s each, evaluated every 20."""
+    """Write the log of a run of `steps` steps of 100 tokens and 36 s each, evaluated every 20 steps."""
     rows = []
     for k in range(steps + 1):
         if k % 20 == 0:
@@ -86,18 +86,18 @@ def test_build_nanogpts_columns_are_read(tmp_path):
     assert np.isnan(run.series["loss"].hours).all()
 
 
-def test_metrics_come_before_log_txt(tmp_path):
+def test_metrics_jsonl_takes_precedence_over_log_txt(tmp_path):
     write_text(tmp_path, BUILD_NANOGPT_LOG)
     assert read_run(write_rows(tmp_path, [dict(step=0, tokens=8, loss=1.0)])).series["loss"].values.tolist() == [1.0]
 
 
-def test_a_torn_last_line_is_left_out(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     rows = [dict(step=0, tokens=8, loss=3.0), dict(step=1, tokens=16, loss=2.0)]
     run = read_run(write_rows(tmp_path / "json", rows, tail='{"step": 2, "tokens": 24, "lo'))
     assert run.series["loss"].values.tolist() == [3.0, 2.0] and run.skipped == 0
     complete = read_run(write_rows(tmp_path / "json", rows, tail='{"step": 2, "tokens": 24, "loss": 1.0}'))
     assert complete.series["loss"].values.tolist() == [3.0, 2.0, 1.0]
-    torn = read_run(write_text(tmp_path / "text", "0 train 3.950000\n1 train 3"))  # 3 is the begin of 3.94...
+    torn = read_run(write_text(tmp_path / "text", "0 train 3.950000\n1 train 3"))  # 3 is the start of 3.94...
     assert torn.series["loss"].values.tolist() == [3.95] and torn.skipped == 0
 
 
@@ -111,7 +111,7 @@ def test_damaged_lines_are_counted(tmp_path):
     assert columns.series["loss"].values.tolist() == [3.0, 2.0] and columns.skipped == 3
 
 
-def test_what_is_no_finite_number_becomes_a_gap(tmp_path):
+def test_values_that_are_not_finite_become_gaps(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(
         f'{{"step": {i}, "loss": {value}, "ms": {value}}}\n' for i, value in enumerate(
             ["4", "NaN", "Infinity", "-Infinity", "null", '"3"', "[3]", "1" + "0" * 400, "3.5"])))
@@ -122,7 +122,7 @@ def test_what_is_no_finite_number_becomes_a_gap(tmp_path):
     assert np.isnan(nan).tolist() == [False, True, False]
 
 
-def test_a_step_logged_again_takes_back_what_followed(tmp_path):
+def test_a_step_logged_again_replaces_what_followed(tmp_path):
     def attempt(steps, loss):
         return [row for k in steps for row in (dict(step=k, tokens=8 * k, val_loss=loss + 0.5),
                                                dict(step=k, tokens=8 * k + 8, loss=loss, ms=3.6e6))]
@@ -135,13 +135,13 @@ def test_a_step_logged_again_takes_back_what_followed(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [[], [dict(step=0, ms=3.0)], [dict(step=0, samples=["a"])]])
-def test_a_log_without_losses_says_so(tmp_path, rows):
+def test_a_log_without_losses_is_an_error(tmp_path, rows):
     with pytest.raises(UserError, match="no losses yet"):
         read_run(write_rows(tmp_path, rows))
 
 
 # -----------------------------------------------------------------------------
-# smoothing and reading off
+# smoothing and number formats
 
 @pytest.mark.parametrize("n, half", [(1, 0), (1, 5), (7, 3), (50, 4), (50, 0), (20, 30)])
 def test_smoothing_is_the_mean_of_a_window(n, half):
@@ -165,18 +165,18 @@ def test_an_enormous_spike_stays_within_its_window():
 def test_long_curves_keep_their_spikes_and_gaps():
     y = np.sin(np.arange(100_000) / 5000)
     y[70_001], y[20_000:30_000] = 9.0, np.nan
-    x, thin = figures._thin(np.arange(len(y)), y)
+    x, thin = figures._downsample(np.arange(len(y)), y)
     assert len(thin) <= 4000 and np.nanmax(thin) == 9.0 and x[np.nanargmax(thin)] == 70_001
     assert np.isnan(thin[(x > 20_100) & (x < 29_900)]).all() and (np.diff(x) > 0).all()
 
 
 @pytest.mark.parametrize("n, text", [(0, "0"), (950, "950"), (2500, "2.5k"), (999_900, "1000k"), (9.9992e9, "10B")])
-def test_counts_for_people(n, text):
+def test_human_count(n, text):
     assert config.human_count(n) == text
 
 
 @pytest.mark.parametrize("rate, text", [(0, "0"), (6e-4, "6e-4"), (1.5e-3, "1.5e-3"), (1, "1e0")])
-def test_rates_for_people(rate, text):
+def test_human_rate(rate, text):
     assert config.human_rate(rate) == text
 
 
@@ -207,7 +207,7 @@ def test_only_panels_with_data_are_drawn(tmp_path):
     assert titles(figures.draw_runs([read_run(text), read_run(plain)])) == expected
 
 
-def test_final_values_and_references_are_written():
+def test_final_values_and_references_are_labelled():
     run = made_up_run("a", loss=[5, 4, 3], val_loss=[5, 3.5], hella_acc_norm=[0.25, 0.3], hella_acc=[0.25, 0.28])
     loss, hellaswag = figures.draw_runs([run]).axes
     assert set(texts(loss)) == {"3.000", "3.500"}
@@ -218,7 +218,7 @@ def test_final_values_and_references_are_written():
     assert set(texts(hellaswag)) == {"0.3000", "0.2800"}
 
 
-def test_of_several_runs_the_validation_loss_is_written():
+def test_several_runs_are_labelled_with_their_validation_loss():
     runs = [made_up_run("a", loss=[5, 3], val_loss=[5, 3.5]), made_up_run("b", loss=[5, 2]),
             made_up_run("c", val_loss=[4])]
     assert texts(figures.draw_runs(runs).axes[0]) == ["2.000", "3.500", "4.000"]
@@ -232,7 +232,7 @@ def test_final_values_do_not_overlap():
     assert len(heights) == 9 and (inches > 0.14).all()
 
 
-def test_the_steep_start_is_cut_off_and_told():
+def test_the_steep_start_is_cut_off_with_a_note():
     falling = 3 + 8 * np.exp(-np.arange(1000) / 10)
     ax = figures.draw_runs([made_up_run("a", loss=falling)]).axes[0]
     assert ax.get_ylim()[1] < 5 and "↑ from 11.0" in texts(ax)
@@ -241,7 +241,7 @@ def test_the_steep_start_is_cut_off_and_told():
 
 
 @pytest.mark.parametrize("loss", [[3.0], [3.0, 3.0], [0.0, 0.0], [np.nan], [4, np.nan, 3], [3, 1e30], [-1, -2]])
-def test_odd_runs_are_drawn(loss, tmp_path):
+def test_unusual_runs_are_drawn(loss, tmp_path):
     run, other = made_up_run("_a$b$", loss=loss), made_up_run("_c" * 80, val_loss=loss)
     for runs in ([run], [run, other]):
         for x in figures.X_LABELS:
@@ -300,13 +300,13 @@ def test_several_runs_to_svg(tmp_path):
     done = run_plot(first, second, "--x", "hours", "--reference", "gpt2", "--title", "two", "--out", out)
     assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 3
     assert not is_blank(out)
-    assert [run.name for run in plot.tell_apart([read_run(first), read_run(second)])] == ["a/logs", "b/logs"]
+    assert [run.name for run in plot.make_names_unique([read_run(first), read_run(second)])] == ["a/logs", "b/logs"]
 
 
-def test_tokens_of_log_txt_and_damage_are_told(tmp_path):
+def test_tokens_per_step_of_log_txt_and_skipped_lines(tmp_path):
     folder = write_text(tmp_path / "build", BUILD_NANOGPT_LOG + "damaged\n")
     done = run_plot(folder, "--x", "tokens", "--tokens_per_step", "1000")
-    assert done.returncode == 0 and "1 unreadable line left out" in done.stdout
+    assert done.returncode == 0 and "1 unreadable line skipped" in done.stdout
     assert not is_blank(folder / "plot.png")
 
 
@@ -314,11 +314,11 @@ def test_tokens_of_log_txt_and_damage_are_told(tmp_path):
     ([], "at least one run"), (["nothing"], "no folder"), (["."], "its folders json, text do"),
     (["json/metrics.jsonl"], "is a file"),
     (["json", "--out", "plot.pdf"], "must end in .png or .svg"), (["json", "--out", "json"], "must end in .png"),
-    (["text", "--x", "hours"], "does not tell the hours"),
-    (["json", "text", "--x", "hours"], "log.txt does not tell the hours"),
+    (["text", "--x", "hours"], "does not record hours"),
+    (["json", "text", "--x", "hours"], "log.txt does not record hours"),
     (["json", "--x", "days"], "--x must be one of"), (["text", "--tokens_per_step", "0"], "--tokens_per_step must be"),
     (["json", "--out", "json/metrics.jsonl/plot.png"], "choose another place")])
-def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, words, message):
+def test_user_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, words, message):
     write_realistic(tmp_path / "json")
     write_text(tmp_path / "text", BUILD_NANOGPT_LOG)
     monkeypatch.chdir(tmp_path)
@@ -330,7 +330,7 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, words
 
 
 @pytest.mark.parametrize("words, message", [(["nothing"], "no folder"), (["json", "--out", "plot.jpg"], "must end in")])
-def test_mistakes_end_the_process(tmp_path, words, message):
+def test_user_errors_end_the_process(tmp_path, words, message):
     write_realistic(tmp_path / "json")
     done = run_plot(*[tmp_path / word if word in ("nothing", "json") else word for word in words])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr and done.stdout == ""

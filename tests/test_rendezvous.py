@@ -1,4 +1,4 @@
-"""rendezvous.py: how processes meet through a store full of what dead ones wrote."""
+"""rendezvous.py: processes find each other through a store full of what dead ones wrote."""
 import time
 
 import pytest
@@ -9,26 +9,26 @@ from tests.common import script_env
 
 MEET = """
 import os, time, torch, torch.distributed as dist
-from exactgpt.rendezvous import meet
+from exactgpt.rendezvous import wait_for_peers
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-meeting = meet(rank, world_size, 60)
-dist.init_process_group("gloo", store=dist.PrefixStore("group", meeting.store), rank=rank, world_size=world_size)
+rendezvous = wait_for_peers(rank, world_size, 60)
+dist.init_process_group("gloo", store=dist.PrefixStore("group", rendezvous.store), rank=rank, world_size=world_size)
 total = torch.ones(1)
 dist.all_reduce(total)
-print(meeting.name, int(total), len(meeting.hosts), flush=True)
-time.sleep(60)                      # lives on until it is killed
+print(rendezvous.name, int(total), len(rendezvous.hosts), flush=True)
+time.sleep(60)                      # until it is killed
 """
 
 
 @pytest.fixture
 def store():
-    """A store that outlives the processes that meet at it, as torchrun's agent keeps one."""
+    """A store that outlives the processes that use it, like that of torchrun's agent."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.fixture
 def member(store, tmp_path):
-    """member(rank, world_size) -> a process that meets the others at the store."""
+    """member(rank, world_size) -> a process that finds the others through the store."""
     members = []
     (tmp_path / "meet.py").write_text(MEET)
 
@@ -57,40 +57,41 @@ def until(condition):
         time.sleep(0.02)
 
 
-def heard(process):
-    """The words that a member prints once it has met the others."""
+def printed_words(process):
+    """Return the words that a member prints once it has found the others."""
     until(lambda: process.output.exists() and process.output.read_text().endswith("\n"))
     return process.output.read_text().split()
 
 
 @pytest.mark.slow
-def test_new_processes_never_meet_the_dead(store, member):
-    """All of them killed once they had met; then one on each side before it met anybody; then the rest in any order."""
+def test_new_processes_never_join_dead_ones(store, member):
+    """Kill all once they are connected, then one on each side while it waits; new ones may then start in any order."""
     first = [member(0), member(1)]
-    names = {heard(process)[0] for process in first}
+    names = {printed_words(process)[0] for process in first}
     assert len(names) == 1
     for process in first:
         kill(process)
-    left = member(1)                                    # finds the name of a dead rank 0, says a word, and is killed
+    left = member(1)                                    # finds the name of a dead rank 0, sends a nonce, and is killed
     until(lambda: dist.PrefixStore(*names, store).check(["arrival 2"]))
     kill(left)
     old = store.get("start")
-    left = member(0)                                    # names a start to which nobody comes
+    left = member(0)                                    # names a start that nobody joins
     until(lambda: store.get("start") != old)
     kill(left)
-    late = member(1)                                    # comes before its rank 0 does
+    late = member(1)                                    # starts before its rank 0
     until(lambda: dist.PrefixStore(store.get("start").decode(), store).check(["arrival 1"]))
-    second = [heard(member(0)), heard(late)]
+    second = [printed_words(member(0)), printed_words(late)]
     assert [line[1:] for line in second] == [["2", "2"], ["2", "1"]]       # rank 0 knows all hosts, the others its own
     assert second[0][0] == second[1][0] not in names
 
 
 @pytest.mark.slow
-def test_who_did_not_come_is_named(tmp_path, store):
-    (tmp_path / "meet.py").write_text("import os\nfrom exactgpt import config, rendezvous\n"
-                                      "config.run_script(lambda: rendezvous.meet(int(os.environ['RANK']), 4, 1))")
-    for rank, words in ((0, "meet.py: error: 1 of 4 processes met"), (0, "ranks 1, 2, 3 did not come"),
-                        (1, ", rank 1: rank 0 did not come to 127.0.0.1:")):
+def test_missing_ranks_are_named(tmp_path, store):
+    (tmp_path / "meet.py").write_text(
+        "import os\nfrom exactgpt import config, rendezvous\n"
+        "config.run_script(lambda: rendezvous.wait_for_peers(int(os.environ['RANK']), 4, 1))")
+    for rank, words in ((0, "meet.py: error: only 1 of 4 processes reached"), (0, "missing: ranks 1, 2, 3"),
+                        (1, ", rank 1: rank 0 did not reach 127.0.0.1:")):
         store.delete_key("start")
         env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank)
         output = tmp_path / f"out{rank}"

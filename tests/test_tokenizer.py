@@ -202,7 +202,7 @@ def test_a_tokenizer_folder_is_for_models_without_a_vocabulary_and_must_match(tm
     for kind in (False, "hf"):
         assert open_model(sources[320, kind]).tokenizer is None      # GPT-2's is not tried: it does not fit
         assert open_model(sources[320, kind], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
-        assert "whose model has 320 tokens" in error_message(open_model, sources[320, kind], False, tmp_path / "gpt2")
+        assert "which has 320 tokens" in error_message(open_model, sources[320, kind], False, tmp_path / "gpt2")
     assert "--tokenizer" in error_message(open_model(sources[320, False]).with_tokenizer)
     assert open_model(sources[320, True], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
     write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "hf_own", own)

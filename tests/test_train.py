@@ -164,7 +164,7 @@ def test_epochs_too_few_for_a_step_name_the_largest_batch_that_works():
     assert "use --total_batch_size 1600 at most" in message
     assert train.make_plan(plan_flags(total_batch_size=1600, num_epochs=1), 16, 100, 2).max_steps == 1
     message = plan_refusal(16, 101, 2, total_batch_size=2048, num_epochs=1)
-    assert "use --total_batch_size 1600" in message                                     # 1616 is no multiple of 2 processes x 16
+    assert "use --total_batch_size 1600" in message         # 1616 is no multiple of 2 processes x 16
     assert "use more text or more epochs" in plan_refusal(16, 1, 2, total_batch_size=32, num_epochs=1)
 
 
