@@ -30,27 +30,27 @@ from exactgpt.figures import GREY, INK, save_figure, shorten
 from exactgpt.finetune import (
     TuneConfig,
     add_lora,
-    build,
     evaluation_batches,
-    make_row,
-    open_base,
+    make_example,
+    open_base_model,
+    print_examples,
     save_state,
-    show_examples,
-    tune,
+    set_up,
+    train,
     work_in_folder,
     writing_results,
 )
-from exactgpt.lora import merge
+from exactgpt.lora import merge_adapter
 from exactgpt.metrics import track_results
 from exactgpt.open_model import open_model
 from model import IGNORED
 
 LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
-NO_LABEL = 0        # stands in the Rows of texts whose label is asked for
+DUMMY_LABEL = 0        # stands in the Examples of texts whose label is asked for
 
 
 @dataclass(kw_only=True)
-class ClassifierFlags(TuneConfig):
+class ClassifierTuneConfig(TuneConfig):
     """Every flag of this script."""
     data: str = flag("", "a .csv, .tsv, .jsonl, .json or .parquet file; all of it to train on where --val_data and "
                          "--test_data are given", group="data")
@@ -92,21 +92,21 @@ class ClassifierFlags(TuneConfig):
             raise UserError("making a classifier needs scikit-learn: pip install -r requirements-extras.txt")
         super().check()
 
-    def usual_lr(self):
+    def default_lr(self):
         """The peak learning rate where none is given, by what is trained."""
         return LEARNING_RATES[self.train.split(":")[0]]
 
 
 def main(argv=None):
     """Train or predict as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
-    config = parse_config(ClassifierFlags, argv, __doc__.splitlines()[0])
+    config = parse_config(ClassifierTuneConfig, argv, __doc__.splitlines()[0])
     with start(config) as runtime:
         try:
             if config.predict or config.predict_file:
                 predict(config, runtime)
             else:
                 work_in_folder(config, runtime, lambda c, state: finetune(c, state, runtime))
-        except StopRequested:      # while texts were scored; tune() has its own answer
+        except StopRequested:      # while texts were scored; train() has its own answer
             runtime.print("stopped before there was a result; run the same command again")
             raise SystemExit(130)
 
@@ -115,37 +115,38 @@ def finetune(config, state, runtime):
     """One run, from its first step or from where it was left, and its results in --out."""
     splits = runtime.on_all_ranks(lambda: read_splits(config))
     labels = sorted({label for _, label in splits["train"]})
-    base = open_base(config, runtime)
+    base = open_base_model(config, runtime)
     seed_everything(config.seed, "scores")
     model = Classifier.from_gpt(base.model, labels)
-    wrapped = freeze(model, config)
+    wrapped = freeze_layers(model, config)
     block_size = model.config.block_size
-    rows = {name: [encode(text, labels.index(label), base.tokenizer, block_size) for text, label in examples]
+    rows = {name: [encode_example(text, labels.index(label), base.tokenizer, block_size) for text, label in examples]
             for name, examples in splits.items()}
-    describe(splits, rows, labels, block_size, runtime)
+    print_splits(splits, rows, labels, block_size, runtime)
     if config.dry_run:
-        show_examples(rows["train"], base.tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
+        print_examples(rows["train"], base.tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
     weights = None
     if config.class_weights == "balanced":
         counts = np.bincount([row.targets[-1] for row in rows["train"]])
         weights = torch.tensor(len(rows["train"]) / (len(labels) * counts), dtype=torch.float32)
-    run = build(config, runtime, state, base, model, "score", rows["train"], weights)
+    run = set_up(config, runtime, state, base, model, "score", rows["train"], weights)
 
     def assess(name):
-        scores = score_rows(model, runtime, rows[name], run.budget)
+        scores = score_examples(model, runtime, rows[name], run.budget)
         true = torch.tensor([int(row.targets[-1]) for row in rows[name]])
-        return dict(loss=F.cross_entropy(scores, true).item(), **measure(true, scores.argmax(dim=-1), labels))
+        found = classification_metrics(true, scores.argmax(dim=-1), labels)
+        return dict(loss=F.cross_entropy(scores, true).item(), **found)
 
     def evaluate():
         found = assess("validation")
         facts = dict(val_loss=found["loss"], accuracy=found["accuracy"], macro_f1=found["macro_f1"])
         return (found["macro_f1"], -found["loss"]), facts       # of two that are right equally often the surer one
 
-    if tune(run, config, runtime, evaluate):
+    if train(run, config, runtime, evaluate):
         reports = {name: assess(name) for name in rows if name != "train"}
         if runtime.is_main:
             if wrapped:
-                merge(wrapped)
+                merge_adapter(wrapped)
             with writing_results(config):
                 write_results(config, run, base, labels, reports, {name: len(r) for name, r in rows.items()})
         save_state(run, config, runtime, finished=True)
@@ -164,7 +165,7 @@ def read_splits(config):
             splits[name] = read_examples(path, config, labels)
         elif share:
             n_all = len(splits["train"]) + (len(splits["test"]) if "test" in splits and not config.test_data else 0)
-            splits["train"], splits[name] = stratified(splits["train"], round(share * n_all), config)
+            splits["train"], splits[name] = stratified_split(splits["train"], round(share * n_all), config)
     lost = labels - {label for _, label in splits["train"]}
     if lost:
         raise UserError(f"no example of the label {min(lost)!r} is left to train on; bring more rows, or smaller "
@@ -191,7 +192,7 @@ def read_examples(path, config, labels=None):
     return examples
 
 
-def stratified(examples, n, config):
+def stratified_split(examples, n, config):
     """(the rest, n of the examples), with every label's share in both. Raises UserError for labels that are too rare.
     """
     from sklearn.model_selection import train_test_split
@@ -216,13 +217,13 @@ def check_labels(examples, config):
     return labels
 
 
-def encode(text, label, tokenizer, block_size):
-    """The Row of a text: its first block_size tokens, the label being the target of the last one."""
+def encode_example(text, label, tokenizer, block_size):
+    """The Example of a text: its first block_size tokens, the label being the target of the last one."""
     tokens = tokenizer.encode(text)[:block_size] or [tokenizer.eot]
-    return make_row(tokens, [IGNORED] * (len(tokens) - 1) + [label])
+    return make_example(tokens, [IGNORED] * (len(tokens) - 1) + [label])
 
 
-def describe(splits, rows, labels, block_size, runtime):
+def print_splits(splits, rows, labels, block_size, runtime):
     """Say what the splits hold."""
     for name, examples in splits.items():
         counts = collections.Counter(label for _, label in examples)
@@ -232,7 +233,7 @@ def describe(splits, rows, labels, block_size, runtime):
         runtime.print(f"{name:>10}  {len(examples):,} examples: {shown}{more}; {full} fill all {block_size} tokens")
 
 
-def freeze(model, config):
+def freeze_layers(model, config):
     """Leave to train what --train says; peft's wrapper where that is LoRA. Raises UserError for more blocks than are
     there."""
     if config.train == "all":
@@ -254,7 +255,7 @@ def freeze(model, config):
 # measuring, results
 
 @torch.no_grad()
-def score_rows(model, runtime, rows, budget):
+def score_examples(model, runtime, rows, budget):
     """The scores (rows, labels) of rows, fp32 on the CPU, in their order; each rank reads its share and gets all.
 
     Raises StopRequested.
@@ -269,7 +270,7 @@ def score_rows(model, runtime, rows, budget):
     return scores.cpu()
 
 
-def measure(true, predicted, labels):
+def classification_metrics(true, predicted, labels):
     """Accuracy, macro-F1, per label, confusion matrix (rows true, columns predicted), by scikit-learn; plain values."""
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
     ids = list(range(len(labels)))
@@ -344,9 +345,9 @@ def predict(config, runtime):
     opened.with_tokenizer()
     texts = read_texts(config) if config.predict_file else config.predict
     model, labels = opened.model.to(runtime.device).eval(), opened.model.config.labels
-    rows = [encode(text, NO_LABEL, opened.tokenizer, model.config.block_size) for text in texts]
+    rows = [encode_example(text, DUMMY_LABEL, opened.tokenizer, model.config.block_size) for text in texts]
     budget = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
-    probabilities = torch.softmax(score_rows(model, runtime, rows, budget), dim=-1).tolist()
+    probabilities = torch.softmax(score_examples(model, runtime, rows, budget), dim=-1).tolist()
     found = [dict(text=text, label=labels[int(np.argmax(p))], probability=max(p), probabilities=dict(zip(labels, p)))
              for text, p in zip(texts, probabilities)]
     if not config.predict_file:

@@ -22,18 +22,18 @@ from exactgpt.distributed import start
 from exactgpt.finetune import (
     TuneConfig,
     add_lora,
-    build,
-    make_row,
+    make_example,
     mean_loss,
-    open_base,
+    open_base_model,
+    print_examples,
     save_state,
-    show_examples,
-    tune,
+    set_up,
+    train,
     work_in_folder,
     writing_results,
 )
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import merge, save_adapter
+from exactgpt.lora import merge_adapter, save_adapter
 from exactgpt.metrics import track_results
 from exactgpt.shards import permutation
 from model import IGNORED
@@ -57,7 +57,7 @@ class InstructConfig(TuneConfig):
             raise UserError("--merge is about an adapter, and --full trains without one; leave --merge out")
         super().check()
 
-    def usual_lr(self):
+    def default_lr(self):
         """The peak learning rate where none is given: LoRA bears a larger one."""
         return 5e-5 if self.full else 5e-4
 
@@ -72,11 +72,11 @@ def main(argv=None):
 def finetune(config, state, runtime):
     """One run, from its first step or from where it was left, and its results in --out."""
     items = runtime.on_all_ranks(lambda: read_items(config.data))
-    base = open_base(config, runtime)
+    base = open_base_model(config, runtime)
     model, block_size = base.model, base.model.config.block_size
-    train_items, val_items = split(items, config)
-    train_rows, dropped = encode(train_items, base.tokenizer, block_size)
-    val_rows, val_dropped = encode(val_items, base.tokenizer, block_size)
+    train_items, val_items = split_items(items, config)
+    train_rows, dropped = encode_items(train_items, base.tokenizer, block_size)
+    val_rows, val_dropped = encode_items(val_items, base.tokenizer, block_size)
     cut = sum(len(row) == block_size and row.targets[-1] != base.tokenizer.eot for row in train_rows + val_rows)
     runtime.print(f"{config.data}: {len(train_rows)} items to train on and {len(val_rows)} to validate; {cut} cut to "
                   f"{block_size} tokens, {dropped + val_dropped} left out (no answer within them)")
@@ -84,18 +84,18 @@ def finetune(config, state, runtime):
         raise UserError(f"{config.data} leaves no item to {'train on' if val_rows else 'validate'}; use more items, "
                         "another --val_fraction or a larger --block_size")
     if config.dry_run:
-        show_examples(train_rows, base.tokenizer, base.tokenizer.decode, runtime.print)
+        print_examples(train_rows, base.tokenizer, base.tokenizer.decode, runtime.print)
     wrapped = None if config.full else add_lora(model, config)
-    run = build(config, runtime, state, base, model, "lm_head", train_rows)
+    run = set_up(config, runtime, state, base, model, "lm_head", train_rows)
 
     def evaluate():
         loss = mean_loss(run, runtime, val_rows)
         return (-loss,), dict(val_loss=loss)
 
-    if tune(run, config, runtime, evaluate):
+    if train(run, config, runtime, evaluate):
         if runtime.is_main:
             report = dict(items=dict(train=len(train_rows), validation=len(val_rows), cut=cut,
-                                     left_out=dropped + val_dropped), **outcome(run))
+                                     left_out=dropped + val_dropped), **training_summary(run))
             with writing_results(config):
                 write_results(config, run, wrapped, base, val_items, report)
         save_state(run, config, runtime, finished=True)
@@ -148,34 +148,34 @@ def check_item(item, where):
     return tuple(texts)
 
 
-def split(items, config):
+def split_items(items, config):
     """(items to train on, items to validate), drawn with the seed."""
     order = permutation(len(items), config.seed, "split").tolist()
     n_val = min(max(1, round(config.val_fraction * len(items))), len(items) - 1)
     return [items[i] for i in order[n_val:]], [items[i] for i in order[:n_val]]
 
 
-def encode(items, tokenizer, block_size):
-    """(the Rows of items, how many had no answer within block_size tokens and are left out)."""
+def encode_items(items, tokenizer, block_size):
+    """(the Examples of items, how many had no answer within block_size tokens and are left out)."""
     rows = [encode_item(item, tokenizer, block_size) for item in items]
     kept = [row for row in rows if (row.targets != IGNORED).any()]
     return kept, len(rows) - len(kept)
 
 
 def encode_item(item, tokenizer, block_size):
-    """The Row of an item: prompt, answer, end-of-text; the targets are the answer and the end-of-text alone."""
+    """The Example of an item: prompt, answer, end-of-text; the targets are the answer and the end-of-text alone."""
     instruction, input, output = item
     prompt = tokenizer.encode(alpaca_prompt(instruction, input))
     answer = [*tokenizer.encode(output), tokenizer.eot] if output.strip() else []
     tokens = [*prompt, *answer][:block_size + 1]
     targets = [IGNORED] * (len(prompt) - 1) + answer
-    return make_row(tokens[:-1], targets[:len(tokens) - 1])
+    return make_example(tokens[:-1], targets[:len(tokens) - 1])
 
 
 # -----------------------------------------------------------------------------
 # results
 
-def outcome(run):
+def training_summary(run):
     """What training did, in plain values."""
     before, after = run.first["val_loss"], run.best.facts["val_loss"]
     return dict(val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
@@ -186,7 +186,7 @@ def outcome(run):
 def write_results(config, run, wrapped, base, val_items, report):
     """Responses, adapter, merged model and metrics into --out, on rank 0."""
     out, model = Path(config.out), run.model
-    answers = respond(config, run, base.tokenizer, val_items)
+    answers = generate_responses(config, run, base.tokenizer, val_items)
     write_json(out / "responses.json", answers)
     adapter = None
     if wrapped:
@@ -198,7 +198,7 @@ def write_results(config, run, wrapped, base, val_items, report):
         report |= dict(adapter_bytes=size, adapter_share=size / full)
         print(f"adapter: {human_bytes(size)}, {100 * size / full:.2f}% of the model")
         if config.merge:
-            report |= dict(merged_logits_differ_by=merge_checked(wrapped, model))
+            report |= dict(merged_logits_differ_by=merge_and_check(wrapped, model))
     step = run.best.epoch * run.steps_per_epoch       # whose weights these are
     path = checkpoint_path(out, step)
     if config.full or config.merge:
@@ -219,7 +219,7 @@ def write_results(config, run, wrapped, base, val_items, report):
               f"{shlex.quote(val_items[0][0])}")
 
 
-def respond(config, run, tokenizer, items):
+def generate_responses(config, run, tokenizer, items):
     """The model's likeliest answers to items it was not trained on."""
     items = items[:1 if config.dry_run else config.responses]
     if not items:
@@ -231,7 +231,7 @@ def respond(config, run, tokenizer, items):
 
 
 @torch.no_grad()
-def merge_checked(wrapped, model):
+def merge_and_check(wrapped, model):
     """Merge the adapter into the model; the largest difference that this makes to logits, in fp32.
 
     Raises RunFailed where it is more than rounding.
@@ -240,7 +240,7 @@ def merge_checked(wrapped, model):
     ids = torch.randint(model.config.vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
     model.to("cpu")                                         # where fp32 is no TF32
     before = model(ids)
-    merge(wrapped)
+    merge_adapter(wrapped)
     largest = (before - model(ids)).abs().max().item()
     if not largest <= ROUNDING * max(1.0, before.abs().max().item()) or math.isnan(largest):
         raise RunFailed(f"the merged model's logits differ from the adapter's by {largest:.1e}; nothing was merged")

@@ -31,7 +31,7 @@ class Classifier(GPT):
     def __init__(self, config):
         super().__init__(config)
         del self.lm_head
-        self.score = new_score(config)
+        self.score = new_score_layer(config)
 
     @classmethod
     def from_gpt(cls, gpt, labels):
@@ -39,7 +39,7 @@ class Classifier(GPT):
         shape = {f.name: getattr(gpt.config, f.name) for f in fields(GPTConfig)}
         with torch.device("meta"):      # nothing to initialise but the scores
             model = cls(ClassifierConfig(**{**shape, "tie_word_embeddings": False}, labels=list(labels)))
-        model.transformer, model.score = gpt.transformer, new_score(model.config)
+        model.transformer, model.score = gpt.transformer, new_score_layer(model.config)
         return model
 
     def forward(self, idx, lengths=None):
@@ -49,7 +49,7 @@ class Classifier(GPT):
         return self.score(hidden[torch.arange(len(idx), device=idx.device), last])
 
 
-def new_score(config):
+def new_score_layer(config):
     """A fresh layer of scores, GPT-2's initialisation."""
     score = nn.Linear(config.n_embd, len(config.labels), bias=False)
     nn.init.normal_(score.weight, mean=0.0, std=0.02)

@@ -31,8 +31,8 @@ from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
 
 STATE_NAME = "state.pt"  # in --out: what a run goes on from
-ROW_MULTIPLE = 16        # rows are padded to a multiple of this: few shapes
-SHOWN = 3                # examples that a dry run prints
+LENGTH_MULTIPLE = 16        # rows are padded to a multiple of this: few shapes
+N_SHOWN = 3                # examples that a dry run prints
 
 
 @dataclass(kw_only=True)
@@ -82,11 +82,11 @@ class TuneConfig(DeviceConfig):
         if self.mlflow:
             require_mlflow()
         if self.max_lr is None:
-            self.max_lr = self.usual_lr()
+            self.max_lr = self.default_lr()
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
 
-    def usual_lr(self):
+    def default_lr(self):
         """The peak learning rate where none is given."""
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class TuneConfig(DeviceConfig):
 # examples as rows
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One example: what the model reads, and what counts."""
     tokens: np.ndarray     # (T,) int32
     targets: np.ndarray    # (T,) int32, IGNORED where nothing counts
@@ -104,9 +104,9 @@ class Row:
         return len(self.tokens)
 
 
-def make_row(tokens, targets):
-    """The Row of two lists."""
-    return Row(np.array(tokens, dtype=np.int32), np.array(targets, dtype=np.int32))
+def make_example(tokens, targets):
+    """The Example of two lists."""
+    return Example(np.array(tokens, dtype=np.int32), np.array(targets, dtype=np.int32))
 
 
 def make_batches(rows, indices, budget, block_size):
@@ -114,7 +114,7 @@ def make_batches(rows, indices, budget, block_size):
     indices = sorted(indices, key=lambda i: -len(rows[i]))
     first = 0
     while first < len(indices):
-        T = min(-(-len(rows[indices[first]]) // ROW_MULTIPLE) * ROW_MULTIPLE, block_size)
+        T = min(-(-len(rows[indices[first]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, block_size)
         members = indices[first:first + max(1, budget // T)]
         x = torch.zeros(len(members), T, dtype=torch.long)     # padding lies behind a row: no token of it looks there
         y = torch.full((len(members), T), IGNORED, dtype=torch.long)
@@ -125,7 +125,7 @@ def make_batches(rows, indices, budget, block_size):
         first += len(members)
 
 
-def render(row, tokenizer, target_text):
+def format_example(row, tokenizer, target_text):
     """Lines that show a row as the loss sees it: "masked" is only read, "learned" is what counts.
 
     target_text(targets) -> the text of a list of targets.
@@ -143,15 +143,15 @@ def render(row, tokenizer, target_text):
     return "\n".join(lines)
 
 
-def show_examples(rows, tokenizer, target_text, print):
+def print_examples(rows, tokenizer, target_text, print):
     """Print the first rows as the loss sees them."""
-    for i, row in enumerate(rows[:SHOWN], 1):
+    for i, row in enumerate(rows[:N_SHOWN], 1):
         counting = int((row.targets != IGNORED).sum())
         print(f"example {i}: {len(row)} tokens are read, {counting} target{'s' * (counting > 1)}\n"
-              f"{render(row, tokenizer, target_text)}")
+              f"{format_example(row, tokenizer, target_text)}")
 
 
-def hash_rows(rows):
+def hash_examples(rows):
     """A hash of the tokens and targets of rows: a resumed run must have the same."""
     digest = hashlib.sha256()
     for row in rows:
@@ -163,15 +163,15 @@ def hash_rows(rows):
 # the model to begin with
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """An opened model to begin with, the same on every rank."""
     model: nn.Module
     tokenizer: Tokenizer
     record: dict       # {"source", "sha256"}
 
 
-def open_base(config, runtime):
-    """The Base that --init_from names, cut to --block_size, on its device; says which it is. Raises UserError."""
+def open_base_model(config, runtime):
+    """The BaseModel that --init_from names, cut to --block_size, on its device; says which it is. Raises UserError."""
     def read():
         opened = open_model(config.init_from, tokenizer=config.tokenizer).with_tokenizer()
         state = opened.model.state_dict()
@@ -185,7 +185,8 @@ def open_base(config, runtime):
         raise UserError(f"--block_size {config.block_size}, but {config.init_from} reads {model.config.block_size}")
     model.to(runtime.device)
     runtime.print(f"{stored['title']}, weights sha256 {stored['sha256'][:12]}")
-    return Base(model, from_checkpoint(stored["tokenizer"]), dict(source=config.init_from, sha256=stored["sha256"]))
+    record = dict(source=config.init_from, sha256=stored["sha256"])
+    return BaseModel(model, from_checkpoint(stored["tokenizer"]), record)
 
 
 def add_lora(model, config):
@@ -209,14 +210,14 @@ class Objective(nn.Module):
         logits = getattr(self.model, self.head)(self.model.hidden(x)[scored])          # (targets, classes)
         return F.cross_entropy(logits.float(), y[scored], weight=self.weights, reduction="sum")
 
-    def amount(self, rows):
+    def total_weight(self, rows):
         """What the targets of some rows count together."""
         targets = np.concatenate([row.targets[row.targets != IGNORED] for row in rows])
         return float(self.weights.cpu().double()[targets].sum()) if self.weights is not None else float(len(targets))
 
 
 @dataclass
-class Best:
+class BestEpoch:
     """The best epoch so far, by the score of its evaluation."""
     score: tuple = (-math.inf,)
     epoch: int = 0
@@ -243,7 +244,7 @@ class Tuning:
     step: int = 0
     tokens: int = 0            # read so far
     seconds: float = 0.0       # in steps and evaluations so far, of all starts
-    best: Best = field(default_factory=Best)
+    best: BestEpoch = field(default_factory=BestEpoch)
     first: dict = field(default_factory=dict)    # the facts before training
     skipped: Skipped = field(default_factory=Skipped)
 
@@ -253,10 +254,10 @@ def trained_weights(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def build(config, runtime, state, base, model, head, rows, weights=None):
+def set_up(config, runtime, state, base, model, head, rows, weights=None):
     """The Tuning of a model that trains what requires gradients, at the state it was left in; says what that is.
 
-    base: the Base that the model was made of. state: what find_state found. rows: of the training split; a dry run
+    base: the BaseModel that the model was made of. state: what read_state found. rows: of the training split; a dry run
     takes two steps of them. weights: Objective's. Raises UserError for the state of another run, and for micro-batches
     that do not fit.
     """
@@ -280,7 +281,7 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
     if warmup_steps > full_steps:
         raise UserError(f"--warmup_steps {warmup_steps} is longer than the run of {full_steps} steps")
     run = Tuning(model, objective, ddp, optimizer, runtime.grad_scaler(), rows,
-                 base=base.record, data_hash=hash_rows(rows), budget=size * block_size, steps_per_epoch=epoch,
+                 base=base.record, data_hash=hash_examples(rows), budget=size * block_size, steps_per_epoch=epoch,
                  max_steps=epoch if config.dry_run else full_steps, warmup_steps=warmup_steps, full_steps=full_steps)
     runtime.require_equal("flags", asdict(config))
     runtime.require_equal("examples", run.data_hash)
@@ -293,7 +294,7 @@ def build(config, runtime, state, base, model, head, rows, weights=None):
 # -----------------------------------------------------------------------------
 # the loop
 
-def tune(run, config, runtime, evaluate):
+def train(run, config, runtime, evaluate):
     """Train to the end, or until patience is over: whether it came so far, and has the weights of its best epoch now.
 
     evaluate() -> (score, a tuple, the higher the better; {name: number}), on every rank. At step k: evaluate if an
@@ -354,7 +355,8 @@ def end_epoch(run, config, runtime, log, evaluate):
         run.first = facts
     better = score > run.best.score and epoch > 0
     if better:
-        run.best = Best(score, epoch, facts, {k: w.to("cpu", copy=True) for k, w in trained_weights(run.model).items()})
+        weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
+        run.best = BestEpoch(score, epoch, facts, weights)
     seconds = time.perf_counter() - start_time
     run.seconds += seconds
     log.evaluation(epoch, facts, better, seconds)
@@ -369,10 +371,10 @@ def end_epoch(run, config, runtime, log, evaluate):
 def train_step(run, config, runtime):
     """One optimizer step on this rank's share of the rows: its StepResult, and the tokens that all ranks read."""
     seed_everything(config.seed, "step", run.step, runtime.rank)                       # dropout
-    indices = rows_of_step(run, config)
+    indices = examples_of_step(run, config)
     rows = [run.rows[i] for i in indices]
-    share = runtime.world_size / run.objective.amount(rows)                            # DDP divides by world_size
-    batches = list(my_batches(run, runtime, indices)) or [nothing()]
+    share = runtime.world_size / run.objective.total_weight(rows)                            # DDP divides by world_size
+    batches = list(local_batches(run, runtime, indices)) or [empty_batch()]
     loss = torch.zeros((), device=runtime.device)
     for i, (_, x, y) in enumerate(batches):
         # Forward and backward both inside no_sync: DDP decides in the forward pass whether gradients are reduced.
@@ -386,14 +388,14 @@ def train_step(run, config, runtime):
     return result, sum(map(len, rows))
 
 
-def rows_of_step(run, config):
+def examples_of_step(run, config):
     """The numbers of the training rows of this step: a pure function of (seed, step)."""
     epoch, place = divmod(run.step, run.steps_per_epoch)
     order = permutation(len(run.rows), config.seed, "examples", epoch)
     return order[place * config.batch_size:(place + 1) * config.batch_size].tolist()
 
 
-def my_batches(run, runtime, indices):
+def local_batches(run, runtime, indices):
     """This rank's share of some training rows as make_batches yields it; ranks get rows of like lengths."""
     mine = sorted(indices, key=lambda i: -len(run.rows[i]))[runtime.rank::runtime.world_size]
     return make_batches(run.rows, mine, run.budget, run.model.config.block_size)
@@ -412,7 +414,7 @@ def evaluation_batches(rows, budget, block_size, runtime):
         runtime.check_for_stop()
 
 
-def nothing():
+def empty_batch():
     """A batch without targets, for a rank that has no row of an epoch's last step: DDP waits for every rank."""
     return [], torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORED)
 
@@ -424,7 +426,7 @@ def mean_loss(run, runtime, rows):
     for _, x, y in evaluation_batches(rows, run.budget, run.model.config.block_size, runtime):
         with runtime.autocast():
             loss = loss + run.objective(x, y)
-    return runtime.sum(loss)[0] / run.objective.amount(rows)
+    return runtime.sum(loss)[0] / run.objective.total_weight(rows)
 
 
 def set_learning_rate(run, config):
@@ -448,14 +450,14 @@ def work_in_folder(config, runtime, work):
             work(replace(config, out=folder, mlflow=False), None)
         return
     with lock_folder(config.out, runtime):
-        state = runtime.broadcast(lambda: find_state(config))
+        state = runtime.broadcast(lambda: read_state(config))
         if state and state["finished"]:
             runtime.print(f"the run in {config.out} is finished; for another one choose another --out")
             return
         work(config, state)
 
 
-def find_state(config):
+def read_state(config):
     """The state that a run in --out goes on from, None for a fresh one. Raises UserError for one with other flags."""
     path = Path(config.out) / STATE_NAME
     if not path.exists():
@@ -499,7 +501,7 @@ def restore(run, state):
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
-    run.first, run.best = state["first"], Best(**state["best"])
+    run.first, run.best = state["first"], BestEpoch(**state["best"])
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def save_adapter(wrapped, folder, base):
         (temporary / "adapter_model.safetensors").chmod(mode)  # safetensors lets only the owner read
 
 
-def merge(wrapped):
+def merge_adapter(wrapped):
     """The model that add_adapter changed, plain again: each W is W + alpha / r B A."""
     return wrapped.merge_and_unload()
 
@@ -51,7 +51,7 @@ def is_adapter(folder):
     return (Path(folder) / CONFIG_NAME).is_file()
 
 
-def base_of(folder):
+def read_adapter_base(folder):
     """(the source of the model that an adapter belongs to, the hash of its weights or None). Raises UserError."""
     source = read_json(Path(folder) / CONFIG_NAME).get("base_model_name_or_path")
     if not source:
@@ -60,11 +60,11 @@ def base_of(folder):
     return source, read_json(record).get("sha256") if record.exists() else None
 
 
-def merge_folder(model, folder):
+def merge_saved_adapter(model, folder):
     """The model with the adapter in a folder merged into it. Raises UserError for one that does not fit."""
     peft = _import_peft()
     try:
-        return merge(peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu"))
+        return merge_adapter(peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu"))
     except Exception as error:      # peft, safetensors and torch raise many kinds
         why = " ".join(str(error).split())[:160]
         raise UserError(f"the adapter in {folder} does not fit its model ({type(error).__name__}: {why})") from error

@@ -98,7 +98,7 @@ def open_weights(source, tokenizer, folder):
 
 def _open_adapter(folder, tokenizer):
     """The model that a LoRA adapter belongs to, with the adapter merged into it."""
-    source, sha256 = lora.base_of(folder)
+    source, sha256 = lora.read_adapter_base(folder)
     try:
         opened = open_model(source, tokenizer=tokenizer)
     except UserError as error:
@@ -106,7 +106,7 @@ def _open_adapter(folder, tokenizer):
                         ) from error
     if sha256 and weights_hash(opened.model.state_dict()) != sha256:
         raise CheckpointError(f"{source} holds other weights than those that the adapter in {folder} belongs to")
-    merged = lora.merge_folder(opened.model, folder).requires_grad_(True)
+    merged = lora.merge_saved_adapter(opened.model, folder).requires_grad_(True)
     return OpenedModel(merged, opened.tokenizer, str(folder))
 
 

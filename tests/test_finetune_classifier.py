@@ -15,10 +15,10 @@ import inference
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
-from exactgpt.finetune import make_batches, render
+from exactgpt.finetune import format_example, make_batches
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
-from finetune_classifier import encode, read_splits, score_rows, stratified
+from finetune_classifier import encode_example, read_splits, score_examples, stratified_split
 from tests.common import SHARED_DATA, cpu_runtime
 from tests.signals import signalled
 
@@ -30,7 +30,7 @@ def main(*flags):
 
 
 def tokens(text):
-    return encode(text, 0, Tokenizer([], "bytes"), 32)
+    return encode_example(text, 0, Tokenizer([], "bytes"), 32)
 
 
 # -----------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
     model = Classifier(ClassifierConfig(32, 320, 2, 2, 32, labels=["a", "b", "c"])).eval()
     texts = ["x", "", "a longer one", "b" * 100, "seventeen letters", "no"]
     rows = [tokens(text) for text in texts]
-    together = score_rows(model, cpu_runtime(), rows, budget=64)
+    together = score_examples(model, cpu_runtime(), rows, budget=64)
     for text, scores in zip(texts, together):
         ids = Tokenizer([], "bytes").encode(text)[:32] or [256]
         alone = model.score(model.hidden(torch.tensor([ids])))[0, -1]
@@ -62,7 +62,7 @@ def test_batches_hold_every_row_once_padded_with_what_does_not_count():
 
 def test_a_row_shows_that_the_label_alone_is_learned():
     row = tokens("caf\u00e9!")
-    assert render(row, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
+    assert format_example(row, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
         "  masked  | 'caf\u00e9!'\n  learned | '-> bad'")
 
 
@@ -198,11 +198,11 @@ def test_a_dry_run_shows_examples_and_leaves_nothing(classifier_flags, tmp_path,
 
 def test_splits_hold_every_example_once_and_every_label_in_its_share(tmp_path):
     examples = [(f"text {i}", "abc"[(i % 10 > 5) + (i % 10 > 8)]) for i in range(200)]
-    config = finetune_classifier.ClassifierFlags(data="x")
-    rest, test = stratified(examples, 40, config)
+    config = finetune_classifier.ClassifierTuneConfig(data="x")
+    rest, test = stratified_split(examples, 40, config)
     assert sorted(rest + test) == sorted(examples)
     assert [sum(label == name for _, label in test) for name in "abc"] == [24, 12, 4]
-    assert list(stratified(examples, 40, config)) == [rest, test]
+    assert list(stratified_split(examples, 40, config)) == [rest, test]
 
 
 def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, monkeypatch):
@@ -243,7 +243,7 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
 def test_the_sms_file_is_read_and_split(monkeypatch):
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not on this machine")
-    config = finetune_classifier.ClassifierFlags(data=str(SHARED_DATA / "sms_spam.tsv"), text_column="SMS",
+    config = finetune_classifier.ClassifierTuneConfig(data=str(SHARED_DATA / "sms_spam.tsv"), text_column="SMS",
                                                  label_column="Label")
     splits = read_splits(config)
     assert {name: len(examples) for name, examples in splits.items()} == dict(train=3902, validation=557, test=1115)

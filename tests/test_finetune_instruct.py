@@ -12,12 +12,12 @@ import finetune_instruct
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
-from exactgpt.finetune import render, writing_results
+from exactgpt.finetune import format_example, writing_results
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import add_adapter, merge
+from exactgpt.lora import add_adapter, merge_adapter
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
-from finetune_instruct import encode, encode_item, read_items
+from finetune_instruct import encode_item, encode_items, read_items
 from model import GPT, IGNORED, GPTConfig
 from tests.common import SHARED_DATA
 from tests.signals import signalled
@@ -65,7 +65,8 @@ def test_the_answer_and_its_end_are_learned_and_nothing_else():
     tokenizer = Tokenizer([], "bytes")
     row = encode_item(("Add.", "1 2", "3\u00e9"), tokenizer, 1000)
     prompt = alpaca_prompt("Add.", "1 2")
-    assert render(row, tokenizer, tokenizer.decode) == f"  masked  | {prompt!r}\n  learned | '3\u00e9<|endoftext|>'"
+    shown = format_example(row, tokenizer, tokenizer.decode)
+    assert shown == f"  masked  | {prompt!r}\n  learned | '3\u00e9<|endoftext|>'"
     n = len(prompt)
     ids = [*tokenizer.encode(prompt + "3\u00e9"), tokenizer.eot]
     assert row.tokens.tolist() == ids[:-1] and row.targets.tolist() == [IGNORED] * (n - 1) + ids[n:]
@@ -75,7 +76,7 @@ def test_long_answers_are_cut_and_items_without_an_answer_in_reach_left_out():
     tokenizer = Tokenizer([], "bytes")
     n = len(alpaca_prompt("Go."))
     items = [("Go.", "", "x" * 40), ("Go.", "", "yes"), ("Go.", "", " "), ("Go. " + "x" * 99, "", "yes")]
-    rows, dropped = encode(items, tokenizer, n + 9)
+    rows, dropped = encode_items(items, tokenizer, n + 9)
     assert dropped == 2 and [len(row) for row in rows] == [n + 9, n + 3]
     assert rows[0].targets[-1] == tokenizer.encode("x")[0] and rows[1].targets[-1] == tokenizer.eot
     assert (rows[0].targets != IGNORED).sum() == 10 and (rows[1].targets != IGNORED).sum() == 4
@@ -132,7 +133,7 @@ def test_a_merged_model_computes_what_the_adapter_did_and_only_the_adapter_train
     pairs = {name.partition(".lora_")[0]: None for name in trained}
     expected = {f"{name}.weight": plain[f"{name}.weight"] + 2 * trained[f"{name}.lora_B.default.weight"].detach()
                 @ trained[f"{name}.lora_A.default.weight"].detach() for name in pairs}
-    assert merge(wrapped) is model and set(model.state_dict()) == names
+    assert merge_adapter(wrapped) is model and set(model.state_dict()) == names
     torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected.get(name, plain[name]), rtol=1e-5, atol=1e-6)

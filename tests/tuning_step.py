@@ -5,20 +5,20 @@ import sys
 import torch
 import torch.distributed as dist
 
-from exactgpt.finetune import Objective, Tuning, make_row, train_step
+from exactgpt.finetune import Objective, Tuning, make_example, train_step
 from finetune_instruct import InstructConfig
 from model import GPT, IGNORED, GPTConfig
 from tests.common import cpu_runtime
 
 
 def random_rows(n):
-    """Rows of a vocabulary of 65, of uneven lengths, from 1 target to all."""
+    """Examples of a vocabulary of 65, of uneven lengths, from 1 target to all."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for i in range(n):
         length = int(torch.randint(2, 30, (), generator=generator))
         tokens, targets = torch.randint(65, (2, length), generator=generator).tolist()
-        rows.append(make_row(tokens, [IGNORED] * min(length - 1, i * 3) + targets[min(length - 1, i * 3):]))
+        rows.append(make_example(tokens, [IGNORED] * min(length - 1, i * 3) + targets[min(length - 1, i * 3):]))
     return rows
 
 
