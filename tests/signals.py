@@ -5,10 +5,10 @@ import os, signal, sys
 import {script} as script
 from exactgpt import finetune
 step = finetune.train_step
-def train_step(run, *rest):
-    if run.step == {at}:
+def train_step(run, progress, *rest):
+    if progress.step == {at}:
         os.kill(os.getpid(), signal.{name})
-    return step(run, *rest)
+    return step(run, progress, *rest)
 finetune.train_step = train_step
 script.main(sys.argv[1:])
 """

@@ -15,7 +15,7 @@ import inference
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
-from exactgpt.finetune import format_example, make_batches
+from exactgpt.finetune_data import format_example, make_batches
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
 from finetune_classifier import encode_example, read_splits, score_examples, stratified_split
@@ -34,35 +34,35 @@ def tokens(text):
 
 
 # -----------------------------------------------------------------------------
-# the model and its rows
+# the model and its examples
 
 def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
     torch.manual_seed(0)
     model = Classifier(ClassifierConfig(32, 320, 2, 2, 32, labels=["a", "b", "c"])).eval()
     texts = ["x", "", "a longer one", "b" * 100, "seventeen letters", "no"]
-    rows = [tokens(text) for text in texts]
-    together = score_examples(model, cpu_runtime(), rows, budget=64)
+    examples = [tokens(text) for text in texts]
+    together = score_examples(model, cpu_runtime(), examples, micro_batch_tokens=64)
     for text, scores in zip(texts, together):
         ids = Tokenizer([], "bytes").encode(text)[:32] or [256]
         alone = model.score(model.hidden(torch.tensor([ids])))[0, -1]
         torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_batches_hold_every_row_once_padded_with_what_does_not_count():
-    rows = [tokens("x" * n) for n in (5, 30, 1, 17, 16, 2)]
+def test_batches_hold_every_example_once_padded_with_what_does_not_count():
+    examples = [tokens("x" * n) for n in (5, 30, 1, 17, 16, 2)]
     seen = []
-    for members, x, y in make_batches(rows, range(6), 64, 32):
+    for members, x, y in make_batches(examples, range(6), 64, 32):
         assert x.shape == y.shape and (x.numel() <= 64 or len(x) == 1) and x.size(1) <= 32
         for i, targets in zip(members, y.tolist()):
-            n = len(rows[i])
-            assert targets[:n] == rows[i].targets.tolist() and set(targets[n:]) <= {-1} and targets[n - 1] == 0
+            n = len(examples[i])
+            assert targets[:n] == examples[i].targets.tolist() and set(targets[n:]) <= {-1} and targets[n - 1] == 0
         seen += members
-    assert sorted(seen) == list(range(6)) and [len(rows[i]) for i in seen] == [30, 17, 16, 5, 2, 1]
+    assert sorted(seen) == list(range(6)) and [len(examples[i]) for i in seen] == [30, 17, 16, 5, 2, 1]
 
 
-def test_a_row_shows_that_the_label_alone_is_learned():
-    row = tokens("caf\u00e9!")
-    assert format_example(row, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
+def test_an_example_shows_that_the_label_alone_is_learned():
+    example = tokens("caf\u00e9!")
+    assert format_example(example, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
         "  masked  | 'caf\u00e9!'\n  learned | '-> bad'")
 
 
@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_to_the_same_classifier(run, classifier_flags, tmp
         with pytest.raises(UserError, match=re.escape(message)):
             main(*stopped, *more)
     main(*stopped)
-    assert "going on from step 11" in capsys.readouterr().out
+    assert "resuming from step 11" in capsys.readouterr().out
     first, second = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("straight", "stopped"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
@@ -169,7 +169,7 @@ def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(classifier_flags, 
     main(*flags)
     assert "stopped before step 7, nothing is lost" in capsys.readouterr().out and len(calls) == 2
     main(*flags)
-    assert "going on from step 7" in capsys.readouterr().out
+    assert "resuming from step 7" in capsys.readouterr().out
     calls[:] = calls[:1]
     with pytest.raises(SystemExit) as ended:
         main("--checkpoint", tmp_path / "out" / "classifier.pt", "--predict", "So fine", *CPU)
@@ -220,7 +220,7 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
             (["--data", "hole.csv", *model], "hole.csv, row 2 (the header not counted): column 'label' is empty"),
             (["--data", "torn.jsonl", *model], "torn.jsonl, line 2: not valid JSON"),
             (["--data", "one.csv", *model], "holds one label only, 'x'"),
-            (["--data", "rare.csv", *model], "the rarest label, 'y', is there 1 time"),
+            (["--data", "rare.csv", *model], "the rarest label, 'y', occurs 1 time"),
             (["--data", "few.csv", "--test_fraction", 0.1, "--val_fraction", 0.85, *model],
              "no example of the label 'y' is left to train on"),
             (["--data", "ids.csv", *model], "is it the column of labels?"),

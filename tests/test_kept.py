@@ -97,7 +97,7 @@ def test_an_interrupted_fine_tuning_goes_on_to_the_end_it_had_then(command, kept
     """instruct_stopped has to end with the adapter and the answers of instruct, which was not interrupted."""
     then, log = EXPECTED["fine_tuning"][name], kept / name / "metrics.jsonl"
     before = log.read_bytes()
-    assert f"going on from step {then['step']}" in command(then["command"])
+    assert f"resuming from step {then['step']}" in command(then["command"])
     check_continued(log, before, then)
     if name == "instruct_stopped":
         folders = [kept / "instruct", kept / name]
