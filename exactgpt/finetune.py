@@ -58,22 +58,22 @@ class TuneConfig(DeviceConfig):
                                     "many as fit)", group="training", low=0)
     max_lr: float | None = flag(None, "peak learning rate (default: depends on what is trained, see "
                                       "docs/finetuning.md)", group="training", above=0, keep=True)
-    min_lr: float = flag(0.0, "learning rate at the end of the cosine schedule", group="training", low=0.0, keep=True)
+    min_lr: float = flag(0.0, "final learning rate of the cosine schedule", group="training", low=0.0, keep=True)
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth of the run)", group="training",
                                     low=0, keep=True)
-    weight_decay: float = flag(0.01, "AdamW weight decay of matrices; biases and LayerNorms have none",
-                               group="training", low=0.0, keep=True)
-    grad_clip: float = flag(1.0, "maximum gradient norm (0: no clipping)", group="training", low=0.0, keep=True)
+    weight_decay: float = flag(0.01, "AdamW weight decay, for matrices only", group="training", low=0.0, keep=True)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: no clipping)", group="training", low=0.0,
+                            keep=True)
 
-    resume: str = flag("auto", "auto: resume the run in --out if there is one; never: refuse to", group="system",
+    resume: str = flag("auto", "auto: resume the run in --out, if any; never", group="system",
                        choices=("auto", "never"))
     seed: int = flag(1337, "random seed for the split, data order, new weights and dropout", group="system", low=0,
                      keep=True)
-    deterministic: bool = flag(False, "make results on a GPU bitwise repeatable, which is slower", group="system")
+    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, but slower", group="system")
     timeout: float = flag(float(STEADY_TIMEOUT_S), "seconds without progress after which a run of several processes "
                           "ends and names the one that hangs; must exceed the time to write the results",
                           group="system", above=0)
-    mlflow: bool = flag(False, "mirror the run to a local MLflow store in --out", group="system")
+    mlflow: bool = flag(False, "also log to a local MLflow store in --out", group="system")
     dry_run: bool = flag(False, "print some examples, try two steps and write the results, then delete everything",
                          group="system")
 
@@ -194,9 +194,8 @@ class BestEpoch:
 
 @dataclass
 class Progress:
-    """What changes while a run trains."""
-    step: int = 0              # the next to train
-    first_step: int = 0        # where this start began: above 0 in a resumed run
+    """What changes during a run."""
+    step: int = 0              # the next one to train
     tokens: int = 0            # read in all starts
     seconds: float = 0.0       # spent in steps and evaluations, in all starts
     first: dict[str, float] = field(default_factory=dict)            # the metrics before training
@@ -240,7 +239,7 @@ def make_plan(n_examples, config):
     n_steps = steps_per_epoch * config.num_epochs
     warmup_steps = n_steps // 10 if config.warmup_steps is None else config.warmup_steps
     if warmup_steps > n_steps:
-        raise UserError(f"--warmup_steps {warmup_steps} is longer than the run of {n_steps} steps; lower it")
+        raise UserError(f"--warmup_steps {warmup_steps} exceeds the {n_steps} steps of the run; lower it")
     return Plan(steps_per_epoch, n_steps, warmup_steps, n_steps)
 
 
@@ -252,31 +251,33 @@ def trained_weights(model):
 # -----------------------------------------------------------------------------
 # one training step
 
-def train_step(run, progress, config, runtime):
-    """Take one optimizer step; return its StepResult and the number of tokens that all ranks read."""
-    seed_everything(config.seed, "step", progress.step, runtime.rank)                  # dropout
-    indices = examples_of_step(run, progress, config)
+def train_step(run, config, runtime, step):
+    """Train on this rank's examples of a step; return (StepResult, tokens read), the same on all ranks."""
+    # Dropout depends on (seed, step, rank) alone, so a resumed run needs no saved generator state.
+    seed_everything(config.seed, "step", step, runtime.rank)
+    indices = examples_of_step(run, config, step)
     examples = [run.examples[i] for i in indices]
     micro_batches = list(local_batches(run, runtime, indices)) or [empty_batch()]
-    # Backward adds gradients up, so each summed loss is divided before it, by the targets of all micro-batches and
-    # ranks; DDP then takes the mean over ranks, hence world_size.
-    share = runtime.world_size / run.objective.total_weight(examples)
+    share = runtime.world_size / run.objective.total_weight(examples)      # DDP's mean over ranks takes world_size off
     loss = torch.zeros((), device=runtime.device)
     for i, (_, x, y) in enumerate(micro_batches):
         final = i + 1 == len(micro_batches)
-        # no_sync holds the forward pass too: DDP decides there whether the backward pass reduces gradients.
+        # Gradients are averaged over ranks once a step, in its last micro-batch. no_sync holds the forward pass too:
+        # there, not in backward, DDP decides whether this backward pass will reduce.
         with contextlib.nullcontext() if final or runtime.alone else run.ddp.no_sync():
             with runtime.autocast():
+                # backward() adds up gradients; dividing the summed losses here, by the targets of the whole step,
+                # makes the sum the gradient of the mean over all targets.
                 micro_loss = run.ddp(x.to(runtime.device), y.to(runtime.device)) * share
             run.scaler.scale(micro_loss).backward()
-        loss = loss + micro_loss.detach()
+        loss = loss + micro_loss.detach()             # stays on the device: reading it here would stall the GPU
     result = finish_step(run.model, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
     return result, sum(map(len, examples))
 
 
-def examples_of_step(run, progress, config):
-    """Return the indices of this step's training examples, a pure function of (seed, step)."""
-    epoch, place = divmod(progress.step, run.plan.steps_per_epoch)
+def examples_of_step(run, config, step):
+    """Return the indices of a step's training examples, a pure function of (seed, step)."""
+    epoch, place = divmod(step, run.plan.steps_per_epoch)
     order = permutation(len(run.examples), config.seed, "examples", epoch)
     return order[place * config.batch_size:(place + 1) * config.batch_size].tolist()
 
@@ -287,10 +288,9 @@ def local_batches(run, runtime, indices):
     return make_batches(run.examples, mine, run.micro_batch_tokens, run.model.config.block_size)
 
 
-def set_learning_rate(run, progress, config):
-    """Set the learning rate of this step and return it."""
-    peak = config.peak_lr
-    lr = peak * learning_rate_factor(progress.step, run.plan, "cosine", config.min_lr / peak)
+def set_learning_rate(run, config, step):
+    """Set the learning rate of a step and return it."""
+    lr = config.peak_lr * learning_rate_factor(step, run.plan, "cosine", config.min_lr / config.peak_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -336,55 +336,61 @@ def out_of_patience(run, progress, config):
 # -----------------------------------------------------------------------------
 # the run
 
-def train_loop(run, progress, config, runtime, log, evaluate):
-    """At step k: evaluate and save if an epoch ends here, then train step k.
+def loop(run, progress, config, runtime, log, evaluate):
+    """Train from progress.step to the end, or until patience runs out.
 
-    Raises StopRequested on every rank if one was asked to stop, RunFailed after too many skipped steps.
+    Raises StopRequested, and RunFailed if too many updates were skipped.
     """
+    first_step = progress.step
+    # At step k: evaluate and save if an epoch ends here, then train step k. So the loop also evaluates the untrained
+    # model, as the baseline, and the final weights are evaluated and saved by the same lines as all others.
     while True:
-        runtime.raise_if_stopping()
-        last = progress.step == run.plan.max_steps
-        epoch_ends = progress.step % run.plan.steps_per_epoch == 0       # also before the first one: the baseline
+        runtime.raise_if_stopping()                   # all ranks agreed on it in the last all-reduce
+        step, last = progress.step, progress.step == run.plan.max_steps
+        epoch_ends = step % run.plan.steps_per_epoch == 0
+
+        # once an epoch: validation (all ranks take part), and the state, unless this start began with it
         if epoch_ends:
             evaluate_epoch(run, progress, log, evaluate)
-            if progress.step > progress.first_step:
+            if step > first_step:
                 save_state(run, progress, config, runtime)
         if last or (epoch_ends and out_of_patience(run, progress, config)):
             break
+
+        # one training step; evaluation and saving are outside its clock
         log.start_clock()
-        lr = set_learning_rate(run, progress, config)
-        result, n_tokens = train_step(run, progress, config, runtime)
+        lr = set_learning_rate(run, config, step)
+        result, n_tokens = train_step(run, config, runtime, step)
+        problem = progress.skipped.count(result, run.scaler)
         progress.tokens += n_tokens
-        skip_reason = progress.skipped.count(result, run.scaler)
         progress.seconds += log.stop_clock()
-        log.train(result, lr, n_tokens, skip_reason)
-        progress.skipped.check()
-        if progress.step == progress.first_step:
+        log.train(result, lr, n_tokens, problem)
+        progress.skipped.check()                      # ten in a row: the weights are beyond saving
+        if step == first_step:
             runtime.first_step_done()
-        progress.step += 1
+        progress.step = step + 1
 
 
 def train(run, progress, config, runtime, evaluate, write_results):
-    """Train to the end, write the results and mark the run as finished. A stop saves the state instead.
+    """Train to the end, write the results and mark the run as finished; if stopped, save the state instead.
 
-    evaluate() -> (score, metrics) on every rank: a tuple that is higher if better, and {name: number}.
-    write_results() is called on every rank, with the best epoch's weights in the model.
+    evaluate() -> (score, {name: number}) on every rank. The score is a tuple, higher is better; the numbers are logged.
+    write_results() is called on every rank, with the best epoch's weights in the model. Raises UserError, RunFailed.
     """
-    log = TuneLog(runtime, config, run, progress)
-    try:
-        runtime.setup_done()
-        train_loop(run, progress, config, runtime, log, evaluate)
-    except StopRequested:
-        if config.dry_run:
-            runtime.print("the dry run was stopped")
+    first_step = progress.step
+    with contextlib.closing(TuneLog(run, progress, config, runtime)) as log:
+        try:
+            runtime.setup_done()
+            loop(run, progress, config, runtime, log, evaluate)
+        except StopRequested:           # raised on all ranks at the same collective
+            if config.dry_run:
+                runtime.print("the dry run was stopped")
+                return
+            if progress.step > first_step:
+                save_state(run, progress, config, runtime)
+            runtime.print(f"stopped before step {progress.step}, nothing is lost; the same command continues:\n"
+                          f"{command_line()}")
             return
-        if progress.step > progress.first_step:
-            save_state(run, progress, config, runtime)
-        runtime.print(f"stopped before step {progress.step}, nothing is lost; the same command continues:\n"
-                      f"{command_line()}")
-        return
-    finally:
-        log.close()
     best = progress.best
     if not best.weights:
         raise RunFailed("no epoch ended with a finite loss; try a smaller --max_lr")
@@ -405,7 +411,7 @@ def train(run, progress, config, runtime, evaluate, write_results):
 def work_in_folder(config, runtime, finetune):
     """Call finetune(config, runtime, state) while no other run uses --out; state: that of an interrupted run, or None.
 
-    A dry run gets a temporary folder instead. Raises UserError if --out holds a different run.
+    A dry run gets a temporary folder instead. Raises UserError if --out contains another run.
     """
     config = replace(config, max_lr=config.peak_lr)      # state and MLflow record the rate itself, not "the default"
     if config.dry_run:
@@ -415,7 +421,7 @@ def work_in_folder(config, runtime, finetune):
     with lock_folder(config.out, runtime):
         state = runtime.broadcast(lambda: read_state(config))
         if state and state["finished"]:
-            runtime.print(f"the run in {config.out} is finished; for another run use another --out")
+            runtime.print(f"the run in {config.out} is finished; for a new run use another --out")
             return
         finetune(config, runtime, state)
 
@@ -426,15 +432,16 @@ def read_state(config):
     if not path.exists():
         return None
     if config.resume == "never":
-        raise UserError(f"--resume never, but {config.out} holds a run; use another --out, or delete it")
+        raise UserError(f"--resume never, but {config.out} already contains a run; use another --out, or "
+                        "delete it")
     state = read_checkpoint(path)
     differing = changed_flags(config, state["config"])
     if state["finished"]:       # data and model will not be opened, so only their names can be compared
         differing += [f"--{name} {getattr(config, name)} (it has {state['config'].get(name)})"
                       for name in ("data", "init_from") if getattr(config, name) != state["config"].get(name)]
     if differing:
-        raise UserError(f"{config.out} holds another run: {', '.join(differing)}. Use its flags to continue it, or "
-                        "another --out")
+        raise UserError(f"{config.out} contains another run: {', '.join(differing)}. Use its flags to resume it, or "
+                        "another --out for a new run")
     return state
 
 
@@ -476,8 +483,8 @@ def restore(run, state):
     run.optimizer.load_state_dict(state["optimizer"])
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
-    return Progress(step=state["step"], first_step=state["step"], tokens=state["tokens"], seconds=state["seconds"],
-                    first=state["first"], best=BestEpoch(**state["best"]))
+    return Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"], first=state["first"],
+                    best=BestEpoch(**state["best"]))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al. 2021, arXiv:2106.09685) through the peft library: small trained matrices beside frozen ones.
 
-An adapter is a folder in peft's format (adapter_config.json, adapter_model.safetensors), which transformers can put on an
-exported model too, plus base.json, which names the weights that it was trained on.
+An adapter is a folder in peft's format (adapter_config.json, adapter_model.safetensors), which transformers also loads
+onto an exported model, plus base.json, which names the weights that it was trained on.
 """
 from pathlib import Path
 

@@ -236,14 +236,11 @@ def peak_memory_gb(runtime):
 
 
 class TuneLog:
-    """The log of a fine-tuning run: step lines, and metrics.jsonl in --out with train.py's names.
+    """Log of a fine-tuning run, with train.py's names: rank 0 writes and prints, on other ranks it only keeps time."""
 
-    Rank 0 writes and prints, the other ranks' logs only keep time.
-    """
-
-    def __init__(self, runtime, config, run, progress):
-        """Cut the metrics.jsonl of an earlier start in --out back to progress.step, and append from there."""
-        self._runtime, self._config, self._plan, self._progress = runtime, config, run.plan, progress
+    def __init__(self, run, progress, config, runtime):
+        """Open metrics.jsonl in config.out, without what an earlier start logged beyond this step."""
+        self._plan, self._progress, self._config, self._runtime = run.plan, progress, config, runtime
         self._step_s, self._evaluation_s = [], []
         if runtime.is_main:
             path = Path(config.out) / "metrics.jsonl"
@@ -252,7 +249,7 @@ class TuneLog:
             self._tracker = Tracker(config, config.out, "fine-tuning", resumed=progress.step > 0)
 
     def start_clock(self):
-        """Start the clock of a step or an evaluation; saving is outside of it."""
+        """Start the clock of a step or an evaluation. Saving is outside of it."""
         self._clock = time.perf_counter()
 
     def stop_clock(self):
@@ -260,29 +257,31 @@ class TuneLog:
         self._seconds = time.perf_counter() - self._clock
         return self._seconds
 
-    def train(self, result, lr, n_tokens, skip_reason):
-        """Log one step that read n_tokens on all ranks. skip_reason: why its update was skipped, or ""."""
+    def train(self, result, lr, n_tokens, problem):
+        """Log a training step that read n_tokens on all ranks. problem: why its update was skipped, "" if it was not.
+        """
         self._step_s.append(self._seconds)
         if not self._runtime.is_main:
             return
         step, max_steps, ms = self._progress.step, self._plan.max_steps, 1000 * self._seconds
         tok_per_sec = n_tokens / self._seconds
-        self._write_line(loss=result.loss, lr=lr, grad_norm=result.grad_norm, ms=ms, tok_per_sec=tok_per_sec)
+        self._write(loss=result.loss, lr=lr, grad_norm=result.grad_norm, ms=ms, tok_per_sec=tok_per_sec)
         recent = self._step_s[-50:]
         eta = (max_steps - step - 1) * sum(recent) / len(recent)
         print(f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {result.loss:.4f} | lr {lr:.2e} | "
               f"norm {result.grad_norm:.3f} | {ms:.0f} ms | {tok_per_sec:,.0f} tok/s | "
-              f"eta {human_time(eta)}{skip_reason and f' | update skipped: {skip_reason}'}", flush=True)
+              f"eta {human_time(eta)}{problem and f' | update skipped: {problem}'}", flush=True)
 
     def evaluation(self, epoch, facts, better):
         """Log the metrics of an evaluation, {name: number}; better: than every epoch before."""
         self._evaluation_s.append(self._seconds)
         if self._runtime.is_main:
-            self._write_line(epoch=epoch, **facts)
+            self._write(epoch=epoch, **facts)
             words = ", ".join(f"{name} {value:.4f}" for name, value in facts.items())
             print(f"epoch {epoch}/{self._config.num_epochs}: {words}{' (the best so far)' * better}", flush=True)
 
-    def _write_line(self, **values):
+    def _write(self, **values):
+        """Add a line to metrics.jsonl, and send it to MLflow. JSON has no inf and NaN: they become null."""
         step, tokens = self._progress.step, self._progress.tokens
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(dict(step=step, tokens=tokens, **plain)) + "\n")

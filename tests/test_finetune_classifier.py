@@ -92,11 +92,11 @@ def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transf
         inference.main(["--checkpoint", str(out / "classifier.pt"), "--prompt", "x"])
     main(*classifier_flags(out), "--class_weights", "balanced")
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"holds another run: --seed 5 \(it has 1337\)"):
+    with pytest.raises(UserError, match=r"contains another run: --seed 5 \(it has 1337\)"):
         main(*classifier_flags(out), "--class_weights", "balanced", "--seed", 5)
     other = tmp_path / "other.csv"
     other.write_bytes(reviews.read_bytes())
-    with pytest.raises(UserError, match=r"holds another run: --data .*other\.csv"):
+    with pytest.raises(UserError, match=r"contains another run: --data .*other\.csv"):
         main(*classifier_flags(out, other), "--class_weights", "balanced")
 
 
@@ -143,8 +143,8 @@ def test_a_stopped_run_goes_on_to_the_same_classifier(run, classifier_flags, tmp
     (tmp_path / "stop.py").write_text(signalled("finetune_classifier", 10, "SIGTERM"))
     rc, out, err = run(str(tmp_path / "stop.py"), *stopped)
     assert rc == 0 and "stopped before step 11, nothing is lost" in out, err
-    for more, message in ((["--seed", 2], "holds another run: --seed 2 (it has 1337)"),
-                          (["--resume", "never"], "holds a run")):
+    for more, message in ((["--seed", 2], "contains another run: --seed 2 (it has 1337)"),
+                          (["--resume", "never"], "already contains a run")):
         with pytest.raises(UserError, match=re.escape(message)):
             main(*stopped, *more)
     main(*stopped)

@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from exactgpt.finetune import Objective, Plan, Progress, Run, train_step
+from exactgpt.finetune import Objective, Plan, Run, train_step
 from exactgpt.finetune_data import make_example
 from finetune_instruct import InstructConfig
 from model import GPT, IGNORED, GPTConfig
@@ -35,7 +35,7 @@ def one_step(examples, micro_batch_tokens, rank=0, world_size=1, weights=None):
               base={}, data_hash="")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = InstructConfig(batch_size=len(examples), grad_clip=0.0)
-    result, _ = train_step(run, Progress(), config, cpu_runtime(rank, world_size))
+    result, _ = train_step(run, config, cpu_runtime(rank, world_size), 0)
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}, result
 
 
