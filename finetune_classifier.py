@@ -304,7 +304,8 @@ def write_classifier(config, run, progress, base, reports, sizes):
     labels, record = model.config.labels, provenance()
     save_checkpoint(out / "classifier.pt", dict(
         model=model.state_dict(), config=model.config_dict(), step=best.epoch * run.plan.steps_per_epoch,
-        val_loss=best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(), base=base.record, provenance=record))
+        val_loss=best.metrics["val_loss"], tokenizer=base.tokenizer.to_checkpoint(), base=base.record,
+        provenance=record))
     write_json(out / "metrics.json", dict(
         labels=labels, examples=sizes, **reports, best_epoch=best.epoch, steps=progress.step,
         seconds=round(progress.seconds, 1), train=config.train, base=base.record, provenance=record))

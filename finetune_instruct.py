@@ -182,7 +182,7 @@ def encode_item(item, tokenizer, block_size):
 
 def training_summary(run, progress):
     """Return losses, counts and the origin of a trained model, as plain data."""
-    before, after = progress.first["val_loss"], progress.best.facts["val_loss"]
+    before, after = progress.baseline["val_loss"], progress.best.metrics["val_loss"]
     return dict(val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
                 best_epoch=progress.best.epoch, steps=progress.step, tokens=progress.tokens,
                 seconds=round(progress.seconds, 1), base=run.base, provenance=provenance())
@@ -212,7 +212,7 @@ def write_model(config, run, progress, wrapped, base, val_items, report):
     path = checkpoint_path(out, step)
     if config.full or config.merge:
         save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=step,
-                                   val_loss=progress.best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
+                                   val_loss=progress.best.metrics["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
                                    base=base.record, provenance=report["provenance"]))
     write_json(out / "metrics.json", report)
     track_results(config, adapter or path, [out / "responses.json", out / "metrics.json"])

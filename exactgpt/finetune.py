@@ -185,10 +185,10 @@ class Run:
 
 @dataclass
 class BestEpoch:
-    """The epoch with the best validation score until now. The fields are stored in the run's state."""
+    """The epoch with the best validation score until now."""
     score: tuple[float, ...] = (-math.inf,)
     epoch: int = 0             # 0: none yet
-    facts: dict[str, float] = field(default_factory=dict)            # the metrics of its evaluation
+    metrics: dict[str, float] = field(default_factory=dict)          # of its evaluation
     weights: dict[str, torch.Tensor] = field(default_factory=dict)   # the trained ones, on the CPU
 
 
@@ -198,7 +198,7 @@ class Progress:
     step: int = 0              # the next one to train
     tokens: int = 0            # read in all starts
     seconds: float = 0.0       # spent in steps and evaluations, in all starts
-    first: dict[str, float] = field(default_factory=dict)            # the metrics before training
+    baseline: dict[str, float] = field(default_factory=dict)         # the metrics before training
     best: BestEpoch = field(default_factory=BestEpoch)
     skipped: Skipped = field(default_factory=Skipped)
 
@@ -258,7 +258,7 @@ def train_step(run, config, runtime, step):
     indices = examples_of_step(run, config, step)
     examples = [run.examples[i] for i in indices]
     micro_batches = list(local_batches(run, runtime, indices)) or [empty_batch()]
-    share = runtime.world_size / run.objective.total_weight(examples)      # DDP's mean over ranks takes world_size off
+    share = runtime.world_size / run.objective.total_weight(examples)      # x world_size: DDP takes the mean over ranks
     loss = torch.zeros((), device=runtime.device)
     for i, (_, x, y) in enumerate(micro_batches):
         final = i + 1 == len(micro_batches)
@@ -310,21 +310,21 @@ def mean_loss(run, runtime, examples):
 
 
 def evaluate_epoch(run, progress, log, evaluate):
-    """Log an evaluation and keep the weights if no earlier epoch was better."""
+    """Evaluate the model, log its metrics, and keep its weights if no earlier epoch was as good."""
     epoch = progress.step // run.plan.steps_per_epoch
     log.start_clock()
     run.model.eval()
     with torch.no_grad():
-        score, facts = evaluate()
+        score, metrics = evaluate()
     run.model.train()
     if epoch == 0:
-        progress.first = facts
+        progress.baseline = metrics
     better = epoch > 0 and score > progress.best.score
     if better:
         weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
-        progress.best = BestEpoch(score, epoch, facts, weights)
+        progress.best = BestEpoch(score, epoch, metrics, weights)
     progress.seconds += log.stop_clock()
-    log.evaluation(epoch, facts, better)
+    log.evaluation(epoch, metrics, better)
 
 
 def out_of_patience(run, progress, config):
@@ -451,8 +451,10 @@ def save_state(run, progress, config, runtime, finished=False):
         return
     entries = dict(config=asdict(config), finished=finished)
     if not finished:
+        best = progress.best
         entries.update(step=progress.step, tokens=progress.tokens, seconds=progress.seconds, base=run.base,
-                       data=run.data_hash, first=progress.first, best=vars(progress.best),
+                       data=run.data_hash, first=progress.baseline,
+                       best=dict(score=best.score, epoch=best.epoch, facts=best.metrics, weights=best.weights),
                        trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(),
                        scaler=run.scaler.state_dict())
     try:
@@ -462,10 +464,7 @@ def save_state(run, progress, config, runtime, finished=False):
 
 
 def resume(run, runtime, state):
-    """Return the Progress of a run: that of its state, which is restored, or without one a fresh one.
-
-    Raises UserError if the state belongs to other examples or weights.
-    """
+    """Restore a state, if there is one, and return the run's Progress. Raises UserError if it is another run's."""
     if state is None:
         return Progress()
     progress = runtime.on_all_ranks(lambda: restore(run, state))
@@ -483,8 +482,9 @@ def restore(run, state):
     run.optimizer.load_state_dict(state["optimizer"])
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
-    return Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"], first=state["first"],
-                    best=BestEpoch(**state["best"]))
+    best = state["best"]
+    return Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"], baseline=state["first"],
+                    best=BestEpoch(best["score"], best["epoch"], best["facts"], best["weights"]))
 
 
 @contextlib.contextmanager

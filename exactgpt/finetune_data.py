@@ -1,4 +1,4 @@
-"""Tokenized fine-tuning examples: as batches of similar lengths, as text that shows what is learned, as a hash.
+"""Tokenized fine-tuning examples: their batches of similar lengths, their printed form, their hash.
 
 Shapes: B rows of a batch, T tokens.
 """
@@ -31,16 +31,16 @@ def make_example(tokens, targets):
 
 
 def make_batches(examples, indices, micro_batch_tokens, block_size):
-    """Yield (indices, x, y) of micro-batches, sorted by length so that little is padding, the longest first.
+    """Yield (indices, x, y) of micro-batches, sorted by length to save padding, the longest first.
 
-    x, y: (B, T) int64 with B x T <= micro_batch_tokens, except that B is at least 1.
+    x, y: (B, T) int64 with B x T <= micro_batch_tokens, unless B is 1.
     """
     indices = sorted(indices, key=lambda i: -len(examples[i]))
     first = 0
     while first < len(indices):
         T = min(-(-len(examples[indices[first]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, block_size)
         members = indices[first:first + max(1, micro_batch_tokens // T)]
-        x = torch.zeros(len(members), T, dtype=torch.long)   # padding is on the right, where causal attention is blind
+        x = torch.zeros(len(members), T, dtype=torch.long)   # padded on the right: no real token attends to it
         y = torch.full((len(members), T), IGNORED, dtype=torch.long)
         for b, i in enumerate(members):
             x[b, :len(examples[i])] = torch.from_numpy(examples[i].tokens)

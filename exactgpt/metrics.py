@@ -272,12 +272,12 @@ class TuneLog:
               f"norm {result.grad_norm:.3f} | {ms:.0f} ms | {tok_per_sec:,.0f} tok/s | "
               f"eta {human_time(eta)}{problem and f' | update skipped: {problem}'}", flush=True)
 
-    def evaluation(self, epoch, facts, better):
+    def evaluation(self, epoch, metrics, better):
         """Log the metrics of an evaluation, {name: number}; better: than every epoch before."""
         self._evaluation_s.append(self._seconds)
         if self._runtime.is_main:
-            self._write(epoch=epoch, **facts)
-            words = ", ".join(f"{name} {value:.4f}" for name, value in facts.items())
+            self._write(epoch=epoch, **metrics)
+            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             print(f"epoch {epoch}/{self._config.num_epochs}: {words}{' (the best so far)' * better}", flush=True)
 
     def _write(self, **values):
