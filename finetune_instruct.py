@@ -1,11 +1,11 @@
-"""Teach a GPT-2 to follow instructions, from a file of instruction, input and output.
+"""Fine-tune a GPT-2 to follow instructions, from a file of instructions, inputs and outputs.
 
     python finetune_instruct.py --data alpaca.json --init_from gpt2 --out logs/instruct           # a LoRA adapter
-    python finetune_instruct.py --data alpaca.json --init_from gpt2 --out logs/instruct --merge   # and a model with it
+    python finetune_instruct.py --data alpaca.json --init_from gpt2 --out logs/instruct --merge   # and a merged model
     torchrun --nproc_per_node=8 finetune_instruct.py --full ...                                   # all weights
     python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors."
 
-Only the answers count in the loss. Killed or stopped: the same command continues.
+Only the answers count in the loss. If a run is killed or stopped, the same command continues it.
 """
 import json
 import math
@@ -20,107 +20,109 @@ from exactgpt.checkpoint import checkpoint_path, provenance, save_checkpoint
 from exactgpt.config import RunFailed, UserError, flag, human_bytes, parse_config, read_json, run_script, write_json
 from exactgpt.distributed import start
 from exactgpt.finetune import (
+    Objective,
     TuneConfig,
     add_lora,
-    build,
-    make_row,
     mean_loss,
-    open_base,
-    save_state,
-    show_examples,
-    tune,
+    open_base_model,
+    resume,
+    set_up,
+    train,
     work_in_folder,
-    writing_results,
 )
+from exactgpt.finetune_data import make_example, print_examples
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import merge, save_adapter
+from exactgpt.lora import merge_adapter, save_adapter
 from exactgpt.metrics import track_results
 from exactgpt.shards import permutation
 from model import IGNORED
 
-ROUNDING = 1e-4     # of logits, relative to the largest: more is no rounding
+ROUNDING = 1e-4     # largest difference of merged logits, relative to the largest logit, that counts as rounding
 
 
 @dataclass(kw_only=True)
 class InstructConfig(TuneConfig):
     """Every flag of this script."""
-    data: str = flag("", "a .json list, or .jsonl lines, of objects with instruction, output and perhaps input",
-                     group="data")
-    full: bool = flag(False, "train all weights, not a LoRA adapter", group="model", keep=True)
-    merge: bool = flag(False, "write a model with the adapter merged into it, besides the adapter", group="result")
-    responses: int = flag(20, "answers to write for validation items", group="result", low=0)
-    max_tokens: int = flag(128, "tokens of an answer at most", group="result", low=1)
+    data: str = flag("", "training items: a .json list, or .jsonl lines, of objects with instruction, output and an "
+                         "optional input", group="data")
+    full: bool = flag(False, "train all weights instead of a LoRA adapter", group="model", keep=True)
+    merge: bool = flag(False, "also write a model with the adapter merged into it", group="result")
+    responses: int = flag(20, "answers to generate for validation items (0: none)", group="result", low=0)
+    max_tokens: int = flag(128, "maximum tokens of a generated answer", group="result", low=1)
 
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""
         if self.full and self.merge:
-            raise UserError("--merge is about an adapter, and --full trains without one; leave --merge out")
+            raise UserError("--merge needs an adapter, and --full trains none; leave --merge out")
         super().check()
 
-    def usual_lr(self):
-        """The peak learning rate where none is given: LoRA bears a larger one."""
+    def default_lr(self):
+        """Return the peak learning rate to use without --max_lr: LoRA works with a higher one."""
         return 5e-5 if self.full else 5e-4
 
 
 def main(argv=None):
-    """Tune as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
+    """Train as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(InstructConfig, argv, __doc__.splitlines()[0])
     with start(config) as runtime:
-        work_in_folder(config, runtime, lambda c, state: finetune(c, state, runtime))
+        work_in_folder(config, runtime, finetune)
 
 
-def finetune(config, state, runtime):
-    """One run, from its first step or from where it was left, and its results in --out."""
+def finetune(config, runtime, state):
+    """Train on instructions, from the first step or from a state, and write the results to --out."""
     items = runtime.on_all_ranks(lambda: read_items(config.data))
-    base = open_base(config, runtime)
+    base = open_base_model(config, runtime)
     model, block_size = base.model, base.model.config.block_size
-    train_items, val_items = split(items, config)
-    train_rows, dropped = encode(train_items, base.tokenizer, block_size)
-    val_rows, val_dropped = encode(val_items, base.tokenizer, block_size)
-    cut = sum(len(row) == block_size and row.targets[-1] != base.tokenizer.eot for row in train_rows + val_rows)
-    runtime.print(f"{config.data}: {len(train_rows)} items to train on and {len(val_rows)} to validate; {cut} cut to "
-                  f"{block_size} tokens, {dropped + val_dropped} left out (no answer within them)")
-    if not train_rows or not val_rows:
-        raise UserError(f"{config.data} leaves no item to {'train on' if val_rows else 'validate'}; use more items, "
-                        "another --val_fraction or a larger --block_size")
+    train_items, val_items = split_items(items, config)
+    train_examples, train_dropped = encode_items(train_items, base.tokenizer, block_size)
+    val_examples, val_dropped = encode_items(val_items, base.tokenizer, block_size)
+    n_dropped = train_dropped + val_dropped
+    n_cut = sum(len(example) == block_size and example.targets[-1] != base.tokenizer.eot
+                for example in train_examples + val_examples)
+    runtime.print(f"{config.data}: {len(train_examples)} items to train on and {len(val_examples)} to validate; "
+                  f"{n_cut} cut to {block_size} tokens, {n_dropped} left out (no answer within them)")
+    if not train_examples or not val_examples:
+        raise UserError(f"{config.data} leaves no item to {'train on' if val_examples else 'validate'}; use more "
+                        "items, another --val_fraction or a larger --block_size")
     if config.dry_run:
-        show_examples(train_rows, base.tokenizer, base.tokenizer.decode, runtime.print)
+        print_examples(train_examples, base.tokenizer, base.tokenizer.decode, runtime.print)
     wrapped = None if config.full else add_lora(model, config)
-    run = build(config, runtime, state, base, model, "lm_head", train_rows)
+    run = set_up(config, runtime, base, Objective(model, "lm_head"), train_examples)
+    progress = resume(run, runtime, state)
 
     def evaluate():
-        loss = mean_loss(run, runtime, val_rows)
+        loss = mean_loss(run, runtime, val_examples)
         return (-loss,), dict(val_loss=loss)
 
-    if tune(run, config, runtime, evaluate):
+    def write_results():
         if runtime.is_main:
-            report = dict(items=dict(train=len(train_rows), validation=len(val_rows), cut=cut,
-                                     left_out=dropped + val_dropped), **outcome(run))
-            with writing_results(config):
-                write_results(config, run, wrapped, base, val_items, report)
-        save_state(run, config, runtime, finished=True)
+            counts = dict(train=len(train_examples), validation=len(val_examples), cut=n_cut, left_out=n_dropped)
+            report = dict(items=counts, **training_summary(run, progress))
+            write_model(config, run, progress, wrapped, base, val_items, report)
+
+    train(run, progress, config, runtime, evaluate, write_results)
 
 
 # -----------------------------------------------------------------------------
-# items and rows
+# items and examples
 
 def read_items(path):
-    """[(instruction, input, output)] of a .json or .jsonl file. Raises UserError that names the item."""
+    """Read [(instruction, input, output)] from a .json or .jsonl file. Raises UserError that names the item."""
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
         values = ((f"item {i}", value) for i, value in enumerate(read_json(path, list), 1))
     elif suffix == ".jsonl":
         values = read_lines(path)
     else:
-        raise UserError(f"{path} must be a .json list or a .jsonl file with an object a line")
+        raise UserError(f"{path} must be a .json list or a .jsonl file with one object per line")
     items = [check_item(value, f"{path}, {where}") for where, value in values]
     if len(items) < 2:
-        raise UserError(f"{path} holds {len(items)} items; one to train on and one to validate are the least")
+        raise UserError(f"{path} holds {len(items)} items; two or more are needed, to train on and to validate")
     return items
 
 
 def read_lines(path):
-    """Yield (where, value) of the lines of a .jsonl file."""
+    """Yield ("line N", value) of each line of a .jsonl file that is not blank. Raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -134,7 +136,10 @@ def read_lines(path):
 
 
 def check_item(item, where):
-    """(instruction, input, output) of a JSON value; an input may be absent. Raises UserError."""
+    """Return (instruction, input, output) of a JSON value, in which the input may be missing. Raises UserError.
+
+    where: the place of the item, for the message.
+    """
     if not isinstance(item, dict):
         raise UserError(f"{where} must be an object with instruction, input and output, but is a "
                         f"{type(item).__name__}")
@@ -148,62 +153,66 @@ def check_item(item, where):
     return tuple(texts)
 
 
-def split(items, config):
-    """(items to train on, items to validate), drawn with the seed."""
+def split_items(items, config):
+    """Split items at random into (train items, validation items), at least one each; the seed decides."""
     order = permutation(len(items), config.seed, "split").tolist()
     n_val = min(max(1, round(config.val_fraction * len(items))), len(items) - 1)
     return [items[i] for i in order[n_val:]], [items[i] for i in order[:n_val]]
 
 
-def encode(items, tokenizer, block_size):
-    """(the Rows of items, how many had no answer within block_size tokens and are left out)."""
-    rows = [encode_item(item, tokenizer, block_size) for item in items]
-    kept = [row for row in rows if (row.targets != IGNORED).any()]
-    return kept, len(rows) - len(kept)
+def encode_items(items, tokenizer, block_size):
+    """Encode items; return (Examples, number of items dropped for having no answer within block_size tokens)."""
+    examples = [encode_item(item, tokenizer, block_size) for item in items]
+    kept = [example for example in examples if (example.targets != IGNORED).any()]
+    return kept, len(examples) - len(kept)
 
 
 def encode_item(item, tokenizer, block_size):
-    """The Row of an item: prompt, answer, end-of-text; the targets are the answer and the end-of-text alone."""
+    """Encode an item as an Example: prompt, answer, end-of-text. Only the answer and the end-of-text are targets."""
     instruction, input, output = item
     prompt = tokenizer.encode(alpaca_prompt(instruction, input))
     answer = [*tokenizer.encode(output), tokenizer.eot] if output.strip() else []
     tokens = [*prompt, *answer][:block_size + 1]
     targets = [IGNORED] * (len(prompt) - 1) + answer
-    return make_row(tokens[:-1], targets[:len(tokens) - 1])
+    return make_example(tokens[:-1], targets[:len(tokens) - 1])
 
 
 # -----------------------------------------------------------------------------
 # results
 
-def outcome(run):
-    """What training did, in plain values."""
-    before, after = run.first["val_loss"], run.best.facts["val_loss"]
+def training_summary(run, progress):
+    """Return losses, counts and the origin of a trained model, as plain data."""
+    before, after = progress.baseline["val_loss"], progress.best.metrics["val_loss"]
     return dict(val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
-                best_epoch=run.best.epoch, steps=run.step, tokens=run.tokens,
-                seconds=round(run.seconds, 1), base=run.base, provenance=provenance())
+                best_epoch=progress.best.epoch, steps=progress.step, tokens=progress.tokens,
+                seconds=round(progress.seconds, 1), base=run.base, provenance=provenance())
 
 
-def write_results(config, run, wrapped, base, val_items, report):
-    """Responses, adapter, merged model and metrics into --out, on rank 0."""
+def write_model(config, run, progress, wrapped, base, val_items, report):
+    """Write responses, adapter, merged model and metrics to --out, on rank 0.
+
+    wrapped: peft's wrapper of the model, None with --full. report: the metrics without the adapter's.
+    Raises UserError, OSError; RunFailed if merging changed the model.
+    """
     out, model = Path(config.out), run.model
-    answers = respond(config, run, base.tokenizer, val_items)
+    answers = generate_responses(config, run, base.tokenizer, val_items)
     write_json(out / "responses.json", answers)
     adapter = None
     if wrapped:
         adapter = out / "adapter"
-        shutil.rmtree(adapter, ignore_errors=True)          # of a start that was killed right here
+        shutil.rmtree(adapter, ignore_errors=True)          # left by a process that was killed here
         save_adapter(wrapped, adapter, base.record)
         size = sum(p.stat().st_size for p in adapter.iterdir())
         full = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
         report |= dict(adapter_bytes=size, adapter_share=size / full)
         print(f"adapter: {human_bytes(size)}, {100 * size / full:.2f}% of the model")
         if config.merge:
-            report |= dict(merged_logits_differ_by=merge_checked(wrapped, model))
-    step = run.best.epoch * run.steps_per_epoch       # whose weights these are
+            report |= dict(merged_logits_differ_by=merge_and_check(wrapped, model))
+    step = progress.best.epoch * run.plan.steps_per_epoch       # the step of the weights, not the last one
     path = checkpoint_path(out, step)
     if config.full or config.merge:
         save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=step,
-                                   val_loss=run.best.facts["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
+                                   val_loss=progress.best.metrics["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
                                    base=base.record, provenance=report["provenance"]))
     write_json(out / "metrics.json", report)
     track_results(config, adapter or path, [out / "responses.json", out / "metrics.json"])
@@ -219,8 +228,8 @@ def write_results(config, run, wrapped, base, val_items, report):
               f"{shlex.quote(val_items[0][0])}")
 
 
-def respond(config, run, tokenizer, items):
-    """The model's likeliest answers to items it was not trained on."""
+def generate_responses(config, run, tokenizer, items):
+    """Generate the model's greedy answers to the first --responses items."""
     items = items[:1 if config.dry_run else config.responses]
     if not items:
         return []
@@ -231,19 +240,20 @@ def respond(config, run, tokenizer, items):
 
 
 @torch.no_grad()
-def merge_checked(wrapped, model):
-    """Merge the adapter into the model; the largest difference that this makes to logits, in fp32.
+def merge_and_check(wrapped, model):
+    """Merge the adapter into the model; return the largest change of a logit, in fp32.
 
-    Raises RunFailed where it is more than rounding.
+    Raises RunFailed if it is more than rounding.
     """
     n = min(64, model.config.block_size)
     ids = torch.randint(model.config.vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
-    model.to("cpu")                                         # where fp32 is no TF32
+    model.to("cpu")                                         # where fp32 is not computed in TF32
     before = model(ids)
-    merge(wrapped)
+    merge_adapter(wrapped)
     largest = (before - model(ids)).abs().max().item()
     if not largest <= ROUNDING * max(1.0, before.abs().max().item()) or math.isnan(largest):
-        raise RunFailed(f"the merged model's logits differ from the adapter's by {largest:.1e}; nothing was merged")
+        raise RunFailed(f"merging changed the model's logits by {largest:.1e}, more than rounding; no merged model was "
+                        "written")
     return largest
 
 

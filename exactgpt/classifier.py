@@ -1,6 +1,6 @@
-"""A GPT that tells which label a text has: its output layer gives a score per label, read at the text's last token.
+"""A GPT that classifies texts: the output layer gives one score per label, taken at the text's last token.
 
-The names of its weights are those of transformers' GPT2ForSequenceClassification, and so is its arithmetic.
+Weights and arithmetic are those of transformers' GPT2ForSequenceClassification.
 """
 from dataclasses import dataclass, field, fields
 
@@ -12,8 +12,8 @@ from model import GPT, GPTConfig
 
 @dataclass
 class ClassifierConfig(GPTConfig):
-    """The shape of a classifier. Raises ValueError for one that cannot be built."""
-    tie_word_embeddings: bool = False      # there is no output layer over tokens
+    """The shape of a classifier. Raises ValueError if no classifier can have it."""
+    tie_word_embeddings: bool = False      # there is no output layer over tokens to tie
     labels: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -25,21 +25,21 @@ class ClassifierConfig(GPTConfig):
 
 
 class Classifier(GPT):
-    """The blocks of a GPT with a matrix of scores in place of the output layer."""
+    """A GPT with a score layer instead of its output layer."""
     config_class = ClassifierConfig
 
     def __init__(self, config):
         super().__init__(config)
         del self.lm_head
-        self.score = new_score(config)
+        self.score = new_score_layer(config)
 
     @classmethod
     def from_gpt(cls, gpt, labels):
-        """A classifier with the blocks of a GPT, which it takes over, and random scores."""
+        """Build a classifier around the blocks of a GPT, which it shares, with a random score layer."""
         shape = {f.name: getattr(gpt.config, f.name) for f in fields(GPTConfig)}
-        with torch.device("meta"):      # nothing to initialise but the scores
+        with torch.device("meta"):      # no memory for weights that are replaced below
             model = cls(ClassifierConfig(**{**shape, "tie_word_embeddings": False}, labels=list(labels)))
-        model.transformer, model.score = gpt.transformer, new_score(model.config)
+        model.transformer, model.score = gpt.transformer, new_score_layer(model.config)
         return model
 
     def forward(self, idx, lengths=None):
@@ -49,8 +49,8 @@ class Classifier(GPT):
         return self.score(hidden[torch.arange(len(idx), device=idx.device), last])
 
 
-def new_score(config):
-    """A fresh layer of scores, GPT-2's initialisation."""
+def new_score_layer(config):
+    """Build a score layer with GPT-2's initialisation."""
     score = nn.Linear(config.n_embd, len(config.labels), bias=False)
     nn.init.normal_(score.weight, mean=0.0, std=0.02)
     return score

@@ -240,50 +240,63 @@ def peak_memory_gb(runtime):
 
 
 class TuneLog:
-    """Step lines, and metrics.jsonl in --out with train.py's names; rank 0 writes and prints."""
+    """Log of a fine-tuning run, with train.py's names: rank 0 writes and prints, on other ranks it only keeps time."""
 
-    def __init__(self, runtime, config, run):
-        self._runtime, self._config, self._run = runtime, config, run
+    def __init__(self, run, progress, config, runtime):
+        """Open metrics.jsonl in config.out, without what an earlier start logged beyond this step."""
+        self._plan, self._progress, self._config, self._runtime = run.plan, progress, config, runtime
         self._step_s, self._evaluation_s = [], []
         if runtime.is_main:
             path = Path(config.out) / "metrics.jsonl"
-            cut_back(path, run.step, lambda line: int(json.loads(line)["step"]))
+            cut_back(path, progress.step, lambda line: int(json.loads(line)["step"]))
             self._file = AppendFile(path)
-            self._tracker = Tracker(config, config.out, "fine-tuning", resumed=run.step > 0)
+            self._tracker = Tracker(config, config.out, "fine-tuning", resumed=progress.step > 0)
 
-    def train(self, result, rate, n_tokens, seconds, skipped):
-        """Log one step; n_tokens: that it read, all ranks together; skipped: why it was no update, "" where it was."""
-        run = self._run
-        self._step_s.append(seconds)
+    def start_clock(self):
+        """Start the clock of a step or an evaluation. Saving is outside of it."""
+        self._clock = time.perf_counter()
+
+    def stop_clock(self):
+        """Stop the clock and return its seconds, which `train` or `evaluation` logs next."""
+        self._seconds = time.perf_counter() - self._clock
+        return self._seconds
+
+    def train(self, result, lr, n_tokens, problem):
+        """Log a training step that read n_tokens on all ranks. problem: why its update was skipped, "" if it was not.
+        """
+        self._step_s.append(self._seconds)
         if not self._runtime.is_main:
             return
-        tok_per_sec = n_tokens / seconds
-        self._row(loss=result.loss, lr=rate, grad_norm=result.grad_norm, ms=1000 * seconds, tok_per_sec=tok_per_sec)
+        step, max_steps, ms = self._progress.step, self._plan.max_steps, 1000 * self._seconds
+        tok_per_sec = n_tokens / self._seconds
+        self._write(loss=result.loss, lr=lr, grad_norm=result.grad_norm, ms=ms, tok_per_sec=tok_per_sec)
         recent = self._step_s[-50:]
-        eta = (run.max_steps - run.step - 1) * sum(recent) / len(recent)
-        print(f"step {run.step:>{len(str(run.max_steps))}}/{run.max_steps} | loss {result.loss:.4f} | lr {rate:.2e} | "
-              f"norm {result.grad_norm:.3f} | {1000 * seconds:.0f} ms | {tok_per_sec:,.0f} tok/s | "
-              f"eta {human_time(eta)}{skipped and f' | update skipped: {skipped}'}", flush=True)
+        eta = (max_steps - step - 1) * sum(recent) / len(recent)
+        print(f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {result.loss:.4f} | lr {lr:.2e} | "
+              f"norm {result.grad_norm:.3f} | {ms:.0f} ms | {tok_per_sec:,.0f} tok/s | "
+              f"eta {human_time(eta)}{problem and f' | update skipped: {problem}'}", flush=True)
 
-    def evaluation(self, epoch, facts, better, seconds):
-        """Log what an evaluation measured, {name: number}."""
-        self._evaluation_s.append(seconds)
+    def evaluation(self, epoch, metrics, better):
+        """Log the metrics of an evaluation, {name: number}; better: than every epoch before."""
+        self._evaluation_s.append(self._seconds)
         if self._runtime.is_main:
-            self._row(epoch=epoch, **facts)
-            words = ", ".join(f"{name} {value:.4f}" for name, value in facts.items())
+            self._write(epoch=epoch, **metrics)
+            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             print(f"epoch {epoch}/{self._config.num_epochs}: {words}{' (the best so far)' * better}", flush=True)
 
-    def _row(self, **values):
-        plain = {k: None if not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(dict(step=self._run.step, tokens=self._run.tokens, **plain)) + "\n")
-        self._tracker.log(self._run.step, tokens=self._run.tokens, **plain)
+    def _write(self, **values):
+        """Add a line to metrics.jsonl, and send it to MLflow. JSON has no inf and NaN: they become null."""
+        step, tokens = self._progress.step, self._progress.tokens
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(dict(step=step, tokens=tokens, **plain)) + "\n")
+        self._tracker.log(step, tokens=tokens, **plain)
 
     def forecast(self):
-        """What the full run takes, after a dry run."""
-        n, every = self._run.full_steps, self._config.num_epochs + 1
-        seconds = n * self._step_s[-1] + every * self._evaluation_s[-1]
-        self._runtime.print(f"dry run: {1000 * self._step_s[-1]:.0f} ms a step; the full run of {n} steps takes about "
-                            f"{human_time(seconds)}. Nothing was kept.")
+        """Return a line on how long the full run takes, after a dry run."""
+        step_s, n_steps, n_evaluations = self._step_s[-1], self._plan.full_steps, self._config.num_epochs + 1
+        seconds = n_steps * step_s + n_evaluations * self._evaluation_s[-1]
+        return (f"dry run: {1000 * step_s:.0f} ms a step; the full run of {n_steps} steps takes about "
+                f"{human_time(seconds)}. Nothing was kept.")
 
     def close(self):
         """Close the files."""

@@ -106,14 +106,14 @@ def open_weights(source, tokenizer, folder):
 
 def _open_adapter(folder, tokenizer):
     """Open the base model of a LoRA adapter and merge the adapter into it."""
-    source, sha256 = lora.base_of(folder)
+    source, sha256 = lora.read_adapter_base(folder)
     try:
         opened = open_model(source, tokenizer=tokenizer)
     except UserError as error:
         raise UserError(f"cannot open {source}, the base model that the adapter in {folder} names: {error}") from error
     if sha256 and weights_hash(opened.model.state_dict()) != sha256:
         raise CheckpointError(f"the weights in {source} are not those that the adapter in {folder} was trained on")
-    merged = lora.merge_folder(opened.model, folder).requires_grad_(True)
+    merged = lora.merge_saved_adapter(opened.model, folder).requires_grad_(True)
     return OpenedModel(merged, opened.tokenizer, str(folder))
 
 

@@ -23,7 +23,7 @@ from exactgpt.dataloader import TokenStream
 from exactgpt.open_model import open_model, write_pretrained
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import Tokenizer
-from finetune_instruct import encode, read_items
+from finetune_instruct import encode_items, read_items
 from hellaswag import STYLES, load_hellaswag, tokenize_examples
 from model import GPT, GPTConfig
 from tests import forks
@@ -234,7 +234,7 @@ def make_instructions(folder):
 def read_instructions(folder):
     """The tokens and targets of both files' items."""
     tokenizer = Tokenizer([], "bytes")
-    rows, n_left_out = zip(*(encode(read_items(folder / f"items.{suffix}"), tokenizer, 256)
+    rows, n_left_out = zip(*(encode_items(read_items(folder / f"items.{suffix}"), tokenizer, 256)
                              for suffix in ("json", "jsonl")))
     return digest_of([(row.tokens, row.targets) for part in rows for row in part]), n_left_out
 

@@ -15,10 +15,10 @@ import inference
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
-from exactgpt.finetune import make_batches, render
+from exactgpt.finetune_data import format_example, make_batches
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
-from finetune_classifier import encode, read_splits, score_rows, stratified
+from finetune_classifier import encode_example, read_splits, score_examples, stratified_split
 from tests.common import SHARED_DATA, cpu_runtime
 from tests.signals import signalled
 
@@ -30,39 +30,39 @@ def main(*flags):
 
 
 def tokens(text):
-    return encode(text, 0, Tokenizer([], "bytes"), 32)
+    return encode_example(text, 0, Tokenizer([], "bytes"), 32)
 
 
 # -----------------------------------------------------------------------------
-# the model and its rows
+# the model and its examples
 
 def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
     torch.manual_seed(0)
     model = Classifier(ClassifierConfig(32, 320, 2, 2, 32, labels=["a", "b", "c"])).eval()
     texts = ["x", "", "a longer one", "b" * 100, "seventeen letters", "no"]
-    rows = [tokens(text) for text in texts]
-    together = score_rows(model, cpu_runtime(), rows, budget=64)
+    examples = [tokens(text) for text in texts]
+    together = score_examples(model, cpu_runtime(), examples, micro_batch_tokens=64)
     for text, scores in zip(texts, together):
         ids = Tokenizer([], "bytes").encode(text)[:32] or [256]
         alone = model.score(model.hidden(torch.tensor([ids])))[0, -1]
         torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_batches_hold_every_row_once_padded_with_what_does_not_count():
-    rows = [tokens("x" * n) for n in (5, 30, 1, 17, 16, 2)]
+def test_batches_hold_every_example_once_padded_with_what_does_not_count():
+    examples = [tokens("x" * n) for n in (5, 30, 1, 17, 16, 2)]
     seen = []
-    for members, x, y in make_batches(rows, range(6), 64, 32):
+    for members, x, y in make_batches(examples, range(6), 64, 32):
         assert x.shape == y.shape and (x.numel() <= 64 or len(x) == 1) and x.size(1) <= 32
         for i, targets in zip(members, y.tolist()):
-            n = len(rows[i])
-            assert targets[:n] == rows[i].targets.tolist() and set(targets[n:]) <= {-1} and targets[n - 1] == 0
+            n = len(examples[i])
+            assert targets[:n] == examples[i].targets.tolist() and set(targets[n:]) <= {-1} and targets[n - 1] == 0
         seen += members
-    assert sorted(seen) == list(range(6)) and [len(rows[i]) for i in seen] == [30, 17, 16, 5, 2, 1]
+    assert sorted(seen) == list(range(6)) and [len(examples[i]) for i in seen] == [30, 17, 16, 5, 2, 1]
 
 
-def test_a_row_shows_that_the_label_alone_is_learned():
-    row = tokens("caf\u00e9!")
-    assert render(row, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
+def test_an_example_shows_that_the_label_alone_is_learned():
+    example = tokens("caf\u00e9!")
+    assert format_example(example, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
         "  masked  | 'caf\u00e9!'\n  learned | '-> bad'")
 
 
@@ -92,11 +92,11 @@ def test_it_learns_two_classes_of_any_two_columns_predicts_and_travels_to_transf
         inference.main(["--checkpoint", str(out / "classifier.pt"), "--prompt", "x"])
     main(*classifier_flags(out), "--class_weights", "balanced")
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"holds another run: --seed 5 \(it has 1337\)"):
+    with pytest.raises(UserError, match=r"contains another run: --seed 5 \(it has 1337\)"):
         main(*classifier_flags(out), "--class_weights", "balanced", "--seed", 5)
     other = tmp_path / "other.csv"
     other.write_bytes(reviews.read_bytes())
-    with pytest.raises(UserError, match=r"holds another run: --data .*other\.csv"):
+    with pytest.raises(UserError, match=r"contains another run: --data .*other\.csv"):
         main(*classifier_flags(out, other), "--class_weights", "balanced")
 
 
@@ -143,12 +143,12 @@ def test_a_stopped_run_goes_on_to_the_same_classifier(run, classifier_flags, tmp
     (tmp_path / "stop.py").write_text(signalled("finetune_classifier", 10, "SIGTERM"))
     rc, out, err = run(str(tmp_path / "stop.py"), *stopped)
     assert rc == 0 and "stopped before step 11, nothing is lost" in out, err
-    for more, message in ((["--seed", 2], "holds another run: --seed 2 (it has 1337)"),
-                          (["--resume", "never"], "holds a run")):
+    for more, message in ((["--seed", 2], "contains another run: --seed 2 (it has 1337)"),
+                          (["--resume", "never"], "already contains a run")):
         with pytest.raises(UserError, match=re.escape(message)):
             main(*stopped, *more)
     main(*stopped)
-    assert "going on from step 11" in capsys.readouterr().out
+    assert "resuming from step 11" in capsys.readouterr().out
     first, second = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("straight", "stopped"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
@@ -169,7 +169,7 @@ def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(classifier_flags, 
     main(*flags)
     assert "stopped before step 7, nothing is lost" in capsys.readouterr().out and len(calls) == 2
     main(*flags)
-    assert "going on from step 7" in capsys.readouterr().out
+    assert "resuming from step 7" in capsys.readouterr().out
     calls[:] = calls[:1]
     with pytest.raises(SystemExit) as ended:
         main("--checkpoint", tmp_path / "out" / "classifier.pt", "--predict", "So fine", *CPU)
@@ -198,11 +198,11 @@ def test_a_dry_run_shows_examples_and_leaves_nothing(classifier_flags, tmp_path,
 
 def test_splits_hold_every_example_once_and_every_label_in_its_share(tmp_path):
     examples = [(f"text {i}", "abc"[(i % 10 > 5) + (i % 10 > 8)]) for i in range(200)]
-    config = finetune_classifier.ClassifierFlags(data="x")
-    rest, test = stratified(examples, 40, config)
+    config = finetune_classifier.ClassifierTuneConfig(data="x")
+    rest, test = stratified_split(examples, 40, config)
     assert sorted(rest + test) == sorted(examples)
     assert [sum(label == name for _, label in test) for name in "abc"] == [24, 12, 4]
-    assert list(stratified(examples, 40, config)) == [rest, test]
+    assert list(stratified_split(examples, 40, config)) == [rest, test]
 
 
 def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
             (["--data", "hole.csv", *model], "hole.csv, row 2 (the header not counted): column 'label' is empty"),
             (["--data", "torn.jsonl", *model], "torn.jsonl, line 2: not valid JSON"),
             (["--data", "one.csv", *model], "holds one label only, 'x'"),
-            (["--data", "rare.csv", *model], "the rarest label, 'y', is there 1 time"),
+            (["--data", "rare.csv", *model], "the rarest label, 'y', occurs 1 time"),
             (["--data", "few.csv", "--test_fraction", 0.1, "--val_fraction", 0.85, *model],
              "no example of the label 'y' is left to train on"),
             (["--data", "ids.csv", *model], "is it the column of labels?"),
@@ -243,7 +243,7 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
 def test_the_sms_file_is_read_and_split(monkeypatch):
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not on this machine")
-    config = finetune_classifier.ClassifierFlags(data=str(SHARED_DATA / "sms_spam.tsv"), text_column="SMS",
+    config = finetune_classifier.ClassifierTuneConfig(data=str(SHARED_DATA / "sms_spam.tsv"), text_column="SMS",
                                                  label_column="Label")
     splits = read_splits(config)
     assert {name: len(examples) for name, examples in splits.items()} == dict(train=3902, validation=557, test=1115)

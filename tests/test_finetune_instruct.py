@@ -12,16 +12,17 @@ import finetune_instruct
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
-from exactgpt.finetune import render, writing_results
+from exactgpt.finetune import writing_results
+from exactgpt.finetune_data import format_example
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import add_adapter, merge
+from exactgpt.lora import add_adapter, merge_adapter
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
-from finetune_instruct import encode, encode_item, read_items
+from finetune_instruct import encode_item, encode_items, read_items
 from model import GPT, IGNORED, GPTConfig
 from tests.common import SHARED_DATA
 from tests.signals import signalled
-from tests.tuning_step import one_step, random_rows
+from tests.tuning_step import one_step, random_examples
 
 COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
 ITEMS = [dict(instruction="Say it twice.", input=c, output=f"{c} {c}") for c in COLOURS * 6]
@@ -59,34 +60,35 @@ def metrics(out):
 
 
 # -----------------------------------------------------------------------------
-# rows and their loss
+# examples and their loss
 
 def test_the_answer_and_its_end_are_learned_and_nothing_else():
     tokenizer = Tokenizer([], "bytes")
-    row = encode_item(("Add.", "1 2", "3\u00e9"), tokenizer, 1000)
+    example = encode_item(("Add.", "1 2", "3\u00e9"), tokenizer, 1000)
     prompt = alpaca_prompt("Add.", "1 2")
-    assert render(row, tokenizer, tokenizer.decode) == f"  masked  | {prompt!r}\n  learned | '3\u00e9<|endoftext|>'"
+    shown = format_example(example, tokenizer, tokenizer.decode)
+    assert shown == f"  masked  | {prompt!r}\n  learned | '3\u00e9<|endoftext|>'"
     n = len(prompt)
     ids = [*tokenizer.encode(prompt + "3\u00e9"), tokenizer.eot]
-    assert row.tokens.tolist() == ids[:-1] and row.targets.tolist() == [IGNORED] * (n - 1) + ids[n:]
+    assert example.tokens.tolist() == ids[:-1] and example.targets.tolist() == [IGNORED] * (n - 1) + ids[n:]
 
 
 def test_long_answers_are_cut_and_items_without_an_answer_in_reach_left_out():
     tokenizer = Tokenizer([], "bytes")
     n = len(alpaca_prompt("Go."))
     items = [("Go.", "", "x" * 40), ("Go.", "", "yes"), ("Go.", "", " "), ("Go. " + "x" * 99, "", "yes")]
-    rows, dropped = encode(items, tokenizer, n + 9)
-    assert dropped == 2 and [len(row) for row in rows] == [n + 9, n + 3]
-    assert rows[0].targets[-1] == tokenizer.encode("x")[0] and rows[1].targets[-1] == tokenizer.eot
-    assert (rows[0].targets != IGNORED).sum() == 10 and (rows[1].targets != IGNORED).sum() == 4
+    examples, dropped = encode_items(items, tokenizer, n + 9)
+    assert dropped == 2 and [len(example) for example in examples] == [n + 9, n + 3]
+    assert examples[0].targets[-1] == tokenizer.encode("x")[0] and examples[1].targets[-1] == tokenizer.eot
+    assert (examples[0].targets != IGNORED).sum() == 10 and (examples[1].targets != IGNORED).sum() == 4
 
 
-def expected_step(rows, weights=None):
-    """The same by torch's own mean over all targets at once, row by row: (gradients, loss)."""
+def expected_step(examples, weights=None):
+    """The same by torch's own mean over all targets at once, example by example: (gradients, loss)."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(32, 65, 1, 2, 16))
-    logits = torch.cat([model(torch.tensor(row.tokens, dtype=torch.long)[None])[0] for row in rows])
-    targets = torch.cat([torch.tensor(row.targets, dtype=torch.long) for row in rows])
+    logits = torch.cat([model(torch.tensor(example.tokens, dtype=torch.long)[None])[0] for example in examples])
+    targets = torch.cat([torch.tensor(example.targets, dtype=torch.long) for example in examples])
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, weight=weights)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, loss.item()
@@ -95,9 +97,10 @@ def expected_step(rows, weights=None):
 @pytest.mark.parametrize("budget", [16, 64, 4096], ids="micro-batches of {} tokens".format)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_every_target_counts_the_same_whatever_the_micro_batches(budget, weighted):
-    rows, weights = random_rows(9), torch.rand(65, generator=torch.Generator().manual_seed(2)) if weighted else None
-    gradients, loss = expected_step(rows, weights)
-    found, result = one_step(rows, budget, weights=weights)
+    examples = random_examples(9)
+    weights = torch.rand(65, generator=torch.Generator().manual_seed(2)) if weighted else None
+    gradients, loss = expected_step(examples, weights)
+    found, result = one_step(examples, budget, weights=weights)
     assert math.isclose(result.loss, loss, rel_tol=1e-5) and result.finite
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
@@ -108,7 +111,7 @@ def test_two_processes_make_the_gradient_of_one(run_ranks, tmp_path):
     codes, output = run_ranks(2, "tests/tuning_step.py", tmp_path / "found.pt")
     assert codes == [0, 0], output
     for n, found, found_loss in torch.load(tmp_path / "found.pt"):
-        gradients, loss = expected_step(random_rows(n))
+        gradients, loss = expected_step(random_examples(n))
         assert math.isclose(found_loss, loss, rel_tol=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
@@ -132,7 +135,7 @@ def test_a_merged_model_computes_what_the_adapter_did_and_only_the_adapter_train
     pairs = {name.partition(".lora_")[0]: None for name in trained}
     expected = {f"{name}.weight": plain[f"{name}.weight"] + 2 * trained[f"{name}.lora_B.default.weight"].detach()
                 @ trained[f"{name}.lora_A.default.weight"].detach() for name in pairs}
-    assert merge(wrapped) is model and set(model.state_dict()) == names
+    assert merge_adapter(wrapped) is model and set(model.state_dict()) == names
     torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected.get(name, plain[name]), rtol=1e-5, atol=1e-6)
@@ -183,7 +186,7 @@ def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_its_responses(
     (tmp_path / "die.py").write_text(signalled("finetune_instruct", 9, "SIGKILL"))
     assert run(str(tmp_path / "die.py"), *flags, "--out", tmp_path / "killed")[0] == -9
     main(*flags, "--out", tmp_path / "killed")
-    assert "going on from step 6" in capsys.readouterr().out
+    assert "resuming from step 6" in capsys.readouterr().out
     first, second = (read_checkpoint(tmp_path / name / "model_00012.pt") for name in ("straight", "killed"))
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
     answers = json.loads((tmp_path / "killed" / "responses.json").read_text())[:2]
@@ -253,8 +256,8 @@ def test_the_instruction_file_is_read():
     assert len(items) == 1100 and items[2] == ("Convert 45 kilometers to meters.", "", "45 kilometers is 45000 meters.")
 
 
-def test_results_that_cannot_be_written_say_how_to_get_them_yet():
+def test_results_that_cannot_be_written_say_how_to_repeat_the_writing():
     config = SimpleNamespace(out="somewhere")
     for problem in (OSError(28, "No space left on device"), UserError("cannot write somewhere/adapter")):
-        with pytest.raises(RunFailed, match="it goes on from the end of the training"), writing_results(config):
+        with pytest.raises(RunFailed, match="it resumes after the training"), writing_results(config):
             raise problem
