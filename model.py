@@ -78,8 +78,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, attn_mask=None, cache=None):
         """Map x (B, T, C) to (B, T, C).
 
-        attn_mask: bool, broadcast to (B, nh, T, keys), True where a token may attend; None: causal. With a KVCache it
-        is added to the scores instead.
+        attn_mask: bool, broadcast to (B, nh, T, keys), True where a token may attend; None means causal. With a KVCache
+        it is a float mask that is added to the scores.
         """
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)     # each (B, nh, T, hs)
@@ -152,7 +152,7 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, (CausalSelfAttention, MLP)):      # apply() has visited c_proj itself before
+        if isinstance(module, (CausalSelfAttention, MLP)):     # after its children: replaces c_proj's draw
             nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def hidden(self, idx, positions=None, attn_mask=None, cache=None):

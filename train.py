@@ -30,7 +30,7 @@ from exactgpt.checkpoint import (
     final_step,
     find_checkpoint,
     provenance,
-    restore,
+    restore_optimizer,
     resume_source,
     save,
     save_best,
@@ -66,10 +66,10 @@ from exactgpt.tokenizer import Tokenizer
 from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
 from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 
-HELLASWAG_TOKENS = 8192    # largest batch of a HellaSwag evaluation
-DRY_RUN_ITEMS = 200        # of HellaSwag's 10,042
-RETRY_STEPS = 10           # between attempts to write a checkpoint that did not fit on the disk
-SLOW_STEP_S = 5            # longer steps check for a stop after each micro-batch
+HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch
+DRY_RUN_ITEMS = 200        # HellaSwag items in a dry run, of 10,042
+RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
+SLOW_STEP_S = 5            # longer steps check for a stop after each micro-batch: torchrun kills 30 s after SIGTERM
 TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
 MAX_STEPS = 19073          # 10B tokens in such steps
 WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
@@ -79,7 +79,10 @@ WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
 
 @dataclass(kw_only=True)
 class TrainConfig(DeviceConfig):
-    """The flags of train.py. The defaults are the GPT-2 124M run; keep=True: must not change when a run resumes."""
+    """The flags of train.py. The defaults are the GPT-2 124M run.
+
+    keep=True: a resumed run must have the same value; check_same_run also compares the model's shape, length and data.
+    """
     data_dir: str = flag("data/edu_fineweb10B", "folder of token shards", group="data")
 
     model: str | None = flag(None, "GPT-2 size (default: gpt2)", group="model", choices=tuple(GPT2_SIZES))
@@ -93,14 +96,11 @@ class TrainConfig(DeviceConfig):
 
     total_batch_size: int = flag(TOKENS_PER_STEP, "tokens per optimizer step, summed over all processes",
                                  group="batch", low=1, keep=True)
-    micro_batch_size: int = flag(0, "rows per forward pass of each process (0: the most that fit)", group="batch",
-                                 low=0)
+    micro_batch_size: int = flag(0, "rows per forward pass of a process (0: the most that fit)", group="batch", low=0)
 
     max_steps: int | None = flag(None, f"number of optimizer steps (default: {MAX_STEPS})", group="length", low=0)
-    num_epochs: float | None = flag(None, "passes over the train split, instead of --max_steps", group="length",
-                                    above=0)
-    stop_loss: float = flag(0.0, "stop once the training loss of a step is below this (0: never)", group="length",
-                            low=0.0)
+    num_epochs: float | None = flag(None, "epochs, instead of --max_steps", group="length", above=0)
+    stop_loss: float = flag(0.0, "stop once a step's training loss is below this (0: never)", group="length", low=0.0)
 
     schedule: str = flag("cosine", "learning-rate schedule: cosine to min_lr, or warmup-stable-decay",
                          group="schedule", choices=("cosine", "wsd"), keep=True)
@@ -117,8 +117,7 @@ class TrainConfig(DeviceConfig):
     beta1: float = flag(0.9, "AdamW beta1", group="optimizer", low=0.0, below=1.0, keep=True)
     beta2: float = flag(0.95, "AdamW beta2", group="optimizer", low=0.0, below=1.0, keep=True)
     adam_eps: float = flag(1e-8, "AdamW epsilon", group="optimizer", above=0, keep=True)
-    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: no clipping)", group="optimizer", low=0.0,
-                            keep=True)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: off)", group="optimizer", low=0.0, keep=True)
 
     eval_every: int = flag(250, "steps between validations (0: never)", group="evaluation", low=0)
     val_tokens: int = flag(10485760, "tokens per validation, the same ones each time", group="evaluation", low=1)
@@ -186,7 +185,7 @@ def make_plan(config, block_size, n_windows, world_size):
     n = total // block_size
     max_steps = config.max_steps if config.max_steps is not None else MAX_STEPS
     if config.num_epochs is not None:
-        exact = Fraction(str(config.num_epochs)) * n_windows      # as typed: as a float, 0.29 of 100 is less than 29
+        exact = Fraction(str(config.num_epochs)) * n_windows      # 0.29 * 100 is 28.999... in floats, and floor 28
         max_steps = math.floor(exact / n)
         if max_steps < 1:
             largest = math.floor(exact / world_size) * unit
@@ -198,7 +197,8 @@ def make_plan(config, block_size, n_windows, world_size):
         warmup_steps = min(WARMUP_STEPS, max_steps // 10)
     elif max_steps and warmup_steps > max_steps:
         raise UserError(f"--warmup_steps {warmup_steps} exceeds the {max_steps} steps of the run; lower it")
-    return Plan(max_steps, warmup_steps, n, n // world_size, total, max_steps * n / n_windows)
+    return Plan(max_steps=max_steps, warmup_steps=warmup_steps, windows_per_step=n, local_windows=n // world_size,
+                tokens_per_step=total, epochs=max_steps * n / n_windows)
 
 
 # ---- learning rate -----------------------------------------------------------
@@ -215,7 +215,7 @@ def set_learning_rate(run, config, step):
 
 @dataclass(frozen=True)
 class Run:
-    """What is fixed for a run."""
+    """The objects of a run, made once by set_up. The weights and the optimizer's state change in place."""
     plan: Plan
     shards: ShardFolder
     tokenizer: Tokenizer
@@ -225,15 +225,15 @@ class Run:
     compiled: nn.Module                       # raw_model, or its compiled form: validation
     ddp: nn.Module                            # compiled, or its DDP wrapper: training
     optimizer: torch.optim.Optimizer          # or an OptimizerPair
-    scaler: torch.amp.GradScaler              # does nothing but in fp16
-    micro_batch_size: int
-    resolved: dict                            # what "auto" became; a resumed run takes it over
+    scaler: torch.amp.GradScaler              # does nothing except in fp16
+    micro_batch_size: int                     # rows
+    resolved: dict                            # what "auto" became, and hardware and length, for a resumed run
     provenance: dict                          # commit, versions, command
 
 
 @dataclass
 class Progress:
-    """What changes during a run."""
+    """The numbers that change from step to step."""
     step: int                                 # the next one to train
     last_step: int                            # max_steps, or earlier once --stop_loss is reached
     best_val_loss: float = math.inf
@@ -243,25 +243,26 @@ class Progress:
 
 
 def set_up(config, runtime, saves=True):
-    """Return (Run, Progress) of a new or a resumed run; `get_ready` comes next. saves: it will write checkpoints.
+    """Return (Run, Progress) of a new or a resumed run; `warm_up` comes next. saves: it will write checkpoints.
 
     Raises UserError for data, flags, weights or checkpoints that do not fit together, AlreadyFinished.
     """
     # data
     shards, tokenizer = open_data(config, runtime)
 
-    # weights: rank 0 alone reads the checkpoint, since other machines may not see its disk
-    found = runtime.on_all_ranks(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
-    checkpoint = runtime.broadcast(lambda: found and {**found, "optimizer": None}, on_device=True)
+    # weights. Rank 0 alone reads the checkpoint, since other machines may not see its disk; every rank gets it without
+    # the optimizer's state, which follows at the end.
+    on_rank_0 = runtime.on_all_ranks(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
+    checkpoint = runtime.broadcast(lambda: on_rank_0 and {**on_rank_0, "optimizer": None}, on_device=True)
     model = make_model(config, runtime, tokenizer, checkpoint)
 
-    # how many of what, and where the run stands
+    # plan and progress
     block_size = model.config.block_size
     train_stream, val_stream = TokenStream(shards.train, block_size), TokenStream(shards.val, block_size)
     if config.eval_every:
         n_val_windows(val_stream, config.val_tokens)      # raises now rather than at the first validation
     plan = make_plan(config, block_size, train_stream.n_windows, runtime.world_size)
-    if checkpoint and config.warmup_steps is None:        # the default depends on the length, which wsd may change
+    if checkpoint and config.warmup_steps is None:        # its default depends on max_steps, which wsd may raise
         plan = replace(plan, warmup_steps=checkpoint["resolved"].get("warmup_steps", plan.warmup_steps))
     progress = Progress(step=0, last_step=plan.max_steps)
     if checkpoint:
@@ -271,10 +272,10 @@ def set_up(config, runtime, saves=True):
         check_disk(config, model.n_params(), plan.max_steps, runtime)
 
     # micro-batch, compile, DDP, optimizer
-    wanted = adopt_resolved(config, runtime, checkpoint, plan.local_windows)          # rows, 0: the most that fit
+    wanted_rows = adopt_resolved(config, runtime, checkpoint, plan.local_windows)     # also sets dtype and threads
     model.to(runtime.device).train()
     model.recompute = config.recompute
-    compiled, ddp, choices = compile_and_wrap(model, plan, config, runtime, wanted)
+    compiled, ddp, choices = compile_and_wrap(model, plan, config, runtime, wanted_rows)
     optimizer, scaler = make_optimizer(model, config, runtime), runtime.grad_scaler()
     resolved = dict(choices, device=runtime.device.type, hardware=runtime.hardware.name, torch=str(torch.__version__),
                     dtype=runtime.dtype_name, world_size=runtime.world_size, threads=torch.get_num_threads(),
@@ -282,9 +283,9 @@ def set_up(config, runtime, saves=True):
     run = Run(plan, shards, tokenizer, train_stream, val_stream, model, compiled, ddp, optimizer, scaler,
               choices["micro_batch_size"], resolved, provenance())
     if checkpoint:
-        # The optimizer's state comes last, so that it did not fill the cards while the micro-batch was sought, and
-        # straight to the devices: the memory of a node holds one copy, not one for each of its ranks.
-        restore(run, runtime.broadcast(lambda: training_state(found), on_device=True))
+        # Load the optimizer's state last, so that it does not take up GPU memory during the micro-batch search. It
+        # goes straight to the devices, because a node's RAM may not hold one copy per rank.
+        restore_optimizer(run, runtime.broadcast(lambda: training_state(on_rank_0), on_device=True))
     print_banner(run, config, runtime, checkpoint, saves)
     return run, progress
 
@@ -329,10 +330,10 @@ def make_model(config, runtime, tokenizer, checkpoint):
     return model
 
 
-def compile_and_wrap(model, plan, config, runtime, wanted):
+def compile_and_wrap(model, plan, config, runtime, wanted_rows):
     """Choose attention and compilation, wrap the model in DDP, find its micro-batch: return (compiled, ddp, choices).
 
-    wanted: rows of a micro-batch, 0 for the most that fit. Raises UserError if none fits, or if the device lacks what
+    wanted_rows: of a micro-batch, 0 for the most that fit. Raises UserError if none fits, or if the device lacks what
     --compile on or --attention asks for.
     """
     attention = runtime.on_all_ranks(
@@ -341,35 +342,34 @@ def compile_and_wrap(model, plan, config, runtime, wanted):
     if notice:
         runtime.print(notice)
 
-    def wrap():
+    def wrap(compile):
         compiled = torch.compile(model, dynamic=False) if compile else model
-        # Nothing runs the compiled model before DDP does: DDP cuts the graph where its buckets end, so that gradients
-        # are reduced while earlier layers still compute, but only the graph that its own first forward compiles.
+        # The compiled model must first run inside DDP. DDP splits the graph at its bucket boundaries, so that gradients
+        # are reduced while earlier layers are still in their backward pass, but it can split only a graph that is
+        # compiled during DDP's own forward pass.
         ddp = runtime.data_parallel(compiled)
-        return compiled, ddp, find_micro_batch_size(ddp, model.config.block_size, wanted, plan.local_windows, runtime,
-                                                    insist=bool(config.micro_batch_size), gpt=model)
+        size = find_micro_batch_size(ddp, model.config.block_size, wanted_rows, plan.local_windows, runtime,
+                                     insist=bool(config.micro_batch_size), gpt=model)
+        return compiled, ddp, dict(attention=attention, compile=compile, micro_batch_size=size)
     if compile and runtime.device.type == "cpu":      # inductor's C++ adds up this gradient token by token: slow
         model.transformer.wte.forward = torch.compiler.disable(model.transformer.wte.forward)
-    wrapped = None
     try:
-        wrapped = wrap()
+        return wrap(compile)
     except CompilationFailed as error:
         if config.compile == "on":
             raise UserError(f"--compile on: the model cannot be compiled here ({error}); use --compile off") from error
         runtime.print(f"torch.compile is off: the model cannot be compiled here ({error})")
-        compile = False
-    if wrapped is None:
-        gc.collect()      # frees the first DDP and its buckets, 4 bytes a parameter, before there is a second
-        wrapped = wrap()
-    compiled, ddp, micro_batch_size = wrapped
-    return compiled, ddp, dict(attention=attention, compile=compile, micro_batch_size=micro_batch_size)
+    # Outside of the except block, where the traceback would keep the first DDP and its buckets, 4 bytes a parameter.
+    gc.collect()
+    return wrap(compile=False)
 
 
 def warm_up(run, runtime):
-    """Run two forward and backward passes on dummy tokens; this compiles, and proves that the micro-batch fits.
+    """Run two forward and backward passes on dummy tokens, and set runtime.slow_steps.
 
-    Two, because DDP rebuilds its buckets after the first reduced backward pass, which changes the order of its sums:
-    without them a resumed run would add up its first step in another order than the run that was killed.
+    The first pass compiles and reduces gradients. DDP then rebuilds its buckets, once, at the start of the next forward
+    pass, and from then on sums in another order: a resumed run must not take its first step in the old one. The second
+    pass runs with the new buckets, proves that the micro-batch fits, and is timed, since it does not compile.
     """
     keep_freed_memory(runtime.device)
     if run.resolved["compile"]:
@@ -381,9 +381,10 @@ def warm_up(run, runtime):
             with runtime.autocast():
                 loss = run.ddp(x, y)
             run.scaler.scale(loss).backward()
-        loss.item()                                   # waits for the device
+        loss.item()                                   # wait for the device
     run.optimizer.zero_grad(set_to_none=True)
     seconds = (time.perf_counter() - start_time) * run.plan.local_windows / run.micro_batch_size
+    # The mean over ranks, since all of them must decide alike: check_for_stop is a collective.
     runtime.slow_steps = runtime.sum(seconds)[0] / runtime.world_size > SLOW_STEP_S
 
 
@@ -394,7 +395,7 @@ def train_step(run, config, runtime, tokens, step):
 
     Raises StopRequested with the weights untouched if steps are slow and a rank was asked to stop.
     """
-    # Dropout depends on (seed, step, rank) alone, so a resumed run needs no saved generator state.
+    # Seed the generators anew for each (seed, step, rank): dropout repeats after a resume without any saved state.
     seed_everything(config.seed, "step", step, runtime.rank)
     micro_batches = tokens.split(run.micro_batch_size)
     loss = 0.0
@@ -408,9 +409,10 @@ def train_step(run, config, runtime, tokens, step):
                 # backward() adds up gradients; dividing here makes the sum the gradient of the mean over the step.
                 micro_loss = run.ddp(x, y) / len(micro_batches)
             run.scaler.scale(micro_loss).backward()
-        loss = loss + micro_loss.detach()             # stays on the device: reading it here would stall the GPU
+        loss = loss + micro_loss.detach()             # reading it here would make the GPU wait
         if runtime.slow_steps and not final:
-            runtime.check_for_stop()                  # a stop abandons the step; nothing has been updated yet
+            runtime.check_for_stop()                  # a stop abandons the step: no weight has changed yet
+    # Clip, update the weights or skip, zero the gradients. Its one all-reduce shares the loss and any stop signal.
     return finish_step(run.raw_model, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
 
 
@@ -420,8 +422,7 @@ def train_step(run, config, runtime, tokens, step):
 def validate(run, config, runtime):
     """Return (mean loss in nats, tokens) over the first val_tokens of the val split, on every rank.
 
-    Sums and counts are reduced, then divided: a mean of the ranks' means would weigh ranks with fewer targets too
-    much. Raises StopRequested.
+    Raises StopRequested.
     """
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
     loss, count = torch.zeros((), device=runtime.device), 0
@@ -433,6 +434,7 @@ def validate(run, config, runtime):
         count += int((y != IGNORED).sum())
         runtime.check_for_stop()
     run.raw_model.train()
+    # Sum over ranks, then divide: a mean of means would give too much weight to ranks whose last batch is padding.
     loss, count = runtime.sum(loss, count)
     return loss / count, int(count)
 
@@ -440,8 +442,8 @@ def validate(run, config, runtime):
 def score_hellaswag(run, questions, runtime):
     """Return the HellaSwagScore of the model as it is. Raises StopRequested."""
     tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)    # no more than training
-    # The module that is not compiled, here and for samples: lengths vary, and each new one would compile again.
-    with returning_freed_memory(runtime.device):
+    with returning_freed_memory(runtime.device):      # on a CPU, while the shapes vary
+        # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
         return evaluate_hellaswag(run.raw_model, questions, runtime, tokens, progress="HellaSwag")
 
 
@@ -465,15 +467,15 @@ def loop(run, progress, config, runtime, log, questions):
     Raises StopRequested, and RunFailed if too many updates were skipped or the last checkpoint cannot be written.
     """
     first_step = progress.step
-    # The tokens of step s are a function of (seed, s), so the loader has no state to save: it starts at any step.
+    # The tokens of step s are a function of (seed, s), so the loader has no state to save: it can start at any step.
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, first_step,
                          progress.last_step)
     with closing(loader):
-        # At step k: evaluate, save, then train step k. So the loop runs last_step + 1 times, and the final weights are
-        # evaluated and saved by the same lines as all others. Evaluation comes before the step, so that a resumed run
-        # repeats it on the very weights that the checkpoint holds.
+        # Iteration k evaluates and saves the weights after k steps, then trains step k. It includes last_step, so a new
+        # run makes max_steps + 1 iterations, and the same lines evaluate and save the final weights. Evaluation comes
+        # first, so that a resumed run, whose logs are cut back to step k, measures exactly what the checkpoint holds.
         while True:
-            runtime.raise_if_stopping()               # all ranks agreed on it in the last all-reduce
+            runtime.raise_if_stopping()               # the last all-reduce has told all ranks
             step, last = progress.step, progress.step == progress.last_step
 
             # once in a while: validation loss (all ranks take part)
@@ -488,12 +490,12 @@ def loop(run, progress, config, runtime, log, questions):
                 with log.timed("HellaSwag", config.hellaswag_every):
                     log.hellaswag(step, score_hellaswag(run, questions, runtime))
 
-            # once in a while: sample text (rank 0; the others go ahead and wait for it in their next collective)
+            # once in a while: sample text (rank 0 only; the others wait for it in their next collective)
             if due(step, config.sample_every, last):
                 with log.timed("samples", config.sample_every):
                     log.samples(step, write_samples(run, config, runtime, step))
 
-            # once in a while: a checkpoint, except of the state that this start began with
+            # once in a while: a checkpoint, but not of the weights we started from, unless there is nothing to train
             if save_due(progress, config) and (step > first_step or last):
                 with log.timed("checkpoint", config.checkpoint_every):
                     save(run, progress, config, runtime, finished=last)
@@ -506,21 +508,24 @@ def loop(run, progress, config, runtime, log, questions):
             lr = set_learning_rate(run, config, step)
             result = train_step(run, config, runtime, tokens, step)
             log.train(step, result, lr, data_wait_s)
-            problem = progress.skipped.count(result, run.scaler)
-            if problem:
-                log.skipped(step, problem, loader.windows_of_step(step))
-            progress.skipped.check()                  # ten in a row: the weights are beyond saving
+            skip_reason = progress.skipped.record(result, run.scaler)
+            if skip_reason:
+                log.skipped(step, skip_reason, loader.windows_of_step(step))
+            progress.skipped.check()                  # ends the run after ten in a row
             if result.finite and result.loss < config.stop_loss:
-                progress.last_step = step + 1
+                progress.last_step = step + 1         # evaluate and save once more, then end
             if step == first_step:
-                runtime.first_step_done()
-            progress.step, progress.val_loss = step + 1, None
+                runtime.first_step_done()             # compilation is over: shorten the time-outs
+            progress.step, progress.val_loss = step + 1, None      # val_loss was that of the weights before the step
 
 
 # ---- main --------------------------------------------------------------------
 
-def get_ready(run, config, runtime, hellaswag_items=0):
-    """Prepare HellaSwag, if it is due ever, and warm up: return its questions. 0 items: all. Raises StopRequested."""
+def load_hellaswag_and_warm_up(run, config, runtime, hellaswag_items=0):
+    """Return the prepared HellaSwag (None if it is never due; 0 items: all of it) after warming up.
+
+    Raises StopRequested.
+    """
     questions = None
     if config.hellaswag_every:
         questions = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=hellaswag_items)
@@ -539,8 +544,8 @@ def train(config, runtime):
             return
         first_step = progress.step
         try:
-            questions = get_ready(run, config, runtime)
-            with closing(RunLog(run, progress, config, runtime)) as log:
+            questions = load_hellaswag_and_warm_up(run, config, runtime)
+            with closing(RunLog(run, progress, config, runtime)) as log:      # cuts logs back to this step
                 loop(run, progress, config, runtime, log, questions)
             path = checkpoint_path(config.log_dir, progress.step)
             runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
@@ -548,7 +553,8 @@ def train(config, runtime):
         except StopRequested:       # raised on all ranks at the same collective: all of them take part in the save
             if progress.step > first_step:
                 save(run, progress, config, runtime)
-            saved = "this step could not be saved" if progress.save_failed else "nothing is lost"
+            saved = ("the checkpoint could not be written, so the steps since the last one will be repeated"
+                     if progress.save_failed else "nothing is lost")
             runtime.print(f"stopped before step {progress.step}, {saved}; the same command continues:\n"
                           f"{command_line()}")
 
@@ -561,13 +567,14 @@ def dry_run(config, runtime):
                               val_tokens=min(config.val_tokens, config.total_batch_size))
         run, progress = set_up(small, runtime)
         try:
-            questions = get_ready(run, small, runtime, DRY_RUN_ITEMS)
+            questions = load_hellaswag_and_warm_up(run, small, runtime, DRY_RUN_ITEMS)
             with closing(RunLog(run, progress, small, runtime)) as log:
                 loop(run, progress, small, runtime, log, questions)
         except StopRequested:
             runtime.print("the dry run was stopped")
             return
-        restore(run, runtime.broadcast(lambda: training_state(find_checkpoint(small, runtime.print)), on_device=True))
+        restore_optimizer(run, runtime.broadcast(
+            lambda: training_state(find_checkpoint(small, runtime.print)), on_device=True))
         shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)      # of the full evaluations
         if config.eval_every:
             here, there = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))

@@ -2,7 +2,14 @@
 
 logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always read with
 weights_only=True. A run saves with `save`; it resumes with `find_checkpoint`, `check_same_run`, `adopt_resolved` and
-`restore`, which train.py's set_up calls in this order. open_model.py opens a checkpoint to use the model.
+`restore_optimizer`, which train.py's set_up calls in this order. open_model.py opens a checkpoint to use the model.
+
+A resumed run is bitwise equal to one that was never killed (on a GPU with --deterministic), because
+1. weights, optimizer and scaler are restored;
+2. the tokens of step s depend on (seed, s) alone (dataloader.py);
+3. each step seeds its own generators (train_step);
+4. dtype, threads and micro-batch are taken over, and what cannot be is reported;
+5. warm_up settles the order of DDP's sums.
 """
 import contextlib
 import datetime
@@ -100,10 +107,12 @@ def save(run, progress, config, runtime, finished=False):
 
 
 def save_best(run, progress, config, runtime):
-    """Write model_best.pt if the model has just had its lowest validation loss; not for the initial weights."""
+    """Write model_best.pt if the model has just had its lowest validation loss. A failed write is tried again."""
+    if not progress.val_loss < progress.best_val_loss:      # NaN is never the best
+        return
     path = Path(config.log_dir) / "model_best.pt"
-    if progress.val_loss < progress.best_val_loss and (
-            progress.step == 0 or write_checkpoint(runtime, path, model_entries(run, progress))):
+    initial = progress.step == 0                            # untrained weights are not worth a file
+    if initial or write_checkpoint(runtime, path, model_entries(run, progress)):
         progress.best_val_loss = progress.val_loss
 
 
@@ -305,7 +314,10 @@ def changed_flags(config, stored):
 
 
 def _check_length(config, checkpoint, plan):
-    """Raise UserError if the length has changed, on which the schedule depends; wsd may grow before it decays."""
+    """Raise UserError if max_steps has changed, since the schedule depends on it.
+
+    A wsd run may be made longer until its decay begins.
+    """
     old, step = checkpoint["resolved"].get("max_steps"), checkpoint["step"]
     if plan.max_steps == old:
         return
@@ -321,6 +333,7 @@ def final_step(config, checkpoint, plan):
 
     Raises AlreadyFinished if the checkpoint is the run's last.
     """
+    # --stop_loss has ended the run: it stands at its last step, before max_steps, and --stop_loss is not stricter now.
     at_end = checkpoint["finished"] or checkpoint.get("last_step") == checkpoint["step"]
     early = checkpoint["step"] < checkpoint["resolved"].get("max_steps", 0)
     reached = at_end and early and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
@@ -357,14 +370,14 @@ def adopt_resolved(config, runtime, checkpoint, local_windows):
 
 
 def training_state(checkpoint):
-    """Return the part of a checkpoint that `restore` takes."""
+    """Return the part of a checkpoint that `restore_optimizer` takes."""
     return {name: checkpoint[name] for name in ("optimizer", "scaler")}
 
 
-def restore(run, state):
-    """Load the optimizer's and the scaler's state. Raises UserError if it does not fit the model.
+def restore_optimizer(run, state):
+    """Load the states of the optimizer and the scaler; train.py's make_model has loaded the weights.
 
-    There is no random state to restore: what is random in a step is seeded with (seed, step, rank), see train_step.
+    There is no random state to restore, see train_step. Raises UserError if a state does not fit the model.
     """
     try:
         run.optimizer.load_state_dict(state["optimizer"])
@@ -376,7 +389,7 @@ def restore(run, state):
 
 
 def resolved_differences(stored, resolved):
-    """Return what "auto" chose differently this time: ["dtype bf16 instead of fp32"]. Empty: bitwise the same run."""
+    """Return what "auto" chose differently this time: ["dtype bf16 instead of fp32"]."""
     return [f"{k} {v} instead of {stored[k]}" for k, v in resolved.items()
             if stored.get(k, v) != v and k not in ("max_steps", "decay_start")]
 

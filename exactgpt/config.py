@@ -237,7 +237,7 @@ def atomic_write(path, mode="wb"):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, path)      # after the fsync: a power cut must not leave the name on half of the data
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

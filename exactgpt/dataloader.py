@@ -3,7 +3,8 @@
 The train shards, in file order, are one stream of N tokens. With T = block_size it has W = (N - 1) // T windows; window
 k is tokens [kT, kT + T]: T inputs, and the same shifted by one as targets. An epoch visits every window once: shards
 in a permuted order, and windows in a permuted order within their shard. Step s takes n = total_batch_size / T windows,
-those at the places s n to (s + 1) n - 1 of this endless list; each rank takes its slice of them.
+those at the places s n to (s + 1) n - 1 of this endless list. Of these, rank r of R takes places s n + r n / R to
+s n + (r + 1) n / R - 1; train_step cuts them into micro-batches.
 
 Worked example: --seed 1337 --block_size 4 --total_batch_size 16 (n = 4), two processes, shards of 41 and 12 tokens:
 
@@ -93,9 +94,9 @@ class DataOrder:
         return self.stream.first_window[shard] + permutation(n, self.seed, epoch, int(shard))
 
     def windows(self, start, stop):
-        """Return the window numbers, int64, at the global positions start..stop - 1 (step s: from s n on)."""
+        """Return the window numbers, int64, at the places start..stop - 1 of the endless list."""
         parts, g, W = [], start, self.stream.n_windows
-        while g < stop:      # once for each shard, and each epoch, that the positions touch
+        while g < stop:      # once for each shard, and each epoch, that the places touch
             epoch, place = divmod(g, W)
             order, ends = self._shard_order(epoch)
             i = int(np.searchsorted(ends, place, side="right"))
@@ -107,7 +108,7 @@ class DataOrder:
 
 
 class TrainLoader:
-    """Iterator over one rank's tokens, step by step; a thread reads ahead.
+    """Reads one rank's tokens step by step, in a thread that is up to two steps ahead.
 
     The thread reads uint16 and the device widens it to int64: a quarter of the bytes to copy.
     """
@@ -136,7 +137,7 @@ class TrainLoader:
                 item = error
             while not self._closed.is_set():
                 try:
-                    self._queue.put(item, timeout=0.2)
+                    self._queue.put(item, timeout=0.2)      # not for ever: close() must be able to end this thread
                     break
                 except queue.Full:
                     continue
@@ -177,8 +178,8 @@ def n_val_windows(stream, val_tokens):
 def val_batches(stream, n_windows, batch_size, runtime):
     """Yield this rank's validation batches (x, y), each (batch_size, T) int64, of the first n_windows in file order.
 
-    Every rank gets the same number of batches, and all have one shape, because each new shape would compile again:
-    rows beyond the last window have only IGNORED targets.
+    Every rank gets the same number of batches, because validate enters a collective after each. All have one shape,
+    because a new one would compile again: rows beyond the last window have only IGNORED targets.
     """
     per_round = batch_size * runtime.world_size
     for first in range(runtime.rank * batch_size, -(-n_windows // per_round) * per_round, per_round):

@@ -3,8 +3,11 @@
 `start(config)` sets a process up, yields its Runtime, and tears it down.
 
 What happens on SIGTERM, SIGINT or SIGUSR1: the handler notes the signal in runtime.stop_signal, and nothing else. The
-next collective that counts them tells all ranks: the all-reduce at the end of a step (finish_step), or check_for_stop.
-Then every rank raises StopRequested at the same place, saves, and exits 0.
+next collective that counts signals tells all ranks: the all-reduce at the end of a step (finish_step in optimizer.py),
+or check_for_stop, which evaluation and slow steps call. Every rank then raises StopRequested at the same place. train.py
+catches it around its loop, saves, and prints the command that continues; `start` closes the process group: status 0.
+During set-up, where a rank may compile for minutes, the watch (hang_watch.py) ends all ranks with status 0 instead. A
+SIGINT after any stop signal ends the process at once.
 """
 import contextlib
 import datetime
@@ -87,7 +90,7 @@ class Runtime:
                                        device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def grad_scaler(self):
-        """Return the GradScaler, which does nothing but in fp16."""
+        """Return the GradScaler, which does nothing except in fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype_name == "fp16")
 
     def print(self, *words):
@@ -135,7 +138,7 @@ class Runtime:
         self.raise_if_stopping()
 
     def raise_if_stopping(self):
-        """Raise StopRequested if the last step's all-reduce has told all ranks that one was signalled."""
+        """Raise StopRequested if the last collective that counted stop signals found one."""
         if self.stopping:
             raise StopRequested
 

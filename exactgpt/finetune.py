@@ -253,7 +253,7 @@ def trained_weights(model):
 
 def train_step(run, config, runtime, step):
     """Train on this rank's examples of a step; return (StepResult, tokens read), the same on all ranks."""
-    # Dropout depends on (seed, step, rank) alone, so a resumed run needs no saved generator state.
+    # Seed the generators anew for each (seed, step, rank): dropout repeats after a resume without any saved state.
     seed_everything(config.seed, "step", step, runtime.rank)
     indices = examples_of_step(run, config, step)
     examples = [run.examples[i] for i in indices]
@@ -270,7 +270,7 @@ def train_step(run, config, runtime, step):
                 # makes the sum the gradient of the mean over all targets.
                 micro_loss = run.ddp(x.to(runtime.device), y.to(runtime.device)) * share
             run.scaler.scale(micro_loss).backward()
-        loss = loss + micro_loss.detach()             # stays on the device: reading it here would stall the GPU
+        loss = loss + micro_loss.detach()             # reading it here would make the GPU wait
     result = finish_step(run.model, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
     return result, sum(map(len, examples))
 
@@ -345,7 +345,7 @@ def loop(run, progress, config, runtime, log, evaluate):
     # At step k: evaluate and save if an epoch ends here, then train step k. So the loop also evaluates the untrained
     # model, as the baseline, and the final weights are evaluated and saved by the same lines as all others.
     while True:
-        runtime.raise_if_stopping()                   # all ranks agreed on it in the last all-reduce
+        runtime.raise_if_stopping()                   # the last all-reduce has told all ranks
         step, last = progress.step, progress.step == run.plan.max_steps
         epoch_ends = step % run.plan.steps_per_epoch == 0
 
@@ -361,13 +361,13 @@ def loop(run, progress, config, runtime, log, evaluate):
         log.start_clock()
         lr = set_learning_rate(run, config, step)
         result, n_tokens = train_step(run, config, runtime, step)
-        problem = progress.skipped.count(result, run.scaler)
+        skip_reason = progress.skipped.record(result, run.scaler)
         progress.tokens += n_tokens
         progress.seconds += log.stop_clock()
-        log.train(result, lr, n_tokens, problem)
-        progress.skipped.check()                      # ten in a row: the weights are beyond saving
+        log.train(result, lr, n_tokens, skip_reason)
+        progress.skipped.check()                      # ends the run after ten in a row
         if step == first_step:
-            runtime.first_step_done()
+            runtime.first_step_done()                 # shortens the time-outs
         progress.step = step + 1
 
 

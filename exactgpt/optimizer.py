@@ -41,13 +41,16 @@ def learning_rate_factor(step, plan, schedule, min_factor):
     First a linear warm-up, (step + 1) / warmup_steps. Then "cosine" falls to min_factor at max_steps (GPT-3 paper,
     appendix B); "wsd" stays constant and falls linearly to min_factor over the last DECAY_FRACTION of the run (Hu et
     al. 2024, MiniCPM). plan: anything with max_steps and warmup_steps.
+
+    To add a schedule: a branch here, and its name in --schedule (train.py). If its runs may be made longer, also
+    _check_length in checkpoint.py.
     """
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps
     if schedule == "cosine":
         progress = (step - plan.warmup_steps) / max(1, plan.max_steps - plan.warmup_steps)
         return min_factor + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (1 - min_factor)
-    start = decay_start(plan)
+    start = decay_start(plan)      # wsd
     progress = max(0.0, (step - start) / max(1, plan.max_steps - start))
     return 1 + min(1.0, progress) * (min_factor - 1)
 
@@ -73,7 +76,7 @@ def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
 
     loss: this rank's mean, a scalar tensor in nats. All ranks must call it; it sets runtime.stopping.
     """
-    # clip
+    # Clip. Without --grad_clip the norm is measured all the same.
     scaler.unscale_(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
@@ -84,11 +87,11 @@ def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
     facts = torch.cat([sums, grad_norm.to(sums.dtype)[None]])              # (3,): loss, stop signals, norm
 
     # Skip the update if anything is inf or NaN. All ranks have the same three numbers, so all of them skip or none:
-    # if they decided by their own loss, their weights would drift apart. The fused AdamW kernel can skip by itself,
-    # which spares the card a wait for this process to look at the numbers.
+    # if each decided by its own loss, their weights would drift apart. Fused AdamW skips by itself if found_inf is 1
+    # (the attribute that GradScaler sets), so the GPU need not wait until the CPU has read the numbers.
     kernel_skips = isinstance(optimizer, torch.optim.AdamW) and not scaler.is_enabled() and runtime.device.type != "mps"
     if kernel_skips:
-        optimizer.found_inf = (~facts.isfinite().all()).float()             # 1: the kernel changes nothing
+        optimizer.found_inf = (~facts.isfinite().all()).float()
         optimizer.step()
         del optimizer.found_inf
     loss_sum, signals, norm = runtime.read(facts)                           # waits for the device, once a step
@@ -99,6 +102,7 @@ def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     runtime.stopping = signals > 0
+    # Ranks have equally many targets (fine-tuning divides by the targets of all), so a mean of their means is right.
     return StepResult(loss_sum / runtime.world_size, norm, finite)
 
 
@@ -108,8 +112,8 @@ class SkippedSteps:
     in_a_row: int = 0
     scale_found: bool = False    # fp16: there was an update, so the loss scale is about right
 
-    def count(self, result, scaler):
-        """Count a step's StepResult; return why its update was skipped, "" if it was not.
+    def record(self, result, scaler):
+        """Record a StepResult; return why its update was skipped, "" if it was not.
 
         In fp16 the first skips do not count: the GradScaler is still searching for its scale.
         """
@@ -122,7 +126,7 @@ class SkippedSteps:
         return "loss or gradient is not finite"
 
     def check(self):
-        """Raise RunFailed after MAX_SKIPPED in a row: the weights are beyond saving."""
+        """Raise RunFailed after MAX_SKIPPED in a row: the weights are beyond repair."""
         if self.in_a_row >= MAX_SKIPPED:
             raise RunFailed(f"{MAX_SKIPPED} steps in a row had no finite loss and gradient: start a new run in another "
                             "folder, with a lower --max_lr or another --seed. The checkpoints are unchanged; resuming "

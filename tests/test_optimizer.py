@@ -205,13 +205,13 @@ def test_the_search_for_a_loss_scale_is_no_row_of_bad_steps():
     bad, good = StepResult(2.0, float("inf"), False), StepResult(2.0, 1.0, True)
     skipped = SkippedSteps()
     for _ in range(3 * MAX_SKIPPED):
-        assert "loss scale" in skipped.count(bad, scaler)
+        assert "loss scale" in skipped.record(bad, scaler)
     skipped.check()
-    assert skipped.count(good, scaler) == ""
+    assert skipped.record(good, scaler) == ""
     for _ in range(MAX_SKIPPED - 1):
-        assert "not finite" in skipped.count(bad, scaler)
+        assert "not finite" in skipped.record(bad, scaler)
     skipped.check()
-    skipped.count(bad, scaler)
+    skipped.record(bad, scaler)
     with pytest.raises(RunFailed, match="steps in a row"):
         skipped.check()
 
