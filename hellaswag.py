@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exactgpt import hub
 from exactgpt.config import (
     DeviceConfig,
     UserError,
@@ -141,6 +140,7 @@ def fetch_hellaswag(path=DATA_FILE):
     if Path(path).exists():
         return str(path)
     print(f"downloading {DATASET} to {path}", flush=True)
+    from exactgpt import hub
     if not hub.reachable():     # use the hub's cache or fail at once, without retries
         hub.work_offline()
     try:

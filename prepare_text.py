@@ -5,6 +5,7 @@
     python prepare_text.py --demo --train_tokenizer 4096 --out data/demo
 
 All input is read and checked before anything is written. Documents are shuffled by the seed; some go to validation.
+To add an input format see exactgpt/documents.py.
 """
 import hashlib
 import itertools

@@ -4,8 +4,9 @@
 
 What happens on SIGTERM, SIGINT or SIGUSR1: the handler notes the signal in runtime.stop_signal, and nothing else. The
 next collective that counts signals tells all ranks: the all-reduce at the end of a step (finish_step in optimizer.py),
-or check_for_stop, which evaluation and slow steps call. Every rank then raises StopRequested at the same place. train.py
-catches it around its loop, saves, and prints the command that continues; `start` closes the process group: status 0.
+or check_for_stop, which evaluation and slow steps call. Every rank then raises StopRequested at the same place.
+train.py catches it around its loop, saves, and prints the command that continues; `start` closes the process group:
+status 0.
 During set-up, where a rank may compile for minutes, the watch (hang_watch.py) ends all ranks with status 0 instead. A
 SIGINT after any stop signal ends the process at once.
 """

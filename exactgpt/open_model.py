@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from exactgpt import hub, lora
+from exactgpt import lora
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError, atomic_write, find_visible, new_folder, read_json, write_json
@@ -230,6 +230,8 @@ def _download_model(name):
     """
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, logging, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from exactgpt import hub
     logging.set_verbosity_error()      # it would print a line per retry
     print(f"{name} is not a local folder; looking on the Hugging Face hub", file=sys.stderr)
     online = hub.reachable()

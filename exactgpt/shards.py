@@ -4,6 +4,8 @@ Each document follows an end-of-text token, and shard 0 is validation. This is b
 work unchanged. The .bin files of llm.c and modded-nanogpt work too: a header of 256 int32 (magic 20240520, version 1,
 token count), then uint16 tokens. Files are not trusted: headers are checked against file sizes and the manifest against
 the files, and `verify` checks every token against the hashes.
+
+To add a format of uint16 tokens after one header: a function like _read_bin_header, and an entry in HEADER_READERS.
 """
 import dataclasses
 import hashlib
@@ -22,7 +24,6 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4
 SOURCE_FILE_TYPES = {"path": str, "size": int, "sha256": str}
-_SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\d+))?\.(?:npy|bin)")
 
 
 @dataclass
@@ -120,7 +121,7 @@ def open_shard(path):
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
-            n_tokens, header_bytes = _read_npy_header(f, path) if path.suffix == ".npy" else _read_bin_header(f, path)
+            n_tokens, header_bytes = HEADER_READERS[path.suffix](f, path)
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from error
     if size != header_bytes + 2 * n_tokens:
@@ -153,6 +154,11 @@ def _read_bin_header(f, path):
     return int(header[2]), BIN_HEADER_BYTES
 
 
+HEADER_READERS = {".npy": _read_npy_header, ".bin": _read_bin_header}     # (file, path) -> (tokens, header bytes)
+_SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\d+))?"
+                         rf"(?:{'|'.join(map(re.escape, HEADER_READERS))})")
+
+
 class ShardFolder:
     """A checked folder of shards: all headers are valid, the files match the manifest, and there is only one data set.
 
@@ -173,7 +179,7 @@ class ShardFolder:
         if self.manifest:
             names = self._names_in_manifest(set(names))
         if not names:
-            raise UserError(f"no shards in {folder} (such as NAME_train_000001.npy or .bin); make them with "
+            raise UserError(f"no shards in {folder} (NAME_train_000001{' or '.join(HEADER_READERS)}); make them with "
                             "prepare_fineweb.py or prepare_text.py")
         self._check_names([_SHARD_NAME.fullmatch(name) for name in names])
         self.shards = [open_shard(self.folder / name) for name in sorted(names, key=_shard_order)]
@@ -204,7 +210,7 @@ class ShardFolder:
             raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each its own "
                             "folder")
         if len({Path(m.string).suffix for m in matches}) > 1:
-            raise UserError(f"{self.folder} mixes .npy and .bin shards; keep only one kind")
+            raise UserError(f"{self.folder} mixes {' and '.join(HEADER_READERS)} shards; keep only one kind")
         numbers = {split: sorted(int(m["index"]) for m in matches if m["split"] == split and m["index"])
                    for split in ("train", "val")}
         # We and most other tools number both splits in one sequence; a few restart at 0 for train.
