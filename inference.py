@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script
+from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script, with_changes
 from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
 from exactgpt.open_model import newest_model, open_model
@@ -118,7 +118,7 @@ def run_interactively(decoder, tokenizer, config):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     print("Type one prompt per line; Ctrl-D quits.", file=sys.stderr)
-    config.stream = True
+    config = with_changes(config, stream=True)
     for number in itertools.count():
         try:
             prompt = input("prompt: ")

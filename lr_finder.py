@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.checkpoint import list_checkpoints
-from exactgpt.config import RunFailed, UserError, atomic_write, flag, human_rate, parse_config, replace, run_script
+from exactgpt.config import RunFailed, UserError, atomic_write, flag, human_rate, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
 from exactgpt.figures import COLOURS, GREY, INK, new_figure, save_figure, smooth, style_axes
@@ -64,7 +64,7 @@ def find_learning_rate(config, runtime):
         raise UserError(f"{folder} already contains a run; use a new --log_dir")
     with lock_folder(folder, runtime):
         run, _ = set_up(config, runtime, saves=False)
-        tracker = Tracker(replace(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
+        tracker = Tracker(with_changes(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)
             runtime.setup_done()
@@ -192,7 +192,7 @@ def train_command(config, rate):
     """Return the train.py command with this peak rate, the flags that were typed, and other rates in proportion."""
     rate = float(f"{rate:.1e}")
     min_lr, muon_lr = (float(f"{other * rate / config.max_lr:.4g}") for other in (config.min_lr, config.muon_lr))
-    scaled = replace(config, max_lr=rate, min_lr=min(rate, min_lr), muon_lr=muon_lr)
+    scaled = with_changes(config, max_lr=rate, min_lr=min(rate, min_lr), muon_lr=muon_lr)
     words = []
     for f in fields(TrainConfig):
         value = getattr(scaled, f.name)

@@ -60,17 +60,16 @@ class PrepareFinewebConfig:
     keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads", group="system")
     verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids", group="system")
 
-    def check(self):
-        """Fill in the defaults that depend on other flags."""
-        is_fineweb = self.dataset == FINEWEB_EDU
-        if self.name is None and is_fineweb and not self.data_files:
-            self.name = SAMPLE_10BT
-        if self.out is None:
-            named = [self.prefix(), self.name or ""]
-            is_default = is_fineweb and self.name in (None, SAMPLE_10BT)
-            self.out = "data/edu_fineweb10B" if is_default else f"data/{_slug('_'.join(filter(None, named)))}"
-        if self.num_proc is None:
-            self.num_proc = available_cpus()
+    def with_defaults(self):
+        """Return a copy with the defaults filled in that depend on other flags or on this machine."""
+        name, out, is_fineweb = self.name, self.out, self.dataset == FINEWEB_EDU
+        if name is None and is_fineweb and not self.data_files:
+            name = SAMPLE_10BT
+        if out is None:
+            named = "_".join(filter(None, [self.prefix(), name]))
+            out = "data/edu_fineweb10B" if is_fineweb and name in (None, SAMPLE_10BT) else f"data/{_slug(named)}"
+        return dataclasses.replace(self, name=name, out=out,
+                                   num_proc=available_cpus() if self.num_proc is None else self.num_proc)
 
     def prefix(self):
         """Return the prefix of shard names. For FineWeb-Edu it is the one build-nanogpt uses."""
@@ -255,7 +254,7 @@ def verify_shards(folder, tokenizer=""):
 
 def main(argv=None):
     """Make or verify shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
-    config = parse_config(PrepareFinewebConfig, argv, description=__doc__.split("\n\n")[0])
+    config = parse_config(PrepareFinewebConfig, argv, description=__doc__.split("\n\n")[0]).with_defaults()
     folder = Path(config.out)
     if config.verify:
         return verify_shards(folder, config.tokenizer)

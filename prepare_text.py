@@ -51,7 +51,7 @@ class PrepareTextConfig:
     seed: int = flag(1337, "random seed for the order of the documents", group="tokens", low=0)
 
     def check(self):
-        """Check flags against each other and expand the escapes in --separator. Raises UserError."""
+        """Raise UserError for flags that are missing or contradict each other."""
         if self.demo == bool(self.paths):
             raise UserError("--demo has its own text; drop the files" if self.demo else
                             "no input; name files or directories to read, or use --demo")
@@ -59,7 +59,6 @@ class PrepareTextConfig:
             raise UserError("no output folder; add --out data/NAME")
         if self.tokenizer and self.train_tokenizer:
             raise UserError("--tokenizer and --train_tokenizer exclude each other; drop one of them")
-        self.separator = self.separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
 class DocumentReader:
@@ -72,7 +71,8 @@ class DocumentReader:
 
     def __iter__(self):
         c = self._config
-        files = (read_documents(path, c.text_column, c.separator) for path in self.files)
+        separator = c.separator.replace("\\n", "\n").replace("\\t", "\t")      # as it can be typed in any shell
+        files = (read_documents(path, c.text_column, separator) for path in self.files)
         for text, starts in itertools.chain(((text, True) for text in self._demo), *files):
             if not starts or (text and not text.isspace()):
                 yield text, starts

@@ -36,15 +36,7 @@ from exactgpt.checkpoint import (
     save_best,
     training_state,
 )
-from exactgpt.config import (
-    DeviceConfig,
-    UserError,
-    as_user_error,
-    flag,
-    parse_config,
-    replace as replace_flags,
-    run_script,
-)
+from exactgpt.config import DeviceConfig, UserError, as_user_error, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.device import (
     CompilationFailed,
@@ -562,9 +554,9 @@ def train(config, runtime):
 def dry_run(config, runtime):
     """Try two steps, an evaluation, a save and a load in a temporary folder; report what the full run would take."""
     with temporary_folder(runtime, config.log_dir) as folder:
-        small = replace_flags(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
-                              log_dir=folder, checkpoint_every=1, mlflow=False,
-                              val_tokens=min(config.val_tokens, config.total_batch_size))
+        small = with_changes(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
+                             log_dir=folder, checkpoint_every=1, mlflow=False,
+                             val_tokens=min(config.val_tokens, config.total_batch_size))
         run, progress = set_up(small, runtime)
         try:
             questions = load_hellaswag_and_warm_up(run, small, runtime, DRY_RUN_ITEMS)

@@ -174,7 +174,7 @@ def fields_kept_on_resume(cls):
     return [f.name for f in fields(cls) if f.metadata["keep"]]
 
 
-def replace(config, **changes):
+def with_changes(config, **changes):
     """Return a checked copy of the config with some fields changed."""
     return check_config(dataclasses.replace(config, **changes))
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from exactgpt.checkpoint import changed_flags, read_checkpoint, save_checkpoint, weights_hash
-from exactgpt.config import DeviceConfig, RunFailed, UserError, flag, replace
+from exactgpt.config import DeviceConfig, RunFailed, UserError, flag, with_changes
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import STEADY_TIMEOUT_S, StopRequested, lock_folder, seed_everything, temporary_folder
 from exactgpt.finetune_data import Example, empty_batch, evaluation_batches, hash_examples, make_batches
@@ -413,10 +413,10 @@ def work_in_folder(config, runtime, finetune):
 
     A dry run gets a temporary folder instead. Raises UserError if --out contains another run.
     """
-    config = replace(config, max_lr=config.peak_lr)      # state and MLflow record the rate itself, not "the default"
+    config = with_changes(config, max_lr=config.peak_lr)     # state and MLflow record the rate, not "the default"
     if config.dry_run:
         with temporary_folder(runtime, config.out or ".") as folder:
-            finetune(replace(config, out=folder, mlflow=False), runtime, None)
+            finetune(with_changes(config, out=folder, mlflow=False), runtime, None)
         return
     with lock_folder(config.out, runtime):
         state = runtime.broadcast(lambda: read_state(config))

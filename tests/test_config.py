@@ -146,12 +146,12 @@ def test_a_flag_without_default_is_required():
 
 
 def test_replace_checks_what_it_changes():
-    changed = config.replace(parsed(), steps=5)
+    changed = config.with_changes(parsed(), steps=5)
     assert changed.steps == 5 and changed.source == "s"
     with pytest.raises(UserError, match="--steps must be <= 1000"):
-        config.replace(parsed(), steps=1001)
+        config.with_changes(parsed(), steps=1001)
     with pytest.raises(UserError, match="exclude each other"):
-        config.replace(parsed(), epochs=1.0, layers=1)
+        config.with_changes(parsed(), epochs=1.0, layers=1)
 
 
 def test_fields_kept_on_resume_are_those_marked_with_keep():

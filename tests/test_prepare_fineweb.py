@@ -260,8 +260,7 @@ def test_at_most_one_file_is_prefetched():
 
 def test_default_folder_and_shard_names():
     def names(**flags):
-        config = PrepareFinewebConfig(**flags)
-        config.check()
+        config = PrepareFinewebConfig(**flags).with_defaults()
         return config.out, config.prefix(), config.val_tokens()
     assert names() == ("data/edu_fineweb10B", "edufineweb", 100_000_000)
     assert names(data_files="x/*.parquet", max_tokens=10**7) == ("data/edu_fineweb10B", "edufineweb", 10**6)
