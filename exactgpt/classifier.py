@@ -43,7 +43,7 @@ class Classifier(GPT):
         return model
 
     def forward(self, idx, lengths=None):
-        """idx (B, T), lengths (B,) of the texts in it (None: all T) -> scores (B, labels), before the softmax."""
+        """Return scores (B, labels), before the softmax, of texts idx (B, T) with lengths (B,) (None: all of T)."""
         hidden = self.hidden(idx)                                                      # (B, T, C)
         last = lengths - 1 if lengths is not None else torch.full((len(idx),), idx.size(1) - 1, device=idx.device)
         return self.score(hidden[torch.arange(len(idx), device=idx.device), last])

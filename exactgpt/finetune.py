@@ -144,7 +144,7 @@ class Objective(nn.Module):
         self.register_buffer("weights", weights)
 
     def forward(self, x, y):
-        """x, y (B, T) -> cross-entropy in nats, summed over the positions whose target is not IGNORED."""
+        """Return the cross-entropy in nats of x, y (B, T), summed over the targets that are not IGNORED."""
         scored = y != IGNORED
         logits = getattr(self.model, self.head)(self.model.hidden(x)[scored])          # (targets, classes)
         return F.cross_entropy(logits.float(), y[scored], weight=self.weights, reduction="sum")
