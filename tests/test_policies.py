@@ -49,7 +49,7 @@ with start(SimpleNamespace(device="cpu", dtype="fp32")) as runtime:
             raw.zero_grad(set_to_none=set_to_none)
     rows = torch.arange(12 * 9).reshape(12, 9) * 37 % 61
     share = 12 // runtime.world_size
-    run = SimpleNamespace(micro_batch_size=share // 3, ddp=ddp, raw=raw, optimizer=Catch(), slow=False,
+    run = SimpleNamespace(micro_batch_size=share // 3, ddp=ddp, raw_model=raw, optimizer=Catch(),
                           scaler=torch.amp.GradScaler("cpu", enabled=False))
     config = SimpleNamespace(seed=0, grad_clip=0.0)
     train.train_step(run, config, runtime, rows[runtime.rank * share:(runtime.rank + 1) * share], 0)
