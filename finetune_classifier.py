@@ -79,7 +79,7 @@ class ClassifierTuneConfig(TuneConfig):
             if not self.checkpoint:
                 raise UserError("--checkpoint is missing: the classifier.pt to predict with")
             if bool(self.predict_file) != bool(self.out):
-                raise UserError("--predict_file FILE and --out FILE belong together")
+                raise UserError("--predict_file FILE and --out FILE must be used together")
             if self.out and Path(self.out).suffix.lower() not in (".csv", ".jsonl"):
                 raise UserError(f"--out {self.out} must end in .csv or .jsonl")
             return
@@ -361,7 +361,8 @@ def predict(config, runtime):
         runtime.broadcast(lambda: check_new_file(config.out, "--out"))
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     if not isinstance(opened.model, Classifier):
-        raise UserError(f"{config.checkpoint} is no classifier, it writes text; train one with --init_from")
+        raise UserError(f"{config.checkpoint} is a language model, not a classifier; train one from it with "
+                        "--init_from")
     opened.with_tokenizer()
     texts = read_texts(config) if config.predict_file else config.predict
     model, labels = opened.model.to(runtime.device).eval(), opened.model.config.labels

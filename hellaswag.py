@@ -181,7 +181,7 @@ def load_hellaswag(path, style="karpathy", limit=0):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; leave out --data to download HellaSwag") from error
     if not examples:
-        raise UserError(f"{path}, line 1: the file is empty; it must contain one JSON example per line")
+        raise UserError(f"{path} is empty; it must contain one JSON example per line")
     return examples
 
 

@@ -50,7 +50,7 @@ class InferenceConfig(DeviceConfig):
         if self.input and not self.instruction:
             raise UserError("--input needs an --instruction; use --prompt for text to continue")
         if self.instruction and (self.prompt or self.prompt_file):
-            raise UserError("--instruction and --prompt exclude each other: drop one of them")
+            raise UserError("--instruction and --prompt cannot be combined; use one of them")
         if "" in self.stop:
             raise UserError("--stop must not be empty: every continuation would end at once")
 

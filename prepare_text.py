@@ -58,7 +58,7 @@ class PrepareTextConfig:
         if not self.out:
             raise UserError("no output folder; add --out data/NAME")
         if self.tokenizer and self.train_tokenizer:
-            raise UserError("--tokenizer and --train_tokenizer exclude each other; drop one of them")
+            raise UserError("--tokenizer and --train_tokenizer cannot be combined; use one of them")
 
 
 class DocumentReader:
@@ -146,7 +146,7 @@ def write_shards(folder, manifest, tokens, starts, config):
     documents = np.concatenate([val, train])
     if len(val):
         n_val = int((ends - starts)[val].sum())
-    else:       # no document fits: validate on the end of the text
+    else:       # no document fits: cut the end off the documents, in their seeded order, for validation
         n_val = max(1, int(config.val_fraction * len(tokens)))
         starts, ends = move_tail_first(starts[train], ends[train], n_val)
         documents = np.arange(len(starts))

@@ -7,7 +7,7 @@
 Killed, preempted or crashed: the same command resumes from the newest checkpoint in --log_dir.
 
 To understand one training step read four files: this one, exactgpt/dataloader.py (which tokens), model.py (the loss),
-exactgpt/optimizer.py (the update). Read this one from the top, or start at train_step, loop or main.
+exactgpt/optimizer.py (the update, the schedules); sums over ranks and stops are in exactgpt/distributed.py.
 """
 import gc
 import math
@@ -61,7 +61,8 @@ from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch
 DRY_RUN_ITEMS = 200        # HellaSwag items in a dry run, of 10,042
 RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
-SLOW_STEP_S = 5            # longer steps check for a stop after each micro-batch: torchrun kills 30 s after SIGTERM
+SLOW_STEP_S = 5            # seconds; in longer steps check for a stop after each micro-batch: torchrun sends SIGKILL
+                           # 30 s after SIGTERM
 TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
 MAX_STEPS = 19073          # 10B tokens in such steps
 WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
@@ -83,12 +84,13 @@ class TrainConfig(DeviceConfig):
     n_embd: int | None = flag(None, "number of channels, instead of --model", group="model", low=1)
     block_size: int | None = flag(None, "context length in tokens (default: 1024)", group="model", low=1)
     dropout: float = flag(0.0, "dropout probability", group="model", low=0.0, below=1.0, keep=True)
-    init_from: str = flag("scratch", "initial weights: scratch, a GPT-2 name, a Hugging Face folder, or FILE.pt",
-                          group="model")
+    init_from: str = flag("scratch", "initial weights: scratch, FILE.pt, a run's folder, a LoRA adapter, a Hugging "
+                          "Face folder, or a hub name such as gpt2", group="model")
 
     total_batch_size: int = flag(TOKENS_PER_STEP, "tokens per optimizer step, summed over all processes",
                                  group="batch", low=1, keep=True)
-    micro_batch_size: int = flag(0, "rows per forward pass of a process (0: the most that fit)", group="batch", low=0)
+    micro_batch_size: int = flag(0, "rows per forward pass of a process (0: as many as fit, up to 65,536 tokens on a "
+                                 "GPU; 4,096 tokens on a CPU)", group="batch", low=0)
 
     max_steps: int | None = flag(None, f"number of optimizer steps (default: {MAX_STEPS})", group="length", low=0)
     num_epochs: float | None = flag(None, "epochs, instead of --max_steps", group="length", above=0)
@@ -97,7 +99,7 @@ class TrainConfig(DeviceConfig):
     schedule: str = flag("cosine", "learning-rate schedule: cosine to min_lr, or warmup-stable-decay",
                          group="schedule", choices=("cosine", "wsd"), keep=True)
     max_lr: float = flag(6e-4, "peak learning rate", group="schedule", above=0, keep=True)
-    min_lr: float = flag(6e-5, "final learning rate", group="schedule", low=0.0, keep=True)
+    min_lr: float = flag(6e-5, "learning rate that the schedule falls to", group="schedule", low=0.0, keep=True)
     warmup_steps: int | None = flag(None, f"steps of linear warm-up (default: {WARMUP_STEPS}, or a tenth of a short "
                                     "run)", group="schedule", low=0)
 
@@ -140,9 +142,9 @@ class TrainConfig(DeviceConfig):
         """Raise UserError for flags that contradict each other."""
         shape = [n for n in ("n_layer", "n_head", "n_embd") if getattr(self, n) is not None]
         if self.model and shape:
-            raise UserError(f"--model {self.model} and --{shape[0]} exclude each other; use one of them")
+            raise UserError(f"--model {self.model} and --{shape[0]} cannot be combined; use one of them")
         if self.max_steps is not None and self.num_epochs is not None:
-            raise UserError("--max_steps and --num_epochs exclude each other; use one of them")
+            raise UserError("--max_steps and --num_epochs cannot be combined; use one of them")
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
         if self.mlflow:
@@ -157,7 +159,7 @@ class Plan:
     max_steps: int
     warmup_steps: int
     windows_per_step: int      # n, over all ranks
-    local_windows: int         # n / world_size: one rank's share of a step, in micro-batches
+    local_windows: int         # of one rank in a step: n / world_size
     tokens_per_step: int
     epochs: float              # passes over the train split in max_steps
 
@@ -177,7 +179,7 @@ def make_plan(config, block_size, n_windows, world_size):
     n = total // block_size
     max_steps = config.max_steps if config.max_steps is not None else MAX_STEPS
     if config.num_epochs is not None:
-        exact = Fraction(str(config.num_epochs)) * n_windows      # 0.29 * 100 is 28.999... in floats, and floor 28
+        exact = Fraction(str(config.num_epochs)) * n_windows      # exact: in floats 0.29 * 100 is 28.999...
         max_steps = math.floor(exact / n)
         if max_steps < 1:
             largest = math.floor(exact / world_size) * unit
@@ -196,10 +198,10 @@ def make_plan(config, block_size, n_windows, world_size):
 # ---- learning rate -----------------------------------------------------------
 
 def set_learning_rate(run, config, step):
-    """Set every parameter group's rate for a step, its peak times the schedule's factor; return AdamW's."""
+    """Set each parameter group's learning rate to its peak rate times the schedule's factor; return AdamW's."""
     factor = learning_rate_factor(step, run.plan, config.schedule, config.min_lr / config.max_lr)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor       # Muon's peak differs from AdamW's
+        group["lr"] = group["peak_lr"] * factor       # the peak is --max_lr for AdamW, --muon_lr for Muon
     return config.max_lr * factor
 
 
@@ -227,7 +229,7 @@ class Run:
 class Progress:
     """The numbers that change from step to step."""
     step: int                                 # the next one to train
-    last_step: int                            # max_steps, or earlier once --stop_loss is reached
+    last_step: int                            # the loop ends here: max_steps, or earlier after --stop_loss
     best_val_loss: float = math.inf
     val_loss: float | None = None             # of the weights as they are now, if they have been validated
     save_failed: bool = False                 # the disk was full: try again soon
@@ -242,10 +244,10 @@ def set_up(config, runtime, saves=True):
     # data
     shards, tokenizer = open_data(config, runtime)
 
-    # weights. Rank 0 alone reads the checkpoint, since other machines may not see its disk; every rank gets it without
-    # the optimizer's state, which follows at the end.
-    on_rank_0 = runtime.on_all_ranks(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
-    checkpoint = runtime.broadcast(lambda: on_rank_0 and {**on_rank_0, "optimizer": None}, on_device=True)
+    # weights. Rank 0 alone reads the checkpoint, since other machines may not see its disk (full_checkpoint is None on
+    # other ranks). Every rank gets it without the optimizer's state, which follows at the end.
+    full_checkpoint = runtime.on_all_ranks(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
+    checkpoint = runtime.broadcast(lambda: full_checkpoint and {**full_checkpoint, "optimizer": None}, on_device=True)
     model = make_model(config, runtime, tokenizer, checkpoint)
 
     # plan and progress
@@ -277,7 +279,7 @@ def set_up(config, runtime, saves=True):
     if checkpoint:
         # Load the optimizer's state last, so that it does not take up GPU memory during the micro-batch search. It
         # goes straight to the devices, because a node's RAM may not hold one copy per rank.
-        restore_optimizer(run, runtime.broadcast(lambda: training_state(on_rank_0), on_device=True))
+        restore_optimizer(run, runtime.broadcast(lambda: training_state(full_checkpoint), on_device=True))
     print_banner(run, config, runtime, checkpoint, saves)
     return run, progress
 
@@ -325,7 +327,7 @@ def make_model(config, runtime, tokenizer, checkpoint):
 def compile_and_wrap(model, plan, config, runtime, wanted_rows):
     """Choose attention and compilation, wrap the model in DDP, find its micro-batch: return (compiled, ddp, choices).
 
-    wanted_rows: of a micro-batch, 0 for the most that fit. Raises UserError if none fits, or if the device lacks what
+    wanted_rows: rows per micro-batch, 0 to search for them. Raises UserError if none fits, or if the device lacks what
     --compile on or --attention asks for.
     """
     attention = runtime.on_all_ranks(
@@ -343,6 +345,8 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
         size = find_micro_batch_size(ddp, model.config.block_size, wanted_rows, plan.local_windows, runtime,
                                      insist=bool(config.micro_batch_size), gpt=model)
         return compiled, ddp, dict(attention=attention, compile=compile, micro_batch_size=size)
+    if compile:
+        runtime.print("compiling: a minute or two, unless it is in the cache")
     if compile and runtime.device.type == "cpu":      # inductor's C++ adds up this gradient token by token: slow
         model.transformer.wte.forward = torch.compiler.disable(model.transformer.wte.forward)
     try:
@@ -361,11 +365,10 @@ def warm_up(run, runtime):
 
     The first pass compiles and reduces gradients. DDP then rebuilds its buckets, once, at the start of the next forward
     pass, and from then on sums in another order: a resumed run must not take its first step in the old one. The second
-    pass runs with the new buckets, proves that the micro-batch fits, and is timed, since it does not compile.
+    pass runs with the new buckets. It is timed, since it does not compile, and reduces nothing, so that its time does
+    not include waiting for other ranks.
     """
     keep_freed_memory(runtime.device)
-    if run.resolved["compile"]:
-        runtime.print("compiling: a minute or two, unless it is in the cache")
     x, y = dummy_rows(run.micro_batch_size, run.raw_model.config.block_size, runtime.device)    # (B, T) each
     for reduced in (True, False):
         start_time = time.perf_counter()
@@ -431,16 +434,16 @@ def validate(run, config, runtime):
     return loss / count, int(count)
 
 
-def score_hellaswag(run, questions, runtime):
+def score_hellaswag(run, hellaswag, runtime):
     """Return the HellaSwagScore of the model as it is. Raises StopRequested."""
     tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)    # no more than training
     with returning_freed_memory(runtime.device):      # on a CPU, while the shapes vary
         # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
-        return evaluate_hellaswag(run.raw_model, questions, runtime, tokens, progress="HellaSwag")
+        return evaluate_hellaswag(run.raw_model, hellaswag, runtime, tokens, progress="HellaSwag")
 
 
 def due(step, every, last=False):
-    """Return True if something is due that happens every `every` steps (0: never) and at the last one."""
+    """Return True at every multiple of `every` (0: never) and, if `last`, at the last step."""
     return every > 0 and (step % every == 0 or last)
 
 
@@ -453,8 +456,8 @@ def save_due(progress, config):
 
 # ---- the loop ----------------------------------------------------------------
 
-def loop(run, progress, config, runtime, log, questions):
-    """Train from progress.step to progress.last_step. questions: HellaSwag's, None if it is never due.
+def loop(run, progress, config, runtime, log, hellaswag):
+    """Train from progress.step to progress.last_step. hellaswag: its prepared questions, None if it is never due.
 
     Raises StopRequested, and RunFailed if too many updates were skipped or the last checkpoint cannot be written.
     """
@@ -463,9 +466,10 @@ def loop(run, progress, config, runtime, log, questions):
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, first_step,
                          progress.last_step)
     with closing(loader):
-        # Iteration k evaluates and saves the weights after k steps, then trains step k. It includes last_step, so a new
-        # run makes max_steps + 1 iterations, and the same lines evaluate and save the final weights. Evaluation comes
-        # first, so that a resumed run, whose logs are cut back to step k, measures exactly what the checkpoint holds.
+        # Iteration k evaluates and saves the weights after k steps, then trains step k. One more, k = last_step, only
+        # evaluates and saves: a new run makes max_steps + 1 iterations, and the same lines take care of the final
+        # weights. Evaluation comes before the step, so that a resumed run, whose logs are cut back to step k, measures
+        # exactly what the checkpoint holds.
         while True:
             runtime.raise_if_stopping()               # the last all-reduce has told all ranks
             step, last = progress.step, progress.step == progress.last_step
@@ -480,7 +484,7 @@ def loop(run, progress, config, runtime, log, questions):
             # once in a while: HellaSwag (all ranks take part)
             if due(step, config.hellaswag_every, last):
                 with log.timed("HellaSwag", config.hellaswag_every):
-                    log.hellaswag(step, score_hellaswag(run, questions, runtime))
+                    log.hellaswag(step, score_hellaswag(run, hellaswag, runtime))
 
             # once in a while: sample text (rank 0 only; the others wait for it in their next collective)
             if due(step, config.sample_every, last):
@@ -496,7 +500,7 @@ def loop(run, progress, config, runtime, log, questions):
 
             # one training step; evaluation and saving are outside its clock
             log.start_clock()
-            tokens, data_wait_s = loader.next_step()
+            tokens, data_wait_s = loader.next_step()  # of this step: the loader, too, has started at first_step
             lr = set_learning_rate(run, config, step)
             result = train_step(run, config, runtime, tokens, step)
             log.train(step, result, lr, data_wait_s)
@@ -507,27 +511,21 @@ def loop(run, progress, config, runtime, log, questions):
             if result.finite and result.loss < config.stop_loss:
                 progress.last_step = step + 1         # evaluate and save once more, then end
             if step == first_step:
-                runtime.first_step_done()             # compilation is over: shorten the time-outs
+                runtime.first_step_done()             # the slow start is over: shorten the time-outs
             progress.step, progress.val_loss = step + 1, None      # val_loss was that of the weights before the step
 
 
 # ---- main --------------------------------------------------------------------
 
-def load_hellaswag_and_warm_up(run, config, runtime, hellaswag_items=0):
-    """Return the prepared HellaSwag (None if it is never due; 0 items: all of it) after warming up.
-
-    Raises StopRequested.
-    """
-    questions = None
-    if config.hellaswag_every:
-        questions = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=hellaswag_items)
-    warm_up(run, runtime)
-    runtime.setup_done()
-    return questions
+def load_hellaswag(run, config, runtime, limit=0):
+    """Return HellaSwag prepared for this model, `limit` items of it (0: all), or None if it is never due."""
+    if not config.hellaswag_every:
+        return None
+    return prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
 
 
 def train(config, runtime):
-    """Train from scratch, or from the newest checkpoint in --log_dir. Raises UserError, RunFailed."""
+    """Start a run, or resume it from a checkpoint; train to its end, or until a stop. Raises UserError, RunFailed."""
     with lock_folder(config.log_dir, runtime):
         try:
             run, progress = set_up(config, runtime)
@@ -536,9 +534,11 @@ def train(config, runtime):
             return
         first_step = progress.step
         try:
-            questions = load_hellaswag_and_warm_up(run, config, runtime)
+            hellaswag = load_hellaswag(run, config, runtime)
+            warm_up(run, runtime)
+            runtime.setup_done()
             with closing(RunLog(run, progress, config, runtime)) as log:      # cuts logs back to this step
-                loop(run, progress, config, runtime, log, questions)
+                loop(run, progress, config, runtime, log, hellaswag)
             path = checkpoint_path(config.log_dir, progress.step)
             runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
                           f"      python inference.py --checkpoint {path} --prompt \"...\"")
@@ -559,18 +559,20 @@ def dry_run(config, runtime):
                              val_tokens=min(config.val_tokens, config.total_batch_size))
         run, progress = set_up(small, runtime)
         try:
-            questions = load_hellaswag_and_warm_up(run, small, runtime, DRY_RUN_ITEMS)
+            hellaswag = load_hellaswag(run, small, runtime, DRY_RUN_ITEMS)
+            warm_up(run, runtime)
+            runtime.setup_done()
             with closing(RunLog(run, progress, small, runtime)) as log:
-                loop(run, progress, small, runtime, log, questions)
+                loop(run, progress, small, runtime, log, hellaswag)
         except StopRequested:
             runtime.print("the dry run was stopped")
             return
         restore_optimizer(run, runtime.broadcast(
             lambda: training_state(find_checkpoint(small, runtime.print)), on_device=True))
-        shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)      # of the full evaluations
+        shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)      # of a full evaluation that were done here
         if config.eval_every:
-            here, there = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))
-            shares["validation"] = here / there
+            n_small, n_full = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))
+            shares["validation"] = n_small / n_full
         plan = make_plan(config, run.raw_model.config.block_size, run.train_stream.n_windows, runtime.world_size)
         runtime.print(log.forecast(config, plan, shares))
 

@@ -1,1 +1,1 @@
-"""What the scripts share: flat, one noun a file. Imports model.py and itself, never a script."""
+"""Code that the scripts share: one topic per file, no subpackages."""

@@ -1,6 +1,6 @@
 """Checkpoints: write them whole or not at all, check them when they are read, and resume a run from one.
 
-logs/model_{step:05d}.pt holds tensors, dicts, lists, numbers and strings and nothing else, so it is always read with
+logs/model_{step:05d}.pt holds only tensors and plain Python values, no objects of our classes, and is always read with
 weights_only=True. A run saves with `save`; it resumes with `find_checkpoint`, `check_same_run`, `adopt_resolved` and
 `restore_optimizer`, which train.py's set_up calls in this order. open_model.py opens a checkpoint to use the model.
 
@@ -10,6 +10,7 @@ A resumed run is bitwise equal to one that was never killed (on a GPU with --det
 3. each step seeds its own generators (train_step);
 4. dtype, threads and micro-batch are taken over, and what cannot be is reported;
 5. warm_up settles the order of DDP's sums.
+Only the count of updates skipped in a row starts again at 0.
 """
 import contextlib
 import datetime
@@ -79,7 +80,7 @@ def write_checkpoint(runtime, path, entries):
             print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
         except OSError as error:
             problem = str(error)
-            print(f"warning: not written, the older checkpoints are intact: {problem}", flush=True)
+            print(f"warning: checkpoint not written (older ones are intact): {problem}", flush=True)
     return runtime.sum(bool(problem))[0] == 0
 
 
@@ -92,8 +93,8 @@ def model_entries(run, progress):
 def save(run, progress, config, runtime, finished=False):
     """Write model_XXXXX.pt with everything that resuming needs, and keep the newest few.
 
-    A full disk does not end the run: train.py tries again a few steps later. Raises RunFailed if this was the last
-    checkpoint of the run.
+    A full disk does not end the run: train.py tries again a few steps later. Raises RunFailed if the run's last
+    checkpoint cannot be written.
     """
     progress.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, progress.step), dict(
         model_entries(run, progress), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
@@ -102,16 +103,19 @@ def save(run, progress, config, runtime, finished=False):
     if runtime.is_main and not progress.save_failed:
         delete_old_checkpoints(config.log_dir, config.keep_checkpoints, progress.step)
     if finished and progress.save_failed:
-        raise RunFailed(f"the last checkpoint could not be written; make room on the disk of {config.log_dir} and run "
-                        "the same command: it repeats the steps since the newest checkpoint")
+        raise RunFailed(f"the last checkpoint could not be written; free some space on the disk that holds "
+                        f"{config.log_dir} and run the same command: it repeats the steps since the newest checkpoint")
 
 
 def save_best(run, progress, config, runtime):
-    """Write model_best.pt if the model has just had its lowest validation loss. A failed write is tried again."""
+    """Write model_best.pt if the model has just had its lowest validation loss.
+
+    After a failed write best_val_loss stays as it was, so the next validation below it tries again.
+    """
     if not progress.val_loss < progress.best_val_loss:      # NaN is never the best
         return
     path = Path(config.log_dir) / "model_best.pt"
-    initial = progress.step == 0                            # untrained weights are not worth a file
+    initial = progress.step == 0                            # random weights, or those of another file
     if initial or write_checkpoint(runtime, path, model_entries(run, progress)):
         progress.best_val_loss = progress.val_loss
 
@@ -135,10 +139,10 @@ def checkpoint_bytes(value):
 def disk_bytes(config, n_params, max_steps):
     """Return the most disk space, in bytes, that the checkpoints of a run take at any moment.
 
-    A checkpoint holds the weights and AdamW's two moments in fp32, model_best.pt the weights alone. While one is
-    replaced both are there; one that is written only once replaces nothing.
+    A checkpoint holds the weights and AdamW's two moments in fp32, model_best.pt the weights alone. While a file is
+    replaced, the old and the new one both take space; one that is written only once replaces nothing.
     """
-    def times(every):      # that something is written which is due every `every` steps and at the last one
+    def times(every):      # how often something is written every `every` steps and at the end
         return max(0, max_steps - 1) // every + 1
     saves = min(times(config.checkpoint_every) if config.checkpoint_every else 1, config.keep_checkpoints + 1)
     bests = min(times(config.eval_every), 2) if config.eval_every and max_steps else 0
@@ -152,8 +156,9 @@ def check_disk(config, n_params, max_steps, runtime):
         needed = disk_bytes(config, n_params, max_steps)
         needed -= sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
         if free < needed:
-            raise UserError(f"the checkpoints need {human_bytes(needed)} more, the disk of {config.log_dir} has "
-                            f"{human_bytes(free)}; make room, use another --log_dir, or fewer --keep_checkpoints")
+            raise UserError(f"the checkpoints need {human_bytes(needed)} more, but the disk that holds "
+                            f"{config.log_dir} has {human_bytes(free)} free; free some space, use another --log_dir, "
+                            "or a smaller --keep_checkpoints")
     runtime.on_all_ranks(check if runtime.is_main else lambda: None)
 
 
@@ -173,9 +178,9 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")      # about a pickle protocol; what matters becomes an error below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # a damaged zip, a pickle that asks for code: torch raises many types
-        why = "it asks to run code" if "GLOBAL" in str(error) else "it is damaged"
+        why = "it would run code" if "GLOBAL" in str(error) else "it is damaged"
         raise CheckpointError(
-            f"{path} cannot be loaded: {why} or not a checkpoint ({type(error).__name__})") from error
+            f"cannot load {path}: {why}, or it is not a checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     if isinstance(checkpoint.get("config"), _ForeignConfig):
@@ -222,8 +227,8 @@ def newest_valid(log_dir, check, notice=print):
 def delete_old_checkpoints(log_dir, keep, step):
     """Delete all numbered checkpoints up to `step` but the `keep` newest, and what a killed save left half-written.
 
-    Files of later steps are not counted: they are damaged ones that this run has resumed from before, and must not
-    push out what it has saved since.
+    Files of later steps do not count: they were damaged, and this run resumed from an earlier one. They must not push
+    out what it has saved since.
     """
     until_now = [path for number, path in list_checkpoints(log_dir) if number <= step]
     for path in [*until_now[keep:], *Path(log_dir).glob("model_*.pt.tmp")]:
@@ -277,13 +282,13 @@ def check_training_entries(checkpoint, path):
                                   f"weights alone: --init_from {path}")
 
 
-def check_same_run(config, checkpoint, gpt_config, fingerprint, plan):
+def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     """Raise UserError, naming what differs, unless the flags and the data are those of the checkpoint's run.
 
-    gpt_config: the model shape that the flags ask for; None stands for what they leave open.
+    requested_shape: of the model, as the flags ask for it; None stands for what they leave open.
     """
     differing = changed_flags(config, checkpoint["train_config"])
-    for name, value in gpt_config.items():
+    for name, value in requested_shape.items():
         if value is not None and value != checkpoint["config"].get(name):
             differing.append(f"--{name} {value} (it has {checkpoint['config'].get(name)})")
     if fingerprint != checkpoint["data"]:
@@ -333,7 +338,7 @@ def final_step(config, checkpoint, plan):
 
     Raises AlreadyFinished if the checkpoint is the run's last.
     """
-    # --stop_loss has ended the run: it stands at its last step, before max_steps, and --stop_loss is not stricter now.
+    # True if --stop_loss ended the run here, before max_steps, and has not been lowered since.
     at_end = checkpoint["finished"] or checkpoint.get("last_step") == checkpoint["step"]
     early = checkpoint["step"] < checkpoint["resolved"].get("max_steps", 0)
     reached = at_end and early and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
@@ -346,7 +351,7 @@ def final_step(config, checkpoint, plan):
 
 
 def adopt_resolved(config, runtime, checkpoint, local_windows):
-    """Use what "auto" chose when the run began, as far as this machine can: dtype, threads, micro-batch size.
+    """Use what the start that wrote the checkpoint used, as far as this machine can: dtype, threads, micro-batch.
 
     Sets the first two; returns the rows of a micro-batch, 0 if the search must run again. Raises UserError if
     --micro_batch_size does not divide local_windows.

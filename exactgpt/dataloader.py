@@ -2,9 +2,9 @@
 
 The train shards, in file order, are one stream of N tokens. With T = block_size it has W = (N - 1) // T windows; window
 k is tokens [kT, kT + T]: T inputs, and the same shifted by one as targets. An epoch visits every window once: shards
-in a permuted order, and windows in a permuted order within their shard. Step s takes n = total_batch_size / T windows,
-those at the places s n to (s + 1) n - 1 of this endless list. Of these, rank r of R takes places s n + r n / R to
-s n + (r + 1) n / R - 1; train_step cuts them into micro-batches.
+in a permuted order, and windows in a permuted order within their shard. The epochs, one after another, form an endless
+list of windows. Step s takes n = total_batch_size / T of them, those at the places s n to (s + 1) n - 1. Of these, rank
+r of R takes the places s n + r n / R to s n + (r + 1) n / R - 1; train_step cuts them into micro-batches.
 
 Worked example: --seed 1337 --block_size 4 --total_batch_size 16 (n = 4), two processes, shards of 41 and 12 tokens:
 
@@ -14,7 +14,7 @@ Worked example: --seed 1337 --block_size 4 --total_batch_size 16 (n = 4), two pr
     step 0     places 0 to 3: windows 12 11 (rank 0) and 6 0 (rank 1)
     step 3     places 12 to 15: windows 7 4 (rank 0) and 2 3 (rank 1); 7 is the last of epoch 0, the others of epoch 1
 
-So 1, 2, 4 or 8 processes see the same tokens at the same step, and the loader has no state but the step number: a run
+So any number of processes that divides n sees the same tokens at the same step, and the loader has no state: a run
 resumes at any step, with another number of processes or another micro-batch, without having stored anything.
 """
 import queue
@@ -29,7 +29,7 @@ from exactgpt.config import UserError
 from exactgpt.shards import permutation
 from model import IGNORED
 
-MAX_OPEN = 64   # open shards: a process may open 1,024 files, which is as many as FineWeb-Edu's 100B tokens have
+MAX_OPEN = 64   # open shards: a process may usually open 1,024 files, and 100B tokens are 1,000 shards
 
 
 class TokenStream:
@@ -108,7 +108,7 @@ class DataOrder:
 
 
 class TrainLoader:
-    """Reads one rank's tokens step by step, in a thread that is up to two steps ahead.
+    """Reads one rank's tokens step by step, in a thread that is up to three steps ahead: two queued, one in hand.
 
     The thread reads uint16 and the device widens it to int64: a quarter of the bytes to copy.
     """

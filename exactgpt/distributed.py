@@ -38,7 +38,7 @@ from exactgpt.rendezvous import wait_for_peers
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
 STEADY_TIMEOUT_S = 600   # afterwards (default of --timeout): more than the longest thing rank 0 does alone, a save
 BUCKET_MB = 100          # of gradients per all-reduce: large messages use a fast network better
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")     # Slurm can send SIGUSR1 ahead of the time limit (examples/)
 
 
 class StopRequested(Exception):

@@ -123,10 +123,12 @@ def _to_text(value, where, column):
 
 def check_columns_exist(columns, present, where):
     """Raise UserError unless all columns are present."""
+    if not present:
+        raise UserError(f"{where}: there are no columns")
     for column in columns:
         if column not in present:
             hint = "; choose one with --text_column" if len(columns) == 1 else ""
-            raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present)) or 'none'}{hint}")
+            raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present))}{hint}")
 
 
 def parse_json_line(line, where, columns):

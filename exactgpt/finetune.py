@@ -1,7 +1,8 @@
 """Shared by the fine-tuning scripts: flags, set-up, the training loop, and the folder and state of a run.
 
 The loss of a step is the mean over all its targets. Each micro-batch of each rank adds its summed loss divided by the
-number of targets in the whole step, so the gradient is the same for any micro-batch size and number of processes.
+number of targets in the whole step, so without dropout the gradient is the same, up to rounding, for any micro-batch
+size and number of processes.
 Shapes: B rows of a batch, T tokens.
 """
 import contextlib
@@ -58,7 +59,7 @@ class TuneConfig(DeviceConfig):
                                     "many as fit)", group="training", low=0)
     max_lr: float | None = flag(None, "peak learning rate (default: depends on what is trained, see "
                                       "docs/finetuning.md)", group="training", above=0, keep=True)
-    min_lr: float = flag(0.0, "final learning rate of the cosine schedule", group="training", low=0.0, keep=True)
+    min_lr: float = flag(0.0, "learning rate that the cosine falls to", group="training", low=0.0, keep=True)
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth of the run)", group="training",
                                     low=0, keep=True)
     weight_decay: float = flag(0.01, "AdamW weight decay, for matrices only", group="training", low=0.0, keep=True)
@@ -258,7 +259,7 @@ def train_step(run, config, runtime, step):
     indices = examples_of_step(run, config, step)
     examples = [run.examples[i] for i in indices]
     micro_batches = list(local_batches(run, runtime, indices)) or [empty_batch()]
-    share = runtime.world_size / run.objective.total_weight(examples)      # x world_size: DDP takes the mean over ranks
+    scale = runtime.world_size / run.objective.total_weight(examples)      # x world_size: DDP takes the mean over ranks
     loss = torch.zeros((), device=runtime.device)
     for i, (_, x, y) in enumerate(micro_batches):
         final = i + 1 == len(micro_batches)
@@ -266,9 +267,9 @@ def train_step(run, config, runtime, step):
         # there, not in backward, DDP decides whether this backward pass will reduce.
         with contextlib.nullcontext() if final or runtime.alone else run.ddp.no_sync():
             with runtime.autocast():
-                # backward() adds up gradients; dividing the summed losses here, by the targets of the whole step,
-                # makes the sum the gradient of the mean over all targets.
-                micro_loss = run.ddp(x.to(runtime.device), y.to(runtime.device)) * share
+                # backward() adds up gradients; multiplying here by 1 / (targets of the whole step) makes the sum the
+                # gradient of the mean over all targets.
+                micro_loss = run.ddp(x.to(runtime.device), y.to(runtime.device)) * scale
             run.scaler.scale(micro_loss).backward()
         loss = loss + micro_loss.detach()             # reading it here would make the GPU wait
     result = finish_step(run.model, run.optimizer, run.scaler, config.grad_clip, loss, runtime)
@@ -451,7 +452,7 @@ def save_state(run, progress, config, runtime, finished=False):
         return
     entries = dict(config=asdict(config), finished=finished)
     if not finished:
-        best = progress.best
+        best = progress.best      # the entries "first" and "facts" keep their old names, so that older runs resume
         entries.update(step=progress.step, tokens=progress.tokens, seconds=progress.seconds, base=run.base,
                        data=run.data_hash, first=progress.baseline,
                        best=dict(score=best.score, epoch=best.epoch, facts=best.metrics, weights=best.weights),
@@ -464,7 +465,10 @@ def save_state(run, progress, config, runtime, finished=False):
 
 
 def resume(run, runtime, state):
-    """Restore a state, if there is one, and return the run's Progress. Raises UserError if it is another run's."""
+    """Restore a state, if there is one, and return the run's Progress. Raises UserError if it is another run's.
+
+    There is no warm_up as in train.py: with 3 or more processes the first step may sum in another order.
+    """
     if state is None:
         return Progress()
     progress = runtime.on_all_ranks(lambda: restore(run, state))

@@ -19,7 +19,7 @@ from exactgpt.distributed import seed_from
 
 GREEDY_BELOW = 1e-5    # temperature; dividing by less gives a one-hot softmax or overflows
 MIN_FIXED_CACHE = 128  # tokens; fixed shapes double from here, so that few of them are compiled
-CACHE_MULTIPLE = 64    # tokens; a cache length is a multiple of this, because odd lengths are several times slower
+CACHE_MULTIPLE = 64    # tokens; a cache length is a multiple of this, because other lengths are several times slower
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
 
@@ -78,7 +78,7 @@ def generate(model, tokenizer, prompts, **options):
 
 
 def write_samples(run, config, runtime, step):
-    """Return the sample texts of a training step on rank 0, and [] on the other ranks, which need not wait."""
+    """Return the sample texts of a training step on rank 0, and [] on the other ranks, which wait in a collective."""
     if not runtime.is_main:
         return []
     run.raw_model.eval()

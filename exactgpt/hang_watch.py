@@ -1,4 +1,4 @@
-"""A thread in each process that stops a run during set-up and finds out which rank hangs.
+"""A thread in each process that ends a run if it is stopped during set-up, and finds out which rank hangs.
 
 `watch_run` talks to the other processes through the rendezvous store, since neither task can rely on a collective.
 """
@@ -55,7 +55,7 @@ def watch_run(runtime, rendezvous):
         if runtime.starting and stop_time is None and _stop_requested(runtime, store):
             stop_time = time.monotonic()
         if runtime.starting and stop_time is not None and time.monotonic() - stop_time > START_GRACE_S:
-            runtime.print("stopped before the first step; there was nothing to save")
+            runtime.print("stopped during set-up; there was nothing to save")
             os._exit(0)
         if store is not None and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
             runtime.hangs = True

@@ -70,7 +70,7 @@ class RunLog:
     """Log of a training run: rank 0 writes and prints, on other ranks it only keeps time."""
 
     def __init__(self, run, progress, config, runtime):
-        """Open log.txt and metrics.jsonl in config.log_dir, without what an earlier start logged beyond this step."""
+        """Open log.txt and metrics.jsonl in config.log_dir, without what an earlier start logged from this step on."""
         self._runtime, self._progress = runtime, progress
         self._tokens_per_step = run.plan.tokens_per_step
         self._flops_per_token, self._n_params = run.raw_model.flops_per_token(), run.raw_model.n_params()
@@ -216,7 +216,7 @@ class AppendFile:
 
 
 def cut_back(path, first_step, step_of):
-    """Delete the lines of a log from `first_step` on, and torn ones. All lines before stay as they are, byte by byte.
+    """Delete the lines of a log from `first_step` on, and torn ones. Earlier lines are kept unchanged.
 
     A run that resumes at step k logs step k again. step_of(line) returns its step.
     """

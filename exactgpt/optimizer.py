@@ -50,9 +50,11 @@ def learning_rate_factor(step, plan, schedule, min_factor):
     if schedule == "cosine":
         progress = (step - plan.warmup_steps) / max(1, plan.max_steps - plan.warmup_steps)
         return min_factor + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (1 - min_factor)
-    start = decay_start(plan)      # wsd
-    progress = max(0.0, (step - start) / max(1, plan.max_steps - start))
-    return 1 + min(1.0, progress) * (min_factor - 1)
+    if schedule == "wsd":
+        start = decay_start(plan)
+        progress = max(0.0, (step - start) / max(1, plan.max_steps - start))
+        return 1 + min(1.0, progress) * (min_factor - 1)
+    raise ValueError(f"no schedule {schedule!r}")
 
 
 def decay_start(plan):
@@ -74,7 +76,8 @@ class StepResult:
 def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
     """Clip the gradients, update the weights or skip the update, zero the gradients; return a StepResult.
 
-    loss: this rank's mean, a scalar tensor in nats. All ranks must call it; it sets runtime.stopping.
+    loss: a scalar tensor in nats whose mean over ranks is the loss of the step. All ranks must call it; it sets
+    runtime.stopping.
     """
     # Clip. Without --grad_clip the norm is measured all the same.
     scaler.unscale_(optimizer)
@@ -102,7 +105,7 @@ def finish_step(model, optimizer, scaler, grad_clip, loss, runtime):
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     runtime.stopping = signals > 0
-    # Ranks have equally many targets (fine-tuning divides by the targets of all), so a mean of their means is right.
+    # Ranks have equally many targets (fine-tuning divides by the targets of all), so the mean of their means is right.
     return StepResult(loss_sum / runtime.world_size, norm, finite)
 
 
@@ -126,7 +129,7 @@ class SkippedSteps:
         return "loss or gradient is not finite"
 
     def check(self):
-        """Raise RunFailed after MAX_SKIPPED in a row: the weights are beyond repair."""
+        """Raise RunFailed after MAX_SKIPPED in a row: further steps are unlikely to succeed."""
         if self.in_a_row >= MAX_SKIPPED:
             raise RunFailed(f"{MAX_SKIPPED} steps in a row had no finite loss and gradient: start a new run in another "
                             "folder, with a lower --max_lr or another --seed. The checkpoints are unchanged; resuming "

@@ -59,7 +59,7 @@ def load_manifest(folder):
     stored = read_json(path)
     if stored.get("format") != FORMAT_VERSION:
         raise UserError(f"{path} has format {stored.get('format')!r}, but this code reads {FORMAT_VERSION}; "
-                        "make the shards again")
+                        "recreate the shards")
     known = {f.name: f for f in dataclasses.fields(Manifest)}
     required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     wrong = [k for k, v in stored.items() if k not in known or type(v) is not known[k].type]
@@ -69,7 +69,7 @@ def load_manifest(folder):
         wrong += [f"files[{i}]" for i, e in enumerate(stored.get("files", [])) if _value_types(e) != SOURCE_FILE_TYPES]
         wrong += [k for k, v in stored.get("position", {}).items() if type(v) is not int or v < 0]
     if wrong:
-        raise UserError(f"{path} is damaged (entry {wrong[0]!r}); make the shards again")
+        raise UserError(f"{path} is damaged (entry {wrong[0]!r}); recreate the shards")
     return Manifest(**stored)
 
 
@@ -110,7 +110,7 @@ class Shard:
         while len(view):
             n = file.readinto(view)
             if not n:
-                raise UserError(f"shard {self.path} became shorter while it was read; make it again")
+                raise UserError(f"shard {self.path} became shorter while it was read; recreate it")
             view = view[n:]
 
 
@@ -126,9 +126,9 @@ def open_shard(path):
         raise UserError(f"cannot read shard {path}: {error.strerror}") from error
     if size != header_bytes + 2 * n_tokens:
         raise UserError(f"shard {path} is damaged: its header promises {n_tokens:,} tokens, but its size is "
-                        f"{max(0, size - header_bytes) // 2:,} tokens; make it again")
+                        f"{max(0, size - header_bytes) // 2:,} tokens; recreate it")
     if n_tokens == 0:
-        raise UserError(f"shard {path} is empty; delete it or make it again")
+        raise UserError(f"shard {path} is empty; delete it or recreate it")
     return Shard(path, match["split"], n_tokens, header_bytes)
 
 
@@ -140,9 +140,9 @@ def _read_npy_header(f, path):
             warnings.simplefilter("ignore")     # headers written by Python 2
             shape, _, dtype = read_header[version](f)
     except Exception as error:      # NumPy's parser may raise anything on garbage
-        raise UserError(f"shard {path} is not a NumPy .npy file; make it again") from error
+        raise UserError(f"shard {path} is not a NumPy .npy file; recreate it") from error
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
-        raise UserError(f"shard {path} contains {dtype} of shape {shape}, not a 1-D array of uint16; make it again")
+        raise UserError(f"shard {path} contains {dtype} of shape {shape}, not a 1-D array of uint16; recreate it")
     return int(shape[0]), f.tell()
 
 
@@ -191,7 +191,7 @@ class ShardFolder:
     def _names_in_manifest(self, present):
         listed = {entry["file"] for entry in self.manifest.shards}
         if listed - present:
-            raise UserError(f"{self.folder}: shard {min(listed - present)} is missing; make the shards again")
+            raise UserError(f"{self.folder}: shard {min(listed - present)} is missing; recreate the shards")
         if present - listed and self.manifest.complete:
             raise UserError(f"{self.folder}: shard {min(present - listed)} is not in manifest.json; move it away")
         return listed
@@ -202,7 +202,7 @@ class ShardFolder:
             entry = entries[shard.path.name]
             if (shard.split, shard.n_tokens) != (entry["split"], entry["tokens"]):
                 raise UserError(f"shard {shard.path} has {shard.n_tokens:,} tokens, but manifest.json says "
-                                f"{entry['tokens']:,}; make the shards again")
+                                f"{entry['tokens']:,}; recreate the shards")
 
     def _check_names(self, matches):
         prefixes = sorted({m["name"] for m in matches})
@@ -219,7 +219,7 @@ class ShardFolder:
         for split, indices in numbers.items():
             for index, following in itertools.pairwise(indices):
                 if following != index + 1:
-                    problem = f"is missing before {following:06d}; make the shards again" if following > index else \
+                    problem = f"is missing before {following:06d}; recreate the shards" if following > index else \
                         "exists twice; delete one of them"
                     raise UserError(f"{self.folder}: {split} shard {min(index + 1, following):06d} {problem}")
 
@@ -232,7 +232,7 @@ class ShardFolder:
         m = self.manifest
         if m and (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) != (m.tokenizer, m.vocab_size, m.eot):
             raise UserError(f"{self.folder}: the shards were made with the vocabulary {m.tokenizer!r}, not with "
-                            f"{tokenizer.name!r}; restore their vocab.bpe or make the shards again")
+                            f"{tokenizer.name!r}; restore their vocab.bpe or recreate the shards")
         return tokenizer
 
     def fingerprint(self):
@@ -266,7 +266,7 @@ class ShardFolder:
                     progress(tokens.nbytes)
             if digest.hexdigest() != hashes.get(shard.path.name, digest.hexdigest()):
                 raise UserError(f"shard {shard.path} differs from its hash in manifest.json; delete {self.folder} "
-                                "and make it again")
+                                "and recreate it")
 
 
 def _shard_order(name):

@@ -195,10 +195,10 @@ def _read_tokenizer_folder(folder):
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); restore it, or make the shards again") from error
+        raise UserError(f"cannot read {path} ({error}); restore it, or recreate the shards") from error
     tokenizer = from_merges(lines, path)
     if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
-        raise UserError(f"{ids_path} has other ids than {path}; restore both, or make the shards again")
+        raise UserError(f"{ids_path} does not have the ids of {path}; restore both, or recreate the shards")
     return tokenizer
 
 

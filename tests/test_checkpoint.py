@@ -150,7 +150,7 @@ def test_a_disk_of_64_gb_has_room_for_a_large_model_that_is_saved_once(monkeypat
     run = 1_557_611_200, 1000       # parameters, steps
     check_disk(train.TrainConfig(**once), *run, runtime)                          # 18.7 GB, and twice 6.2 of the best
     check_disk(train.TrainConfig(**once, eval_every=0), *run, runtime)
-    with pytest.raises(UserError, match=r"the checkpoints need 87\.2 GB more, the disk of .* has 60\.0 GB"):
+    with pytest.raises(UserError, match=r"the checkpoints need 87\.2 GB more, but the disk that holds .* has 60\.0 GB"):
         check_disk(train.TrainConfig(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=250), *run, runtime)
 
 
@@ -208,8 +208,8 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_one_line(tmp_path, damage):
     notices = []
     path, found = newest_valid(tmp_path, accept, notices.append)
     assert path == checkpoint_path(tmp_path, 5) and found["step"] == 5
-    assert len(notices) == 1 and notices[0].startswith(f"skipping a checkpoint: {newest} ") and "\n" not in notices[0]
-    assert "run code" not in notices[0]
+    assert len(notices) == 1 and notices[0].startswith("skipping a checkpoint: ") and "\n" not in notices[0]
+    assert str(newest) in notices[0] and "run code" not in notices[0]
     newest_of_damaged = checkpoint_path(tmp_path, 5)
     newest_of_damaged.write_bytes(damage(newest_of_damaged.read_bytes()))
     assert "no checkpoint in" in refusal(newest_valid, tmp_path, accept, notices.append)
@@ -279,7 +279,7 @@ def test_a_pickle_bomb_does_nothing_and_is_one_line(tmp_path, place, zipped, cap
     path = tmp_path / "model_00001.pt"
     torch.save(place(Bomb(tmp_path / "BOOM")), path, _use_new_zipfile_serialization=zipped)
     message = refusal(open_model, path)
-    assert message.startswith(f"{path} cannot be loaded: it asks to run code")
+    assert message.startswith(f"cannot load {path}: it would run code")
     assert not (tmp_path / "BOOM").exists() and capfd.readouterr() == ("", "")
     torch.load(path, weights_only=False)                             # the bomb is a live one
     assert (tmp_path / "BOOM").exists()

@@ -57,7 +57,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, mak
     flags = (*FLAGS, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs", "--max_steps", 30,
              "--keep_checkpoints", 2)
     rc, out = disturbed(5, f"head -c 4000000 /dev/zero > {disk}/filler; true", *flags)
-    assert rc == 1 and "not written, the older checkpoints are intact" in out
+    assert rc == 1 and "checkpoint not written (older ones are intact)" in out
     assert "the last checkpoint could not be written; make room" in out and "Traceback" not in out, out
     assert [p.name for p in disk.glob("logs/*.pt")] == ["model_00004.pt"]
     (disk / "filler").unlink()
@@ -72,7 +72,7 @@ def test_a_disk_too_small_for_the_run_is_refused_at_the_start(run, make_shards, 
     disk = small_disk(200)
     rc, _, err = run("train.py", *FLAGS, "--data_dir", make_shards([3000]), "--log_dir", disk / "logs",
                      "--max_steps", 30)
-    assert rc == 2 and "make room, use another --log_dir, or fewer --keep_checkpoints" in err
+    assert rc == 2 and "free some space, use another --log_dir, or a smaller --keep_checkpoints" in err
     assert len(err.splitlines()) == 1
 
 
@@ -99,7 +99,7 @@ def test_a_log_dir_that_becomes_read_only_is_warned_of(disturbed, make_shards, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command, status, says", [
-    ("truncate -s 200 {}", 2, "shard {} became shorter while it was read; make it again"), ("rm {}", 0, "finished"),
+    ("truncate -s 200 {}", 2, "shard {} became shorter while it was read; recreate it"), ("rm {}", 0, "finished"),
 ], ids=["truncated", "deleted"])
 def test_a_shard_that_changes_under_the_run(run, disturbed, make_shards, tmp_path, command, status, says):
     """Truncated: one line, and with the shard back the same command goes on. Deleted: an open file lives on."""

@@ -231,8 +231,8 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
             (["--data", "two.csv", *model, "--block_size", 64], "--block_size 64, but "),
             (["--data", "two.csv", "--out", "out"], "--init_from is missing"),
             (["--predict", "x"], "--checkpoint is missing"),
-            (["--predict", "x", "--checkpoint", byte_model[0]], "is no classifier, it writes text"),
-            (["--predict_file", "two.csv", "--checkpoint", byte_model[0]], "belong together"),
+            (["--predict", "x", "--checkpoint", byte_model[0]], "is a language model, not a classifier"),
+            (["--predict_file", "two.csv", "--checkpoint", byte_model[0]], "must be used together"),
             (["--predict_file", "two.csv", "--out", "x.txt", "--checkpoint", byte_model[0]],
              "must end in .csv or .jsonl")):
         with pytest.raises(UserError) as caught:

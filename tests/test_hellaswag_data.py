@@ -73,8 +73,8 @@ def test_an_invalid_example_is_reported_with_its_line(tmp_path, style, change, m
 
 
 @pytest.mark.parametrize("data, message", [
-    (b"", "line 1: the file is empty"),
-    (b"\n \n", "line 1: the file is empty"),
+    (b"", "is empty; it must contain one JSON example per line"),
+    (b"\n \n", "is empty; it must contain one JSON example per line"),
     (json.dumps(HELLASWAG_ITEM).encode() + b"\n" + json.dumps(HELLASWAG_ITEM).encode()[:40],
      "line 2: not valid JSON; fix the line, or delete a damaged data"),
     (b"\xff\xfe{}\n", "line 1: not valid JSON"),

@@ -209,16 +209,16 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for flags, message in (([], "no prompt; pass --prompt"), (["--prompt", "x"], "no model_XXXXX.pt below logs/"),
-                           (["--prompt", "x", "--checkpoint", "bad.pt"], "bad.pt cannot be loaded"),
+                           (["--prompt", "x", "--checkpoint", "bad.pt"], "cannot load bad.pt"),
                            (["--prompt", "x", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
-                           (["--prompt", "x", "--checkpoint", "latin.txt"], "latin.txt cannot be loaded"),
+                           (["--prompt", "x", "--checkpoint", "latin.txt"], "cannot load latin.txt"),
                            (["--prompt", "x", "--checkpoint", "."], ". holds neither a model_XXXXX.pt nor"),
                            (["--prompt", "x", "--checkpoint", str(gpt_nano)], "has no tokenizer for its 3 tokens"),
                            (["--prompt", "x", "--max_tokens", "0"], "--max_tokens must be >= 1"),
                            (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0"),
                            (["--prompt", "x", "--top_p", "0"], "--top_p must be > 0"),
                            (["--prompt", "x", "--stop", ""], "--stop must not be empty"),
-                           (["--prompt", "x", "--instruction", "y"], "--instruction and --prompt exclude each other"),
+                           (["--prompt", "x", "--instruction", "y"], "--instruction and --prompt cannot be combined"),
                            (["--prompt", "x", "--input", "y"], "--input needs an --instruction"),
                            (["--prompt_file", "gone.txt"], "cannot read gone.txt: No such file"),
                            (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text (at byte 3)")):

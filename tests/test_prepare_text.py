@@ -284,7 +284,7 @@ BAD = {
     "type.jsonl": (b'{"text": ["a"]}\n', r"type\.jsonl, line 1: column 'text' contains a list"),
     "column.csv": (b"id,body\n1,a\n", r"column\.csv: no column 'text' among id, body"),
     "cells.csv": (b"id,text\n1,Hello, world\n", r"cells\.csv, line 2: 3 cells, but 2 in the header"),
-    "none.csv": (b"", r"none\.csv: no column 'text' among none"),
+    "none.csv": (b"", r"none\.csv: there are no columns"),
     "fake.parquet": (b"PAR1 not really", r"fake\.parquet is not a readable parquet file"),
 }
 
@@ -316,7 +316,7 @@ def test_a_damaged_parquet_page_is_found_before_anything_is_written(tmp_path):
     (["--demo", "a.txt", "--out", "x"], "drop the files"),
     (["--demo", "--out", "x", "--val_fraction", "1"], "--val_fraction must be < 1"),
     (["--demo", "--out", "x", "--train_tokenizer", "256"], "--train_tokenizer must be >= 257"),
-    (["--demo", "--out", "x", "--train_tokenizer", "300", "--tokenizer", "."], "exclude each other; drop one of them"),
+    (["--demo", "--out", "x", "--train_tokenizer", "300", "--tokenizer", "."], "cannot be combined; use one of them"),
     (["--demo", "--out", "x", "--tokenizer", "y"], "--tokenizer y: there is no vocab.bpe; name a folder"),
     (["--demo", "--out", "x", "--shards", "3"], "unknown argument --shards"),
     (["--demo", "--out", "x", "--val", "0.1"], "unknown argument --val"),

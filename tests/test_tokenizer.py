@@ -290,7 +290,7 @@ def test_ids_that_do_not_match_the_merges_are_refused(tmp_path, trained):
     ids = json.loads((tmp_path / "encoder.json").read_text())
     ids["Ġthe"], ids["Ġa"] = ids["Ġa"], ids["Ġthe"]
     (tmp_path / "encoder.json").write_text(json.dumps(ids))
-    with pytest.raises(UserError, match=r"encoder\.json has other ids"):
+    with pytest.raises(UserError, match=r"encoder\.json does not have the ids of"):
         load_tokenizer(tmp_path)
 
 
