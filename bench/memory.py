@@ -93,7 +93,7 @@ class MemoryCounter(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls):
-        """Return True: compiled code ignores other modes."""
+        """Return True: compiled code runs under such modes only."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""Make a fine-tuning script that sends itself a signal at a step."""
+"""A fine-tuning script that signals itself at a step."""
 
 SCRIPT = """
 import os, signal, sys
@@ -15,5 +15,5 @@ script.main(sys.argv[1:])
 
 
 def signalled(script, at, name):
-    """Return the code of a script that runs `script` and sends itself the signal `name` before step `at`."""
+    """The text of a script that does what `script` does and sends itself the signal `name` before step `at`."""
     return SCRIPT.format(script=script, at=at, name=name)
