@@ -21,14 +21,14 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from bench.common import comparison_row, describe_machine, median_and_range, set_rendezvous_address, write_results
 from bench.sizes import SizeConfig
-from exactgpt.config import UserError, flag, parse_config, replace, run_script
+from exactgpt.config import UserError, flag, parse_config, run_script
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.device import choose_device, choose_dtype, is_out_of_memory, probe_hardware
 from exactgpt.distributed import Runtime, start, temporary_folder
