@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+import train
 from bench.common import append_result, describe_machine, set_rendezvous_address, write_results
 from bench.toy import write_random_shards
 from exactgpt.checkpoint import read_checkpoint
@@ -44,7 +46,7 @@ from exactgpt.open_model import open_model
 from exactgpt.optimizer import finish_step, make_optimizer
 from exactgpt.tokenizer import Tokenizer, default_tokenizer
 from model import GPT, GPTConfig
-from train import TrainConfig, train
+from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("numpy", "tiktoken", "tqdm", "safetensors", "transformers", "matplotlib", "triton", "datasets", "pytest",
@@ -311,9 +313,7 @@ def process_group(runtime, sizes, tokenizer):
             with contextlib.redirect_stdout(sys.stderr):
                 config = train_config(runtime, sizes, folder, f"logs_{group}")
                 with start(GroupConfig(device=config.device, dtype=config.dtype, process_group=group)) as inner:
-                    run = train(config, inner)[0]
-                    in_ddp = isinstance(run.ddp, DistributedDataParallel)
-                    del run                       # DDP must not outlive its process group
+                    in_ddp = train_and_check_ddp(config, inner)
             losses[group] = logged_losses(Path(folder) / f"logs_{group}")
             n_graphs[group] = counters["aot_autograd"]["total"] - before
             step = open_model(f"{folder}/logs_{group}/model_00003.pt").step
@@ -326,6 +326,19 @@ def process_group(runtime, sizes, tokenizer):
         raise CheckFailed("DDP does not cut the compiled graph: the reduction does not overlap with the backward pass",
                           facts)
     return facts
+
+
+def train_and_check_ddp(config, runtime):
+    """Run train() of train.py, which returns nothing; return True if it wrapped the model in DDP."""
+    in_ddp, set_up = [], train.set_up
+
+    def set_up_and_record(*args):
+        run, progress = set_up(*args)
+        in_ddp.append(isinstance(run.ddp, DistributedDataParallel))     # not the run: DDP must not outlive its group
+        return run, progress
+    with mock.patch.object(train, "set_up", set_up_and_record):
+        train.train(config, runtime)
+    return in_ddp[0]
 
 
 @dataclass(kw_only=True)
