@@ -1,4 +1,4 @@
-"""What every benchmark says about itself, and where its results go."""
+"""What the benchmarks share: where results go, the machine's description, and how results are written."""
 import datetime
 import json
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from exactgpt.config import write_json
 
-RESULTS = Path(__file__).parent / "results"                  # what is committed
+RESULTS = Path(__file__).parent / "results"                   # the committed results
 OUT = Path(os.environ.get("OUT", RESULTS / "gpu"))            # what bench.gpu leaves to be copied from the machine
-WRITTEN_TO = Path(os.environ.get("BENCH_RESULTS", RESULTS))  # bench.gpu collects its stages' elsewhere
+WRITE_TO = Path(os.environ.get("BENCH_RESULTS", RESULTS))     # bench.gpu has its stages write to another folder
 
 
-def machine():
-    """Hardware and versions, as plain strings: without them a figure says nothing."""
+def describe_machine():
+    """Return the date, hardware and versions as a dict of strings: a figure means nothing without them."""
     import numpy
     import torch
 
@@ -25,8 +25,8 @@ def machine():
                 torch=str(torch.__version__), numpy=numpy.__version__, system=platform.platform())
 
 
-def record(**facts):
-    """Add a line to OUT/results.jsonl, and print it."""
+def append_result(**facts):
+    """Append a line to OUT/results.jsonl and print it."""
     line = json.dumps(facts)
     OUT.mkdir(parents=True, exist_ok=True)
     with open(OUT / "results.jsonl", "a", encoding="utf-8") as f:
@@ -34,27 +34,27 @@ def record(**facts):
     print(line, flush=True)
 
 
-def choose_meeting_point():
-    """Name a free port of this machine, as torchrun would, for a process group of this process alone."""
+def set_rendezvous_address():
+    """Set MASTER_ADDR and MASTER_PORT to a free local port, as torchrun would for a single process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
 
 
-def spread(values):
-    """The median, and with it the spread: (median, smallest, largest)."""
+def median_and_range(values):
+    """Return (median, smallest, largest)."""
     return statistics.median(values), min(values), max(values)
 
 
-def compared(what, unit, ours, peer="", theirs=None):
-    """A row of bench/results/README.md: our figure, and the peer's of the same run."""
+def comparison_row(what, unit, ours, peer="", theirs=None):
+    """Return a row of the table in bench/results/README.md: our figure and the peer's from the same run."""
     return dict(what=what, unit=unit, ours=ours, peer=peer, theirs=theirs)
 
 
 def write_results(name, result, table=()):
-    """Write a dict of plain values to bench/results/NAME.json (or $BENCH_RESULTS), and print where and its beginning.
+    """Write a dict of plain values to bench/results/NAME.json (or $BENCH_RESULTS) and print the path and its start.
 
-    table: the rows (see `compared`) by which bench.table shows it.
+    table: the rows (see `comparison_row`) that bench.table makes of it.
     """
-    path = WRITTEN_TO / f"{name}.json"
+    path = WRITE_TO / f"{name}.json"
     write_json(path, dict(result, table=list(table)))
     print(f"wrote {path}: {json.dumps(result)[:200]}")

@@ -1,11 +1,11 @@
-"""Every path that only a GPU takes, once, against a reference: a line a check, printed and in OUT/results.jsonl.
+"""Check each code path that only a GPU takes once, against a reference.
 
     python -m bench.gpu_smoke
 
-A line has `check`, `seconds` and what was found; where that is wrong, `error`, and in `fallback` the way round it:
-flags for train.py ("train") and for writing ("write"), or environment variables ("env"). bench.gpu hands them to the
-stages that follow. All lines together are bench/results/gpu_smoke_*.json. Without a card the same checks run small on
-the CPU, where some have nothing to compare.
+Each check prints a line and appends it to OUT/results.jsonl: `check`, `seconds` and measured facts. If it failed, the
+line also has an `error` and a `fallback` that avoids the problem: flags for train.py ("train") or for text generation
+("write"), or environment variables ("env"). bench.gpu passes them to the stages that follow. All lines together are
+bench/results/gpu_smoke_*.json. Without a GPU the checks run at small sizes on the CPU, where some compare nothing.
 """
 import contextlib
 import copy
@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.common import choose_meeting_point, machine, record, write_results
-from bench.toy import make_shards
+import train
+from bench.common import append_result, describe_machine, set_rendezvous_address, write_results
+from bench.toy import write_random_shards
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.config import DeviceConfig, parse_config, run_script
 from exactgpt.device import attention_backend, choose_device, choose_dtype, fits_in_memory, probe_hardware
@@ -44,7 +46,7 @@ from exactgpt.open_model import open_model
 from exactgpt.optimizer import finish_step, make_optimizer
 from exactgpt.tokenizer import Tokenizer, default_tokenizer
 from model import GPT, GPTConfig
-from train import TrainConfig, train
+from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("numpy", "tiktoken", "tqdm", "safetensors", "transformers", "matplotlib", "triton", "datasets", "pytest",
@@ -52,11 +54,11 @@ PACKAGES = ("numpy", "tiktoken", "tqdm", "safetensors", "transformers", "matplot
 BACKENDS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION,
                 efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
 MIX_ORDER_OFF = {"triton.mix_order_reduction": False}       # what TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 sets
-ROUNDING = 0.03     # of a 16-bit tensor against fp32: norm of the difference over the norm
+ROUNDING = 0.03     # largest relative error of a 16-bit tensor against fp32 that counts as rounding
 
 
-class Wrong(Exception):
-    """A check that failed: what is wrong, what to do without, and the facts that show it."""
+class CheckFailed(Exception):
+    """A check failed: the problem, the facts that show it, and the fallback that avoids it."""
 
     def __init__(self, problem, facts=None, **fallback):
         super().__init__(problem)
@@ -65,7 +67,7 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shape that the checks run at: GPT-2's on a card, with few layers."""
+    """The shape of the model in the checks: on a GPU that of GPT-2 124M, but with two layers."""
     B: int = 64
     T: int = 1024
     C: int = 768
@@ -78,76 +80,71 @@ SMALL = Sizes(B=2, T=64, C=32, n_head=2, V=320)
 
 
 def main(argv=None):
-    """Run all checks; a failed one does not stop the next. Exit status 1 where any failed."""
+    """Run all checks, whether or not one fails. Exits with status 1 if any failed."""
     config = parse_config(DeviceConfig, argv, __doc__.split("\n\n")[0])
     device = choose_device(config.device)
     hardware = probe_hardware(device)
     runtime = Runtime(0, 0, 1, device, hardware, choose_dtype(config.dtype, hardware))
     sizes = Sizes() if device.type == "cuda" else SMALL
-    here = Here(runtime, sizes, default_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer([], "bytes"))
-    wake(here)
-    found = [cleaned(check, here) for check in FIRST]
-    with ThreadPoolExecutor(1) as pool:       # it waits for processes of its own, while the others compile
-        resumed = pool.submit(outcome, resuming, here)
-        found += [cleaned(check, here) for check in THEN]
-        found.append(resumed.result())
-    write_results(f"gpu_smoke_{device.type}", dict(machine=machine(), checks=found))
-    failed = [line["check"] for line in found if "error" in line]
+    inputs = runtime, sizes, default_tokenizer(config.tokenizer) if config.tokenizer else Tokenizer([], "bytes")
+    warm_up_gpu(runtime)
+    results = [run_check_and_clean_up(check, inputs) for check in CHECKS_ALONE]
+    with ThreadPoolExecutor(1) as pool:       # resuming waits for its own processes while the other checks compile
+        resumed = pool.submit(run_check, resuming, inputs)
+        results += [run_check_and_clean_up(check, inputs) for check in CHECKS_BESIDE_RESUMING]
+        results.append(resumed.result())
+    write_results(f"gpu_smoke_{device.type}", dict(machine=describe_machine(), checks=results))
+    failed = [line["check"] for line in results if "error" in line]
     if failed:
         print(f"failed: {', '.join(failed)}")
         sys.exit(1)
 
 
-@dataclass(frozen=True)
-class Here:
-    """What a check gets: the device, the sizes, and a vocabulary for token shards."""
-    runtime: Runtime
-    sizes: Sizes
-    tokenizer: Tokenizer
-
-
-def wake(here):
-    """Half a second of work, without which a card's first figures are those of a clock at rest."""
-    begun = time.perf_counter()
-    a = torch.randn(4096, 4096, device=here.runtime.device, dtype=here.runtime.dtype)
-    while here.runtime.device.type == "cuda" and time.perf_counter() - begun < 0.5:
+def warm_up_gpu(runtime):
+    """Multiply matrices for half a second, so that the first measurements do not see an idle GPU's low clock."""
+    start_time = time.perf_counter()
+    a = torch.randn(4096, 4096, device=runtime.device, dtype=runtime.dtype)
+    while runtime.device.type == "cuda" and time.perf_counter() - start_time < 0.5:
         a @ a
         torch.cuda.synchronize()
 
 
-def cleaned(check, here):
-    """`outcome`, in the main thread, and then what it left behind goes."""
-    torch.set_float32_matmul_precision("highest")      # what fp32 results are compared with has all their digits
-    line = outcome(check, here)
-    if dist.is_initialized():          # the check ended early
+def run_check_and_clean_up(check, inputs):
+    """Run a check in the main thread, then end its process group, if any, and free its memory; return its line."""
+    torch.set_float32_matmul_precision("highest")      # no TF32 in the fp32 references
+    line = run_check(check, inputs)
+    if dist.is_initialized():          # the check failed before it ended its group
         dist.destroy_process_group()
     torch._dynamo.reset()
     gc.collect()
-    if here.runtime.device.type == "cuda":
+    if inputs[0].device.type == "cuda":
         torch.cuda.empty_cache()
     return line
 
 
-def outcome(check, here):
-    """Run one check; record and return the line that says what it found."""
-    begun = time.perf_counter()
+def run_check(check, inputs):
+    """Run check(runtime, sizes, tokenizer); append its line to results.jsonl and return it.
+
+    inputs: (Runtime, Sizes, Tokenizer of the token shards). Errors go into the line.
+    """
+    start_time = time.perf_counter()
     problem = {}
     try:
-        facts = check(here.runtime, here.sizes, here.tokenizer)
-    except Wrong as error:
+        facts = check(*inputs)
+    except CheckFailed as error:
         facts, problem = error.facts, dict(error=str(error), fallback=error.fallback)
-    except Exception as error:      # whatever it is, the other checks are worth their time
+    except Exception as error:      # whatever it is, the other checks must still run
         traceback.print_exc()
         facts, problem = {}, dict(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    line = dict(check=check.__name__, seconds=round(time.perf_counter() - begun, 1), **facts, **problem)
-    record(**line)
+    line = dict(check=check.__name__, seconds=round(time.perf_counter() - start_time, 1), **facts, **problem)
+    append_result(**line)
     return line
 
 
-def milliseconds(action, device, n=10):
-    """The median time of an action on the device, after one that does not count."""
+def median_ms(action, device, n=10):
+    """Return the median time of n calls of an action on the device, in milliseconds, after one warm-up call."""
     action()
-    if device.type == "cuda":      # by the card's own clock, without the time that it takes to launch and to wait
+    if device.type == "cuda":      # CUDA events leave out the time to launch and to synchronize
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
         marks[0].record()
         for mark in marks[1:]:
@@ -164,8 +161,8 @@ def milliseconds(action, device, n=10):
     return float(f"{sorted(times)[n // 2]:.4g}")
 
 
-def error_of(found, exact):
-    """How far a tensor is from the exact one: the norm of the difference over the norm, inf where it is not finite."""
+def relative_error(found, exact):
+    """Return the norm of the difference over the norm of the exact tensor; inf if `found` is not finite."""
     if not found.isfinite().all():
         return math.inf
     exact = exact.float()
@@ -175,10 +172,10 @@ def error_of(found, exact):
 # ---- the checks ----------------------------------------------------------------
 
 def environment(runtime, sizes, tokenizer):
-    """What the machine is; nothing here can fail."""
+    """Describe the machine; this check cannot fail."""
     folders = [folder for folder in ("/tmp", "/dev/shm") if os.path.exists(folder)]
-    card = torch.cuda.mem_get_info()[1] / 1e9 if runtime.device.type == "cuda" else None
-    return dict(gpu=runtime.hardware.name, memory_gb=card, dtype=runtime.dtype_name, torch=str(torch.__version__),
+    memory_gb = torch.cuda.mem_get_info()[1] / 1e9 if runtime.device.type == "cuda" else None
+    return dict(gpu=runtime.hardware.name, memory_gb=memory_gb, dtype=runtime.dtype_name, torch=str(torch.__version__),
                 cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), python=sys.version.split()[0],
                 cpus=os.cpu_count(), compiler=shutil.which("gcc"), make=shutil.which("make"),
                 free_gb={folder: shutil.disk_usage(folder).free / 1e9 for folder in folders},
@@ -186,7 +183,7 @@ def environment(runtime, sizes, tokenizer):
 
 
 def products(runtime, sizes, tokenizer):
-    """TFLOP/s of GPT-2's matrix products: forward, the input's gradient, the weight's; and that they are right."""
+    """Measure and check GPT-2's matrix products: TFLOP/s of forward, input gradient and weight gradient."""
     rates, worst = {}, 0.0
     C, n = sizes.C, sizes.B * sizes.T
     for name, k, m in (("c_attn", C, 3 * C), ("attn.c_proj", C, C), ("c_fc", C, 4 * C), ("mlp.c_proj", 4 * C, C),
@@ -194,17 +191,20 @@ def products(runtime, sizes, tokenizer):
         x, w, y = (torch.randn(shape, device=runtime.device, dtype=runtime.dtype) for shape in ((n, k), (m, k), (n, m)))
         rates[name] = []
         for a, b in ((x, w.t()), (y, w), (y.t(), x)):
-            ms = milliseconds(lambda a=a, b=b: a @ b, runtime.device, 5)
+            ms = median_ms(lambda a=a, b=b: a @ b, runtime.device, 5)
             rates[name].append(float(f"{2 * n * k * m / 1e9 / ms:.3g}"))
-            worst = max(worst, error_of((a @ b)[:8], a[:8].double() @ b.double()))
+            worst = max(worst, relative_error((a @ b)[:8], a[:8].double() @ b.double()))
     facts = dict(tflops_forward_input_weight=rates, worst_error=worst)
     if worst > ROUNDING:
-        raise Wrong("a matrix product is wrong: this card or its libraries are broken", facts)
+        raise CheckFailed("a matrix product is wrong: this GPU or its libraries are broken", facts)
     return facts
 
 
 def attention(runtime, sizes, tokenizer):
-    """Each backend at the shape of training: ms forward and both ways, errors against fp32, and the default."""
+    """Measure and check each attention backend at the shape of training; the default one must be right.
+
+    Per backend: ms of forward and of forward and backward, and the relative errors of output and gradient.
+    """
     B, T, C, nh = sizes.B, sizes.T, sizes.C, sizes.n_head
     qkv = torch.randn(B, T, 3 * C, device=runtime.device, dtype=runtime.dtype)
     dy = torch.randn(B, T, C, device=runtime.device, dtype=runtime.dtype)
@@ -221,26 +221,26 @@ def attention(runtime, sizes, tokenizer):
         try:
             with sdpa_kernel(backend):
                 y, dx = attend(x)
-                errors = [error_of(a[:2], e) for a, e in zip((y, dx), exact)]
+                errors = [relative_error(a[:2], e) for a, e in zip((y, dx), exact)]
                 finite = bool(y.isfinite().all() and dx.isfinite().all())
                 found[name] = dict(
                     error=[round(e, 5) for e in errors], right=finite and max(errors) < ROUNDING,
-                    forward=milliseconds(lambda: attend(x.detach(), backward=False), runtime.device),
-                    both=milliseconds(lambda: attend(x), runtime.device))
+                    forward=median_ms(lambda: attend(x.detach(), backward=False), runtime.device),
+                    both=median_ms(lambda: attend(x), runtime.device))
         except RuntimeError as error:
-            words = " ".join(str(error).split())
-            found[name] = dict(missing=True) if words.startswith("No ") else dict(failed=words[:200])   # No available..
+            message = " ".join(str(error).split())      # "No available kernel": not for this device
+            found[name] = dict(missing=True) if message.startswith("No ") else dict(failed=message[:200])
     shape = GPTConfig(T, sizes.V, sizes.n_layer, nh, C)
     default = attention_backend("auto", runtime.device, runtime.dtype, shape)
     facts = dict(backends=found, default=default)
     if not found.get(default, {}).get("right"):
         right = [name for name in found if found[name].get("right")]
-        raise Wrong(f"attention by {default} is wrong", facts, train=["--attention", right[0]] if right else [])
+        raise CheckFailed(f"attention by {default} is wrong", facts, train=["--attention", right[0]] if right else [])
     return facts
 
 
 def gradients(runtime, sizes, tokenizer):
-    """The compiled step's loss and every gradient against fp32, beside those of the step that is not compiled."""
+    """Compare loss and gradients of an eager and a compiled step with those in fp32."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(sizes.T, sizes.V, sizes.n_layer, sizes.n_head, sizes.C)).to(runtime.device).train()
     rows = torch.randint(sizes.V, (sizes.B, sizes.T + 1), device=runtime.device)
@@ -248,7 +248,7 @@ def gradients(runtime, sizes, tokenizer):
     def step(module, dtype, n_parts=1):
         model.zero_grad(set_to_none=True)
         total = 0.0
-        for part in rows.chunk(n_parts):        # fp32 in parts: its logits are large
+        for part in rows.chunk(n_parts):        # more than one for fp32, whose logits are large
             with torch.autocast(runtime.device.type, runtime.dtype, enabled=dtype != "fp32"):
                 loss = module(part[:, :-1], part[:, 1:]) / n_parts
             loss.backward()
@@ -258,9 +258,12 @@ def gradients(runtime, sizes, tokenizer):
     facts, rounding = dict(loss=exact_loss), {}
 
     def compare(module, name):
-        """Whether all is within rounding: for what is compiled, of the size that it has where nothing is."""
+        """Return True if loss and gradients are within rounding; call it with the eager module first.
+
+        The compiled module may have 3 times the eager module's errors.
+        """
         loss, grads = step(module, runtime.dtype_name)
-        errors = {n: error_of(g, exact[n]) for n, g in grads.items()}
+        errors = {n: relative_error(g, exact[n]) for n, g in grads.items()}
         worst = max(errors, key=errors.get)
         facts[name] = dict(loss_error=abs(loss - exact_loss), worst=worst, error=errors[worst])
         right = all(error < max(ROUNDING, 3 * rounding.get(n, ROUNDING)) for n, error in errors.items())
@@ -268,70 +271,84 @@ def gradients(runtime, sizes, tokenizer):
             rounding.update(errors)
         return right and abs(loss - exact_loss) < 0.01
     if not abs(exact_loss - math.log(sizes.V)) < 0.5:
-        raise Wrong(f"the first loss is {exact_loss:.3f}, not about log V", facts)
+        raise CheckFailed(f"the initial loss is {exact_loss:.3f}, not about log V", facts)
     if not compare(model, "eager"):
-        raise Wrong("the gradients are wrong without torch.compile already", facts)
+        raise CheckFailed("the gradients are wrong even without torch.compile", facts)
     if runtime.device.type == "cuda" and not compare(torch.compile(model, dynamic=False), "compiled"):
         torch._dynamo.reset()
         with torch._inductor.config.patch(MIX_ORDER_OFF):      # pytorch#193061, #190796
-            mended = compare(torch.compile(model, dynamic=False), "without_mix_order_reduction")
-        if mended:
-            raise Wrong("inductor's mix-order reduction gives wrong gradients", facts,
-                        env={"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"})
-        raise Wrong("torch.compile gives wrong gradients", facts, train=["--compile", "off"])
+            fixed = compare(torch.compile(model, dynamic=False), "without_mix_order_reduction")
+        if fixed:
+            raise CheckFailed("inductor's mix-order reduction gives wrong gradients", facts,
+                              env={"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"})
+        raise CheckFailed("torch.compile gives wrong gradients", facts, train=["--compile", "off"])
     return facts
 
 
 def out_of_memory(runtime, sizes, tokenizer):
-    """A try that runs out of memory says so, and leaves the card as it was."""
+    """Check that a micro-batch that does not fit is reported as such and leaves no memory allocated."""
     if runtime.device.type != "cuda":
-        return dict(left_out="a CPU's memory is not tried")
+        return dict(left_out="only for GPUs")
     model = GPT(GPTConfig(sizes.T, sizes.V, sizes.n_layer, sizes.n_head, sizes.C)).to(runtime.device).train()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    # 896 rows: memory ends at the logits, 92 GB, before any tensor has more elements than kernels can count.
+    # 896 rows: memory runs out at the logits (92 GB) before a tensor has more elements than kernels can index.
     fits = [fits_in_memory(model, sizes.T, n, runtime) for n in (8, 896, 8)]
     facts = dict(fits=fits, left_mb=(torch.cuda.memory_allocated() - before) / 1e6)
     if fits != [True, False, True] or facts["left_mb"] > 64:
-        raise Wrong("the card is not as it was after running out of memory", facts, train=["--micro_batch_size", "8"])
+        raise CheckFailed("running out of memory was not noticed, or left memory allocated", facts,
+                          train=["--micro_batch_size", "8"])
     return facts
 
 
 def process_group(runtime, sizes, tokenizer):
-    """train.py in DDP over one rank of NCCL (gloo) against train.py alone: losses, and a checkpoint that opens."""
-    choose_meeting_point()
-    losses, cut = {}, {}
+    """Compare train.py in DDP with one rank (NCCL, on a CPU gloo) and without DDP: losses, graphs, checkpoint."""
+    set_rendezvous_address()
+    losses, n_graphs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        make_shards(Path(folder) / "shards", tokenizer, 2 * sizes.T, 40 * sizes.T)
+        write_random_shards(Path(folder) / "shards", tokenizer, 2 * sizes.T, 40 * sizes.T)
         for group in (False, True):
             torch._dynamo.reset()
-            before = counters["aot_autograd"]["total"]        # graphs compiled so far; in DDP each piece counts
+            before = counters["aot_autograd"]["total"]        # graphs compiled until now; DDP cuts one into several
             with contextlib.redirect_stdout(sys.stderr):
                 config = train_config(runtime, sizes, folder, f"logs_{group}")
                 with start(GroupConfig(device=config.device, dtype=config.dtype, process_group=group)) as inner:
-                    run = train(config, inner)[0]
-                    in_ddp = isinstance(run.ddp, DistributedDataParallel)
-                    del run                       # DDP must not outlive its process group
+                    in_ddp = train_and_check_ddp(config, inner)
             losses[group] = logged_losses(Path(folder) / f"logs_{group}")
-            cut[group] = counters["aot_autograd"]["total"] - before
+            n_graphs[group] = counters["aot_autograd"]["total"] - before
             step = open_model(f"{folder}/logs_{group}/model_00003.pt").step
-    apart = max(abs(a - b) for a, b in zip(*losses.values()))
-    facts = dict(in_ddp=in_ddp, losses=losses[True], apart=apart, graphs_alone=cut[False], graphs_in_ddp=cut[True])
-    if not (in_ddp and len(losses[True]) == 3 and step == 3 and apart < 0.02):
-        raise Wrong("training in a process group differs from training alone; train without torchrun", facts)
-    if runtime.device.type == "cuda" and cut[True] <= cut[False]:
-        raise Wrong("torch.compile makes one graph of the model in DDP: the reduction does not overlap", facts)
+    difference = max(abs(a - b) for a, b in zip(*losses.values()))
+    facts = dict(in_ddp=in_ddp, losses=losses[True], apart=difference, graphs_alone=n_graphs[False],
+                 graphs_in_ddp=n_graphs[True])
+    if not (in_ddp and len(losses[True]) == 3 and step == 3 and difference < 0.02):
+        raise CheckFailed("training in a process group differs from training alone; train without torchrun", facts)
+    if runtime.device.type == "cuda" and n_graphs[True] <= n_graphs[False]:
+        raise CheckFailed("DDP does not cut the compiled graph: the reduction does not overlap with the backward pass",
+                          facts)
     return facts
+
+
+def train_and_check_ddp(config, runtime):
+    """Run train() of train.py, which returns nothing; return True if it wrapped the model in DDP."""
+    in_ddp, set_up = [], train.set_up
+
+    def set_up_and_record(*args):
+        run, progress = set_up(*args)
+        in_ddp.append(isinstance(run.ddp, DistributedDataParallel))     # not the run: DDP must not outlive its group
+        return run, progress
+    with mock.patch.object(train, "set_up", set_up_and_record):
+        train.train(config, runtime)
+    return in_ddp[0]
 
 
 @dataclass(kw_only=True)
 class GroupConfig(DeviceConfig):
-    """What start() reads."""
+    """The fields that start() reads."""
     process_group: bool = False
 
 
 def train_config(runtime, sizes, folder, log_dir, max_steps=3, **more):
-    """The flags of a short run with accumulation, validations and checkpoints."""
+    """Return the TrainConfig of a short run with accumulation, validations and checkpoints."""
     batch = 2 * sizes.B * sizes.T if runtime.device.type == "cpu" else 16 * sizes.T
     return TrainConfig(data_dir=f"{folder}/shards", log_dir=f"{folder}/{log_dir}", n_layer=sizes.n_layer,
                        n_head=sizes.n_head, n_embd=sizes.C, block_size=sizes.T, total_batch_size=batch,
@@ -341,13 +358,13 @@ def train_config(runtime, sizes, folder, log_dir, max_steps=3, **more):
 
 
 def logged_losses(log_dir):
-    """The training losses of a run."""
-    rows = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    """Return the training losses that a run logged."""
+    lines = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def skipping(runtime, sizes, tokenizer):
-    """An update with a gradient that is NaN leaves every bit of weights and optimizer: AdamW's kernel decides."""
+    """Check that a NaN gradient leaves weights and optimizer bitwise unchanged (the AdamW kernel decides that)."""
     model = GPT(GPTConfig(64, sizes.V, 1, sizes.n_head, sizes.C)).to(runtime.device)
     optimizer = make_optimizer(model, TrainConfig(), runtime)
     scaler, loss = runtime.grad_scaler(), torch.ones((), device=runtime.device)
@@ -361,73 +378,74 @@ def skipping(runtime, sizes, tokenizer):
         states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
     facts = dict(finite=finite, kept=same_bits(states[0], states[1]), goes_on=not same_bits(states[1], states[2]))
     if finite != [True, False, True] or not facts["kept"] or not facts["goes_on"]:
-        raise Wrong("an update that should be skipped is not", facts)
+        raise CheckFailed("an update with a NaN gradient was not skipped, or one without was", facts)
     return facts
 
 
 def writing(runtime, sizes, tokenizer):
-    """The same greedy text plain, as a CUDA graph, and compiled in a CUDA graph."""
+    """Check that a CUDA graph and a compiled CUDA graph generate the same greedy tokens as eager decoding."""
     torch.manual_seed(0)
-    on_card = runtime.device.type == "cuda"
+    on_gpu = runtime.device.type == "cuda"
     model = GPT(GPTConfig(256, sizes.V, sizes.n_layer, sizes.n_head, sizes.C)).to(runtime.device).eval()   # fp32
     prompts = [list(range(5)), list(range(9))]
 
-    def write(decoder):
+    def generate(decoder):
         return list(generate_ids(decoder, prompts, n_vocab=sizes.V - 47, max_tokens=40, temperature=0))
-    plain, facts, wrong = write(model), {}, []
-    ways = dict(graph=dict(cuda_graph=True), compiled=dict(compile=True, cuda_graph=True)) if on_card else {}
+    eager, facts, wrong = generate(model), {}, []
+    ways = dict(graph=dict(cuda_graph=True), compiled=dict(compile=True, cuda_graph=True)) if on_gpu else {}
     for name, options in ways.items():
         decoder = Decoder(model, **options)
-        same = sum(a == b for x, y in zip(plain, write(decoder)) for a, b in zip(x, y))
-        facts[name] = dict(same=same, of=2 * len(plain), graph=bool(decoder._step.graph), compile=decoder.compile)
-        if same < 2 * len(plain) or not decoder._step.graph or decoder.compile != options.get("compile", False):
+        same = sum(a == b for x, y in zip(eager, generate(decoder)) for a, b in zip(x, y))
+        facts[name] = dict(same=same, of=2 * len(eager), graph=bool(decoder._step.graph), compile=decoder.compile)
+        if same < 2 * len(eager) or not decoder._step.graph or decoder.compile != options.get("compile", False):
             wrong.append(name)
     if wrong:
-        raise Wrong(f"writing with {' and '.join(wrong)} differs from plain writing, or fell back to it", facts,
-                    write=["--compile", "off" if "graph" in wrong else "auto"])
-    return dict(facts, tokens=2 * len(plain))
+        raise CheckFailed(f"decoding with {' and '.join(wrong)} differs from eager decoding, or fell back to it", facts,
+                          write=["--compile", "off" if "graph" in wrong else "auto"])
+    return dict(facts, tokens=2 * len(eager))
 
 
 def resuming(runtime, sizes, tokenizer):
-    """train.py --deterministic, killed after its second step and continued, against one that was not: bit for bit."""
+    """Compare a --deterministic run that is killed after step 2 and resumed with an undisturbed one, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
-        make_shards(Path(folder) / "shards", tokenizer, 2 * sizes.T, 40 * sizes.T)
-        commands = {name: command_of(train_config(runtime, sizes, folder, name, max_steps=8, deterministic=True))
+        write_random_shards(Path(folder) / "shards", tokenizer, 2 * sizes.T, 40 * sizes.T)
+        commands = {name: train_command(train_config(runtime, sizes, folder, name, max_steps=8, deterministic=True))
                     for name in ("straight", "killed")}
         with subprocess.Popen(commands["straight"], **STREAMS) as straight:
-            with subprocess.Popen(commands["killed"], **STREAMS) as killed:     # both at once: it is about bits
+            with subprocess.Popen(commands["killed"], **STREAMS) as killed:     # both at once: only bits matter
                 for line in killed.stdout:
-                    if "model_00002.pt" in line:      # six steps before its end
+                    if "model_00002.pt" in line:      # six steps before the last one
                         killed.send_signal(signal.SIGKILL)
             straight_out = straight.stdout.read()
         if straight.returncode:
-            raise Wrong("a --deterministic run fails", dict(output=straight_out[-500:]))
+            raise CheckFailed("a --deterministic run fails", dict(output=straight_out[-500:]))
         again = subprocess.run(commands["killed"], **STREAMS)
         if again.returncode or "resuming from step" not in again.stdout:
-            raise Wrong("the killed run does not go on", dict(output=again.stdout[-500:]))
+            raise CheckFailed("the killed run does not resume", dict(output=again.stdout[-500:]))
         ends = [read_checkpoint(f"{folder}/{name}/model_00008.pt") for name in commands]
         losses = [logged_losses(Path(folder) / name) for name in commands]
     different = [name for name in ("model", "optimizer") if not same_bits(*(end[name] for end in ends))]
     facts = dict(killed_by=killed.returncode, losses=losses[0], same_losses=losses[0] == losses[1])
     if different or losses[0] != losses[1] or killed.returncode != -signal.SIGKILL:
-        raise Wrong(f"a killed and resumed --deterministic run differs ({', '.join(different) or 'losses'})", facts)
+        raise CheckFailed(f"a killed and resumed --deterministic run differs ({', '.join(different) or 'losses'})",
+                          facts)
     return facts
 
 
 STREAMS = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
-def command_of(config):
-    """The command line of train.py with what differs from its defaults."""
-    words = [sys.executable, "-u", "train.py"]
+def train_command(config):
+    """Return the train.py command, as a list, with the flags that differ from their defaults."""
+    command = [sys.executable, "-u", "train.py"]
     for name, value in vars(config).items():
         if value != getattr(TrainConfig(), name):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
 
 
 def same_bits(a, b):
-    """Whether two trees of plain data and tensors are equal, bit for bit, and finite."""
+    """Return True if two trees of plain data and tensors are bitwise equal and all tensors are finite."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b) and bool(a.isfinite().all())
     if isinstance(a, dict):
@@ -437,8 +455,8 @@ def same_bits(a, b):
     return a == b
 
 
-FIRST = (environment, products, attention, out_of_memory)      # these have the card for themselves
-THEN = (skipping, gradients, writing, process_group)           # what may hang comes last
+CHECKS_ALONE = (environment, products, attention, out_of_memory)      # these need the whole GPU
+CHECKS_BESIDE_RESUMING = (skipping, gradients, writing, process_group)    # the one that may hang comes last
 
 if __name__ == "__main__":
     run_script(main)

@@ -1,12 +1,12 @@
-"""What a micro-batch's forward and backward hold in memory at their peak, and the rows that therefore fit on a card.
+"""Count the peak memory of a micro-batch's forward and backward pass, and how many rows fit on a GPU.
 
-    python -m bench.memory                                     # ten minutes; no card
+    python -m bench.memory                                     # ten minutes; needs no GPU
     python -m bench.memory --model gpt2 --model gpt2-medium
 
-The step runs on FakeTensors (shapes without data), under bf16 autocast and with cuDNN's attention, while its storages
-are counted as they come and go: once as Python runs the model (eager), once as the program that torch.compile makes
-for a card (compiled; bench/fake_cuda.py), which is what train.py runs. What libraries take for themselves is not
-counted: cuBLAS, cuDNN, the allocator's rounding. Given all models, it writes bench/results/memory.json.
+The step runs on FakeTensors (shapes without data) under bf16 autocast with cuDNN attention, and every storage is
+counted when it is allocated and freed. It runs eagerly, and compiled: as the program that torch.compile makes for a
+GPU (bench/fake_cuda.py), which is what train.py runs. Not counted is the memory of cuBLAS and cuDNN and what the
+allocator loses to rounding. With all models (the default) it writes bench/results/memory.json.
 """
 import weakref
 from contextlib import nullcontext
@@ -17,57 +17,59 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.common import machine, write_results
-from bench.fake_cuda import compile_for_card, pretend_card
+from bench.common import describe_machine, write_results
+from bench.fake_cuda import compile_for_gpu, fake_gpu
 from exactgpt.config import UserError, flag, parse_config, run_script
 from model import GPT, GPT2_SIZES, GPTConfig
 
-CARDS_GB = {"16 GB": 16, "24 GB": 24, "40 GB": 40, "80 GB": 80, "141 GB": 141}
+GPUS_GB = {"16 GB": 16, "24 GB": 24, "40 GB": 40, "80 GB": 80, "141 GB": 141}
 STATE_BYTES = 16        # per parameter: fp32 weight, gradient and AdamW's two moments
-BUCKET_BYTES = 4        # per parameter, where there are several processes: DDP's buckets beside the gradients
-RESERVED = 0.92         # of a card: the rest is CUDA's, fragments and the optimizer's temporary tensors
-ROWS = 13               # a prime that no width of a model has: what it divides grows with the rows
+BUCKET_BYTES = 4        # per parameter, with several processes: DDP's buckets, besides the gradients
+USABLE = 0.92           # share of the GPU's memory; CUDA, fragments and the optimizer's temporary tensors take the rest
+ROWS = 13               # rows of the counted step: a prime that divides no width, so a storage whose size it divides
+                        # must be proportional to the rows
 MANY_ROWS = 1 << 20
 
 
 @dataclass(kw_only=True)
 class MemoryConfig:
     """The flags of this benchmark."""
-    model: list[str] = flag(list(GPT2_SIZES), "a GPT-2 size; may be repeated", choices=tuple(GPT2_SIZES), repeat=True)
-    block_size: int = flag(1024, "tokens of a row", low=1)
+    model: list[str] = flag(list(GPT2_SIZES), "GPT-2 size to count; may be given several times",
+                            choices=tuple(GPT2_SIZES), repeat=True)
+    block_size: int = flag(1024, "tokens per row", low=1)
 
     def check(self):
-        """Tell sizes that grow with the rows from those that do not."""
+        """Raise UserError if --block_size is a multiple of ROWS, which would hide what grows with the rows."""
         if self.block_size % ROWS == 0:
             raise UserError(f"--block_size must not be a multiple of {ROWS}, but is {self.block_size}")
 
 
 def main(argv=None):
-    """Count for every size, and write the table."""
+    """Count the memory of every size and print the table."""
     config = parse_config(MemoryConfig, argv, __doc__.split("\n\n")[0])
-    rows = [count(name, GPT2_SIZES[name], config.block_size, recompute, compiled)
+    rows = [count_memory(name, GPT2_SIZES[name], config.block_size, recompute, compiled)
             for name in config.model for recompute in (False, True) for compiled in (False, True)]
     if set(config.model) == set(GPT2_SIZES):
-        write_results("memory", dict(machine=machine(), block_size=config.block_size, rows=rows))
-    print(table(rows))
+        write_results("memory", dict(machine=describe_machine(), block_size=config.block_size, rows=rows))
+    print(markdown_table(rows))
 
 
-def count(name, shape, block_size, recompute, compiled):
-    """A row of the table: a model's peak, and the micro-batches that fit on the cards."""
-    n_params, step = run_step(shape, block_size, recompute, compiled)
-    at_peak = step.peak(MANY_ROWS)
+def count_memory(name, shape, block_size, recompute, compiled):
+    """Return a row of the table (a dict): a model's peak memory and the micro-batch sizes that fit on each GPU."""
+    n_params, counter = count_step(shape, block_size, recompute, compiled)
+    at_peak = counter.peak(MANY_ROWS)
     return dict(
         model=name, recompute=recompute, compiled=compiled, state_gb=STATE_BYTES * n_params / 1e9,
         mb_per_token=at_peak.per_row / block_size / 1e6, fixed_gb=at_peak.fixed / 1e9,
-        least_gb=step.peak(0).fixed / 1e9,
-        micro_batch={card: fitting_rows(gb, n_params * STATE_BYTES, step) for card, gb in CARDS_GB.items()},
-        micro_batch_ddp={card: fitting_rows(gb, n_params * (STATE_BYTES + BUCKET_BYTES), step)
-                         for card, gb in CARDS_GB.items()})
+        least_gb=counter.peak(0).fixed / 1e9,
+        micro_batch={gpu: max_rows(gb, n_params * STATE_BYTES, counter) for gpu, gb in GPUS_GB.items()},
+        micro_batch_ddp={gpu: max_rows(gb, n_params * (STATE_BYTES + BUCKET_BYTES), counter)
+                         for gpu, gb in GPUS_GB.items()})
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """An amount of memory: some of it is there whatever the rows."""
+    """An amount of memory: a fixed part and a part per row."""
     fixed: int = 0
     per_row: int = 0
 
@@ -77,13 +79,13 @@ class Bytes:
     def __sub__(self, other):
         return Bytes(self.fixed - other.fixed, self.per_row - other.per_row)
 
-    def of(self, rows):
-        """The bytes of so many rows."""
+    def total(self, rows):
+        """Return the bytes for a number of rows."""
         return self.fixed + rows * self.per_row
 
 
-class Held(TorchDispatchMode):
-    """A context that notes how much memory is held after each new storage, less what was there before it."""
+class MemoryCounter(TorchDispatchMode):
+    """A context that records the memory in use after each allocation, not counting what was allocated before it."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +93,7 @@ class Held(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls):
-        """Compiled code runs in such modes only."""
+        """Return True: compiled code runs under such modes only."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -99,10 +101,10 @@ class Held(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and _storage(tensor)._cdata not in given:
-                self._hold(_storage(tensor))
+                self._add(_storage(tensor))
         return result
 
-    def _hold(self, storage):
+    def _add(self, storage):
         key, n = storage._cdata, storage.nbytes()
         if key in self.storages:
             return
@@ -110,52 +112,55 @@ class Held(TorchDispatchMode):
         self.storages.add(key)
         self.now += size
         self.history.append(self.now)
-        weakref.finalize(storage, self._drop, key, size)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _drop(self, key, size):
+    def _remove(self, key, size):
         self.storages.remove(key)
         self.now -= size
 
     def peak(self, rows):
-        """The Bytes held at the moment when a micro-batch of so many rows holds most."""
-        return max(self.history, key=lambda held: held.of(rows))
+        """Return the Bytes in use at the moment when a micro-batch of that many rows needs the most memory."""
+        return max(self.history, key=lambda in_use: in_use.total(rows))
 
 
 def _storage(tensor):
     return tensor.untyped_storage()
 
 
-def run_step(shape, block_size, recompute, compiled):
-    """(parameters, Held) of a GPT-2 shape's second micro-batch, which adds to the gradients of the first."""
+def count_step(shape, block_size, recompute, compiled):
+    """Run two micro-batches of a GPT-2 shape; return (number of parameters, MemoryCounter of the second one).
+
+    The second one adds its gradients to those of the first, as in gradient accumulation.
+    """
     torch.compiler.reset()
-    with pretend_card(), FakeTensorMode():
+    with fake_gpu(), FakeTensorMode():
         model = GPT(GPTConfig(block_size=block_size, **shape)).train()
         model.recompute = recompute
-        forward = compile_for_card(model) if compiled else model
+        forward = compile_for_gpu(model) if compiled else model
         tokens = torch.zeros(ROWS, block_size + 1, dtype=torch.long)
-        held = Held()
-        for noting in (nullcontext(), held):
-            with noting:
+        counter = MemoryCounter()
+        for context in (nullcontext(), counter):
+            with context:
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = forward(tokens[:, :-1], tokens[:, 1:])
                 loss.backward()
-    return model.n_params(), held
+    return model.n_params(), counter
 
 
-def fitting_rows(gb, state_bytes, step):
-    """The rows, a power of two, that a card of so many GB holds beside the training state; 0: none."""
-    free, rows = RESERVED * gb * 1e9 - state_bytes, 0
-    while step.peak(2 * rows or 1).of(2 * rows or 1) <= free:
+def max_rows(gb, state_bytes, counter):
+    """Return the largest power of two of rows that fit on a GPU of `gb` GB besides the training state, or 0."""
+    free, rows = USABLE * gb * 1e9 - state_bytes, 0
+    while counter.peak(2 * rows or 1).total(2 * rows or 1) <= free:
         rows = 2 * rows or 1
     return rows
 
 
-def table(rows):
-    """The rows as Markdown; in brackets what fits with several processes, where that is less.
+def markdown_table(rows):
+    """Return the rows as a Markdown table. In brackets: what fits with several processes, if that is less.
 
-    With few rows the peak is not that of the loss but a later one, of the gradients: "at least".
+    "at least": with few rows the peak is not at the loss but later, at the gradients.
     """
-    titles = ["model", "recompute", "step", "state GB", "MB per token", "+ GB", "at least GB", *CARDS_GB]
+    titles = ["model", "recompute", "step", "state GB", "MB per token", "+ GB", "at least GB", *GPUS_GB]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for r in rows:
         fits = [str(n or "-") + (f" ({m or '-'})" if m < n else "")

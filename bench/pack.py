@@ -1,4 +1,4 @@
-"""What bench.gpu reads, for a machine without a network: collected here in data/packed (55 MB), unpacked there.
+"""Collect the data that bench.gpu reads in data/packed (55 MB), and unpack it on a machine without a network.
 
     python -m bench.pack FOLDER     # FOLDER holds wikipedia_48m_tokens.uint16.xz, hellaswag_val.jsonl.xz,
                                     # tinyshakespeare.txt, and unpack.py, which unpacks the first two
@@ -20,18 +20,18 @@ VOCABULARY = ("vocab.bpe", "encoder.json")
 @dataclass
 class PackConfig:
     """The flags of this script."""
-    folder: list[str] = flag([], "where the files are", positional=True)
-    unpack: bool = flag(False, "unpack what was collected")
-    data: str = flag("data", "the folder of packed, and of what comes out of it")
+    folder: list[str] = flag([], "folder of the files to collect", positional=True)
+    unpack: bool = flag(False, "unpack DATA/packed instead of collecting it")
+    data: str = flag("data", "folder for packed and for the unpacked data")
 
     def check(self):
-        """Raise UserError unless one thing is asked for."""
+        """Raise UserError unless either one folder or --unpack is given."""
         if len(self.folder) != (0 if self.unpack else 1):
-            raise UserError("name the folder of the files to collect, or give --unpack")
+            raise UserError("give either the folder of the files to collect or --unpack")
 
 
 def main(argv=None):
-    """Collect, or unpack."""
+    """Collect or unpack the files."""
     config = parse_config(PackConfig, argv, __doc__.split("\n\n")[0])
     data = Path(config.data)
     if config.unpack:
@@ -41,7 +41,10 @@ def main(argv=None):
 
 
 def pack(folder, packed):
-    """Copy the files, and bring the vocabulary and the shards of tinyshakespeare, which need packages."""
+    """Copy the files to data/packed and add GPT-2's vocabulary and the tinyshakespeare shards.
+
+    Those two need packages that the GPU machine may lack. Raises UserError if a file is missing.
+    """
     missing = [name for name in (*FILES, "tinyshakespeare.txt") if not (folder / name).exists()]
     if missing:
         raise UserError(f"{folder} has no {missing[0]}")
@@ -58,13 +61,14 @@ def pack(folder, packed):
 
 
 def unpack(data):
-    """Unpack data/packed beside it; what is there already is left as it is. Raises UserError without it."""
+    """Unpack data/packed into `data`, unless that has been done. Raises UserError if it is missing or incomplete."""
     packed = data / "packed"
     missing = [name for name in (*FILES, *VOCABULARY, "tinyshakespeare") if not (packed / name).exists()]
     if missing:
-        raise UserError(f"{packed} has no {missing[0]}; collect it with python -m bench.pack FOLDER, and copy it here")
-    if all((data / "wikipedia_48m" / name).exists() for name in VOCABULARY):        # they come last
-        print(f"{data / 'wikipedia_48m'} is there already")
+        raise UserError(f"{packed} has no {missing[0]}; run python -m bench.pack FOLDER where the files are and copy "
+                        f"{packed} here")
+    if all((data / "wikipedia_48m" / name).exists() for name in VOCABULARY):        # written last
+        print(f"{data / 'wikipedia_48m'} is already unpacked")
         return
     subprocess.run([sys.executable, str(packed / "unpack.py"), str(data)], check=True)
     shutil.copytree(packed / "tinyshakespeare", data / "tinyshakespeare", dirs_exist_ok=True)

@@ -1,10 +1,10 @@
-"""What is too long for the tests of prepare_fineweb.py: many kills at random moments, and memory under a slow writer.
+"""Stress prepare_fineweb.py beyond what fits into its tests: many kills at random moments, and a slow disk.
 
     python -m bench.prepare_stress
 
-Kills: the same command, killed with SIGKILL at random moments and run again, must leave the bytes of a straight run.
-Memory: text goes through while writing a shard takes seconds; the peak of the parent and of its workers must stay
-under 1.5 GB and 0.2 GB, whatever the size of the row groups.
+Kills: a run that is killed with SIGKILL at random moments and restarted must write the same bytes as an undisturbed
+run. Memory: when writing a shard takes seconds, peak memory must stay under 1.5 GB in the parent and 0.2 GB in each
+worker, whatever the size of the row groups.
 """
 import contextlib
 import hashlib
@@ -34,18 +34,18 @@ config.run_script(prepare_fineweb.main)
 
 
 @dataclass(kw_only=True)
-class Config:
+class PrepareStressConfig:
     """The flags of this stress test."""
-    kills: int = flag(10, "how often the run is killed", low=0)
-    kill_megabytes: int = flag(60, "text of the killed run", low=1)
-    memory_megabytes: int = flag(200, "text of the run with the slow writer", low=1)
-    pause_s: float = flag(3.0, "what writing a shard takes longer", low=0)
-    workers: int = flag(2, "tokenising processes", low=0)
-    seed: int = flag(0, "of the moments", low=0)
+    kills: int = flag(10, "number of kills (0: skip this part)", low=0)
+    kill_megabytes: int = flag(60, "text for the killed run, in MB", low=1)
+    memory_megabytes: int = flag(200, "text for the run with slow writes, in MB", low=1)
+    pause_s: float = flag(3.0, "delay of each shard write, in seconds", low=0)
+    workers: int = flag(2, "tokenizing processes (0: tokenize in the parent)", low=0)
+    seed: int = flag(0, "random seed for the moments of the kills", low=0)
 
 
 def write_parquet(path, megabytes, row_group_size, seed):
-    """CPython's documentation, in another order each time, until the file holds so many megabytes of text."""
+    """Write CPython's documentation to a parquet file, repeated in random orders up to `megabytes` of text."""
     import pyarrow
     import pyarrow.parquet
     texts, rng, size, documents = list(python_documents()), np.random.default_rng(seed), 0, []
@@ -56,45 +56,45 @@ def write_parquet(path, megabytes, row_group_size, seed):
     pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
 
 
-def command(files, out, *flags):
-    """The flags of a prepare_fineweb.py, as strings."""
+def prepare_flags(files, out, *flags):
+    """Return the flags of prepare_fineweb.py as strings."""
     return ["--data_files", files, "--out", out, *map(str, flags)]
 
 
-def hashes(folder):
-    """{name: sha256} of the files of a folder."""
+def hash_files(folder):
+    """Return {file name: sha256} of a folder's files, without the lock."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir() if p.name != ".lock"}
 
 
-def kill_again_and_again(config, folder):
-    """Raise UserError unless the killed runs leave what a straight one does."""
+def check_kills(config, folder):
+    """Raise UserError unless a run that is killed --kills times writes the same files as an undisturbed one."""
     rng = random.Random(config.seed)
     for i in range(3):
         write_parquet(f"{folder}/{i}.parquet", config.kill_megabytes / 3, 100, i)
     flags = ["--shard_tokens", 200_000, "--num_proc", config.workers]
     files, straight, killed = f"{folder}/*.parquet", f"{folder}/straight", f"{folder}/killed"
-    subprocess.run([sys.executable, "prepare_fineweb.py", *command(files, straight, *flags)], check=True,
+    subprocess.run([sys.executable, "prepare_fineweb.py", *prepare_flags(files, straight, *flags)], check=True,
                    stdout=subprocess.DEVNULL)
     n_shards = len(list(Path(straight).glob("*.npy")))
     for target in sorted(rng.randrange(n_shards) for _ in range(config.kills)):
-        process = subprocess.Popen([sys.executable, "prepare_fineweb.py", *command(files, killed, *flags)],
+        process = subprocess.Popen([sys.executable, "prepare_fineweb.py", *prepare_flags(files, killed, *flags)],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(Path(killed).glob("*.npy"))) < target:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.3))
-        note = "" if process.poll() is None else ", it was done"
+        note = "" if process.poll() is None else ", but it had finished"
         process.kill()
         process.wait()
         print(f"killed at {len(list(Path(killed).glob('*.npy')))} of {n_shards} shards{note}", flush=True)
-    subprocess.run([sys.executable, "prepare_fineweb.py", *command(files, killed, *flags)], check=True,
+    subprocess.run([sys.executable, "prepare_fineweb.py", *prepare_flags(files, killed, *flags)], check=True,
                    stdout=subprocess.DEVNULL)
-    if hashes(killed) != hashes(straight):
-        raise UserError("the killed run left other files than the straight one")
-    print(f"{config.kills} kills: {len(hashes(straight))} files, all the same bytes\n")
+    if hash_files(killed) != hash_files(straight):
+        raise UserError("the killed run wrote different files than the undisturbed one")
+    print(f"{config.kills} kills: {len(hash_files(straight))} files, all with the same bytes\n")
 
 
 def peak_memory(process):
-    """(parent, [workers]) peak resident bytes of a running process and its children, watched until it ends."""
+    """Watch a process until it ends; return the peak resident bytes of it and of its children: (parent, [workers])."""
     peaks = {}
     while process.poll() is None:
         for pid in [process.pid, *_children(process.pid)]:
@@ -113,28 +113,29 @@ def _children(pid):
         return []
 
 
-def watch_memory(config, folder, row_group_size, name):
-    """Raise UserError where the peak of the parent or of a worker is over its bound."""
+def check_memory(config, folder, row_group_size, name):
+    """Raise UserError if the peak memory of the parent or of a worker is over its limit, or the run fails."""
     path = f"{folder}/{name}.parquet"
     write_parquet(path, config.memory_megabytes, row_group_size, 9)
-    flags = command(path, f"{folder}/{name}", "--shard_tokens", 10_000_000, "--num_proc", config.workers)
+    flags = prepare_flags(path, f"{folder}/{name}", "--shard_tokens", 10_000_000, "--num_proc", config.workers)
     process = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, *flags, str(config.pause_s)],
                                stdout=subprocess.DEVNULL)
     parent, workers = peak_memory(process)
-    print(f"{config.memory_megabytes} MB of text, {name}, {config.pause_s} s more a shard: peak {parent / 1e6:.0f} MB, "
-          f"workers {', '.join(f'{w / 1e6:.0f}' for w in workers)} MB", flush=True)
+    print(f"{config.memory_megabytes} MB of text, {name}, {config.pause_s} s delay per shard: peak "
+          f"{parent / 1e6:.0f} MB, workers {', '.join(f'{w / 1e6:.0f}' for w in workers)} MB", flush=True)
     if process.returncode or parent > 1.5e9 or max(workers, default=0) > 0.2e9:
-        raise UserError(f"{name}: over 1500 MB, or over 200 MB in a worker, or status {process.returncode}")
+        raise UserError(f"{name}: over 1500 MB in the parent, over 200 MB in a worker, or exit status not 0 "
+                        f"({process.returncode})")
 
 
 def main(argv=None):
-    """Kill a run again and again, and watch the memory of a slow one."""
-    config = parse_config(Config, argv, description=__doc__.split("\n\n")[0])
+    """Check a run that is killed repeatedly and the memory of runs with slow writes."""
+    config = parse_config(PrepareStressConfig, argv, description=__doc__.split("\n\n")[0])
     with tempfile.TemporaryDirectory() as folder:
         if config.kills:
-            kill_again_and_again(config, folder)
-        watch_memory(config, folder, 100, "small row groups")
-        watch_memory(config, folder, 10**9, "one row group")
+            check_kills(config, folder)
+        check_memory(config, folder, 100, "small row groups")
+        check_memory(config, folder, 10**9, "one row group")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shape of the model that a benchmark runs, as flags."""
+"""The flags for the shape of the model that a benchmark runs."""
 from dataclasses import dataclass
 
 from exactgpt.config import DeviceConfig, flag
@@ -7,13 +7,13 @@ from model import GPT2_SIZES
 
 @dataclass(kw_only=True)
 class SizeConfig(DeviceConfig):
-    """The flags of a benchmark that makes a model of its own."""
-    model: str = flag("gpt2", "random weights of this shape", choices=tuple(GPT2_SIZES))
-    n_layer: int = flag(0, "layers, for a quick try; 0: the model's own", low=0)
+    """The flags of a benchmark that makes a model with random weights."""
+    model: str = flag("gpt2", "GPT-2 size of the randomly initialized model", choices=tuple(GPT2_SIZES))
+    n_layer: int = flag(0, "number of layers, for a quick try (0: as in --model)", low=0)
 
     @property
     def shape(self):
-        """n_layer, n_head and n_embd of the model."""
+        """The model's n_layer, n_head and n_embd, as a dict."""
         shape = GPT2_SIZES[self.model]
         return {**shape, "n_layer": self.n_layer or shape["n_layer"]}
 

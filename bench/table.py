@@ -1,4 +1,4 @@
-"""The committed results as one table: bench/results/README.md.
+"""Make one table of the committed results: bench/results/README.md.
 
     python -m bench.table
 """
@@ -27,29 +27,30 @@ def main():
 
 
 def table():
-    """The page's text, made of the results as they are now."""
+    """Return the text of the page, made from the result files."""
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
-        if not result.get("table"):      # nothing in it is compared
+        if not result.get("table"):      # a benchmark that compares nothing
             continue
         machine = result["machine"]
         where = f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}"
-        lines += [f"| {line_of(row)} | {where} | [{machine['date']}]({path.name}) |" for row in result["table"]]
+        lines += [f"| {format_comparison(row)} | {where} | [{machine['date']}]({path.name}) |"
+                  for row in result["table"]]
     return HEAD + "\n".join(lines) + "\n"
 
 
-def line_of(row):
-    """The first cells of a row."""
-    cells = [row["what"], number(row["ours"], row["unit"])]
+def format_comparison(row):
+    """Return the first four cells of a row: what was measured, ours, the peer's, the ratio."""
+    cells = [row["what"], format_figure(row["ours"], row["unit"])]
     if row["theirs"] is None:
         return " | ".join([*cells, row["peer"], ""])
-    return " | ".join([*cells, f"{number(row['theirs'], row['unit'])} {row['peer']}",
+    return " | ".join([*cells, f"{format_figure(row['theirs'], row['unit'])} {row['peer']}",
                        f"**{row['ours'] / row['theirs']:.2f}**"])
 
 
-def number(value, unit):
-    """A figure with its unit, in three digits or more."""
+def format_figure(value, unit):
+    """Return a figure with its unit, rounded to three significant digits, or to a whole number from 100 up."""
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 

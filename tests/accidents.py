@@ -1,12 +1,12 @@
-"""train.py, with one accident built in. Run as train.py is run; the environment variable ACCIDENT says which:
+"""Run train.py with an accident built in. Use it like train.py; the environment variable ACCIDENT says which one:
 
-    WHAT:WHERE:STEP[:RANK]   WHAT  kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk),
-                                   inf (a gradient of that step), infs (from that step on), hang (and end),
-                                   run (the shell command in ACCIDENT_COMMAND)
-                             WHERE step (before its update), save (half the file is written), validate, sample, start
+    WHAT:WHERE:STEP[:RANK]   WHAT   kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk),
+                                    inf (an infinite gradient at STEP), infs (from STEP on), hang (then exit),
+                                    run (the shell command in ACCIDENT_COMMAND)
+                             WHERE  step (before its update), save (half the file is written), validate, sample, start
 
-With a STEP the accident happens at that step; with a RANK on that rank only. ACCIDENT_ONCE names a file that marks
-that it has happened: later starts are undisturbed, or have the next of several accidents, joined by commas.
+The accident happens at STEP, on all ranks or only on RANK. ACCIDENT_ONCE names a file that counts accidents: with it,
+ACCIDENT may list several, separated by commas, and each start has the next one, or none if all have happened.
 """
 import os
 import signal
@@ -18,19 +18,20 @@ from pathlib import Path
 import train
 from exactgpt import checkpoint, config
 
-once = os.environ.get("ACCIDENT_ONCE")
-happened = len(Path(once).read_text()) if once and Path(once).exists() else 0
+count_file = os.environ.get("ACCIDENT_ONCE")
+n_happened = len(Path(count_file).read_text()) if count_file and Path(count_file).exists() else 0
 accidents = [*os.environ.get("ACCIDENT", "none:none:0").split(","), "none:none:0"]
-what, where, at, *only_rank = accidents[min(happened, len(accidents) - 1)].split(":")
-mine = not only_rank or only_rank[0] == os.environ.get("RANK", "0")
+what, where, at_step, *only_rank = accidents[min(n_happened, len(accidents) - 1)].split(":")
+at_step = int(at_step)
+on_this_rank = not only_rank or only_rank[0] == os.environ.get("RANK", "0")
 
 
-def accident():
-    """Let it happen, on the ranks and in the start that it is meant for."""
-    if not mine:
+def cause_accident():
+    """Cause the accident if it is meant for this rank, and count it."""
+    if not on_this_rank:
         return
-    if once:
-        with open(once, "a") as f:
+    if count_file:
+        with open(count_file, "a") as f:
             f.write("x")
     if what in ("inf", "infs", "none"):
         return
@@ -47,11 +48,11 @@ def accident():
     time.sleep(0.1)
 
 
-def before(function, step_of, place):
-    """The function, preceded by the accident when its step has come."""
+def with_accident_before(function, step_of, place):
+    """Return the function with the accident before it, if `place` is WHERE and step_of(arguments) is STEP."""
     def wrapped(*args, **kwargs):
-        if place == where and step_of(*args, **kwargs) == int(at):
-            accident()
+        if place == where and step_of(*args, **kwargs) == at_step:
+            cause_accident()
         return function(*args, **kwargs)
     return wrapped
 
@@ -59,21 +60,24 @@ def before(function, step_of, place):
 save_checkpoint = checkpoint.save_checkpoint
 
 
-def half_a_save(path, entries):
-    """A save in whose middle the accident happens, or that finds the disk full until STEP."""
-    if what == "full" and entries["step"] < int(at) and mine:
+def save_with_accident(path, entries):
+    """Save a checkpoint with the accident halfway through, or with a full disk until STEP."""
+    if what == "full" and entries["step"] < at_step and on_this_rank:
         raise OSError(28, "No space left on device")
-    if where == "save" and what != "full" and entries["step"] == int(at):
+    if where == "save" and what != "full" and entries["step"] == at_step:
         Path(f"{path}.tmp").write_bytes(b"PK\x03\x04 half of a file")
-        accident()
+        cause_accident()
     return save_checkpoint(path, entries)
 
 
-def poisoned(train_step):
-    """train_step with an infinite gradient where that is the accident; all ranks compare their weights after it."""
+def with_infinite_gradient(train_step):
+    """Return train_step with an infinite gradient at STEP (inf) or from STEP on (infs).
+
+    After each step all ranks compare their weights.
+    """
     def wrapped(run, config, runtime, tokens, step):
         hook = None
-        if mine and (step == int(at) or (what == "infs" and step > int(at))):
+        if on_this_rank and (step == at_step or (what == "infs" and step > at_step)):
             hook = run.raw_model.transformer.ln_f.weight.register_hook(lambda grad: grad * float("inf"))
         result = train_step(run, config, runtime, tokens, step)
         if hook:
@@ -84,22 +88,22 @@ def poisoned(train_step):
 
 
 if what in ("inf", "infs"):
-    train.train_step = poisoned(train.train_step)
-train.train_step = before(train.train_step, lambda run, config, runtime, tokens, step: step, "step")
-checkpoint.save_checkpoint = half_a_save
-train.write_samples = before(train.write_samples, lambda run, config, runtime, step: step, "sample")
+    train.train_step = with_infinite_gradient(train.train_step)
+train.train_step = with_accident_before(train.train_step, lambda run, config, runtime, tokens, step: step, "step")
+checkpoint.save_checkpoint = save_with_accident
+train.write_samples = with_accident_before(train.write_samples, lambda run, config, runtime, step: step, "sample")
 
 
 class RunLog(train.RunLog):
-    """The log of the run, which knows how far it is."""
+    """The run's log, which also gives validate() an accident: validate itself does not know the step."""
 
     def __init__(self, run, progress, config, runtime):
         super().__init__(run, progress, config, runtime)
-        train.validate = before(validate, lambda *_: progress.step, "validate")
+        train.validate = with_accident_before(validate, lambda *_: progress.step, "validate")
 
 
 validate, train.RunLog = train.validate, RunLog
-train.compile_and_wrap = before(train.compile_and_wrap, lambda *_: 0, "start")
+train.compile_and_wrap = with_accident_before(train.compile_and_wrap, lambda *_: 0, "start")
 
 if __name__ == "__main__":
     sys.argv[0] = "train.py"

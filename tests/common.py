@@ -1,4 +1,4 @@
-"""What the tests share beside the fixtures of conftest.py: places, small runs, references in plain Python."""
+"""Helpers that the tests share, besides the fixtures in conftest.py: paths, small runs, references in plain Python."""
 import hashlib
 import json
 import os
@@ -10,34 +10,34 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
-# train.py's flags for a run of seconds on the CPU in exact arithmetic, which does nothing but train.
+# Flags of train.py for a run of seconds in fp32 on the CPU, without evaluations, samples and periodic checkpoints.
 TINY = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--device", "cpu", "--dtype", "fp32",
         "--hellaswag_every", 0, "--sample_every", 0, "--eval_every", 0, "--checkpoint_every", 0)
-HELLASWAG_ROWS = ROOT / "tests" / "data" / "hellaswag_20.jsonl"     # 20 of the validation split, as the hub has them
-HELLASWAG_ITEM = dict(activity_label="Topic", ctx="He sits. she", ctx_a="He sits.", ctx_b="she",
-                      endings=["a one.", "b two.", "c three.", "d four."], label=1)
+HELLASWAG_FILE = ROOT / "tests" / "data" / "hellaswag_20.jsonl"     # 20 examples of the validation split, from the hub
+HELLASWAG_EXAMPLE = dict(activity_label="Topic", ctx="He sits. she", ctx_a="He sits.", ctx_b="she",
+                         endings=["a one.", "b two.", "c three.", "d four."], label=1)
 
 # -----------------------------------------------------------------------------
 # runs of scripts
 
 def script_env(home, more=None):
-    """The environment of a script under test: an empty HOME, this repository's modules, nothing of torchrun's."""
+    """Return the environment for a script under test: the HOME given, this repository's modules, no torchrun."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
 
 
 def torchrun(run, n, *flags, script="train.py", **options):
-    """run (the fixture) a script under torchrun with n processes."""
-    return run(*torchrun_words(n), ROOT / script, *flags, **options)
+    """Run a script under torchrun with n processes, by the fixture `run`; return (rc, stdout, stderr)."""
+    return run(*torchrun_arguments(n), ROOT / script, *flags, **options)
 
 
-def torchrun_words(n, *more):
-    """The words after `python` that start torchrun with n processes here; more: flags for torchrun itself."""
+def torchrun_arguments(n, *more):
+    """Return the arguments after `python` that start torchrun with n processes; more: further flags of torchrun."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more]
 
 
 def cpu_runtime(rank=0, world_size=1, dtype="fp32"):
-    """The Runtime of a process on the CPU."""
+    """Return the Runtime of a process on the CPU."""
     import torch
 
     from exactgpt.device import Hardware
@@ -45,18 +45,21 @@ def cpu_runtime(rank=0, world_size=1, dtype="fp32"):
     return Runtime(rank, rank, world_size, torch.device("cpu"), Hardware("cpu"), dtype)
 
 
-def logged_rows(log_dir):
-    """The lines of a run's metrics.jsonl."""
+def read_metrics(log_dir):
+    """Return the lines of a run's metrics.jsonl as dicts."""
     return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(log_dir):
-    """The training losses that a run logged."""
-    return [row["loss"] for row in logged_rows(log_dir) if "loss" in row]
+def logged_losses(log_dir):
+    """Return the training losses that a run logged."""
+    return [line["loss"] for line in read_metrics(log_dir) if "loss" in line]
 
 
 def mlflow_runs(log_dir, experiment):
-    """The runs of an experiment in log_dir, the newest first, each with its `history` and `artifacts`."""
+    """Return the mlflow runs of an experiment in log_dir, the newest first.
+
+    Each has run, params, status, history ({metric: [(step, value)]}) and artifacts ({path: local path}).
+    """
     from mlflow import MlflowClient
     client = MlflowClient(f"sqlite:///{log_dir.resolve()}/mlflow.db")
     number = client.get_experiment_by_name(experiment).experiment_id
@@ -73,10 +76,11 @@ def mlflow_runs(log_dir, experiment):
 # token shards
 
 def write_shards(folder, train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens=None, tokenizer=None):
-    """Make a folder of random tokens, complete as prepare_text.py leaves one: train.py trains on it.
+    """Write a complete shard folder of random tokens, with manifest and tokenizer files; return the folder.
 
-    Of a vocabulary of single bytes and end-of-text (257), below `vocab` of GPT-2's where that is given, or of a
-    tokenizer's; `tokens` instead: the whole stream, val shards first. With a manifest and the tokenizer's files.
+    train_sizes, val_sizes: tokens per shard. The tokenizer is the one given, else GPT-2's if vocab > 257, else single
+    bytes and end-of-text; the tokens are below its vocabulary size, else below `vocab`.
+    tokens: the whole stream, val shards first, instead of random tokens.
     """
     from exactgpt.shard_writer import save_shard
     from exactgpt.shards import Manifest
@@ -84,7 +88,7 @@ def write_shards(folder, train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens
     vocab = tokenizer.n_vocab if tokenizer else vocab
     folder.mkdir(exist_ok=True)
     (tokenizer or (gpt2_tokenizer() if vocab > 257 else Tokenizer([], "bytes"))).save(folder)
-    tokenizer = load_tokenizer(folder)      # with the name that the folder gives it
+    tokenizer = load_tokenizer(folder)      # with the name that it gets when it is loaded from a folder
     manifest = Manifest("test", tokenizer.name, tokenizer.n_vocab, tokenizer.eot, complete=True)
     sizes = [*((n, "val") for n in val_sizes), *((n, "train") for n in train_sizes)]
     if tokens is None:
@@ -99,16 +103,16 @@ def write_shards(folder, train_sizes, val_sizes=(64,), vocab=257, seed=0, tokens
 
 
 def permuted(items, *key):
-    """The items in the order that a key gives, by the words of DESIGN.md ("Data order") alone."""
+    """Return the items in the order that a key gives, written from the specification alone (docs/data.md)."""
     key = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "little")
     raw = np.random.Philox(key=key).random_raw(len(items)).tolist()
     return [item for _, _, item in sorted((r, i, item) for i, (r, item) in enumerate(zip(raw, items)))]
 
 
 def brute_force_order(sizes, block_size, seed, n_positions):
-    """The window numbers at global positions 0..n_positions - 1, by the same words.
+    """Return the window numbers at global positions 0 to n_positions - 1, written from the same specification.
 
-    sizes: tokens of the train shards in file order.
+    sizes: tokens per train shard in file order.
     """
     owner = [shard for shard, n in enumerate(sizes) for _ in range(n)]           # of each token
     windows = range((sum(sizes) - 1) // block_size)
@@ -124,14 +128,14 @@ def brute_force_order(sizes, block_size, seed, n_positions):
 # models
 
 def in_our_layout(theirs, name, tensor):
-    """A tensor shaped like parameter `name` of a transformers model, as nn.Linear stores it: Conv1D's transposed."""
+    """Return a tensor of parameter `name` of a transformers model in our layout: Conv1D weights are transposed."""
     from transformers.pytorch_utils import Conv1D
     is_conv = isinstance(theirs.get_submodule(name.rpartition(".")[0]), Conv1D)
     return tensor.t() if is_conv and tensor.dim() == 2 else tensor
 
 
-def as_ours(theirs, activation="gelu_tanh"):
-    """A GPT of ours in eval mode with the weights of a GPT2LMHeadModel, copied without open_model.py."""
+def gpt_from_transformers(theirs, activation="gelu_tanh"):
+    """Return a GPT in eval mode with the weights of a GPT2LMHeadModel, copied without open_model.py."""
     import torch
 
     from model import GPT, GPTConfig
@@ -145,6 +149,6 @@ def as_ours(theirs, activation="gelu_tanh"):
 
 
 def write_model(model, folder, tokenizer=None):
-    """Write a GPT as a folder in Hugging Face format."""
+    """Write a GPT to a folder in Hugging Face format."""
     from exactgpt.open_model import write_pretrained
     write_pretrained(folder, model.config_dict(), model.state_dict(), tokenizer)

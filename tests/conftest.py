@@ -1,6 +1,6 @@
-"""Fixtures that the tests share: shard folders, tiny models of transformers, scripts run as a user runs them.
+"""Fixtures that the tests share: shard folders, tiny transformers models, scripts run as a user runs them.
 
-Tests and benchmarks import what else is here in one way, from the root: `from tests.common import ROOT`.
+Everything else that tests and benchmarks share is imported from the root: `from tests.common import ROOT`.
 """
 import os
 
@@ -21,16 +21,17 @@ from tests.common import ROOT, SHARED_DATA, script_env, write_shards
 
 @pytest.fixture
 def run(tmp_path_factory):
-    """run(script, *flags, cwd=ROOT, env={}, input=None, timeout=240) -> (rc, stdout, stderr), in an empty HOME.
+    """Return run(script, *flags, cwd=ROOT, env={}, input=None, timeout=240) -> (rc, stdout, stderr).
 
-    script: a file of the repository, or "-c" with code as the first flag, or "-m". env is added to the environment.
-    Scripts with torch are forks of a process that has imported it, unless env changes what torch reads on import.
+    It runs a script in an empty HOME. script: a file of the repository, "-c" with code as the first flag, or "-m". env:
+    more environment variables. Scripts that import torch are forks of a process that has already imported it, unless
+    env changes what torch reads at import.
     """
     def run_script(script, *flags, cwd=ROOT, env=None, input=None, timeout=240):
         home = tmp_path_factory.mktemp("home")
         slow_to_import = not script.startswith(("-", "prepare_", "plot"))
         if slow_to_import and not any(name.startswith(("PYTHON", "OMP_", "TORCH", "PATH")) for name in env or {}):
-            return run_fork(script, flags, script_env(home, env), home, cwd, input, timeout)
+            return run_forked(script, flags, script_env(home, env), home, cwd, input, timeout)
         command = [sys.executable, script if script.startswith("-") else str(ROOT / script), *map(str, flags)]
         result = subprocess.run(command, cwd=cwd, env=script_env(home, env), input=input, capture_output=True,
                                 text=True, timeout=timeout)
@@ -38,8 +39,8 @@ def run(tmp_path_factory):
     return run_script
 
 
-def run_fork(script, flags, env, folder, cwd, input, timeout):
-    """subprocess.run of a script, by forks.py: (rc, stdout, stderr). folder: for its streams."""
+def run_forked(script, flags, env, folder, cwd, input, timeout):
+    """Run a script as a fork (forks.py); return (rc, stdout, stderr). folder: for the files of its streams."""
     files = {name: folder / f".{name}" for name in ("in", "out", "err")}
     for file in files.values():
         file.touch()
@@ -54,27 +55,35 @@ def run_fork(script, flags, env, folder, cwd, input, timeout):
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory):
-    """run_ranks(n, script, *flags, env={}, timeout=120) -> (exit codes, output) of n forked processes of one group."""
+    """Return run_ranks(n, script, *flags, env={}, timeout=120) -> (exit codes, output).
+
+    It runs a script in n forked processes that form a process group.
+    """
     def run_group(n, script, *flags, env=None, timeout=120):
         home = tmp_path_factory.mktemp("home")
         codes = forks.run_ranks(n, script, flags, script_env(home, env), home / ".out", timeout)
         output = (home / ".out").read_text(encoding="utf-8")
-        assert None not in codes, f"ranks that did not end: {codes}\n{output}"
+        assert None not in codes, f"some ranks did not exit: {codes}\n{output}"
         return codes, output
     return run_group
 
 
 @pytest.fixture(scope="session")
 def train_ranks(run_ranks):
-    """train_ranks(n, *flags, **env) -> (exit codes, output) of a tiny train.py in n processes, with an accident if
-    ACCIDENT=... says so (accidents.py)."""
+    """Return train_ranks(n, *flags, **env) -> (exit codes, output).
+
+    It runs a tiny train.py in n processes, with an accident if env contains ACCIDENT (accidents.py).
+    """
     from tests import killed_runs
     return lambda n, *flags, **env: run_ranks(n, killed_runs.SCRIPT, *killed_runs.FLAGS, *flags, env=env)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(train_ranks, tmp_path_factory):
-    """undisturbed(folder, n, *flags) -> the log_dir of such a run on a folder of shards; equal ones run once."""
+    """Return undisturbed(folder, n, *flags) -> log_dir of a finished train_ranks run; repeated calls reuse the run.
+
+    folder: of token shards, the same in all calls of a module.
+    """
     done = {}
 
     def log_dir_of(folder, n, *flags):
@@ -89,16 +98,17 @@ def undisturbed(train_ranks, tmp_path_factory):
 
 @pytest.fixture
 def make_shards(tmp_path):
-    """make_shards(train_sizes, val_sizes=(64,), name="shards", ...) -> a folder of token shards, by write_shards."""
+    """Return make_shards(train_sizes, val_sizes=(64,), name="shards", ...) -> folder that write_shards has written."""
     return lambda *sizes, name="shards", **options: write_shards(tmp_path / name, *sizes, **options)
 
 
 @pytest.fixture
 def tiny_gpt2():
-    """tiny_gpt2(**GPT2Config fields) -> a GPT2LMHeadModel of transformers in eval mode, its weights all random.
+    """Return tiny_gpt2(seed=0, **GPT2Config fields) -> GPT2LMHeadModel in eval mode with random weights.
 
-    Biases and LayerNorms too, so that a forgotten one shows; matrices so large that every path matters and greedy text
-    wanders. Defaults: 2 layers, 3 heads, 24 channels, 32 positions, 65 tokens, no dropout.
+    Biases and LayerNorms are random too, so that a forgotten one shows. The matrices are large enough that every path
+    matters and greedy text does not repeat one token. Defaults: 2 layers, 3 heads, 24 channels, 32 positions, 65
+    tokens, no dropout.
     """
     def make(seed=0, **options):
         import torch
@@ -121,7 +131,7 @@ def tiny_gpt2():
 
 @pytest.fixture
 def byte_model(tmp_path):
-    """(path, model) of a checkpoint: a language model over bytes, 32 positions."""
+    """Return (path, model) of a checkpoint: an untrained byte-level language model with 32 positions."""
     import torch
 
     from exactgpt.checkpoint import save_checkpoint
@@ -136,7 +146,7 @@ def byte_model(tmp_path):
 
 @pytest.fixture
 def reviews(tmp_path):
-    """A .csv file of 160 reviews, one word of which tells the sentiment; columns review, sentiment, stars."""
+    """Return a .csv file of 160 reviews with columns review, sentiment, stars; one word decides the sentiment."""
     rng = random.Random(0)
     with open(tmp_path / "reviews.csv", "w", newline="") as f:
         table = csv.writer(f)
@@ -151,7 +161,7 @@ def reviews(tmp_path):
 
 @pytest.fixture
 def classifier_flags(reviews, byte_model):
-    """classifier_flags(out, data=reviews) -> flags of finetune_classifier.py that train byte_model in seconds."""
+    """Return classifier_flags(out, data=reviews) -> flags of finetune_classifier.py to train byte_model in seconds."""
     tiny = ("--device", "cpu", "--dtype", "fp32", "--num_epochs", 6, "--batch_size", 16, "--max_lr", 3e-3, "--dropout",
             0, "--text_column", "review", "--label_column", "sentiment", "--init_from", byte_model[0])
     return lambda out, data=reviews: (*tiny, "--data", data, "--out", out)
@@ -159,7 +169,7 @@ def classifier_flags(reviews, byte_model):
 
 @pytest.fixture
 def gpt_nano():
-    """The folder of a small trained GPT-2 in Hugging Face format (untied head, 11 positions, 3 tokens)."""
+    """Return the folder of a small trained GPT-2 in Hugging Face format (untied head, 11 positions, 3 tokens)."""
     folder = SHARED_DATA / "gpt_nano"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not on this machine")

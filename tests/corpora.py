@@ -14,13 +14,15 @@ from exactgpt.tokenizer import gpt2_tokenizer
 EOT = 50256
 
 
-def some_texts(n, seed=0):
+def random_texts(n, seed=0):
+    """Return n texts of up to 300 words."""
     rng = np.random.default_rng(seed)
     words = ["the", "of", "data", "model", "learn,", "17", "is\n\nwhich", "é", "日本", "<|endoftext|>", "Loss"]
     return [" ".join(rng.choice(words, rng.integers(0, 300))) for _ in range(n)]
 
 
 def parquet_bytes(texts, row_group_size=10, **columns):
+    """Return the bytes of a parquet file with the columns id, text and those given."""
     sink = pa.BufferOutputStream()
     table = pa.table({"id": range(len(texts)), "text": texts, **columns})
     pyarrow.parquet.write_table(table, sink, row_group_size=row_group_size)
@@ -29,13 +31,13 @@ def parquet_bytes(texts, row_group_size=10, **columns):
 
 def write_corpus(folder):
     """Write three parquet files into a folder and return their texts in order."""
-    texts = some_texts(250)
+    texts = random_texts(250)
     for i, (a, b) in enumerate(itertools.pairwise([0, 100, 101, 250])):
         (folder / f"{i:03d}.parquet").write_bytes(parquet_bytes(texts[a:b]))
     return texts
 
 
-def build_nanogpt(texts, shard_tokens, val_tokens=None):
+def build_nanogpt_shards(texts, shard_tokens, val_tokens=None):
     """Return {file: tokens} as build-nanogpt's fineweb.py writes them: 50256 before each document, in order."""
     shards, shard = [], []
     for text in texts:
@@ -48,31 +50,34 @@ def build_nanogpt(texts, shard_tokens, val_tokens=None):
     return {f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy": tokens for i, tokens in enumerate(shards)}
 
 
-def loaded(folder):
+def load_shards(folder):
+    """Return {file name: tokens} of the .npy files in a folder."""
     return {p.name: np.load(p).tolist() for p in sorted(Path(folder).glob("*.npy"))}
 
 
-def contents(folder):
+def read_files(folder):
+    """Return {relative path: bytes} of all files below a folder except locks."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.name != ".lock"
             and p.is_file()}
 
 
-def children(pid):
+def child_pids(pid):
+    """Return the process ids of a process's children."""
     try:
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
 
 
-def kill_at(command, env, when):
-    """Start a command and SIGKILL it as soon as when() is true. Its workers must exit too.
+def kill_when(command, env, when):
+    """Start a command and SIGKILL it as soon as when() is true; its workers must then exit by themselves.
 
     Returns True if the command was still running.
     """
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not when():
         time.sleep(0.002)
-    workers = children(process.pid)
+    workers = child_pids(process.pid)
     process.send_signal(signal.SIGKILL)
     killed = process.wait() == -signal.SIGKILL
     deadline = time.monotonic() + 10

@@ -35,7 +35,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve(datasets, faults=()):
-    """Run a FakeHub."""
+    """Return a context that runs a FakeHub in a thread."""
     server = FakeHub(datasets, faults)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

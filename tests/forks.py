@@ -1,7 +1,7 @@
-"""Scripts started as forks of a process in which torch is imported: a second each, where a fresh one takes five.
+"""Start scripts as forks of a process that has imported torch: one second per start instead of five.
 
-A fork is a process of its own, with its own signals, environment, files and process group; only the imports of other
-people's libraries are shared. Our own modules are imported by each.
+Each fork has its own signals, environment, files and process group, and imports our modules itself. Only the imports
+of libraries are shared.
 """
 import multiprocessing
 import os
@@ -18,9 +18,9 @@ PRELOADED = ["torch._dynamo", "torch._inductor.config", "torch.distributed", "to
 
 
 def start(script, arguments, env, output, errors=None, input=os.devnull, cwd=ROOT):
-    """Start ROOT/script as `python script arguments`, with the environment `env` alone: a multiprocessing.Process.
+    """Start ROOT/script like `python script arguments`; return the multiprocessing.Process.
 
-    output, errors, input: paths of files; errors: None for those of the output.
+    env: the whole environment. output, errors, input: paths of files for the streams; errors None: to the output.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     process = multiprocessing.get_context("forkserver").Process(
@@ -31,7 +31,7 @@ def start(script, arguments, env, output, errors=None, input=os.devnull, cwd=ROO
 
 
 def start_ranks(n, script, arguments, env, output):
-    """Start a script in n processes of one group, as torchrun would but without it: a list of Processes."""
+    """Start a script in n processes that form a process group, without torchrun; return the Processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     if n > 1:
@@ -41,7 +41,7 @@ def start_ranks(n, script, arguments, env, output):
 
 
 def run_ranks(n, script, arguments, env, output, timeout=None):
-    """Run a script so to its end: the exit codes, None of a process that the timeout (seconds) found running."""
+    """Run a script in n processes; return their exit codes, None for those still running at the timeout (seconds)."""
     ranks = start_ranks(n, script, arguments, env, output)
     deadline = time.monotonic() + (timeout or 0)
     for rank in ranks:

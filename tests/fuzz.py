@@ -1,9 +1,9 @@
-"""Every kind of file that the scripts read: how a good one is made, who reads it, and what counts as a fault.
+"""Define every kind of file that the scripts read, and fuzz it: make a good one, damage it, read it.
 
-A mutant (mutants.py) must be read as the good file, or refused by a UserError, or, where neither hash nor header can
-tell, read as what it says. A fault is any other exception, a read that takes too long or too much memory, code that a
-file makes run, and a value that differs though a hash or a header could tell. By the script: a traceback, or an exit
-status but 0 and 2. test_fuzz.py tries 100 mutants of each kind, bench.fuzz thousands.
+A damaged file (mutants.py) must be refused with a UserError or give the same value as the good file. If no hash or
+header can reveal the damage, another value is fine too. Anything else is a fault: another exception, a read that takes
+too long or too much memory, code run from the file, a changed value that a hash or header reveals; in a script a
+traceback, or an exit status other than 0 and 2. test_fuzz.py tries 100 mutants of each kind, bench.fuzz thousands.
 """
 import contextlib
 import hashlib
@@ -28,24 +28,24 @@ from hellaswag import STYLES, load_hellaswag, tokenize_examples
 from model import GPT, GPTConfig
 from tests import forks
 from tests.common import write_shards
-from tests.mutants import SLOW_S, TookTooLong, bomb, limits, mutate
+from tests.mutants import TIME_LIMIT_S, TookTooLong, mutate, pickle_bomb, time_and_memory_limits
 
-SCRIPT_SLOW_S = 120
+SCRIPT_TIME_LIMIT_S = 120
 TINY_MODEL = ("--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file: how a good folder is made, what is damaged, and who reads it."""
+    """A kind of file: how to make good files, which of them to damage, and how to read them."""
     make: Callable        # make(folder) writes the good files
-    files: tuple          # names of those to damage, one at a time
-    read: Callable        # read(folder) -> a value to compare, as the scripts read; UserError
-    script: Callable      # script(folder, file) -> the words of a command that reads the damaged file
-    told: Callable        # told(good bytes, bad bytes): whether a hash or header can tell them apart
+    files: tuple          # names of the files to damage, one at a time
+    read: Callable        # read(folder) -> a value to compare, read as the scripts do; raises UserError
+    command: Callable     # command(folder, file) -> [script, arguments...] of a script that reads the damaged file
+    detectable: Callable  # detectable(good bytes, bad bytes) -> True if a hash or header reveals the damage
 
 
-class Bench:
-    """A folder of good files of one kind, in which one is damaged at a time."""
+class Fuzzer:
+    """A folder of good files of one kind, in which one file at a time is damaged and read."""
 
     def __init__(self, name, folder):
         self.target, self.folder, self.marker = TARGETS[name], folder / "good", folder / "BOOM"
@@ -55,50 +55,53 @@ class Bench:
         self.value = self.target.read(self.folder)
 
     @contextlib.contextmanager
-    def _damaged(self, rng):
+    def _one_file_damaged(self, rng):
         file = rng.choice(sorted(self.good))
         good = self.good[file]
         is_bomb = self.target is TARGETS["pickle bomb"]
-        bad = bomb(training_entries(), rng, self.marker) if is_bomb else mutate(good, rng, file)
+        bad = pickle_bomb(training_entries(), rng, self.marker) if is_bomb else mutate(good, rng, file)
         (self.folder / file).write_bytes(bad)
         try:
             yield file, good, bad
         finally:
             (self.folder / file).write_bytes(good)
 
-    def try_one(self, rng):
-        """What became of a mutant read in this process: same, refused, other, or "fault: why"."""
-        with self._damaged(rng) as (_, good, bad):
+    def try_in_process(self, rng):
+        """Damage a file and read it in this process; return "same", "refused", "other" or "fault: ..."."""
+        with self._one_file_damaged(rng) as (_, good, bad):
             try:
-                with limits():
+                with time_and_memory_limits():
                     value = self.target.read(self.folder)
             except UserError as error:
-                outcome = "refused" if str(error).strip() else "fault: refused without a word"
+                outcome = "refused" if str(error).strip() else "fault: refused with an empty message"
             except TookTooLong:
-                outcome = f"fault: longer than {SLOW_S} s"
+                outcome = f"fault: took more than {TIME_LIMIT_S} s"
             except Exception as error:
                 outcome = f"fault: {type(error).__name__}: {error}"[:300]
             else:
-                told = value != self.value and self.target.told(good, bad)
-                outcome = "fault: another value, unnoticed" if told else "same" if value == self.value else "other"
+                if value == self.value:
+                    outcome = "same"
+                else:
+                    is_fault = self.target.detectable(good, bad)
+                    outcome = "fault: the damage changed the value but was not noticed" if is_fault else "other"
         return "fault: it ran code" if self.marker.exists() else outcome
 
     def try_script(self, rng):
-        """What became of a mutant read by the script, in a process of its own: refused (status 2, one line), read (0),
-        or "fault: why"."""
+        """Damage a file and read it with the script; return "refused" (status 2), "read" (0) or "fault: ..."."""
         home = self.folder.parent / "home"
         home.mkdir()
         env = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(home)}
-        with self._damaged(rng) as (file, _, _):
-            script, *words = [str(word).replace("HOME", str(home)) for word in self.target.script(self.folder, file)]
-            process = forks.start(script, words, env, home / ".out", home / ".err")
-            process.join(SCRIPT_SLOW_S)
+        with self._one_file_damaged(rng) as (file, _, _):
+            script, *arguments = [str(word).replace("HOME", str(home))
+                                  for word in self.target.command(self.folder, file)]
+            process = forks.start(script, arguments, env, home / ".out", home / ".err")
+            process.join(SCRIPT_TIME_LIMIT_S)
             process.kill()
             process.join()
         error = (home / ".err").read_text(errors="replace")
         shutil.rmtree(home)
         if process.exitcode == -signal.SIGKILL:
-            return f"fault: longer than {SCRIPT_SLOW_S} s"
+            return f"fault: took more than {SCRIPT_TIME_LIMIT_S} s"
         if self.marker.exists():
             return "fault: it ran code"
         if "Traceback" in error or process.exitcode not in (0, 2):
@@ -110,12 +113,12 @@ class Bench:
 # the kinds of files
 
 def make_shards(folder):
-    """A complete folder of token shards with a manifest and a small vocabulary, as prepare_text.py leaves it."""
+    """Write a complete shard folder with a manifest and a small vocabulary, as prepare_text.py does."""
     write_shards(folder, (700, 300), (64,), tokenizer=Tokenizer([("a", "b"), ("ab", "c")], ""))
 
 
 def make_bin_shards(folder):
-    """llm.c's shards: no manifest, GPT-2's vocabulary."""
+    """Write shards in llm.c's format: no manifest, GPT-2's vocabulary."""
     for i, n in enumerate((64, 700)):
         header = np.zeros(256, dtype="<i4")
         header[:3] = 20240520, 1, n
@@ -124,7 +127,7 @@ def make_bin_shards(folder):
 
 
 def read_shards(folder):
-    """The tokens that a run would train on, whole folder checked as `prepare_fineweb.py --verify` does."""
+    """Check the folder as `prepare_fineweb.py --verify` does; return a hash of all windows and the tokenizer's name."""
     shards = ShardFolder(folder)
     tokenizer = shards.tokenizer()
     shards.check_vocabulary(tokenizer.n_vocab)
@@ -138,7 +141,7 @@ def read_shards(folder):
 
 
 def training_entries():
-    """A checkpoint as train.py writes it, of a tiny model of bytes."""
+    """Return the entries of a checkpoint as train.py writes it, of a tiny byte-level model."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=320, n_layer=1, n_head=2, n_embd=8))
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(8)}}, "param_groups": [{"lr": 1e-3}]}
@@ -148,21 +151,22 @@ def training_entries():
 
 
 def make_checkpoint(folder):
-    """A checkpoint as train.py leaves it."""
+    """Write a checkpoint as train.py does."""
     save_checkpoint(folder / "model_00003.pt", training_entries())
 
 
 def read_training_checkpoint(folder):
-    """All that a resumed run and inference.py take from a checkpoint."""
+    """Read a checkpoint as a resumed run and inference.py do; return hashes of all that they use."""
     path = folder / "model_00003.pt"
     checkpoint = read_checkpoint(path)
     check_training_entries(checkpoint, path)
     opened = open_model(path)
-    return digest_of(checkpoint), digest_of(opened.model.state_dict()), opened.tokenizer.name, digest_of(logits(opened))
+    return (hash_tree(checkpoint), hash_tree(opened.model.state_dict()), opened.tokenizer.name,
+            hash_tree(logits_of_two_tokens(opened)))
 
 
-def digest_of(tree):
-    """A hash of a tree of plain data and tensors."""
+def hash_tree(tree):
+    """Return a hash of a tree of plain data and tensors."""
     digest = hashlib.sha256()
 
     def walk(value):
@@ -182,14 +186,14 @@ def digest_of(tree):
     return digest.hexdigest()
 
 
-def logits(opened):
-    """What the model makes of two tokens: a config that can be read must be one that can be used."""
+def logits_of_two_tokens(opened):
+    """Return the opened model's logits for two tokens: a config that is accepted must also be usable."""
     with torch.no_grad():
         return opened.model.eval()(torch.tensor([[0, 1]]) % opened.model.config.vocab_size)
 
 
 def make_pretrained(folder):
-    """A folder in Hugging Face format, with a trained vocabulary."""
+    """Write a model in Hugging Face format with a small vocabulary."""
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b"), ("ab", "c")], "")
     model = GPT(GPTConfig(8, tokenizer.n_vocab, 1, 2, 8))
@@ -197,31 +201,32 @@ def make_pretrained(folder):
 
 
 def read_pretrained(folder):
-    """What open_model takes from it."""
+    """Open the model; return hashes of weights, config and logits, and the tokenizer's name."""
     opened = open_model(folder / "hf")
     name = opened.tokenizer.name if opened.tokenizer else None
-    return digest_of(opened.model.state_dict()), digest_of(opened.model.config_dict()), name, digest_of(logits(opened))
+    return (hash_tree(opened.model.state_dict()), hash_tree(opened.model.config_dict()), name,
+            hash_tree(logits_of_two_tokens(opened)))
 
 
 def make_hellaswag(folder):
-    """Examples as the hub has them, and a model to score them with."""
+    """Write HellaSwag examples in the hub's format and a model to score them with."""
     make_checkpoint(folder)
-    rows = [dict(ind=i, activity_label="Pets", ctx_a=f"A man has {i} cats.", ctx_b="he",
-                 ctx=f"A man has {i} cats. he", endings=[f"feeds {k} [title] of them." for k in range(4)],
-                 label=str(i % 4), split="val", source_id=f"activitynet~{i}") for i in range(6)]
-    (folder / "hellaswag.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [dict(ind=i, activity_label="Pets", ctx_a=f"A man has {i} cats.", ctx_b="he",
+                  ctx=f"A man has {i} cats. he", endings=[f"feeds {k} [title] of them." for k in range(4)],
+                  label=str(i % 4), split="val", source_id=f"activitynet~{i}") for i in range(6)]
+    (folder / "hellaswag.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_hellaswag(folder):
-    """The examples in both styles, and how many fit a small model."""
+    """Read the examples in both styles; return a hash of each and how many fit a small model."""
     tokenizer = Tokenizer([], "bytes")
-    return [digest_of([(e.context, e.endings, e.label) for e in examples]) + str(
+    return [hash_tree([(e.context, e.endings, e.label) for e in examples]) + str(
         len(tokenize_examples(examples, tokenizer, 8, style).questions))
         for style in STYLES for examples in [load_hellaswag(folder / "hellaswag.jsonl", style)]]
 
 
 def make_instructions(folder):
-    """Items in both formats, and a model with room for their prompts."""
+    """Write instructions in both formats and a model that is long enough for them."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=320, n_layer=1, n_head=2, n_embd=8))
     save_checkpoint(folder / "model_00003.pt", dict(training_entries(), model=model.state_dict(),
@@ -232,57 +237,58 @@ def make_instructions(folder):
 
 
 def read_instructions(folder):
-    """The tokens and targets of both files' items."""
+    """Read and encode both files; return a hash of tokens and targets, and how many examples were too long."""
     tokenizer = Tokenizer([], "bytes")
     rows, n_left_out = zip(*(encode_items(read_items(folder / f"items.{suffix}"), tokenizer, 256)
                              for suffix in ("json", "jsonl")))
-    return digest_of([(row.tokens, row.targets) for part in rows for row in part]), n_left_out
+    return hash_tree([(row.tokens, row.targets) for part in rows for row in part]), n_left_out
 
 
-def instruct_script(folder, file):
-    """finetune_instruct.py on the damaged one of the two files, for an epoch."""
+def instruct_command(folder, file):
+    """Return the command that fine-tunes on the damaged file for one epoch."""
     return ["finetune_instruct.py", "--data", folder / file, "--init_from", folder / "model_00003.pt", "--out",
             "HOME/out", "--num_epochs", "1", "--responses", "0", "--device", "cpu"]
 
 
-def train_script(folder, _):
-    """train.py on the folder, for a step: it checks data, flags and vocabulary, builds, evaluates and saves."""
+def train_command(folder, _):
+    """Return the command that trains on the folder for one step, including set-up, a validation and a save."""
     return ["train.py", "--data_dir", folder, "--log_dir", "HOME/logs", *TINY_MODEL, "--device", "cpu",
             "--total_batch_size", "64", "--max_steps", "1", "--hellaswag_every", "0", "--sample_every", "0"]
 
 
-def inference_script(*source):
-    """inference.py with the checkpoint at folder/source..., for one token."""
+def inference_command(*source):
+    """Return a function that returns the command to generate one token with the checkpoint at folder/source..."""
     return lambda folder, _: ["inference.py", "--checkpoint", folder.joinpath(*source), "--prompt", "ab", "--num_seq",
                               "1", "--max_tokens", "1", "--device", "cpu"]
 
 
 def always(good, bad):
-    """A hash covers every byte."""
+    """Return True: a hash covers every byte."""
     return True
 
 
 def never(good, bad):
-    """Nothing in the format covers its content."""
+    """Return False: the format has no checksum."""
     return False
 
 
 TARGETS = {
     "shard .npy": Target(make_shards, ("test_train_000001.npy", "test_val_000000.npy"), read_shards,
                          lambda folder, _: ["prepare_fineweb.py", "--verify", "--out", folder], always),
-    "shard .bin": Target(make_bin_shards, ("fuzz_train_000001.bin", "fuzz_val_000000.bin"), read_shards, train_script,
+    "shard .bin": Target(make_bin_shards, ("fuzz_train_000001.bin", "fuzz_val_000000.bin"), read_shards, train_command,
                          lambda good, bad: len(good) != len(bad) or good[:12] != bad[:12]),
-    "manifest": Target(make_shards, ("manifest.json",), read_shards, train_script, always),
-    "vocabulary": Target(make_shards, ("vocab.bpe", "encoder.json"), read_shards, train_script, always),
+    "manifest": Target(make_shards, ("manifest.json",), read_shards, train_command, always),
+    "vocabulary": Target(make_shards, ("vocab.bpe", "encoder.json"), read_shards, train_command, always),
     "checkpoint": Target(make_checkpoint, ("model_00003.pt",), read_training_checkpoint,
-                         inference_script("model_00003.pt"), always),
+                         inference_command("model_00003.pt"), always),
     "pickle bomb": Target(make_checkpoint, ("model_00003.pt",), read_training_checkpoint,
-                          inference_script("model_00003.pt"), never),
-    "config.json": Target(make_pretrained, ("hf/config.json",), read_pretrained, inference_script("hf"), never),
-    "safetensors": Target(make_pretrained, ("hf/model.safetensors",), read_pretrained, inference_script("hf"), never),
+                          inference_command("model_00003.pt"), never),
+    "config.json": Target(make_pretrained, ("hf/config.json",), read_pretrained, inference_command("hf"), never),
+    "safetensors": Target(make_pretrained, ("hf/model.safetensors",), read_pretrained, inference_command("hf"), never),
     "vocabulary of a model": Target(make_pretrained, ("hf/merges.txt", "hf/vocab.json"), read_pretrained,
-                                    inference_script("hf"), never),
-    "instructions": Target(make_instructions, ("items.json", "items.jsonl"), read_instructions, instruct_script, never),
+                                    inference_command("hf"), never),
+    "instructions": Target(make_instructions, ("items.json", "items.jsonl"), read_instructions, instruct_command,
+                           never),
     "HellaSwag": Target(make_hellaswag, ("hellaswag.jsonl",), read_hellaswag,
                         lambda folder, _: ["hellaswag.py", "--checkpoint", folder / "model_00003.pt", "--device",
                                            "cpu", "--data", folder / "hellaswag.jsonl"], never),

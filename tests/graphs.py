@@ -1,8 +1,8 @@
-"""train.py with a compiler that only counts. Prints, at the end of each rank, the graphs that torch.compile made.
+"""Run train.py with a compiler backend that only counts; each rank prints how many graphs torch.compile made.
 
-Run as train.py is run. The micro-batch is tried as on a card (device.fits_in_memory), the embedding stays in the
-graph as on a card, and DDP's buckets hold a megabyte, so that a small model fills several. With COMPILATION=fails in
-the environment it does, after the first try.
+Use it like train.py. As on a GPU, the micro-batch size is tried out (device.fits_in_memory) and the embedding stays in
+the graph. DDP's buckets hold one megabyte, so that a small model fills several. With COMPILATION=fails in the
+environment, compilation fails after the first trial step.
 """
 import functools
 import os
@@ -17,14 +17,14 @@ from exactgpt import config, device, distributed
 graphs = []
 
 
-def count(graph, inputs):
-    """A backend for torch.compile that runs the graph as it is."""
+def counting_backend(graph, inputs):
+    """Record the graph and return its eager forward: a backend for torch.compile."""
     graphs.append(graph)
     return graph.forward
 
 
-def as_on_a_card(module, block_size, wanted, local_windows, runtime, **options):
-    """find_micro_batch_size, with a try."""
+def find_micro_batch_size_by_trial(module, block_size, wanted, local_windows, runtime, **options):
+    """Find the micro-batch size and try it out, which on a CPU find_micro_batch_size does not do."""
     size = device.find_micro_batch_size(module, block_size, wanted, local_windows, runtime, **options)
     assert device.fits_on_all_ranks(module, block_size, size, runtime)
     if os.environ.pop("COMPILATION", "") == "fails":
@@ -34,10 +34,10 @@ def as_on_a_card(module, block_size, wanted, local_windows, runtime, **options):
 
 if __name__ == "__main__":
     sys.argv[0] = "train.py"
-    torch.compile = functools.partial(torch.compile, backend=count)
+    torch.compile = functools.partial(torch.compile, backend=counting_backend)
     torch.compiler.disable = lambda function: function
     train.choose_compile = lambda *_: (True, None)
-    train.find_micro_batch_size = as_on_a_card
+    train.find_micro_batch_size = find_micro_batch_size_by_trial
     distributed.BUCKET_MB = 1
     config.run_script(train.main)
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())

@@ -1,5 +1,7 @@
-"""Mutants: files with bits flipped, bytes dropped, inserted or repeated, their end cut off, a JSON value replaced; and
-checkpoints that ask to run code. All from a random.Random, so that a mutant can be made again.
+"""Damage files at random, and make checkpoints that try to run code when they are loaded.
+
+Damage means bits flipped, bytes dropped, inserted or repeated, the end cut off, or a JSON value replaced. All
+randomness comes from a random.Random, so that each mutant can be made again.
 """
 import contextlib
 import json
@@ -14,24 +16,27 @@ from pathlib import Path
 
 import torch
 
-SLOW_S = 10
-SPARE_MEMORY = 2 << 30       # bytes of address space, beyond what the process has
+TIME_LIMIT_S = 10
+MEMORY_LIMIT = 2 << 30       # bytes of address space, in addition to what the process already has
 
 
 class TookTooLong(BaseException):
-    """No `except Exception` of ours may take it for a damaged file."""
+    """The time limit is over. A BaseException, so that no `except Exception` takes it for a damaged file."""
 
 
 @contextlib.contextmanager
-def limits():
-    """SLOW_S seconds and SPARE_MEMORY for what is inside: beyond, TookTooLong and a MemoryError or torch's own."""
-    def ring(*_):
+def time_and_memory_limits():
+    """Return a context that raises TookTooLong after TIME_LIMIT_S, and limits memory to MEMORY_LIMIT more.
+
+    Beyond that an allocation raises MemoryError, or torch's RuntimeError.
+    """
+    def raise_took_too_long(*_):
         raise TookTooLong
-    old_handler = signal.signal(signal.SIGALRM, ring)
+    old_handler = signal.signal(signal.SIGALRM, raise_took_too_long)
     old_limit = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPARE_MEMORY, old_limit[1]))
-    signal.alarm(SLOW_S)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_LIMIT, old_limit[1]))
+    signal.alarm(TIME_LIMIT_S)
     try:
         yield
     finally:
@@ -47,12 +52,12 @@ TEXTS = [b"\0", b"\xff\xfe", b"\n", b"{", b"[" * 5000, b'"', b"\\u0000", b"0" * 
 
 
 def mutate(data, rng, file):
-    """A damaged copy of the bytes of a file."""
+    """Return a damaged copy of the bytes of a file. file: its name, whose suffix tells if it is JSON."""
     if file.endswith((".json", ".jsonl")) and rng.random() < 0.6:
         return mutate_json(data, rng)
     bad = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        at, n = place(len(bad), rng), rng.choice((1, 2, 8, 64, 1000))
+        at, n = random_position(len(bad), rng), rng.choice((1, 2, 8, 64, 1000))
         damage = rng.choice(("flip", "byte", "cut", "drop", "insert", "zero", "repeat", "number"))
         if damage == "flip" and at < len(bad):
             bad[at] ^= 1 << rng.randrange(8)
@@ -73,15 +78,18 @@ def mutate(data, rng, file):
     return bytes(bad)
 
 
-def place(n, rng):
-    """A place among n bytes: as often in the first or the last 200 as anywhere, for headers stand there."""
+def random_position(n, rng):
+    """Return a position among n bytes: in the first 200, in the last 200 or anywhere, each with probability 1/3.
+
+    File formats keep their headers and indexes at the two ends.
+    """
     where = rng.randrange(3)
     first, last = (0, min(n, 200)) if where == 0 else (max(0, n - 200), n) if where == 1 else (0, n)
     return rng.randrange(first, max(last, first + 1))
 
 
 def mutate_json(data, rng):
-    """A copy of a JSON file, or of one line of JSON, with an entry replaced, dropped, or added."""
+    """Return a copy of a JSON or JSON-lines file with one value replaced, dropped or added."""
     lines = data.split(b"\n")
     is_lines = len(lines) > 2 and lines[0].startswith(b"{") and lines[0].endswith(b"}")
     i = rng.randrange(len(lines) - 1) if is_lines else 0
@@ -105,7 +113,7 @@ def mutate_json(data, rng):
 
 
 class Bomb:
-    """Unpickled without care, it makes the marker."""
+    """An object that makes a function call when it is unpickled without weights_only."""
 
     def __init__(self, call, *args):
         self.call = call, args
@@ -114,21 +122,24 @@ class Bomb:
         return self.call
 
 
-class FieldOfAnAllowedClass:
-    """Pickled under the name of the one class that read_checkpoint lets in, build-nanogpt's config."""
+class AllowedClass:
+    """A class with the name of the only one that read_checkpoint allows: build-nanogpt's __main__.GPTConfig."""
 
 
-FieldOfAnAllowedClass.__module__, FieldOfAnAllowedClass.__qualname__ = "__main__", "GPTConfig"
+AllowedClass.__module__, AllowedClass.__qualname__ = "__main__", "GPTConfig"
 
 
-def bomb(entries, rng, marker):
-    """The bytes of a checkpoint (its entries a dict) that asks to make the path `marker`; some damaged besides."""
+def pickle_bomb(entries, rng, marker):
+    """Return the bytes of a checkpoint that, if it ran code, would create the path `marker`. Some are also damaged.
+
+    entries: those of a good checkpoint (a dict).
+    """
     marker = str(marker)
     calls = [(os.mkdir, marker), (os.system, f"mkdir {marker}"), (exec, f"open({marker!r}, 'w')"),
              (eval, f"open({marker!r}, 'w')"), (subprocess.call, ["mkdir", marker]), (Path(marker).touch,)]
     live = Bomb(*rng.choice(calls))
     if rng.random() < 0.3:
-        holder = FieldOfAnAllowedClass()
+        holder = AllowedClass()
         holder.n_layer = live
         live = holder
     entries["extra"] = {}
@@ -136,14 +147,14 @@ def bomb(entries, rng, marker):
     holder[rng.choice(["config", "n_layer", "state", "step", "model"])] = live
     with tempfile.NamedTemporaryFile() as f:
         main_module = sys.modules["__main__"]
-        had = getattr(main_module, "GPTConfig", None)
-        main_module.GPTConfig = FieldOfAnAllowedClass
+        old_class = getattr(main_module, "GPTConfig", None)
+        main_module.GPTConfig = AllowedClass
         try:
             torch.save(live if rng.random() < 0.2 else entries, f.name, pickle_protocol=rng.choice((2, 3, 4)),
                        _use_new_zipfile_serialization=rng.random() < 0.5)
         finally:
             del main_module.GPTConfig
-            if had is not None:
-                main_module.GPTConfig = had
+            if old_class is not None:
+                main_module.GPTConfig = old_class
         data = Path(f.name).read_bytes() if rng.random() < 0.9 else pickle.dumps(Bomb(os.mkdir, marker))
     return mutate(data, rng, "") if rng.random() < 0.3 else data

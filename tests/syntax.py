@@ -1,15 +1,15 @@
-"""The product's files as syntax trees, and what they import."""
+"""Parse our scripts and modules, and list what they import."""
 import ast
 
 from tests.common import ROOT
 
-# {name of the module: its tree}: what people type, the model, the package.
+# {module name: syntax tree} of the scripts, the model and the package.
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"):
          ast.parse(path.read_text(encoding="utf-8")) for path in [*ROOT.glob("*.py"), *ROOT.glob("exactgpt/**/*.py")]}
 
 
 def imports(nodes):
-    """The modules that some nodes of a syntax tree import: ours by their full name, others' by their first word."""
+    """Yield the modules that nodes of a syntax tree import: ours by full name, libraries by top-level name."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name if alias.name in TREES else alias.name.split(".")[0] for alias in node.names)

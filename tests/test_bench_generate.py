@@ -10,7 +10,7 @@ def test_the_decode_step_is_compiled_once_for_each_batch_size(monkeypatch):
     compiled = []
     monkeypatch.setitem(GPT2_SIZES, "gpt2", dict(n_layer=1, n_head=1, n_embd=4))
     monkeypatch.setattr(generate, "load_peers", lambda *args: {"fp32": None})
-    monkeypatch.setattr(generate, "fastest", lambda *args: "fp32")
+    monkeypatch.setattr(generate, "fastest_dtype", lambda *args: "fp32")
     for name in ("check_equal_work", "transformers_generate", "write_results"):
         monkeypatch.setattr(generate, name, lambda *args: None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -15,13 +15,14 @@ import gc, json
 gc.disable()      # a second less
 import torch
 from bench import memory
-from bench.memory import Bytes, Held, count
+from bench.memory import Bytes, MemoryCounter, count_memory
 shape = dict(n_layer={LAYERS}, n_head={HEADS}, n_embd={C}, vocab_size={V})
-rows = [count("tiny", shape, {T}, recompute, compiled) for recompute in (False, True) for compiled in (False, True)]
-step = Held()     # what is most with few rows is not what is most with many
-step.history = [Bytes(10 * 10**9, 0), Bytes(10**9, 10**9)]
-memory.run_step = lambda *step_of: (10**9, step)
-print(json.dumps([rows, count("made up", shape, {T}, False, False), torch.cuda.is_available()]))
+rows = [count_memory("tiny", shape, {T}, recompute, compiled)
+        for recompute in (False, True) for compiled in (False, True)]
+counter = MemoryCounter()     # what is most with few rows is not what is most with many
+counter.history = [Bytes(10 * 10**9, 0), Bytes(10**9, 10**9)]
+memory.count_step = lambda *step: (10**9, counter)
+print(json.dumps([rows, count_memory("made up", shape, {T}, False, False), torch.cuda.is_available()]))
 """
 
 

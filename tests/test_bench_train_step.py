@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import train_step
-from bench.train_step import Peer, TrainStepConfig, dropping_out, made, report, take_turn
+from bench.train_step import Peer, TrainStepConfig, leave_out_on_error, make_peer, report, take_turn
 
 CONFIG = TrainStepConfig(steps=2, total_batch_size=1000)
 
@@ -45,7 +45,7 @@ def way(card, weights, state, activations):
 
 def test_a_ways_peak_is_its_own(card):
     """Its weights and optimizer's state, which stay, and what its step takes; not what the others hold meanwhile."""
-    peers = [made(way(card, *bytes_of), CONFIG, card.runtime, "") for bytes_of in ((100, 200, 40), (7, 14, 500))]
+    peers = [make_peer(way(card, *bytes_of), CONFIG, card.runtime, "") for bytes_of in ((100, 200, 40), (7, 14, 500))]
     for measured in (False, True):
         for peer in peers:
             take_turn(peer, CONFIG, card.runtime, measured)
@@ -61,10 +61,10 @@ def test_a_peer_that_runs_out_of_memory_drops_out(card, when, monkeypatch, capsy
     def maker(config, runtime, data):
         return full() if when == "made" else lambda: (turns.append(1), full() if when in turns_of[len(turns)] else None)
     turns, turns_of = [], {1: ["warm-up"], 2: [], 3: ["measured"]}
-    ours, peer = Peer(lambda: None), made(maker, CONFIG, card.runtime, "")
+    ours, peer = Peer(lambda: None), make_peer(maker, CONFIG, card.runtime, "")
     for measured in (False, True, True):
         for one in (ours, peer):
-            with dropping_out(one, card.runtime):
+            with leave_out_on_error(one, card.runtime):
                 take_turn(one, CONFIG, card.runtime, measured)
     assert (peer.problem, peer.step, peer.tokens_per_s) == ("out of memory", None, [])
     assert len(ours.tokens_per_s) == 2
@@ -77,7 +77,7 @@ def test_a_peer_that_runs_out_of_memory_drops_out(card, when, monkeypatch, capsy
 
 def test_a_peer_that_fails_otherwise_drops_out_too_and_says_why(card):
     peer = Peer(lambda: 1 / 0)
-    with dropping_out(peer, card.runtime):
+    with leave_out_on_error(peer, card.runtime):
         take_turn(peer, CONFIG, card.runtime, measured=True)
     assert (peer.problem, peer.step) == ("ZeroDivisionError: division by zero", None)
 

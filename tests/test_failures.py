@@ -10,7 +10,7 @@ from exactgpt import distributed
 from exactgpt.config import FolderLock, UserError
 from exactgpt.dataloader import TokenStream
 from exactgpt.shards import ShardFolder
-from tests.common import TINY, logged_rows
+from tests.common import TINY, read_metrics
 from tests.killed_runs import SCRIPT
 
 FLAGS = (*TINY, "--total_batch_size", 64, "--checkpoint_every", 4)
@@ -47,7 +47,7 @@ def disturbed(run):
 
 
 def steps_logged(log_dir):
-    return [row["step"] for row in logged_rows(log_dir) if "loss" in row]
+    return [row["step"] for row in read_metrics(log_dir) if "loss" in row]
 
 
 @pytest.mark.slow

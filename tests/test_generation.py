@@ -10,7 +10,7 @@ from exactgpt import generation
 from exactgpt.generation import Decoder, Sampling, generate_ids, pack_linears, prefetch, prefill, sample
 from exactgpt.open_model import open_model
 from model import GPT, GPTConfig
-from tests.common import as_ours
+from tests.common import gpt_from_transformers
 
 RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
 
@@ -18,7 +18,7 @@ RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
 @pytest.fixture
 def model(tiny_gpt2):
     """A GPT with varied greedy output: 65 tokens, block_size 32."""
-    return as_ours(tiny_gpt2(tie_word_embeddings=False))
+    return gpt_from_transformers(tiny_gpt2(tie_word_embeddings=False))
 
 
 def generated_ids(model, prompts, **options):
@@ -79,7 +79,7 @@ def test_greedy_text_equals_transformers_generate(tiny_gpt2):
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=28,
                                pad_token_id=0)
     assert expected.shape == (2, 32)
-    assert generated_ids(as_ours(theirs), ids.tolist(), max_tokens=28) == expected[:, 4:].tolist()
+    assert generated_ids(gpt_from_transformers(theirs), ids.tolist(), max_tokens=28) == expected[:, 4:].tolist()
 
 
 def test_the_trained_gpt_nano_sorts_as_it_does_in_transformers(gpt_nano):

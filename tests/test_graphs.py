@@ -1,7 +1,7 @@
 """What torch.compile makes of a run: one graph to train, one to validate, and DDP's cuts where its buckets end."""
 import re
 
-from tests.common import logged_rows
+from tests.common import read_metrics
 
 FLAGS = ("--n_head", 2, "--n_embd", 192, "--block_size", 16, "--device", "cpu", "--dtype", "fp32", "--total_batch_size",
          128, "--micro_batch_size", 2, "--max_steps", 3, "--eval_every", 2, "--val_tokens", 96, "--sample_every", 0,
@@ -40,5 +40,5 @@ def test_a_model_that_cannot_be_compiled_trains_without_in_a_ddp_of_its_own(run_
     assert (breaks, captured) == (0, 1) and compiled > 1             # the try
     codes, out = run_ranks(2, "train.py", *FLAGS, *flags, tmp_path / "off", "--compile", "off")
     assert codes == [0, 0], out
-    losses = [[row.get("loss") for row in logged_rows(tmp_path / name)] for name in ("fails", "off")]
+    losses = [[row.get("loss") for row in read_metrics(tmp_path / name)] for name in ("fails", "off")]
     assert losses[0] == losses[1] and len(losses[0]) == 6

@@ -17,14 +17,14 @@ from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from hellaswag import evaluate_hellaswag, load_hellaswag, main, parse_example, tokenize_examples
 from model import GPT, GPTConfig
 from tests.common import (
-    HELLASWAG_ITEM,
-    HELLASWAG_ROWS,
+    HELLASWAG_EXAMPLE,
+    HELLASWAG_FILE,
     ROOT,
     SHARED_DATA,
-    as_ours,
     cpu_runtime,
+    gpt_from_transformers,
     script_env,
-    torchrun_words,
+    torchrun_arguments,
 )
 
 REAL = SHARED_DATA / "hellaswag_val.jsonl.xz"
@@ -71,7 +71,7 @@ class Unigram(torch.nn.Module):
 def test_scores_of_a_stub_model_equal_those_computed_by_hand(bytes_tokenizer):
     def score(label, style):
         endings = ["ccc", "aaaaaaa", "aaaa aaaa", "b b"]
-        line = json.dumps({**HELLASWAG_ITEM, "endings": endings, "label": label}).encode()
+        line = json.dumps({**HELLASWAG_EXAMPLE, "endings": endings, "label": label}).encode()
         prepared = tokenize_examples([parse_example(line, style, "here")], bytes_tokenizer, 32, style)
         losses, scored = ending_losses(Unigram(), prepared.questions, 4, cpu_runtime())
         assert scored.tolist() == [0]
@@ -87,7 +87,8 @@ def test_scores_of_a_stub_model_equal_those_computed_by_hand(bytes_tokenizer):
 
 def test_the_styles_normalise_by_tokens_and_by_characters(bytes_tokenizer):
     """"é" is one character and two bytes."""
-    line = json.dumps({**HELLASWAG_ITEM, "endings": ["éé", "cccc", "cc", "c"], "label": 0}, ensure_ascii=False).encode()
+    example = {**HELLASWAG_EXAMPLE, "endings": ["éé", "cccc", "cc", "c"], "label": 0}
+    line = json.dumps(example, ensure_ascii=False).encode()
     scores = []
     for style in hellaswag.STYLES:
         prepared = tokenize_examples([parse_example(line, style, "here")], bytes_tokenizer, 32, style)
@@ -114,7 +115,7 @@ def brute_force(model, examples, tokenizer, style):
 @pytest.mark.parametrize("style", hellaswag.STYLES)
 @pytest.mark.parametrize("block_size", [1024, 509, 100, 24])     # bytes: packed; some packed; all cut; endings cut too
 def test_packed_sequences_score_as_one_ending_at_a_time(gpt, bytes_tokenizer, style, block_size):
-    model, examples = gpt(block_size), load_hellaswag(HELLASWAG_ROWS, style)
+    model, examples = gpt(block_size), load_hellaswag(HELLASWAG_FILE, style)
     prepared = tokenize_examples(examples, bytes_tokenizer, block_size, style)
     sequences_per_question = {len(sequences) for sequences in prepared.questions}
     assert sequences_per_question == {1024: {1}, 509: {1, 4}, 100: {4}, 24: {4}}[block_size]
@@ -184,10 +185,10 @@ def their_tokenizer(tmp_path):
 @pytest.mark.slow
 def test_a_hugging_face_folder_scores_as_transformers_does(their_model, their_tokenizer, tmp_path, capsys):
     their_model.save_pretrained(tmp_path / "model")
-    main(["--checkpoint", str(tmp_path / "model"), "--data", str(HELLASWAG_ROWS), "--json", str(tmp_path / "out.json"),
+    main(["--checkpoint", str(tmp_path / "model"), "--data", str(HELLASWAG_FILE), "--json", str(tmp_path / "out.json"),
           "--device", "cpu", "--dtype", "fp32"])
     result = json.loads((tmp_path / "out.json").read_text())
-    expected = transformers_score(their_model, their_tokenizer, HELLASWAG_ROWS)
+    expected = transformers_score(their_model, their_tokenizer, HELLASWAG_FILE)
     assert (result["acc"], result["acc_norm"]) == expected
     assert (result["n"], result["style"], result["dtype"], result["n_cut"]) == (20, "karpathy", "fp32", 0)
     assert result["acc_stderr"] == pytest.approx(math.sqrt(expected[0] * (1 - expected[0]) / 19))
@@ -206,7 +207,7 @@ def test_lm_eval_style_equals_lm_evaluation_harness(their_model, their_tokenizer
     from lm_eval.tasks.hellaswag.utils import process_docs
     task = ConfigurableTask(config=dict(
         task="hellaswag_20", dataset_path="json", output_type="multiple_choice", validation_split="validation",
-        dataset_kwargs=dict(data_files=dict(validation=str(HELLASWAG_ROWS)), cache_dir=str(tmp_path)),
+        dataset_kwargs=dict(data_files=dict(validation=str(HELLASWAG_FILE)), cache_dir=str(tmp_path)),
         # the rest is lm_eval/tasks/hellaswag/hellaswag.yaml
         process_docs=process_docs, doc_to_text="{{query}}", doc_to_target="{{label}}", doc_to_choice="choices",
         metric_list=[dict(metric="acc", aggregation="mean"), dict(metric="acc_norm", aggregation="mean")]))
@@ -214,17 +215,17 @@ def test_lm_eval_style_equals_lm_evaluation_harness(their_model, their_tokenizer
     results = simple_evaluate(model=harness, tasks=[task], bootstrap_iters=0, log_samples=True)
     samples = sorted(results["samples"]["hellaswag_20"], key=lambda s: s["doc_id"])
 
-    examples = load_hellaswag(HELLASWAG_ROWS, "lm_eval")
+    examples = load_hellaswag(HELLASWAG_FILE, "lm_eval")
     assert [e.context for e in examples] == [s["arguments"][0][0] for s in samples]
     assert [[" " + c for c in e.endings] for e in examples] == [[a[1] for a in s["arguments"]] for s in samples]
     assert any(e.context != e.context.rstrip() for e in examples)       # one has a space that must move
     prepared = tokenize_examples(examples, gpt2_tokenizer(), 256, "lm_eval")
-    losses, _ = ending_losses(as_ours(their_model), prepared.questions, 4, cpu_runtime())
+    losses, _ = ending_losses(gpt_from_transformers(their_model), prepared.questions, 4, cpu_runtime())
     np.testing.assert_allclose(-losses, [[r[0] for r in s["filtered_resps"]] for s in samples], rtol=2e-5)
     labels = np.array([e.label for e in examples])
     assert (losses.argmin(1) == labels).tolist() == [s["acc"] for s in samples]
     assert ((losses / prepared.lengths).argmin(1) == labels).tolist() == [s["acc_norm"] for s in samples]
-    score = evaluate_hellaswag(as_ours(their_model), prepared, cpu_runtime())
+    score = evaluate_hellaswag(gpt_from_transformers(their_model), prepared, cpu_runtime())
     assert score.acc == results["results"]["hellaswag_20"]["acc,none"]
     assert score.acc_norm == results["results"]["hellaswag_20"]["acc_norm,none"]
 
@@ -308,9 +309,9 @@ def test_two_processes_get_the_same_score_as_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS_SCRIPT)
     results = []
-    for launcher in ([], torchrun_words(2)):
+    for launcher in ([], torchrun_arguments(2)):
         out = tmp_path / f"{len(launcher)}.json"
-        done = subprocess.run([sys.executable, *launcher, str(script), str(HELLASWAG_ROWS), str(out)], cwd=ROOT,
+        done = subprocess.run([sys.executable, *launcher, str(script), str(HELLASWAG_FILE), str(out)], cwd=ROOT,
                               text=True, env=script_env(tmp_path), capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(json.loads(out.read_text()))
@@ -324,7 +325,7 @@ def test_two_processes_get_the_same_score_as_one(tmp_path):
 
 def test_it_restores_the_models_mode_and_turns_dropout_off(gpt, bytes_tokenizer):
     model = gpt(640, dropout=0.5)
-    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_FILE), bytes_tokenizer, 640, "karpathy")
     expected = evaluate_hellaswag(model, prepared, cpu_runtime())
     assert evaluate_hellaswag(model.train(), prepared, cpu_runtime()) == expected
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -332,7 +333,7 @@ def test_it_restores_the_models_mode_and_turns_dropout_off(gpt, bytes_tokenizer)
 
 def test_a_signal_stops_it_after_a_batch(gpt, bytes_tokenizer):
     model = gpt(640).train()
-    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_FILE), bytes_tokenizer, 640, "karpathy")
     signalled = cpu_runtime()
     signalled.stop_signal = "SIGTERM"
     calls = []
@@ -344,7 +345,7 @@ def test_a_signal_stops_it_after_a_batch(gpt, bytes_tokenizer):
 
 def test_in_a_compiled_run_it_is_not_compiled_and_causes_no_recompilation(gpt, bytes_tokenizer):
     raw = gpt(640).train()
-    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_FILE), bytes_tokenizer, 640, "karpathy")
     expected = evaluate_hellaswag(raw, prepared, cpu_runtime())
     graphs = []
     compiled = torch.compile(raw, dynamic=False, backend=lambda module, _: graphs.append(1) or module.forward)
@@ -358,7 +359,7 @@ def test_in_a_compiled_run_it_is_not_compiled_and_causes_no_recompilation(gpt, b
 
 def test_a_forced_attention_backend_is_kept(gpt, bytes_tokenizer):
     from exactgpt.device import enable_attention
-    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_FILE), bytes_tokenizer, 640, "karpathy")
     expected = evaluate_hellaswag(gpt(640), prepared, cpu_runtime())
     try:
         enable_attention("cudnn")   # no CPU has it
@@ -372,7 +373,7 @@ def test_a_forced_attention_backend_is_kept(gpt, bytes_tokenizer):
 def test_a_model_with_nan_losses_scores_zero(gpt, bytes_tokenizer):
     model = gpt(640)
     torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
-    prepared = tokenize_examples(load_hellaswag(HELLASWAG_ROWS), bytes_tokenizer, 640, "karpathy")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_FILE), bytes_tokenizer, 640, "karpathy")
     score = evaluate_hellaswag(model, prepared, cpu_runtime())
     assert (score.acc, score.acc_norm, score.n) == (0, 0, 20)
 

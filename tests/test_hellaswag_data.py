@@ -9,7 +9,7 @@ import hellaswag
 from exactgpt.config import UserError
 from exactgpt.tokenizer import Tokenizer
 from hellaswag import fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag, split_context
-from tests.common import HELLASWAG_ITEM, HELLASWAG_ROWS, cpu_runtime
+from tests.common import HELLASWAG_EXAMPLE, HELLASWAG_FILE, cpu_runtime
 
 
 @pytest.mark.parametrize("ctx, ctx_a, ctx_b", [
@@ -27,7 +27,7 @@ def test_a_context_splits_into_its_two_parts(ctx, ctx_a, ctx_b):
 
 
 def test_an_example_without_the_two_parts_renders_as_one_with_them():
-    for line in HELLASWAG_ROWS.read_text(encoding="utf-8").splitlines():
+    for line in HELLASWAG_FILE.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         if item["ctx_b"][:1].islower():
             whole = parse_example(line, "lm_eval", "")
@@ -64,7 +64,7 @@ def test_the_two_styles_render_as_their_originals():
 ])
 def test_an_invalid_example_is_reported_with_its_line(tmp_path, style, change, message):
     path = tmp_path / "bad.jsonl"
-    items = (HELLASWAG_ITEM, HELLASWAG_ITEM, {**HELLASWAG_ITEM, **change})
+    items = (HELLASWAG_EXAMPLE, HELLASWAG_EXAMPLE, {**HELLASWAG_EXAMPLE, **change})
     path.write_text("\n".join(map(json.dumps, items)) + "\n")
     with pytest.raises(UserError) as caught:
         load_hellaswag(path, style)
@@ -75,7 +75,7 @@ def test_an_invalid_example_is_reported_with_its_line(tmp_path, style, change, m
 @pytest.mark.parametrize("data, message", [
     (b"", "is empty; it must contain one JSON example per line"),
     (b"\n \n", "is empty; it must contain one JSON example per line"),
-    (json.dumps(HELLASWAG_ITEM).encode() + b"\n" + json.dumps(HELLASWAG_ITEM).encode()[:40],
+    (json.dumps(HELLASWAG_EXAMPLE).encode() + b"\n" + json.dumps(HELLASWAG_EXAMPLE).encode()[:40],
      "line 2: not valid JSON; fix the line, or delete a damaged data"),
     (b"\xff\xfe{}\n", "line 1: not valid JSON"),
     (b"[1, 2]\n", "line 1: expected a JSON object, found a list"),
@@ -89,14 +89,14 @@ def test_a_damaged_file_is_reported_with_its_line(tmp_path, data, message):
 
 
 def test_a_mistake_is_one_line_and_status_2(run, tmp_path):
-    rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", HELLASWAG_ROWS,
+    rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", HELLASWAG_FILE,
                        "--device", "cpu")
     assert (rc, out) == (2, "") and err.startswith(f"hellaswag.py: error: no checkpoint {tmp_path / 'none.pt'}: there")
-    (tmp_path / "rows.jsonl").write_bytes(HELLASWAG_ROWS.read_bytes())
+    (tmp_path / "rows.jsonl").write_bytes(HELLASWAG_FILE.read_bytes())
     rc, out, err = run("hellaswag.py", "--data", tmp_path / "rows.jsonl", "--json", tmp_path / "rows.jsonl", "--device",
                        "cpu")
     assert (rc, out) == (2, "") and "rows.jsonl already exists and will not be overwritten" in err
-    assert (tmp_path / "rows.jsonl").read_bytes() == HELLASWAG_ROWS.read_bytes()
+    assert (tmp_path / "rows.jsonl").read_bytes() == HELLASWAG_FILE.read_bytes()
 
 
 def fake_hub(monkeypatch, load):
@@ -105,7 +105,7 @@ def fake_hub(monkeypatch, load):
 
 def test_the_data_set_is_downloaded_once_and_must_be_complete(tmp_path, monkeypatch, capsys):
     calls = []
-    rows = [{**HELLASWAG_ITEM, "ind": i, "label": "3", "ctx": "Ça va. elle"} for i in range(5)]
+    rows = [{**HELLASWAG_EXAMPLE, "ind": i, "label": "3", "ctx": "Ça va. elle"} for i in range(5)]
     fake_hub(monkeypatch, lambda name, split: calls.append((name, split)) or rows)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="got 5 examples, expected 10042"):

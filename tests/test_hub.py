@@ -11,7 +11,7 @@ from exactgpt import hub
 from exactgpt.config import UserError
 from exactgpt.shards import load_manifest
 from tests.common import ROOT, script_env
-from tests.corpora import build_nanogpt, kill_at, loaded, parquet_bytes, write_corpus
+from tests.corpora import build_nanogpt_shards, kill_when, load_shards, parquet_bytes, write_corpus
 from tests.fake_hub import COMMIT, CONVERTED, serve
 
 EDU = "HuggingFaceFW/fineweb-edu"
@@ -54,7 +54,7 @@ def test_files_are_downloaded_and_deleted(corpus, edu, prepare_from, tmp_path):
     with serve(edu) as server:
         rc, out, err = prepare_from(server, "--shard_tokens", 20_000, "--out", tmp_path / "out", "--num_proc", 2)
     assert rc == 0, err
-    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 20_000)
     manifest = load_manifest(tmp_path / "out")
     assert manifest.revision == COMMIT
     assert [f["path"] for f in manifest.files] == [f"sample/10BT/00{i}.parquet" for i in range(3)]
@@ -83,7 +83,7 @@ def test_temporary_network_errors_are_retried(corpus, edu, prepare_from, tmp_pat
         rc, _, err = prepare_from(server, "--shard_tokens", 20_000, "--out", tmp_path / "out", "--num_proc", 0)
         assert server.faults == []
     assert rc == 0, err
-    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 20_000)
     assert "HTTP 503; retrying in" in err and "the downloaded file is damaged; retrying in" in err
     assert "HTTP 500; retrying in 1.0 s" in err and time.monotonic() - started > 1      # Retry-After beats 0.1 s
     assert "Traceback" not in err
@@ -108,12 +108,12 @@ def test_a_run_killed_during_a_download_continues_at_the_same_commit(corpus, edu
         command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags]
         requested = lambda: any("002.parquet" in p for m, p in server.requests if m == "GET") \
             and (tmp_path / "out/edufineweb_train_000001.npy").exists()
-        assert kill_at(command, hub_env(tmp_path, server), requested)
+        assert kill_when(command, hub_env(tmp_path, server), requested)
         server.requests.clear()
         rc, out, err = prepare_from(server, *flags)
         assert rc == 0 and "continuing after shard" in out, err
         assert not [p for _, p in server.requests if p.startswith("/api/datasets")]      # the manifest has the list
-    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 5000)
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 5000)
     assert not list((tmp_path / "out").glob("downloads"))
 
 
@@ -221,7 +221,7 @@ def test_another_command_may_use_a_folder_without_a_finished_shard(corpus, edu, 
         assert prepare_from(server, "--shard_tokens", 10**7, "--num_proc", 0, "--out", tmp_path / "out")[0] == 2
         rc, _, err = prepare_from(server, "--shard_tokens", 20_000, "--num_proc", 0, "--out", tmp_path / "out")
     assert rc == 0, err
-    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 20_000)
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 20_000)
 
 
 def test_without_a_network_it_prints_one_line(run, tmp_path):

@@ -15,7 +15,7 @@ from exactgpt.dataloader import TokenStream
 from exactgpt.metrics import Tracker
 from exactgpt.shards import ShardFolder
 from lr_finder import FinderConfig, suggest, sweep, train_command
-from tests.common import TINY, cpu_runtime, losses, mlflow_runs, torchrun
+from tests.common import TINY, cpu_runtime, logged_losses, mlflow_runs, torchrun
 
 CURVATURE = 4.0
 
@@ -96,7 +96,7 @@ def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_be
     other = ["elsewhere" if word == str(log_dir) else word for word in command[2:]]
     other[other.index("elsewhere")] = str(tmp_path / "other")
     train.main(other)
-    assert losses(log_dir) == losses(tmp_path / "other") and len(losses(log_dir)) == 3
+    assert logged_losses(log_dir) == logged_losses(tmp_path / "other") and len(logged_losses(log_dir)) == 3
     with pytest.raises(UserError, match="already contains a run"):
         finder(*flags, "--log_dir", log_dir)
     if mlflow:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from exactgpt.generation import KVCache
 from exactgpt.optimizer import parameter_groups
 from model import GPT, GPT2_SIZES, IGNORED, MLP, CausalSelfAttention, GPTConfig, padded_vocab
-from tests.common import as_ours, in_our_layout
+from tests.common import gpt_from_transformers, in_our_layout
 
 TINY = dict(block_size=32, vocab_size=65, n_layer=2, n_head=3, n_embd=24)
 PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
@@ -62,7 +62,7 @@ def test_flops_per_token_are_those_of_the_palm_formula():
 ], ids=["gpt2", "untied, another epsilon", "exact gelu", "relu, one head"])
 def test_logits_loss_and_every_gradient_agree_with_transformers(tiny_gpt2, theirs_has, activation):
     theirs = tiny_gpt2(**theirs_has)
-    ours = as_ours(theirs, activation)
+    ours = gpt_from_transformers(theirs, activation)
     ids = random_ids(3, 33)
     x, y = ids[:, :-1], ids[:, 1:]
     logits = theirs(x).logits

@@ -6,7 +6,7 @@ import torch
 
 import train
 from exactgpt.config import UserError
-from tests.common import HELLASWAG_ROWS, TINY, logged_rows, losses, torchrun
+from tests.common import HELLASWAG_FILE, TINY, logged_losses, read_metrics, torchrun
 from tests.killed_runs import FLAGS, SCRIPT, SIZES
 
 
@@ -14,7 +14,7 @@ def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(run_ranks, make_shar
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs")
     codes, out = run_ranks(2, SCRIPT, *FLAGS, *flags, env={"ACCIDENT": "inf:step:6:1"})   # compares the ranks' weights
     assert codes == [0, 0] and "step 6: update skipped on all ranks" in out, out
-    skipped = [r for r in logged_rows(tmp_path / "logs") if "skipped" in r]
+    skipped = [r for r in read_metrics(tmp_path / "logs") if "skipped" in r]
     assert [r["step"] for r in skipped] == [6] and len(skipped[0]["windows"]) == 8
     model = torch.load(tmp_path / "logs" / "model_00012.pt", weights_only=True)["model"]
     assert all(torch.isfinite(v).all() for v in model.values())
@@ -25,7 +25,7 @@ def test_ten_in_a_row_stop_with_advice_and_leave_the_checkpoints(run, make_shard
              tmp_path / "logs", "--checkpoint_every", 100)
     rc, _, err = run(SCRIPT, *FLAGS, *flags, env={"ACCIDENT": "infs:step:6"})
     assert rc == 1 and "--max_lr" in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
-    assert max(r["step"] for r in logged_rows(tmp_path / "logs")) == 15
+    assert max(r["step"] for r in read_metrics(tmp_path / "logs")) == 15
     assert [p.name for p in (tmp_path / "logs").glob("model_0*.pt")] == []
 
 
@@ -83,19 +83,19 @@ def start(make_shards, tmp_path, *flags, log_dir="logs", sizes=(3000,)):
 def test_stop_loss_ends_the_run_evaluated_and_saved(make_shards, tmp_path, capsys):
     flags = ("--max_steps", 200, "--max_lr", 1e-2, "--eval_every", 100)
     log_dir = start(make_shards, tmp_path, *flags, "--stop_loss", 5.5)
-    values = losses(log_dir)
+    values = logged_losses(log_dir)
     assert values[-1] < 5.5 and all(v >= 5.5 for v in values[:-1]) and 1 < len(values) < 200
     checkpoint = torch.load(log_dir / f"model_{len(values):05d}.pt", weights_only=True)
     assert checkpoint["finished"] and checkpoint["val_loss"] is not None
     start(make_shards, tmp_path, *flags, "--stop_loss", 5.5)
     assert "is finished" in capsys.readouterr().out
     start(make_shards, tmp_path, *flags, "--stop_loss", 5.4)
-    assert len(losses(log_dir)) > len(values)                    # a lower stop_loss goes on
+    assert len(logged_losses(log_dir)) > len(values)                    # a lower stop_loss goes on
 
 
 def test_num_epochs_is_that_many_passes(make_shards, tmp_path):
     log_dir = start(make_shards, tmp_path, "--num_epochs", 1, sizes=(1000,))
-    assert len(losses(log_dir)) == (999 // 16) // 4              # 62 windows, 4 a step
+    assert len(logged_losses(log_dir)) == (999 // 16) // 4              # 62 windows, 4 a step
 
 
 def test_a_wsd_run_may_grow_before_its_decay_and_not_after(make_shards, tmp_path, run):
@@ -112,8 +112,8 @@ def test_init_from_takes_weights_and_shape_and_starts_afresh(make_shards, tmp_pa
     log_dir = start(make_shards, tmp_path, "--max_steps", 20, "--max_lr", 1e-2, "--eval_every", 20)
     source = log_dir / "model_00020.pt"
     again = start(make_shards, tmp_path, "--max_steps", 5, "--eval_every", 5, "--init_from", source, log_dir="more")
-    assert logged_rows(again)[0]["val_loss"] == pytest.approx(logged_rows(log_dir)[-1]["val_loss"], abs=1e-6)
-    assert logged_rows(again)[1]["step"] == 0                         # a schedule and a count of its own
+    assert read_metrics(again)[0]["val_loss"] == pytest.approx(read_metrics(log_dir)[-1]["val_loss"], abs=1e-6)
+    assert read_metrics(again)[1]["step"] == 0                         # a schedule and a count of its own
     cropped = start(make_shards, tmp_path, "--max_steps", 1, "--init_from", source, "--block_size", 8,
                     log_dir="cropped")
     assert torch.load(cropped / "model_00001.pt", weights_only=True)["config"]["block_size"] == 8
@@ -129,25 +129,25 @@ def test_init_from_takes_weights_and_shape_and_starts_afresh(make_shards, tmp_pa
 
 def test_recompute_gives_the_same_losses(make_shards, tmp_path):
     flags = ("--max_steps", 4, "--dropout", 0.1)
-    plain = losses(start(make_shards, tmp_path, *flags))
-    assert losses(start(make_shards, tmp_path, *flags, "--recompute", log_dir="again")) == plain
+    plain = logged_losses(start(make_shards, tmp_path, *flags))
+    assert logged_losses(start(make_shards, tmp_path, *flags, "--recompute", log_dir="again")) == plain
 
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_evaluates_and_samples_with_few_graphs(make_shards, tmp_path, monkeypatch):
     import torch._dynamo
     (tmp_path / "data" / "hellaswag").mkdir(parents=True)
-    shutil.copy(HELLASWAG_ROWS, tmp_path / "data" / "hellaswag" / "hellaswag_val.jsonl")
+    shutil.copy(HELLASWAG_FILE, tmp_path / "data" / "hellaswag" / "hellaswag_val.jsonl")
     monkeypatch.chdir(tmp_path)
     flags = ("--max_steps", 6, "--eval_every", 3, "--hellaswag_every", 3, "--sample_every", 3, "--micro_batch_size", 2)
-    eager = losses(start(make_shards, tmp_path, *flags))
+    eager = logged_losses(start(make_shards, tmp_path, *flags))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = losses(start(make_shards, tmp_path, *flags, "--compile", "on", log_dir="compiled"))
+    compiled = logged_losses(start(make_shards, tmp_path, *flags, "--compile", "on", log_dir="compiled"))
     assert compiled == pytest.approx(eager, abs=1e-4)
     # A probe; training and validation in three parts each (the embedding stays outside on a CPU), some for no_grad too.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
-    assert [r["step"] for r in logged_rows(tmp_path / "compiled") if "hella_acc" in r] == [0, 3, 6]
+    assert [r["step"] for r in read_metrics(tmp_path / "compiled") if "hella_acc" in r] == [0, 3, 6]
     saved = torch.load(tmp_path / "compiled" / "model_00006.pt", weights_only=True)["model"]
     assert not any(k.startswith("_orig_mod") for k in saved)
 
@@ -167,7 +167,7 @@ def test_muon_is_the_same_on_one_and_two_processes(run, make_shards, tmp_path):
     assert run("train.py", *flags, "--log_dir", tmp_path / "one")[0] == 0
     rc, _, err = torchrun(run, 2, *flags, "--log_dir", tmp_path / "two")
     assert rc == 0, err
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-4)
+    assert logged_losses(tmp_path / "one") == pytest.approx(logged_losses(tmp_path / "two"), abs=1e-4)
 
 
 def test_a_run_keeps_the_dtype_that_auto_chose_and_says_so_when_it_cannot(make_shards, tmp_path, run):

@@ -17,7 +17,15 @@ from exactgpt.shards import ShardFolder, load_manifest
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from prepare_fineweb import PrepareFinewebConfig, iter_fetched, main
 from tests.common import ROOT, SHARED_DATA, script_env
-from tests.corpora import build_nanogpt, contents, kill_at, loaded, parquet_bytes, some_texts, write_corpus
+from tests.corpora import (
+    build_nanogpt_shards,
+    kill_when,
+    load_shards,
+    parquet_bytes,
+    random_texts,
+    read_files,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +46,16 @@ def prepare(out, *flags):
 def test_tokens_match_build_nanogpt(corpus, tmp_path, shard_tokens):
     folder, texts = corpus
     prepare(tmp_path / "out", "--data_files", f"{folder}/*.parquet", "--shard_tokens", shard_tokens, "--num_proc", 0)
-    assert loaded(tmp_path / "out") == build_nanogpt(texts, shard_tokens)
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(texts, shard_tokens)
     manifest = ShardFolder(tmp_path / "out").manifest
     assert manifest.complete and manifest.rows == len(texts)
-    assert not [name for name in contents(tmp_path / "out") if name.endswith(".tmp")]
+    assert not [name for name in read_files(tmp_path / "out") if name.endswith(".tmp")]
 
 
 def test_max_tokens_limits_the_output_and_the_validation_shard(corpus, tmp_path):
     folder, texts = corpus
     prepare(tmp_path / "out", "--data_files", f"{folder}/*.parquet", "--max_tokens", 12_345, "--num_proc", 0)
-    ours, theirs = loaded(tmp_path / "out"), build_nanogpt(texts, 10**9, 1234)
+    ours, theirs = load_shards(tmp_path / "out"), build_nanogpt_shards(texts, 10**9, 1234)
     assert [len(v) for v in ours.values()] == [12_345 - 1234, 1234]
     for name, tokens in ours.items():
         assert tokens == theirs[name][:len(tokens)]
@@ -61,7 +69,7 @@ def test_real_fineweb_sample_from_parquet_and_jsonl(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(texts))
     for name, files in (("parquet", tmp_path / "a.parquet"), ("jsonl", path)):
         prepare(tmp_path / name, "--data_files", files, "--shard_tokens", 50_000, "--num_proc", 0)
-        assert loaded(tmp_path / name) == build_nanogpt(texts, 50_000)
+        assert load_shards(tmp_path / name) == build_nanogpt_shards(texts, 50_000)
 
 
 @pytest.mark.slow
@@ -70,7 +78,7 @@ def test_tokenizer_flag_uses_the_vocabulary_in_that_folder(corpus, tmp_path):
     own.save(tmp_path)
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--max_tokens", 3000, "--num_proc", 0]
     prepare(tmp_path / "out", *flags, "--tokenizer", tmp_path)
-    tokens = [token for shard in loaded(tmp_path / "out").values() for token in shard]
+    tokens = [token for shard in load_shards(tmp_path / "out").values() for token in shard]
     assert ShardFolder(tmp_path / "out").tokenizer().merges == own.merges
     assert len(tokens) == 3000 and max(tokens) == own.eot
     prepare(tmp_path / "out", "--verify", "--tokenizer", tmp_path)
@@ -83,7 +91,7 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, tmp_path, num_proc)
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000]
     prepare(tmp_path / "0", *flags, "--num_proc", 0)
     prepare(tmp_path / "n", *flags, "--num_proc", num_proc)
-    assert contents(tmp_path / "0") == contents(tmp_path / "n")
+    assert read_files(tmp_path / "0") == read_files(tmp_path / "n")
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
@@ -133,7 +141,7 @@ def test_workers_do_not_import_torch(run):
 def test_parquet_pieces_cover_the_file_from_any_row(tmp_path, monkeypatch, row_group_size, limits):
     monkeypatch.setattr(documents, "PIECE_BYTES", limits[0])
     monkeypatch.setattr(documents, "LARGE_GROUP", limits[1])
-    texts = [*some_texts(40, 3), None, ""]
+    texts = [*random_texts(40, 3), None, ""]
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(texts, row_group_size))
     for start in (0, 1, 6, 7, 8, 41, 42):
@@ -149,7 +157,7 @@ def test_parquet_pieces_cover_the_file_from_any_row(tmp_path, monkeypatch, row_g
 @pytest.mark.parametrize("piece_bytes", [1, 100, 5000, 1 << 20])
 def test_jsonl_pieces_cover_the_file_from_any_piece(tmp_path, monkeypatch, piece_bytes):
     monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
-    texts = some_texts(30, 4)
+    texts = random_texts(30, 4)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps({"text": t}) for t in texts).encode() + b"\n\n")
     pieces = [(begin, list(read(*args))) for begin, _, read, *args in split_into_pieces(path, "text")]
@@ -171,13 +179,13 @@ def test_a_killed_run_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
     command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *flags, "--out", str(out)]
     for n_shards in (0, 2, 7, 8):
         reached = lambda n=n_shards: out.exists() and len(list(out.glob("*.npy"))) >= n
-        kills += kill_at(command, script_env(tmp_path), reached)
+        kills += kill_when(command, script_env(tmp_path), reached)
         shards = load_manifest(out).shards if (out / "manifest.json").exists() else []
-        on_disk = loaded(out)
+        on_disk = load_shards(out)
         assert [len(on_disk[entry["file"]]) for entry in shards] == [2500] * len(shards)    # no partial shard
     assert kills >= 3
     prepare(out, *flags)
-    assert contents(out) == contents(tmp_path / "not_killed")
+    assert read_files(out) == read_files(tmp_path / "not_killed")
 
 
 @pytest.mark.parametrize("delay", [0.4, 1.0, None])
@@ -209,13 +217,13 @@ def test_only_one_run_uses_a_folder(corpus, tmp_path):
 def test_changed_settings_are_refused_by_name(corpus, tmp_path):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0]
     prepare(tmp_path / "out", *flags)
-    before = contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     for more, named in ((["--shard_tokens", 2000], "shard_tokens"), (["--max_tokens", 5000], "max_tokens"),
                         (["--dataset", "a/b", "--name", "c"], "dataset, name"),
                         (["--text_column", "id"], "text_column")):
         with pytest.raises(UserError, match=rf"differing: {named}\)"):
             prepare(tmp_path / "out", *flags, *more)
-    assert contents(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
 
 def test_local_files_that_changed_are_refused(corpus, tmp_path):
@@ -299,7 +307,7 @@ def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path):
     assert len(list((tmp_path / "out").glob("*.npy"))) > 3
     path.write_bytes(good)
     prepare(tmp_path / "out", *flags, "--num_proc", 2)
-    assert loaded(tmp_path / "out") == build_nanogpt(corpus[1], 1000)
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 1000)
 
 
 def test_a_killed_worker_is_a_user_error(tmp_path):

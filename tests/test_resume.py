@@ -20,13 +20,13 @@ from exactgpt.checkpoint import (
     save_checkpoint,
 )
 from exactgpt.config import UserError
-from tests.common import ROOT, script_env, torchrun_words
-from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, state_of
+from tests.common import ROOT, script_env, torchrun_arguments
+from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, checkpoint_state
 
 
 def launcher_words(*flags, launcher=()):
     """The command line of such a run in two processes under torchrun."""
-    return [*torchrun_words(2, *launcher), str(ROOT / SCRIPT), *FLAGS, *flags]
+    return [*torchrun_arguments(2, *launcher), str(ROOT / SCRIPT), *FLAGS, *flags]
 
 
 KILLED = [  # processes, flags, accident: pairwise over processes, dtype, dropout, optimizer, place and kind of cut
@@ -173,7 +173,7 @@ def test_evaluation_does_not_change_training(train_ranks, make_shards, tmp_path)
     flags = ("--dtype", "fp32", "--dropout", 0.2, "--data_dir", make_shards(SIZES, val_sizes=[120]))
     assert train_ranks(1, *flags, "--eval_every", 1, "--sample_every", 1, "--log_dir", tmp_path / "often")[0] == [0]
     assert train_ranks(1, *flags, "--eval_every", 50, "--sample_every", 0, "--log_dir", tmp_path / "rarely")[0] == [0]
-    ends = [state_of(tmp_path / name / "model_00012.pt") for name in ("often", "rarely")]
+    ends = [checkpoint_state(tmp_path / name / "model_00012.pt") for name in ("often", "rarely")]
     places = [p for p in ends[0] if p.startswith(("/model", "/optimizer"))]
     assert all(torch.equal(torch.as_tensor(ends[0][p]), torch.as_tensor(ends[1][p])) for p in places if
                not isinstance(ends[0][p], (str, type(None))))

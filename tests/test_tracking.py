@@ -12,7 +12,7 @@ import train
 from exactgpt import metrics
 from exactgpt.config import UserError
 from exactgpt.metrics import Tracker
-from tests.common import TINY, logged_rows, mlflow_runs
+from tests.common import TINY, mlflow_runs, read_metrics
 
 if importlib.util.find_spec("mlflow") is None:     # imported later: only then is its telemetry off
     pytest.skip("MLflow is not installed", allow_module_level=True)
@@ -27,7 +27,7 @@ class Config:
 
 def logged(log_dir, name):
     """[(step, value)] of a quantity in metrics.jsonl."""
-    return [(row["step"], row[name]) for row in logged_rows(log_dir) if row.get(name) is not None]
+    return [(row["step"], row[name]) for row in read_metrics(log_dir) if row.get(name) is not None]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 import train
 from exactgpt.config import UserError
 from model import GPT
-from tests.common import TINY, brute_force_order, logged_rows, losses, torchrun
+from tests.common import TINY, brute_force_order, logged_losses, read_metrics, torchrun
 
 
 def brute_force_windows(folder, block_size, seed, windows_per_step, n_steps):
@@ -61,7 +61,7 @@ def test_thirty_steps_equal_a_plain_loop_with_transformers_and_torch(run, make_s
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
-    assert np.allclose(losses(tmp_path / "run"), expected, atol=1e-4), out
+    assert np.allclose(logged_losses(tmp_path / "run"), expected, atol=1e-4), out
     assert expected[-1] < expected[0] - 0.05          # the comparison is of a loop that learns
 
 
@@ -72,8 +72,8 @@ def test_two_processes_give_the_losses_of_one(run, make_shards, tmp_path):
     assert rc == 0, err
     rc, _, err = torchrun(run, 2, *flags, "--micro_batch_size", 2, "--log_dir", tmp_path / "two")
     assert rc == 0, err
-    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-4)
-    assert len(losses(tmp_path / "two")) == 8
+    assert np.allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), atol=1e-4)
+    assert len(logged_losses(tmp_path / "two")) == 8
 
 
 def test_micro_batch_size_changes_neither_losses_nor_tokens(run, make_shards, tmp_path):
@@ -82,7 +82,7 @@ def test_micro_batch_size_changes_neither_losses_nor_tokens(run, make_shards, tm
         rc, _, err = run("train.py", *TINY, "--data_dir", folder, "--total_batch_size", 128, "--max_steps", 6,
                          "--micro_batch_size", size, "--log_dir", tmp_path / str(size))
         assert rc == 0, err
-        found.append(losses(tmp_path / str(size)))
+        found.append(logged_losses(tmp_path / str(size)))
     assert np.allclose(found[0], found[1], atol=1e-5) and np.allclose(found[0], found[2], atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):
     text = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
     assert [(int(a), b) for a, b, _ in text if b != "train"] == [(0, "val"), (5, "val"), (10, "val")]
     assert [int(a) for a, b, _ in text if b == "train"] == list(range(10))
-    rows = logged_rows(log_dir)
+    rows = read_metrics(log_dir)
     trained = [r for r in rows if "loss" in r]
     assert set(trained[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms",
                                "peak_mem_gb"}
