@@ -29,7 +29,7 @@ import torch
 
 from bench.common import OUT, append_result
 from bench.toy import write_toy_data
-from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.config import UserError, flag, parse_config, run_script, with_changes
 from exactgpt.tokenizer import default_tokenizer
 from hellaswag import DATA_FILE
 
@@ -65,8 +65,7 @@ class GpuConfig:
     tokenizer: str = flag("", "folder with vocab.bpe and encoder.json (default: DATA/wikipedia_48m, if it has them)")
 
     def check(self):
-        """Raise UserError if --only names an unknown stage; resolve the default of --work."""
-        self.work = self.work or str(scratch_folder())
+        """Raise UserError if --only names an unknown stage."""
         unknown = [name for name in self.requested_stages() if name not in TOY_FLAGS]
         if unknown:
             raise UserError(f"--only: there is no stage {unknown[0]}; the stages are {', '.join(TOY_FLAGS)}")
@@ -94,9 +93,10 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that `finally` ends the running stage
     end = time.monotonic() + 60 * config.minutes
     on_gpu = torch.cuda.is_available()
+    work = Path(config.work or scratch_folder())
     if not on_gpu:
-        config.work = str(Path(config.work) / "toy")       # a later run on a GPU must not resume from toy files
-    work = Path(config.work)
+        work = work / "toy"                                # a later run on a GPU must not resume from toy files
+    config = with_changes(config, work=str(work))
     work.mkdir(parents=True, exist_ok=True)
     if not on_gpu:
         write_toy_data(work / "data", default_tokenizer(config.tokenizer))

@@ -136,6 +136,16 @@ def test_no_file_imports_a_test_and_what_tests_share_has_one_name():
         assert not wrong, f"{path.name} imports {', '.join(wrong)}"
 
 
+def test_the_check_of_a_config_only_checks():
+    """What it filled in would be compared, logged and stored as if it had been typed."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "check":
+                stored = [part.attr for part in ast.walk(node)
+                          if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)]
+                assert not stored, f"{path.name}: check() sets {', '.join(stored)}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
 def test_public_names_have_docstrings_and_nothing_is_long(path):
     """What is longer than 520 lines a file (train.py 600, a test 450) and 60 a function is two of something."""
