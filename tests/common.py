@@ -21,7 +21,7 @@ HELLASWAG_EXAMPLE = dict(activity_label="Topic", ctx="He sits. she", ctx_a="He s
 # runs of scripts
 
 def script_env(home, more=None):
-    """Return the environment for a script under test: the HOME given, this repository's modules, no torchrun."""
+    """Return the environment for a script under test: the given HOME, our modules, no torchrun variables."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(more or {})}
 
