@@ -538,13 +538,16 @@ def train(config, runtime):
             warm_up(run, runtime)
             runtime.setup_done()
             with closing(RunLog(run, progress, config, runtime)) as log:      # cuts logs back to this step
-                loop(run, progress, config, runtime, log, hellaswag)
+                try:
+                    loop(run, progress, config, runtime, log, hellaswag)
+                except StopRequested:       # all ranks take part in the save; closing the log may wait for MLflow
+                    if progress.step > first_step:
+                        save(run, progress, config, runtime)
+                    raise
             path = checkpoint_path(config.log_dir, progress.step)
             runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
                           f"      python inference.py --checkpoint {path} --prompt \"...\"")
-        except StopRequested:       # raised on all ranks at the same collective: all of them take part in the save
-            if progress.step > first_step:
-                save(run, progress, config, runtime)
+        except StopRequested:
             saved = ("the checkpoint could not be written, so the steps since the last one will be repeated"
                      if progress.save_failed else "nothing is lost")
             runtime.print(f"stopped before step {progress.step}, {saved}; the same command continues:\n"

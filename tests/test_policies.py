@@ -80,6 +80,19 @@ def start(make_shards, tmp_path, *flags, log_dir="logs", sizes=(3000,)):
     return tmp_path / log_dir
 
 
+def test_a_stop_is_saved_before_the_log_is_closed_which_may_wait_for_mlflow(make_shards, tmp_path, monkeypatch):
+    happened, real = [], train.train_step
+
+    def step_during_which_a_signal_comes(run, config, runtime, tokens, step):
+        runtime.stop_signal = "SIGTERM" if step == 2 else ""
+        return real(run, config, runtime, tokens, step)
+    monkeypatch.setattr(train, "train_step", step_during_which_a_signal_comes)
+    monkeypatch.setattr(train, "save", lambda run, progress, *_, **__: happened.append(("saved", progress.step)))
+    monkeypatch.setattr(train.RunLog, "close", lambda self: happened.append("closed"))
+    start(make_shards, tmp_path, "--max_steps", 5, "--checkpoint_every", 0)
+    assert happened == [("saved", 3), "closed"]
+
+
 def test_stop_loss_ends_the_run_evaluated_and_saved(make_shards, tmp_path, capsys):
     flags = ("--max_steps", 200, "--max_lr", 1e-2, "--eval_every", 100)
     log_dir = start(make_shards, tmp_path, *flags, "--stop_loss", 5.5)
