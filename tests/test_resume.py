@@ -199,7 +199,7 @@ def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(train_
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path / "logs",
              "--eval_every", 0)
     codes, out = train_ranks(1, *flags, ACCIDENT="full:save:9")
-    assert codes == [0] and out.count("warning: not written") == 2, out   # at 4 and 8; tried again at 10
+    assert codes == [0] and out.count("warning: checkpoint not written") == 2, out   # at 4 and 8; tried again at 10
     assert [p.name for p in sorted((tmp_path / "logs").glob("*.pt"))] == ["model_00010.pt", "model_00012.pt"]
 
 
