@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, mak
              "--keep_checkpoints", 2)
     rc, out = disturbed(5, f"head -c 4000000 /dev/zero > {disk}/filler; true", *flags)
     assert rc == 1 and "checkpoint not written (older ones are intact)" in out
-    assert "the last checkpoint could not be written; make room" in out and "Traceback" not in out, out
+    assert "the last checkpoint could not be written; free some space" in out and "Traceback" not in out, out
     assert [p.name for p in disk.glob("logs/*.pt")] == ["model_00004.pt"]
     (disk / "filler").unlink()
     rc, out, err = run("train.py", *flags)
