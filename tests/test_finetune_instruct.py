@@ -12,15 +12,15 @@ import finetune_instruct
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
-from exactgpt.finetune import writing_results
+from exactgpt.finetune import work_in_folder, writing_results
 from exactgpt.finetune_data import format_example
 from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.lora import add_adapter, merge_adapter
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
-from finetune_instruct import encode_item, encode_items, read_items
+from finetune_instruct import InstructConfig, encode_item, encode_items, read_items
 from model import GPT, IGNORED, GPTConfig
-from tests.common import SHARED_DATA
+from tests.common import SHARED_DATA, cpu_runtime
 from tests.signals import signalled
 from tests.tuning_step import one_step, random_examples
 
@@ -178,6 +178,13 @@ def check_adapter_in_transformers(base, out, tmp_path):
     n_vocab = base[2].n_vocab
     ids = torch.randint(n_vocab, (2, 96))
     torch.testing.assert_close(theirs.eval()(ids).logits, ours(ids)[..., :n_vocab], rtol=1e-3, atol=1e-3)
+
+
+def test_the_state_of_a_run_records_the_learning_rate_itself_where_none_was_typed(tmp_path):
+    """Else a later version with another default would resume the run at another rate."""
+    config, recorded = InstructConfig(data="x", init_from="y", out=str(tmp_path / "out")), []
+    work_in_folder(config, cpu_runtime(), lambda config, runtime, state: recorded.append(config.max_lr))
+    assert recorded == [config.peak_lr] and config.max_lr is None and config.peak_lr > 0
 
 
 def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_its_responses(run, data, base, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """What the loop does beside the ordinary step: gradients that are not finite, lengths, starting weights, compile."""
+import math
 import shutil
 
 import pytest
@@ -88,9 +89,40 @@ def test_a_stop_is_saved_before_the_log_is_closed_which_may_wait_for_mlflow(make
         return real(run, config, runtime, tokens, step)
     monkeypatch.setattr(train, "train_step", step_during_which_a_signal_comes)
     monkeypatch.setattr(train, "save", lambda run, progress, *_, **__: happened.append(("saved", progress.step)))
-    monkeypatch.setattr(train.RunLog, "close", lambda self: happened.append("closed"))
+    monkeypatch.setattr("exactgpt.metrics.Tracker.close",
+                        lambda self, finished=True: happened.append("finished" if finished else "killed"))
     start(make_shards, tmp_path, "--max_steps", 5, "--checkpoint_every", 0)
-    assert happened == [("saved", 3), "closed"]
+    assert happened == [("saved", 3), "killed"]               # MLflow's word for a run that may be resumed
+    start(make_shards, tmp_path, "--max_steps", 2, "--checkpoint_every", 0, log_dir="another")
+    assert happened[2:] == [("saved", 2), "finished"]
+
+
+def test_a_checkpoint_holds_the_validation_loss_of_its_own_weights_or_none(make_shards, tmp_path):
+    log_dir = start(make_shards, tmp_path, "--max_steps", 4, "--checkpoint_every", 1, "--eval_every", 2,
+                    "--keep_checkpoints", 9)
+    losses = [torch.load(log_dir / f"model_{k:05d}.pt", weights_only=True)["val_loss"] for k in (1, 2, 3, 4)]
+    assert losses[0] is losses[2] is None
+    assert losses[1::2] == [row["val_loss"] for row in read_metrics(log_dir) if "val_loss" in row][1:]
+
+
+def test_the_best_model_is_the_best_of_all_starts_and_never_one_whose_loss_is_nan(make_shards, tmp_path, monkeypatch):
+    real = train.train_step
+
+    def validated(losses, until):
+        """The step of model_best.pt and the best loss in the checkpoint, after a start that ends before a step."""
+        losses = iter(losses)
+
+        def step_that_is_asked_to_stop(run, config, runtime, tokens, step):
+            runtime.stop_signal = "SIGTERM" if step + 1 == until else ""
+            return real(run, config, runtime, tokens, step)
+        monkeypatch.setattr(train, "train_step", step_that_is_asked_to_stop)
+        monkeypatch.setattr(train, "validate", lambda run, config, runtime: (next(losses), 10))
+        start(make_shards, tmp_path, "--max_steps", 9, "--eval_every", 1)
+        last = torch.load(tmp_path / "logs" / f"model_{until:05d}.pt", weights_only=True)
+        return torch.load(tmp_path / "logs" / "model_best.pt", weights_only=True)["step"], last["best_val_loss"]
+    assert validated([9.0, 4.0, math.nan], until=3) == (1, 4.0)         # of the steps 0, 1, 2
+    assert validated([5.0, math.nan], until=5) == (1, 4.0)              # 3, 4
+    assert validated([5.0, 3.0, 3.5], until=8) == (6, 3.0)              # 5, 6, 7
 
 
 def test_stop_loss_ends_the_run_evaluated_and_saved(make_shards, tmp_path, capsys):
