@@ -7,6 +7,7 @@ import torch
 
 import train
 from exactgpt.config import UserError
+from exactgpt.distributed import Runtime
 from tests.common import HELLASWAG_FILE, TINY, logged_losses, read_metrics, torchrun
 from tests.killed_runs import FLAGS, SCRIPT, SIZES
 
@@ -95,6 +96,42 @@ def test_a_stop_is_saved_before_the_log_is_closed_which_may_wait_for_mlflow(make
     assert happened == [("saved", 3), "killed"]               # MLflow's word for a run that may be resumed
     start(make_shards, tmp_path, "--max_steps", 2, "--checkpoint_every", 0, log_dir="another")
     assert happened[2:] == [("saved", 2), "finished"]
+
+
+def test_a_run_that_stop_loss_has_ended_ends_there_also_if_it_is_stopped_in_its_last_evaluation(
+        make_shards, tmp_path, monkeypatch, capsys):
+    real = train.validate
+
+    def validate_until_a_signal_comes(run, config, runtime):
+        if len(logged_losses(tmp_path / "logs")) > 1:
+            runtime.stop_signal = "SIGTERM"
+        return real(run, config, runtime)
+    flags = ("--max_steps", 200, "--max_lr", 1e-2, "--eval_every", 100, "--stop_loss", 5.5)
+    monkeypatch.setattr(train, "validate", validate_until_a_signal_comes)
+    log_dir = start(make_shards, tmp_path, *flags)
+    n_steps = len(logged_losses(log_dir))
+    assert f"stopped before step {n_steps}, nothing is lost" in capsys.readouterr().out and n_steps < 200
+    monkeypatch.setattr(train, "validate", real)
+    start(make_shards, tmp_path, *flags)
+    assert "finished" in capsys.readouterr().out and len(logged_losses(log_dir)) == n_steps
+
+
+def test_a_stop_abandons_a_long_step_and_saves_the_state_before_it(make_shards, tmp_path, monkeypatch, capsys):
+    step, real_seed, real_check = [None], train.seed_everything, Runtime.check_for_stop
+
+    def seed(*key):
+        step[0] = key[2] if key[1] == "step" else None
+        real_seed(*key)
+
+    def check_as_a_signal_comes(runtime):
+        runtime.stop_signal = "SIGTERM" if step[0] == 2 else ""
+        real_check(runtime)
+    monkeypatch.setattr(train, "seed_everything", seed)
+    monkeypatch.setattr(Runtime, "check_for_stop", check_as_a_signal_comes)
+    monkeypatch.setattr(train, "SLOW_STEP_S", 0)
+    log_dir = start(make_shards, tmp_path, "--max_steps", 5, "--micro_batch_size", 1)
+    assert "stopped before step 2, nothing is lost" in capsys.readouterr().out
+    assert len(logged_losses(log_dir)) == 2 and (log_dir / "model_00002.pt").exists()
 
 
 def test_a_checkpoint_holds_the_validation_loss_of_its_own_weights_or_none(make_shards, tmp_path):
