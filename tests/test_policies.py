@@ -1,6 +1,7 @@
 """What the loop does beside the ordinary step: gradients that are not finite, lengths, starting weights, compile."""
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +115,48 @@ def test_a_run_that_stop_loss_has_ended_ends_there_also_if_it_is_stopped_in_its_
     monkeypatch.setattr(train, "validate", real)
     start(make_shards, tmp_path, *flags)
     assert "finished" in capsys.readouterr().out and len(logged_losses(log_dir)) == n_steps
+
+
+def test_a_stop_before_the_first_step_of_a_start_saves_nothing(make_shards, tmp_path, monkeypatch, capsys):
+    def validate_as_a_signal_comes(run, config, runtime):
+        runtime.stop_signal = "SIGTERM"
+        runtime.check_for_stop()
+    monkeypatch.setattr(train, "validate", validate_as_a_signal_comes)
+    log_dir = start(make_shards, tmp_path, "--max_steps", 5, "--eval_every", 1)
+    assert "stopped before step 0, nothing is lost" in capsys.readouterr().out and not list(log_dir.glob("*.pt"))
+
+
+def test_a_dry_run_that_is_stopped_says_so_and_nothing_else(make_shards, tmp_path, monkeypatch, capsys):
+    real = train.train_step
+
+    def step_during_which_a_signal_comes(run, config, runtime, tokens, step):
+        runtime.stop_signal = "SIGTERM"
+        return real(run, config, runtime, tokens, step)
+    monkeypatch.setattr(train, "train_step", step_during_which_a_signal_comes)
+    start(make_shards, tmp_path, "--max_steps", 5, "--dry_run")
+    out = capsys.readouterr().out
+    assert out.endswith("the dry run was stopped\n") and "full run" not in out
+
+
+def test_the_weights_that_a_run_starts_with_are_no_best_model(make_shards, tmp_path, monkeypatch):
+    losses = iter([5.0, 6.0])
+    monkeypatch.setattr(train, "validate", lambda run, config, runtime: (next(losses), 10))
+    log_dir = start(make_shards, tmp_path, "--max_steps", 1, "--eval_every", 1)
+    assert [path.name for path in log_dir.glob("*.pt")] == ["model_00001.pt"]
+
+
+def test_the_time_left_counts_evaluations_too(monkeypatch):
+    model = SimpleNamespace(flops_per_token=lambda: 1, n_params=lambda: 1)
+    run, progress = SimpleNamespace(plan=SimpleNamespace(tokens_per_step=1), raw_model=model), train.Progress(0, 101)
+    times = iter([0.0, 2.0, 0.0, 60.0])      # a step of 2 s, an evaluation of a minute
+    monkeypatch.setattr("exactgpt.metrics.time", SimpleNamespace(monotonic=lambda: next(times),
+                                                                 perf_counter=lambda: next(times)))
+    log = train.RunLog(run, progress, SimpleNamespace(), SimpleNamespace(is_main=False))
+    log.start_clock()
+    log.train(0, None, 0.0, 0.0)
+    with log.timed("validation", 10):
+        pass
+    assert log.eta(0) == "13m20s"            # 100 steps and 10 evaluations
 
 
 def test_a_stop_abandons_a_long_step_and_saves_the_state_before_it(make_shards, tmp_path, monkeypatch, capsys):
