@@ -390,7 +390,7 @@ def train_step(run, config, runtime, tokens, step):
 
     Raises StopRequested with the weights untouched if steps are slow and a rank was asked to stop.
     """
-    # Seed the generators anew for each (seed, step, rank): dropout repeats after a resume without any saved state.
+    # Every step seeds the generators with (seed, step, rank): dropout repeats after a resume without any saved state.
     seed_everything(config.seed, "step", step, runtime.rank)
     micro_batches = tokens.split(run.micro_batch_size)
     loss = 0.0

@@ -380,7 +380,7 @@ def training_state(checkpoint):
 
 
 def restore_optimizer(run, state):
-    """Load the states of the optimizer and the scaler; train.py's make_model has loaded the weights.
+    """Load the states of a run's optimizer and scaler; the caller has loaded the weights.
 
     There is no random state to restore, see train_step. Raises UserError if a state does not fit the model.
     """
@@ -389,8 +389,8 @@ def restore_optimizer(run, state):
         if run.scaler.is_enabled() and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
     except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's optimizer state does not fit the model ({error}); use another checkpoint "
-                        "(--resume FILE), or its weights alone (--init_from FILE --log_dir NEW)") from error
+        raise UserError(f"the checkpoint's optimizer state does not fit the model ({error}); start a new run "
+                        "from its weights alone (--init_from), in another folder") from error
 
 
 def resolved_differences(stored, resolved):

@@ -258,7 +258,7 @@ def min_training_bytes(model, n_tokens):
     Per parameter: weight, gradient and two moments in fp32. Per token: logits in 16 bits. Per token, layer and channel:
     two normalised inputs in fp32 (8 bytes), the LayerNorms' outputs (4), queries, keys, values and attention's output
     (8), the MLP's hidden units before the GELU (8) and after it (8); with --recompute only the block's input (4).
-    This is within a percent of what the compiled step keeps (bench.memory counts that).
+    This is within two percent of what the compiled step keeps (bench.memory counts that).
     """
     c = model.config
     layer = 4 if model.recompute else 36 if "gelu" in c.activation else 28

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from exactgpt.checkpoint import changed_flags, read_checkpoint, save_checkpoint, weights_hash
+from exactgpt.checkpoint import changed_flags, read_checkpoint, restore_optimizer, save_checkpoint, weights_hash
 from exactgpt.config import DeviceConfig, RunFailed, UserError, flag, with_changes
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import STEADY_TIMEOUT_S, StopRequested, lock_folder, seed_everything, temporary_folder
@@ -254,7 +254,7 @@ def trained_weights(model):
 
 def train_step(run, config, runtime, step):
     """Train on this rank's examples of a step; return (StepResult, tokens read), the same on all ranks."""
-    # Seed the generators anew for each (seed, step, rank): dropout repeats after a resume without any saved state.
+    # Every step seeds the generators with (seed, step, rank): dropout repeats after a resume without any saved state.
     seed_everything(config.seed, "step", step, runtime.rank)
     indices = examples_of_step(run, config, step)
     examples = [run.examples[i] for i in indices]
@@ -483,9 +483,7 @@ def restore(run, state):
     if state["base"]["sha256"] != run.base["sha256"]:
         raise UserError(f"the run in --out started from other weights ({state['base']['source']}); use another --out")
     run.model.load_state_dict(state["trained"], strict=False)
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.scaler.is_enabled() and state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
+    restore_optimizer(run, state)
     best = state["best"]
     return Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"], baseline=state["first"],
                     best=BestEpoch(best["score"], best["epoch"], best["facts"], best["weights"]))

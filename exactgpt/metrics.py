@@ -243,7 +243,7 @@ class TuneLog:
     """Log of a fine-tuning run, with train.py's names: rank 0 writes and prints, on other ranks it only keeps time."""
 
     def __init__(self, run, progress, config, runtime):
-        """Open metrics.jsonl in config.out, without what an earlier start logged beyond this step."""
+        """Open metrics.jsonl in config.out, without what an earlier start logged from this step on."""
         self._plan, self._progress, self._config, self._runtime = run.plan, progress, config, runtime
         self._step_s, self._evaluation_s = [], []
         if runtime.is_main:
@@ -261,9 +261,8 @@ class TuneLog:
         self._seconds = time.perf_counter() - self._clock
         return self._seconds
 
-    def train(self, result, lr, n_tokens, problem):
-        """Log a training step that read n_tokens on all ranks. problem: why its update was skipped, "" if it was not.
-        """
+    def train(self, result, lr, n_tokens, skip_reason):
+        """Log a training step that read n_tokens on all ranks. skip_reason: of its update, "" if there is none."""
         self._step_s.append(self._seconds)
         if not self._runtime.is_main:
             return
@@ -274,7 +273,7 @@ class TuneLog:
         eta = (max_steps - step - 1) * sum(recent) / len(recent)
         print(f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {result.loss:.4f} | lr {lr:.2e} | "
               f"norm {result.grad_norm:.3f} | {ms:.0f} ms | {tok_per_sec:,.0f} tok/s | "
-              f"eta {human_time(eta)}{problem and f' | update skipped: {problem}'}", flush=True)
+              f"eta {human_time(eta)}{skip_reason and f' | update skipped: {skip_reason}'}", flush=True)
 
     def evaluation(self, epoch, metrics, better):
         """Log the metrics of an evaluation, {name: number}; better: than every epoch before."""
