@@ -64,11 +64,7 @@ def write_pt_file(path, opened):
                    val_loss=opened.val_loss, tokenizer=opened.tokenizer.to_checkpoint() if opened.tokenizer else None)
     if "base" in opened.extra:      # the model that it was fine-tuned from
         entries["base"] = opened.extra["base"]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, entries)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    save_checkpoint(path, entries)
     print(f"wrote {path} ({human_bytes(path.stat().st_size)})")
 
 

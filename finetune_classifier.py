@@ -22,7 +22,16 @@ from torch.nn import functional as F
 
 from exactgpt.checkpoint import provenance, save_checkpoint
 from exactgpt.classifier import Classifier
-from exactgpt.config import UserError, atomic_write, check_new_file, flag, parse_config, run_script, write_json
+from exactgpt.config import (
+    UserError,
+    atomic_write,
+    check_new_file,
+    flag,
+    parse_config,
+    read_text,
+    run_script,
+    write_json,
+)
 from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
 from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
@@ -387,26 +396,20 @@ def read_texts(config):
     path = Path(config.predict_file)
     if path.suffix.lower() != ".txt":
         return [text for (text,) in read_rows(path, [config.text_column])]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    text = read_text(path)
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def write_predictions(path, labels, predictions):
     """Write one line per text, as JSON or as CSV with a column of probabilities per label. Raises UserError."""
-    try:
-        with atomic_write(path, "w") as f:
-            if Path(path).suffix.lower() == ".jsonl":
-                f.writelines(json.dumps(item) + "\n" for item in predictions)
-                return
-            table = csv.writer(f)
-            table.writerow(["text", "label", "probability", *(f"p({label})" for label in labels)])
-            table.writerows([item["text"], item["label"], item["probability"], *item["probabilities"].values()]
-                            for item in predictions)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with atomic_write(path, "w") as f:
+        if Path(path).suffix.lower() == ".jsonl":
+            f.writelines(json.dumps(item) + "\n" for item in predictions)
+            return
+        table = csv.writer(f)
+        table.writerow(["text", "label", "probability", *(f"p({label})" for label in labels)])
+        table.writerows([item["text"], item["label"], item["probability"], *item["probabilities"].values()]
+                        for item in predictions)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 
 Only the answers count in the loss. If a run is killed or stopped, the same command continues it.
 """
-import json
 import math
 import shlex
 import shutil
@@ -17,8 +16,9 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import checkpoint_path, provenance, save_checkpoint
-from exactgpt.config import RunFailed, UserError, flag, human_bytes, parse_config, read_json, run_script, write_json
+from exactgpt.config import RunFailed, UserError, flag, human_bytes, parse_config, run_script, write_json
 from exactgpt.distributed import start
+from exactgpt.documents import read_objects
 from exactgpt.finetune import (
     Objective,
     TuneConfig,
@@ -108,41 +108,19 @@ def finetune(config, runtime, state):
 
 def read_items(path):
     """Read [(instruction, input, output)] from a .json or .jsonl file. Raises UserError that names the item."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".json":
-        values = ((f"item {i}", value) for i, value in enumerate(read_json(path, list), 1))
-    elif suffix == ".jsonl":
-        values = read_lines(path)
-    else:
+    if Path(path).suffix.lower() not in (".json", ".jsonl"):
         raise UserError(f"{path} must be a .json list or a .jsonl file with one object per line")
-    items = [check_item(value, f"{path}, {where}") for where, value in values]
+    items = [check_item(value, where) for where, value in read_objects(path)]
     if len(items) < 2:
         raise UserError(f"{path} holds {len(items)} items; two or more are needed, to train on and to validate")
     return items
 
 
-def read_lines(path):
-    """Yield ("line N", value) of each line of a .jsonl file that is not blank. Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
-
-
 def check_item(item, where):
-    """Return (instruction, input, output) of a JSON value, in which the input may be missing. Raises UserError.
+    """Return (instruction, input, output) of an object, in which the input may be missing. Raises UserError.
 
     where: the place of the item, for the message.
     """
-    if not isinstance(item, dict):
-        raise UserError(f"{where} must be an object with instruction, input and output, but is a "
-                        f"{type(item).__name__}")
     texts = [item.get("instruction"), item.get("input") or "", item.get("output")]
     for name, text in zip(("instruction", "input", "output"), texts):
         if not isinstance(text, str):

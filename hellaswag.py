@@ -13,6 +13,7 @@ There are two styles; their scores are not comparable:
 
 train.py uses prepare_hellaswag() and evaluate_hellaswag(), too.
 """
+import itertools
 import json
 import math
 import re
@@ -34,6 +35,7 @@ from exactgpt.config import (
     write_json,
 )
 from exactgpt.distributed import StopRequested, start
+from exactgpt.documents import read_objects
 from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 from exactgpt.open_model import newest_model, open_model
 
@@ -102,20 +104,12 @@ def score_checkpoint(config, runtime):
     seconds = time.perf_counter() - begin
     runtime.print(format_score(score, seconds))
     if config.json and runtime.is_main:
-        write_result(config.json, dict(
+        write_json(config.json, dict(
             acc=score.acc, acc_norm=score.acc_norm, n=score.n, style=score.style, acc_stderr=score.stderr(score.acc),
             acc_norm_stderr=score.stderr(score.acc_norm), n_cut=score.n_cut, checkpoint=opened.source,
             data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name,
             seconds=round(seconds, 3)))
-
-
-def write_result(path, result):
-    """Write a result as JSON. Raises UserError if the file cannot be written."""
-    try:
-        write_json(path, result)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --json") from error
-    print(f"wrote {path}")
+        print(f"wrote {config.json}")
 
 
 def format_score(score, seconds):
@@ -170,30 +164,15 @@ def load_hellaswag(path, style="karpathy", limit=0):
 
     Raises UserError for an empty file, and with the line number for an invalid example.
     """
-    examples = []
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    examples.append(parse_example(line, style, f"{path}, line {number}"))
-                if limit and len(examples) == limit:
-                    break
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; leave out --data to download HellaSwag") from error
+    examples = [parse_example(item, style, where)
+                for where, item in itertools.islice(read_objects(path), limit or None)]
     if not examples:
         raise UserError(f"{path} is empty; it must contain one JSON example per line")
     return examples
 
 
-def parse_example(line, style, where):
-    """Parse a line of JSON (bytes) into an Example. Raises UserError that begins with `where`."""
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON; fix the line, or delete a damaged {DATA_FILE} to download it again"
-                        ) from error
-    if not isinstance(item, dict):
-        raise UserError(f"{where}: expected a JSON object, found a {type(item).__name__}")
+def parse_example(item, style, where):
+    """Make an Example of an item (a dict of the file's fields). Raises UserError that begins with `where`."""
     context = render_context(item, style, where)
     if not context.strip():
         raise UserError(f"{where}: the context is empty")

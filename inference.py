@@ -13,11 +13,10 @@ import itertools
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script, with_changes
+from exactgpt.config import DeviceConfig, UserError, flag, parse_config, read_text, run_script, with_changes
 from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
 from exactgpt.open_model import newest_model, open_model
@@ -92,14 +91,7 @@ def collect_prompts(config):
 
 def read_prompt(path):
     """Read a file (None: standard input) without its last newline. Raises UserError."""
-    name = path or "standard input"
-    try:
-        data = Path(path).read_bytes() if path else sys.stdin.buffer.read() if sys.stdin else b""
-        return data.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text (at byte {error.start})") from error
+    return read_text(path).replace("\r\n", "\n").removesuffix("\n") if path or sys.stdin else ""
 
 
 def prepare_decoder(opened, config):

@@ -179,13 +179,10 @@ def draw_lr_finder(lrs, losses, smoothed, suggestions):
 
 def write_csv(path, steps, smoothed):
     """Write step, lr, loss, grad_norm and smoothed loss of each step. Raises UserError if the disk refuses."""
-    try:
-        with atomic_write(path, "w") as f:
-            table = csv.DictWriter(f, [*steps[0], "smoothed"], lineterminator="\n")
-            table.writeheader()
-            table.writerows(dict(step, smoothed=float(value)) for step, value in zip(steps, smoothed))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with atomic_write(path, "w") as f:
+        table = csv.DictWriter(f, [*steps[0], "smoothed"], lineterminator="\n")
+        table.writeheader()
+        table.writerows(dict(step, smoothed=float(value)) for step, value in zip(steps, smoothed))
 
 
 def train_command(config, rate):

@@ -36,7 +36,7 @@ from exactgpt.checkpoint import (
     save_best,
     training_state,
 )
-from exactgpt.config import DeviceConfig, UserError, as_user_error, flag, parse_config, run_script, with_changes
+from exactgpt.config import RunConfig, UserError, as_user_error, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.device import (
     CompilationFailed,
@@ -47,7 +47,7 @@ from exactgpt.device import (
     keep_freed_memory,
     returning_freed_memory,
 )
-from exactgpt.distributed import STEADY_TIMEOUT_S, StopRequested, lock_folder, seed_everything, start, temporary_folder
+from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
 from exactgpt.generation import write_samples
 from exactgpt.launch import command_line
 from exactgpt.metrics import RunLog, print_banner, require_mlflow
@@ -71,7 +71,7 @@ WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
 # ---- flags -------------------------------------------------------------------
 
 @dataclass(kw_only=True)
-class TrainConfig(DeviceConfig):
+class TrainConfig(RunConfig):
     """The flags of train.py. The defaults are the GPT-2 124M run.
 
     keep=True: a resumed run must have the same value; check_same_run also compares the model's shape, length and data.
@@ -128,15 +128,8 @@ class TrainConfig(DeviceConfig):
                         choices=("auto", "on", "off"))
     attention: str = flag("auto", "backend of scaled_dot_product_attention", group="system",
                           choices=("auto", "flash", "cudnn", "efficient", "math"))
-    seed: int = flag(1337, "random seed for weights, data order and dropout", group="system", low=0, keep=True)
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time",
                            group="system")
-    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, but slower", group="system")
-    timeout: float = flag(float(STEADY_TIMEOUT_S), "seconds without progress after which a run of several processes "
-                          "ends and names the one that hangs; must exceed the longest save", group="system", above=0)
-    mlflow: bool = flag(False, "also log to a local MLflow store in --log_dir", group="system")
-    dry_run: bool = flag(False, "try two steps, an evaluation, a save and a load; report what the full run takes",
-                         group="system")
 
     def check(self):
         """Raise UserError for flags that contradict each other."""

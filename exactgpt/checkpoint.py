@@ -55,20 +55,16 @@ def checkpoint_path(log_dir, step):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of plain data to a file. Raises OSError if the disk is full; a file at `path` then stays as it was.
+    """Write a dict of plain data to a file. Raises UserError if the disk refuses; an older file stays.
 
     It is written beside `path` and renamed when it is complete: a kill halfway through must not leave a file that
     looks like the newest checkpoint.
     """
-    needed = checkpoint_bytes(checkpoint)
-    free = shutil.disk_usage(Path(path).parent).free
-    if free < needed:
-        raise OSError(f"{path} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left")
     try:
         with atomic_write(path) as f:
             torch.save(checkpoint, f)
     except RuntimeError as error:      # torch's zip writer hides the disk's own error
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
 
 
 def write_checkpoint(runtime, path, entries):
@@ -78,7 +74,7 @@ def write_checkpoint(runtime, path, entries):
         try:
             save_checkpoint(path, entries)
             print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
-        except OSError as error:
+        except UserError as error:
             problem = str(error)
             print(f"warning: checkpoint not written (older ones are intact): {problem}", flush=True)
     return runtime.sum(bool(problem))[0] == 0
@@ -118,22 +114,6 @@ def save_best(run, progress, config, runtime):
     initial = progress.step == 0                            # random weights, or those of another file
     if initial or write_checkpoint(runtime, path, model_entries(run, progress)):
         progress.best_val_loss = progress.val_loss
-
-
-def checkpoint_bytes(value):
-    """Estimate the bytes that a value takes in a checkpoint. A storage that tensors share counts once."""
-    storages, other = {}, 0
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes() + 256
-        elif isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            pending.extend(item)
-        other += len(item) if isinstance(item, str) else 64
-    return sum(storages.values()) + other
 
 
 def disk_bytes(config, n_params, max_steps):

@@ -68,6 +68,18 @@ class DeviceConfig(TokenizerConfig):
                       "older CUDA GPUs, else fp32", group="system", choices=("auto", "bf16", "fp16", "fp32"))
 
 
+@dataclass(kw_only=True)
+class RunConfig(DeviceConfig):
+    """The flags of every script that trains a model; keep=True: a resumed run must have the same value."""
+    seed: int = flag(1337, "random seed for weights, data order and dropout", group="system", low=0, keep=True)
+    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, but slower", group="system")
+    timeout: float = flag(600.0, "seconds without progress after which a run of several processes ends and names the "
+                          "one that hangs; must exceed the longest save", group="system", above=0)
+    mlflow: bool = flag(False, "also log to a local MLflow store in the run's folder", group="system")
+    dry_run: bool = flag(False, "try two steps, an evaluation and a save; report what the full run takes",
+                         group="system")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")
@@ -227,21 +239,26 @@ def atomic_write(path, mode="wb"):
     """Open PATH.tmp for writing; on a clean exit, flush it to disk and rename it to `path`.
 
     The order is write, fsync, rename, fsync of the folder: after kill -9 or a power cut `path` is the complete old or
-    the complete new file. The temporary name is fixed, so that the next attempt overwrites a leftover.
+    the complete new file. The temporary name is fixed, so that the next attempt overwrites a leftover. Raises UserError
+    if the disk refuses; a file at `path` then stays as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)      # after the fsync: a power cut must not leave the name on half of the data
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+                            ) from error
         raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder):
@@ -261,12 +278,22 @@ def write_json(path, value):
         f.write("\n")
 
 
+def read_text(path):
+    """Return the text of a UTF-8 file (None: standard input), without a byte-order mark. Raises UserError."""
+    name = path or "standard input"
+    try:
+        return (Path(path).read_bytes() if path else sys.stdin.buffer.read()).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (at byte {error.start}); convert it first, for instance with iconv "
+                        "-f latin1 -t utf-8") from error
+
+
 def read_json(path, kind=dict):
     """Return the JSON value of type `kind` in a file. Raises UserError naming the file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(value, kind):

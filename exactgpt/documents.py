@@ -17,7 +17,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from exactgpt.config import UserError
+from exactgpt.config import UserError, read_json
 
 PART_CHARS = 1 << 20       # a longer .txt or .md document is yielded in parts of about this many characters
 PIECE_BYTES = 1 << 21      # size of the pieces that split_into_pieces makes
@@ -131,18 +131,36 @@ def check_columns_exist(columns, present, where):
             raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present))}{hint}")
 
 
-def parse_json_line(line, where, columns):
-    """Return the values of the columns in one line of JSON (str or bytes). Raises UserError."""
+def read_objects(path):
+    """Yield (place for messages, object) for each object in a .json list, or in any other file one a line.
+
+    Raises UserError that names the place.
+    """
+    if Path(path).suffix.lower() == ".json":
+        for i, value in enumerate(read_json(path, list), 1):
+            yield f"{path}, item {i}", _require_object(value, f"{path}, item {i}")
+    else:
+        with _open_text(path) as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", parse_object(line, f"{path}, line {number}")
+
+
+def parse_object(line, where):
+    """Return the object in one line of JSON (str or bytes). Raises UserError that names the place `where`."""
     try:
-        value = json.loads(line)
+        return _require_object(json.loads(line), where)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from error
-    return _column_values(value, where, columns)
+
+
+def _require_object(value, where):
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a JSON object, but is a {type(value).__name__}")
+    return value
 
 
 def _column_values(value, where, columns):
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: must be a JSON object, but is a {type(value).__name__}")
     check_columns_exist(columns, value, where)
     return [_replace_lone_surrogates(value[c]) if isinstance(value[c], str) else value[c] for c in columns]
 
@@ -156,27 +174,9 @@ def _replace_lone_surrogates(text):
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_jsonl(path, columns):
-    with _open_text(path) as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield where, parse_json_line(line, where, columns)
-
-
 def _read_json(path, columns):
-    with _open_text(path) as f:
-        try:
-            rows = json.load(f)
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must contain a JSON list of objects, but contains a {type(rows).__name__}")
-    for i, row in enumerate(rows):
-        where = f"{path}, item {i}"
-        yield where, _column_values(row, where, columns)
+    for where, value in read_objects(path):
+        yield where, _column_values(value, where, columns)
 
 
 def _read_csv(path, columns, **dialect):
@@ -231,7 +231,7 @@ def _parquet_errors(path):
 
 # File suffix -> function(path, columns) that yields (place for messages, values of the columns) for each row. None:
 # plain text without columns, read by _read_text.
-READERS = {".txt": None, ".md": None, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
+READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
            ".parquet": _read_parquet}
 
 
@@ -275,7 +275,7 @@ def read_jsonl_lines(path, column, start, stop):
         where = f"{path}, byte {start:,}"
         start += len(line) + 1
         if line.strip():
-            (text,) = parse_json_line(line, where, [column])
+            (text,) = _column_values(parse_object(line, where), where, [column])
             yield text if type(text) is str else _to_text(text, where, column), True
 
 

@@ -478,8 +478,5 @@ def save_figure(figure, path):
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"cannot write {path}: the file name must end in {' or '.join(FORMATS)}")
-    try:
-        with atomic_write(path) as f:
-            figure.savefig(f, format=path.suffix.lower()[1:])
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
+    with atomic_write(path) as f:
+        figure.savefig(f, format=path.suffix.lower()[1:])

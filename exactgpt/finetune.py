@@ -17,9 +17,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from exactgpt.checkpoint import changed_flags, read_checkpoint, restore_optimizer, save_checkpoint, weights_hash
-from exactgpt.config import DeviceConfig, RunFailed, UserError, flag, with_changes
+from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes
 from exactgpt.device import find_micro_batch_size
-from exactgpt.distributed import STEADY_TIMEOUT_S, StopRequested, lock_folder, seed_everything, temporary_folder
+from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
 from exactgpt.finetune_data import Example, empty_batch, evaluation_batches, hash_examples, make_batches
 from exactgpt.launch import command_line
 from exactgpt.lora import add_adapter
@@ -34,7 +34,7 @@ STATE_NAME = "state.pt"  # in --out: what a run resumes from
 
 
 @dataclass(kw_only=True)
-class TuneConfig(DeviceConfig):
+class TuneConfig(RunConfig):
     """The flags shared by the fine-tuning scripts; keep=True: a resumed run must have the same value."""
     data: str = flag("", "training examples (required)", group="data")
     val_fraction: float = flag(0.1, "fraction of the examples used for validation", group="data", above=0, below=1,
@@ -68,15 +68,6 @@ class TuneConfig(DeviceConfig):
 
     resume: str = flag("auto", "auto: resume the run in --out, if any; never", group="system",
                        choices=("auto", "never"))
-    seed: int = flag(1337, "random seed for the split, data order, new weights and dropout", group="system", low=0,
-                     keep=True)
-    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, but slower", group="system")
-    timeout: float = flag(float(STEADY_TIMEOUT_S), "seconds without progress after which a run of several processes "
-                          "ends and names the one that hangs; must exceed the time to write the results",
-                          group="system", above=0)
-    mlflow: bool = flag(False, "also log to a local MLflow store in --out", group="system")
-    dry_run: bool = flag(False, "print some examples, try two steps and write the results, then delete everything",
-                         group="system")
 
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""
@@ -458,10 +449,7 @@ def save_state(run, progress, config, runtime, finished=False):
                        best=dict(score=best.score, epoch=best.epoch, facts=best.metrics, weights=best.weights),
                        trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(),
                        scaler=run.scaler.state_dict())
-    try:
-        save_checkpoint(Path(config.out) / STATE_NAME, entries)
-    except OSError as error:
-        raise UserError(f"cannot write the run's state: {error}; make room and run the same command") from error
+    save_checkpoint(Path(config.out) / STATE_NAME, entries)
 
 
 def resume(run, runtime, state):
@@ -496,6 +484,6 @@ def writing_results(config):
         yield
     except RunFailed:
         raise
-    except (OSError, UserError) as error:
+    except UserError as error:
         raise RunFailed(f"cannot write the results to {config.out} ({error}); make room and run the same command: it "
                         "resumes after the training") from error

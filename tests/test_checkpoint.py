@@ -15,7 +15,6 @@ import train
 from exactgpt.checkpoint import (
     CheckpointError,
     check_disk,
-    checkpoint_bytes,
     checkpoint_path,
     delete_old_checkpoints,
     disk_bytes,
@@ -73,12 +72,6 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_is_plain_data(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model_00250.pt"]
 
 
-def test_the_size_is_known_before_it_is_written(tmp_path):
-    big = dict(entries(), optimizer=[torch.zeros(1000, dtype=torch.float16) for _ in range(200)])
-    save_checkpoint(tmp_path / "a.pt", big)
-    assert checkpoint_bytes(big) == pytest.approx((tmp_path / "a.pt").stat().st_size, rel=0.25)
-
-
 @pytest.mark.slow
 def test_kill_9_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run, tmp_path):
     """A child saves checkpoint after checkpoint under one name; it is killed 12 times."""
@@ -112,24 +105,16 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(run, tmp_path):
 import resource, torch
 from pathlib import Path
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
+from exactgpt.config import UserError
 path = Path({str(tmp_path / "model_00001.pt")!r})
 save_checkpoint(path, dict(step=1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save_checkpoint(path, dict(step=2, w=torch.zeros(1_000_000)))
-except OSError as error:
-    print("OSError", len(str(error).splitlines()))
+except UserError as error:
+    print("UserError", len(str(error).splitlines()))
 print(read_checkpoint(path), [p.name for p in path.parent.iterdir()])""")
-    assert (rc, out) == (0, "OSError 1\n{'step': 1} ['model_00001.pt']\n"), err
-
-
-def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
-    path = tmp_path / "model_00001.pt"
-    save_checkpoint(path, dict(step=1))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(OSError, match=r"needs 4\.0 MB, the disk has 1\.0 kB left"):
-        save_checkpoint(path, dict(w=torch.zeros(1_000_000)))
-    assert read_checkpoint(path) == dict(step=1)
+    assert (rc, out) == (0, "UserError 1\n{'step': 1} ['model_00001.pt']\n"), err
 
 
 @pytest.mark.parametrize("flags, files, bests", [

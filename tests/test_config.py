@@ -294,7 +294,7 @@ def test_json_survives_the_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("data, message", [
-    (b"{", "is not valid JSON"), (b"", "is not valid JSON"), (b"\xff\xfe", "is not valid JSON"),
+    (b"{", "is not valid JSON"), (b"", "is not valid JSON"), (b"\xff\xfe", "is not UTF-8 text"),
     (b"[" * 200_000, "is not valid JSON"), (b"[1]", "must hold a JSON dict, but holds a list"), (None, "cannot read"),
 ], ids=["cut", "empty", "not UTF-8", "deep", "list", "absent"])
 def test_bad_json_is_a_user_error_that_names_the_file(tmp_path, data, message):

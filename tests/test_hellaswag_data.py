@@ -30,17 +30,17 @@ def test_an_example_without_the_two_parts_renders_as_one_with_them():
     for line in HELLASWAG_FILE.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         if item["ctx_b"][:1].islower():
-            whole = parse_example(line, "lm_eval", "")
+            whole = parse_example(dict(item), "lm_eval", "")
             del item["ctx_a"], item["ctx_b"]
-            assert parse_example(json.dumps(item), "lm_eval", "") == whole
+            assert parse_example(item, "lm_eval", "") == whole
 
 
 def test_the_two_styles_render_as_their_originals():
-    line = json.dumps(dict(
+    item = dict(
         activity_label="Pets", label="2", ctx="[header] How to [title] Wait. [step] Sit  down. THE cat",
         ctx_a="[header] How to [title] Wait. [step] Sit  down.", ctx_b="THE cat",
-        endings=["[substeps] One [x] two.", "b", "c", "d [title] e"]))
-    karpathy, lm_eval = (parse_example(line, style, "") for style in hellaswag.STYLES)
+        endings=["[substeps] One [x] two.", "b", "c", "d [title] e"])
+    karpathy, lm_eval = (parse_example(item, style, "") for style in hellaswag.STYLES)
     assert karpathy.context == "[header] How to [title] Wait. [step] Sit  down. THE cat"
     assert karpathy.endings == ("[substeps] One [x] two.", "b", "c", "d [title] e") and karpathy.label == 2
     assert lm_eval.context == "Pets: How to. Wait. Sit down. The cat"
@@ -76,9 +76,9 @@ def test_an_invalid_example_is_reported_with_its_line(tmp_path, style, change, m
     (b"", "is empty; it must contain one JSON example per line"),
     (b"\n \n", "is empty; it must contain one JSON example per line"),
     (json.dumps(HELLASWAG_EXAMPLE).encode() + b"\n" + json.dumps(HELLASWAG_EXAMPLE).encode()[:40],
-     "line 2: not valid JSON; fix the line, or delete a damaged data"),
-    (b"\xff\xfe{}\n", "line 1: not valid JSON"),
-    (b"[1, 2]\n", "line 1: expected a JSON object, found a list"),
+     "line 2: not valid JSON"),
+    (b"\xff\xfe{}\n", "is not UTF-8 text"),
+    (b"[1, 2]\n", "line 1: must be a JSON object, but is a list"),
     (b"[" * 100_000, "line 1: not valid JSON"),
 ])
 def test_a_damaged_file_is_reported_with_its_line(tmp_path, data, message):
