@@ -8,6 +8,8 @@
 
 If a run is killed or stopped, the same command continues it.
 """
+import exactgpt.launch  # noqa: F401  before torch, see there
+
 import collections
 import csv
 import importlib.util

@@ -7,6 +7,8 @@
 
 Only the answers count in the loss. If a run is killed or stopped, the same command continues it.
 """
+import exactgpt.launch  # noqa: F401  before torch, see there
+
 import math
 import shlex
 import shutil

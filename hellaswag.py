@@ -13,6 +13,8 @@ There are two styles; their scores are not comparable:
 
 train.py uses prepare_hellaswag() and evaluate_hellaswag(), too.
 """
+import exactgpt.launch  # noqa: F401  before torch, see there
+
 import itertools
 import json
 import math

@@ -7,6 +7,8 @@ Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py co
 influence that run, which starts from the same weights and tokens as without it. (Smith 2015, arXiv 1506.01186; one
 tenth of the minimum as in fastai's lr_find.)
 """
+import exactgpt.launch  # noqa: F401  before torch, see there
+
 import csv
 import os
 import shlex

@@ -9,6 +9,8 @@ Killed, preempted or crashed: the same command resumes from the newest checkpoin
 To understand one training step read four files: this one, exactgpt/dataloader.py (which tokens), model.py (the loss),
 exactgpt/optimizer.py (the update, the schedules); sums over ranks and stops are in exactgpt/distributed.py.
 """
+from exactgpt.launch import command_line  # before torch, see there
+
 import gc
 import math
 import time
@@ -49,7 +51,6 @@ from exactgpt.device import (
 )
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
 from exactgpt.generation import write_samples
-from exactgpt.launch import command_line
 from exactgpt.metrics import RunLog, print_banner, require_mlflow
 from exactgpt.open_model import build_model, open_weights
 from exactgpt.optimizer import SkippedSteps, decay_start, finish_step, learning_rate_factor, make_optimizer

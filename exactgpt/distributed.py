@@ -32,7 +32,6 @@ from torch.nn.parallel import DistributedDataParallel
 from exactgpt.config import FolderLock, RunFailed, UserError
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
 from exactgpt.hang_watch import HANG_GRACE_S, enable_flight_recorder, peer_failure, watch_run
-from exactgpt.launch import die_with_launcher
 from exactgpt.rendezvous import wait_for_peers
 
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
@@ -255,7 +254,6 @@ def start(config):
     device, hardware, dtype_name = _choose_hardware(config, rank, local_rank)
     runtime = Runtime(rank, local_rank, world_size, device, hardware, dtype_name,
                       timeout_s=getattr(config, "timeout", STEADY_TIMEOUT_S))
-    die_with_launcher()
     previous = _catch_signals(runtime)
     if getattr(config, "deterministic", False):
         set_deterministic()

@@ -5,6 +5,8 @@ number of targets in the whole step, so without dropout the gradient is the same
 size and number of processes.
 Shapes: B rows of a batch, T tokens.
 """
+from exactgpt.launch import command_line
+
 import contextlib
 import dataclasses
 import math
@@ -21,7 +23,6 @@ from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
 from exactgpt.finetune_data import Example, empty_batch, evaluation_batches, hash_examples, make_batches
-from exactgpt.launch import command_line
 from exactgpt.lora import add_adapter
 from exactgpt.metrics import TuneLog, require_mlflow
 from exactgpt.open_model import build_model, open_model

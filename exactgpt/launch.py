@@ -1,9 +1,14 @@
-"""Helpers that depend on how this process was started: by hand or by torchrun. Standard library only."""
+"""How this process was started: by hand or by torchrun. Standard library only.
+
+Each script imports this file before torch, whose import takes seconds: a launcher may be killed meanwhile.
+"""
+import contextlib
 import ctypes
 import os
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 
 def die_with_launcher():
@@ -13,12 +18,18 @@ def die_with_launcher():
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before prctl took effect
-        os._exit(1)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # 1 = PR_SET_PDEATHSIG
+    # If torchrun died before prctl took effect, init (or systemd --user) has adopted this process. In a container
+    # torchrun itself may be process 1, but then that is a Python process.
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        if (os.getppid() == 1 or b"systemd" in command) and b"python" not in command:
+            os._exit(1)
 
 
 def command_line():
     """Return the command that started this process, as typed; under torchrun only the part that torchrun ran."""
     return " ".join(["torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python", *map(shlex.quote, sys.argv)])
+
+
+die_with_launcher()

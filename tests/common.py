@@ -2,6 +2,9 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +32,15 @@ def script_env(home, more=None):
 def torchrun(run, n, *flags, script="train.py", **options):
     """Run a script under torchrun with n processes, by the fixture `run`; return (rc, stdout, stderr)."""
     return run(*torchrun_arguments(n), ROOT / script, *flags, **options)
+
+
+def start_process(tmp_path, *arguments, **env):
+    """Start Python with some arguments in the background; return the Popen, whose `log` is the file of its output."""
+    log = open(tmp_path / f"out_{time.monotonic_ns()}", "w+")
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+                               env=script_env(tmp_path, env))
+    process.log = log
+    return process
 
 
 def torchrun_arguments(n, *more):

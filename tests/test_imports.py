@@ -59,8 +59,8 @@ def test_no_function_that_preparation_and_plots_can_reach_imports_torch(name):
 
 @pytest.mark.parametrize("name", sorted(TREES))
 def test_the_top_level_only_defines(name):
-    """Docstring, imports, constants, definitions, and in scripts the guarded call of main()."""
-    for node in TREES[name].body:
+    """Docstring, imports, constants, definitions, in scripts the guarded call of main(), and the death signal."""
+    for node in TREES[name].body[:-1 if name == "exactgpt.launch" else None]:
         if isinstance(node, ast.If):
             assert ast.unparse(node.test) == "__name__ == '__main__'" and name in SCRIPTS, ast.unparse(node)
         else:

@@ -4,7 +4,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from exactgpt.checkpoint import (
     save_checkpoint,
 )
 from exactgpt.config import UserError
-from tests.common import ROOT, script_env, torchrun_arguments
+from tests.common import ROOT, start_process, torchrun_arguments
 from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, checkpoint_state
 
 
@@ -79,15 +78,6 @@ def test_a_stopped_run_saves_exits_0_and_goes_on_bitwise(train_ranks, make_shard
     assert_same_run(reference, tmp_path / "stopped")
 
 
-def start(tmp_path, *arguments, **env):
-    """A process in the background, its output in a file."""
-    log = open(tmp_path / f"out_{time.monotonic_ns()}", "w+")
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
-                               env=script_env(tmp_path, env))
-    process.log = log
-    return process
-
-
 def wait_for(folder, pattern, seconds=60):
     """Wait until a file matches."""
     deadline = time.monotonic() + seconds
@@ -100,7 +90,7 @@ def wait_for(folder, pattern, seconds=60):
 def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_shards, tmp_path):
     flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--max_steps", 2000)
     logs = tmp_path / "logs"
-    launched = start(tmp_path, *launcher_words(*flags, "--log_dir", logs))
+    launched = start_process(tmp_path, *launcher_words(*flags, "--log_dir", logs))
     wait_for(logs, "model_00004.pt")
     launched.send_signal(signal.SIGTERM)
     launched.wait(timeout=60)
@@ -108,12 +98,12 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     saved = re.search(r"stopped before step (\d+)", launched.log.read())
     assert saved and (logs / f"model_{int(saved[1]):05d}.pt").exists()
 
-    launched = start(tmp_path, *launcher_words(*flags, "--log_dir", logs))
+    launched = start_process(tmp_path, *launcher_words(*flags, "--log_dir", logs))
     wait_for(logs, f"model_{(int(saved[1]) // 4 + 3) * 4:05d}.pt")
     workers = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     launched.kill()
-    again = start(tmp_path, *launcher_words(*flags, "--log_dir", logs))         # at once: waits for the lock, continues
+    again = start_process(tmp_path, *launcher_words(*flags, "--log_dir", logs))         # at once: waits for the lock, continues
     launched.wait()
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
