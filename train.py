@@ -36,7 +36,6 @@ from exactgpt.checkpoint import (
     resume_source,
     save,
     save_best,
-    training_state,
 )
 from exactgpt.config import RunConfig, UserError, as_user_error, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
@@ -273,7 +272,7 @@ def set_up(config, runtime, saves=True):
     if checkpoint:
         # Load the optimizer's state last, so that it does not take up GPU memory during the micro-batch search. It
         # goes straight to the devices, because a node's RAM may not hold one copy per rank.
-        restore_optimizer(run, runtime.broadcast(lambda: training_state(full_checkpoint), on_device=True))
+        restore_optimizer(run, runtime.broadcast(lambda: {**full_checkpoint, "model": None}, on_device=True))
     print_banner(run, config, runtime, checkpoint, saves)
     return run, progress
 
@@ -441,13 +440,6 @@ def due(step, every, last=False):
     return every > 0 and (step % every == 0 or last)
 
 
-def save_due(progress, config):
-    """Return True if a checkpoint is due at this step, or another attempt at one that failed."""
-    last = progress.step == progress.last_step
-    retry = progress.save_failed and progress.step % RETRY_STEPS == 0
-    return last or due(progress.step, config.checkpoint_every) or retry
-
-
 # ---- the loop ----------------------------------------------------------------
 
 def loop(run, progress, config, runtime, log, hellaswag):
@@ -486,7 +478,8 @@ def loop(run, progress, config, runtime, log, hellaswag):
                     log.samples(step, write_samples(run, config, runtime, step))
 
             # once in a while: a checkpoint, but not of the weights we started from, unless there is nothing to train
-            if save_due(progress, config) and (step > first_step or last):
+            retry = progress.save_failed and step % RETRY_STEPS == 0
+            if last or (step > first_step and (due(step, config.checkpoint_every) or retry)):
                 with log.timed("checkpoint", config.checkpoint_every):
                     save(run, progress, config, runtime, finished=last)
             if last:
@@ -511,12 +504,14 @@ def loop(run, progress, config, runtime, log, hellaswag):
 
 # ---- main --------------------------------------------------------------------
 
-def load_hellaswag(run, config, runtime, limit=0):
-    """Return HellaSwag prepared for this model, `limit` items of it (0: all), or None if it is never due."""
-    if not config.hellaswag_every:
-        return None
-    return prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
-
+def prepare(run, config, runtime, limit=0):
+    """Warm up, and return HellaSwag prepared for the model, `limit` items of it (0: all); None if it is never due."""
+    hellaswag = None
+    if config.hellaswag_every:
+        hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
+    warm_up(run, runtime)
+    runtime.setup_done()
+    return hellaswag
 
 def train(config, runtime):
     """Start a run, or resume it from a checkpoint; train to its end, or until a stop. Raises UserError, RunFailed."""
@@ -528,9 +523,7 @@ def train(config, runtime):
             return
         first_step = progress.step
         try:
-            hellaswag = load_hellaswag(run, config, runtime)
-            warm_up(run, runtime)
-            runtime.setup_done()
+            hellaswag = prepare(run, config, runtime)
             with closing(RunLog(run, progress, config, runtime)) as log:      # cuts logs back to this step
                 try:
                     loop(run, progress, config, runtime, log, hellaswag)
@@ -556,16 +549,13 @@ def dry_run(config, runtime):
                              val_tokens=min(config.val_tokens, config.total_batch_size))
         run, progress = set_up(small, runtime)
         try:
-            hellaswag = load_hellaswag(run, small, runtime, DRY_RUN_ITEMS)
-            warm_up(run, runtime)
-            runtime.setup_done()
+            hellaswag = prepare(run, small, runtime, DRY_RUN_ITEMS)
             with closing(RunLog(run, progress, small, runtime)) as log:
                 loop(run, progress, small, runtime, log, hellaswag)
         except StopRequested:
             runtime.print("the dry run was stopped")
             return
-        restore_optimizer(run, runtime.broadcast(
-            lambda: training_state(find_checkpoint(small, runtime.print)), on_device=True))
+        restore_optimizer(run, runtime.broadcast(lambda: find_checkpoint(small, runtime.print), on_device=True))
         shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)      # of a full evaluation that were done here
         if config.eval_every:
             n_small, n_full = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))

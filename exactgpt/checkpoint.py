@@ -24,12 +24,12 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from exactgpt.config import RunFailed, UserError, atomic_write, fields_kept_on_resume, human_bytes
+from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
@@ -81,7 +81,7 @@ def write_checkpoint(runtime, path, entries):
 
 
 def model_entries(run, progress):
-    """Return the entries of a checkpoint that are needed to use the model."""
+    """Return the entries of a checkpoint that using the model needs."""
     return dict(model=run.raw_model.state_dict(), config=run.raw_model.config_dict(),
                 tokenizer=run.tokenizer.to_checkpoint(), step=progress.step, val_loss=progress.val_loss)
 
@@ -146,14 +146,12 @@ def read_checkpoint(path):
     """Load the dict in a checkpoint file to the CPU. Raises CheckpointError, in one line, if anything is wrong."""
     try:
         open(path, "rb").close()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no checkpoint {path}: there is no such file") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path} is a folder; name a file in it, such as model_XXXXX.pt") from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     try:
-        _check_sums(path)
+        with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
+            if archive and archive.testzip():      # torch.load does not compare a part with its checksum
+                raise ValueError("a part differs from its checksum")
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
             warnings.simplefilter("ignore")      # about a pickle protocol; what matters becomes an error below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -168,33 +166,31 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def _check_sums(path):
-    """Raise ValueError if a part of the file differs from its checksum, which torch.load does not compare."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} differs from its checksum")
-
-
 def list_checkpoints(log_dir):
     """Return [(step, path)] of the numbered checkpoints in a folder, the newest step first."""
     found = [(int(m[1]), p) for p in Path(log_dir).glob("model_*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
     return sorted(found, reverse=True)
 
 
-def newest_valid(log_dir, check, notice=print):
-    """Return (path, checkpoint) of the newest step that loads and that check(checkpoint, path) accepts.
+def read_training_checkpoint(path):
+    """Load a checkpoint that a run can resume from. Raises CheckpointError if an entry is missing or damaged."""
+    checkpoint = read_checkpoint(path)
+    for name, kind in TRAINING_ENTRIES.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise CheckpointError(f"{path} cannot be resumed: its entry {name!r} is missing or damaged; to use its "
+                                  f"weights alone: --init_from {path}")
+    return checkpoint
 
-    Skips damaged files with a notice. Returns None if the folder has no checkpoint; raises CheckpointError if it has
-    some but none is good.
+
+def newest_valid(log_dir, notice=print):
+    """Return the checkpoint of the newest step that a run can resume from, None if the folder has no checkpoint.
+
+    Skips damaged files with a notice. Raises CheckpointError if none is good.
     """
     problem = None
     for _, path in list_checkpoints(log_dir):
         try:
-            checkpoint = read_checkpoint(path)
-            check(checkpoint, path)
-            return path, checkpoint
+            return read_training_checkpoint(path)
         except CheckpointError as error:
             problem = error
             notice(f"skipping a checkpoint: {error}")
@@ -239,46 +235,42 @@ def find_checkpoint(config, notice):
                             "delete it")
         return None
     if config.resume == "auto":
-        found = newest_valid(config.log_dir, check_training_entries, notice)
-        return found[1] if found else None
+        return newest_valid(config.log_dir, notice)
     newest = None
     with contextlib.suppress(CheckpointError):       # all checkpoints in log_dir are damaged: FILE may be intact
-        newest = (newest_valid(config.log_dir, check_training_entries, notice) or (None, None))[1]
+        newest = newest_valid(config.log_dir, notice)
     if newest and newest["train_config"].get("resume") == config.resume:
         return newest                                # FILE itself may have been deleted as an old checkpoint by now
-    checkpoint = read_checkpoint(config.resume)
-    check_training_entries(checkpoint, config.resume)
+    checkpoint = read_training_checkpoint(config.resume)
     if not newest or newest["step"] <= checkpoint["step"]:
         return checkpoint
     raise UserError(f"{config.log_dir} contains a later checkpoint, of step {newest['step']}: leave out --resume to "
                     f"resume from it, or use another --log_dir to resume from {config.resume}")
 
 
-def check_training_entries(checkpoint, path):
-    """Raise CheckpointError unless the checkpoint has every entry that resuming needs."""
-    for name, kind in TRAINING_ENTRIES.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise CheckpointError(f"{path} cannot be resumed: its entry {name!r} is missing or damaged; to use its "
-                                  f"weights alone: --init_from {path}")
-
-
 def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     """Raise UserError, naming what differs, unless the flags and the data are those of the checkpoint's run.
 
-    requested_shape: of the model, as the flags ask for it; None stands for what they leave open.
+    requested_shape: of the model, as the flags ask for it; None stands for what they leave open. The schedule depends
+    on max_steps, so they may not change either, but a wsd run may be made longer until its decay begins.
     """
+    source, step, resolved = resume_source(config), checkpoint["step"], checkpoint["resolved"]
     differing = changed_flags(config, checkpoint["train_config"])
     for name, value in requested_shape.items():
         if value is not None and value != checkpoint["config"].get(name):
             differing.append(f"--{name} {value} (it has {checkpoint['config'].get(name)})")
     if fingerprint != checkpoint["data"]:
         differing.append("other token shards in --data_dir")
-    if plan.warmup_steps != checkpoint["resolved"].get("warmup_steps"):
-        differing.append(f"--warmup_steps {plan.warmup_steps} (it has {checkpoint['resolved'].get('warmup_steps')})")
+    if plan.warmup_steps != resolved.get("warmup_steps"):
+        differing.append(f"--warmup_steps {plan.warmup_steps} (it has {resolved.get('warmup_steps')})")
     if differing:
-        raise UserError(f"{resume_source(config)} contains another run, at step {checkpoint['step']}: "
-                        f"{', '.join(differing)}. Use its flags to resume it, or another --log_dir for a new run")
-    _check_length(config, checkpoint, plan)
+        raise UserError(f"{source} contains another run, at step {step}: {', '.join(differing)}. Use its flags to "
+                        "resume it, or another --log_dir for a new run")
+    old = resolved.get("max_steps", 0)
+    longer = config.schedule == "wsd" and plan.max_steps > old and step <= resolved.get("decay_start", 0)
+    if plan.max_steps != old and not longer:
+        raise UserError(f"{source} contains a run of {old} steps, not {plan.max_steps}: its learning rates depend on its "
+                        f"length. To train its model further: --init_from {suggested_init(config, step)} --log_dir NEW")
 
 
 def resume_source(config):
@@ -288,29 +280,14 @@ def resume_source(config):
 
 def suggested_init(config, step):
     """Return what to suggest for --init_from: the checkpoint of a step, for messages."""
-    path = checkpoint_path(config.log_dir, step)
+    path = checkpoint_path(config.log_dir, step)      # not the folder: a newer run may lie below it
     return path if path.exists() else resume_source(config)
 
 
 def changed_flags(config, stored):
     """Return the flags that a resumed run must keep but that differ from the stored ones: ["--seed 2 (it has 1)"]."""
-    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in fields_kept_on_resume(type(config))
-            if name in stored and stored[name] != getattr(config, name)]
-
-
-def _check_length(config, checkpoint, plan):
-    """Raise UserError if max_steps has changed, since the schedule depends on it.
-
-    A wsd run may be made longer until its decay begins.
-    """
-    old, step = checkpoint["resolved"].get("max_steps"), checkpoint["step"]
-    if plan.max_steps == old:
-        return
-    decaying = step > checkpoint["resolved"].get("decay_start", 0)
-    if config.schedule != "wsd" or plan.max_steps < old or decaying:
-        raise UserError(f"{resume_source(config)} contains a run of {old} steps, not {plan.max_steps}: its learning "
-                        f"rates depend on its length. To train its model further: --init_from "
-                        f"{suggested_init(config, step)} --log_dir NEW")
+    return [f"--{f.name} {getattr(config, f.name)} (it has {stored[f.name]})" for f in fields(config)
+            if f.metadata["keep"] and stored.get(f.name, getattr(config, f.name)) != getattr(config, f.name)]
 
 
 def final_step(config, checkpoint, plan):
@@ -318,15 +295,15 @@ def final_step(config, checkpoint, plan):
 
     Raises AlreadyFinished if the checkpoint is the run's last.
     """
+    step = checkpoint["step"]
     # True if --stop_loss ended the run here, before max_steps, and has not been lowered since.
-    at_end = checkpoint["finished"] or checkpoint.get("last_step") == checkpoint["step"]
-    early = checkpoint["step"] < checkpoint["resolved"].get("max_steps", 0)
-    reached = at_end and early and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss
-    last_step = checkpoint["step"] if reached else plan.max_steps
-    if checkpoint["finished"] and checkpoint["step"] >= last_step:
-        raise AlreadyFinished(f"the run in {resume_source(config)} is finished, at step {checkpoint['step']}; to train "
-                              f"its model further: --init_from {suggested_init(config, checkpoint['step'])} --log_dir "
-                              "NEW")
+    at_end = checkpoint["finished"] or checkpoint.get("last_step") == step
+    reached = (at_end and step < checkpoint["resolved"].get("max_steps", 0)
+               and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss)
+    last_step = step if reached else plan.max_steps
+    if checkpoint["finished"] and step >= last_step:
+        raise AlreadyFinished(f"the run in {resume_source(config)} is finished, at step {step}; to train its model "
+                              f"further: --init_from {suggested_init(config, step)} --log_dir NEW")
     return last_step
 
 
@@ -352,11 +329,6 @@ def adopt_resolved(config, runtime, checkpoint, local_windows):
                 raise
             size = 0
     return size
-
-
-def training_state(checkpoint):
-    """Return the part of a checkpoint that `restore_optimizer` takes."""
-    return {name: checkpoint[name] for name in ("optimizer", "scaler")}
 
 
 def restore_optimizer(run, state):

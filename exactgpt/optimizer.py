@@ -43,7 +43,7 @@ def learning_rate_factor(step, plan, schedule, min_factor):
     al. 2024, MiniCPM). plan: anything with max_steps and warmup_steps.
 
     To add a schedule: a branch here, and its name in --schedule (train.py). If its runs may be made longer, also
-    _check_length in checkpoint.py.
+    check_same_run in checkpoint.py.
     """
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from exactgpt.checkpoint import check_training_entries, read_checkpoint, save_checkpoint
+from exactgpt.checkpoint import read_training_checkpoint, save_checkpoint
 from exactgpt.config import UserError
 from exactgpt.dataloader import TokenStream
 from exactgpt.open_model import open_model, write_pretrained
@@ -155,11 +155,10 @@ def make_checkpoint(folder):
     save_checkpoint(folder / "model_00003.pt", training_entries())
 
 
-def read_training_checkpoint(folder):
+def read_as_a_resumed_run(folder):
     """Read a checkpoint as a resumed run and inference.py do; return hashes of all that they use."""
     path = folder / "model_00003.pt"
-    checkpoint = read_checkpoint(path)
-    check_training_entries(checkpoint, path)
+    checkpoint = read_training_checkpoint(path)
     opened = open_model(path)
     return (hash_tree(checkpoint), hash_tree(opened.model.state_dict()), opened.tokenizer.name,
             hash_tree(logits_of_two_tokens(opened)))
@@ -279,9 +278,9 @@ TARGETS = {
                          lambda good, bad: len(good) != len(bad) or good[:12] != bad[:12]),
     "manifest": Target(make_shards, ("manifest.json",), read_shards, train_command, always),
     "vocabulary": Target(make_shards, ("vocab.bpe", "encoder.json"), read_shards, train_command, always),
-    "checkpoint": Target(make_checkpoint, ("model_00003.pt",), read_training_checkpoint,
+    "checkpoint": Target(make_checkpoint, ("model_00003.pt",), read_as_a_resumed_run,
                          inference_command("model_00003.pt"), always),
-    "pickle bomb": Target(make_checkpoint, ("model_00003.pt",), read_training_checkpoint,
+    "pickle bomb": Target(make_checkpoint, ("model_00003.pt",), read_as_a_resumed_run,
                           inference_command("model_00003.pt"), never),
     "config.json": Target(make_pretrained, ("hf/config.json",), read_pretrained, inference_command("hf"), never),
     "safetensors": Target(make_pretrained, ("hf/model.safetensors",), read_pretrained, inference_command("hf"), never),

@@ -103,7 +103,7 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     workers = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     launched.kill()
-    again = start_process(tmp_path, *launcher_words(*flags, "--log_dir", logs))         # at once: waits for the lock, continues
+    again = start_process(tmp_path, *launcher_words(*flags, "--log_dir", logs))   # waits for the lock, continues
     launched.wait()
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):

@@ -201,8 +201,8 @@ BAD = {
     "two lengths": (["--num_epochs", 1], "cannot be combined"),
     "attention": (["--attention", "cudnn"], "--attention auto"),
     "val too short": (["--eval_every", 1, "--block_size", 64], "--val_fraction"),
-    "no weights": (["--init_from", "nothing.pt"], "no checkpoint nothing.pt"),
-    "no file to resume": (["--resume", "nothing.pt"], "no checkpoint nothing.pt"),
+    "no weights": (["--init_from", "nothing.pt"], "cannot read the checkpoint nothing.pt"),
+    "no file to resume": (["--resume", "nothing.pt"], "cannot read the checkpoint nothing.pt"),
     "no GPU": (["--device", "cuda"], "--device auto"),
 }
 
