@@ -22,21 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from exactgpt.checkpoint import (
-    AlreadyFinished,
-    adopt_resolved,
-    check_disk,
-    check_same_run,
-    checkpoint_path,
-    code_hash,
-    final_step,
-    find_checkpoint,
-    provenance,
-    restore_optimizer,
-    resume_source,
-    save,
-    save_best,
-)
+from exactgpt import checkpoint
 from exactgpt.config import RunConfig, UserError, as_user_error, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.device import (
@@ -239,9 +225,10 @@ def set_up(config, runtime, saves=True):
 
     # weights. Rank 0 alone reads the checkpoint, since other machines may not see its disk (full_checkpoint is None on
     # other ranks). Every rank gets it without the optimizer's state, which follows at the end.
-    full_checkpoint = runtime.on_all_ranks(lambda: find_checkpoint(config, runtime.print) if runtime.is_main else None)
-    checkpoint = runtime.broadcast(lambda: full_checkpoint and {**full_checkpoint, "optimizer": None}, on_device=True)
-    model = make_model(config, runtime, tokenizer, checkpoint)
+    full_checkpoint = runtime.on_all_ranks(
+        lambda: checkpoint.find_checkpoint(config, runtime.print) if runtime.is_main else None)
+    stored = runtime.broadcast(lambda: full_checkpoint and {**full_checkpoint, "optimizer": None}, on_device=True)
+    model = make_model(config, runtime, tokenizer, stored)
 
     # plan and progress
     block_size = model.config.block_size
@@ -249,17 +236,17 @@ def set_up(config, runtime, saves=True):
     if config.eval_every:
         n_val_windows(val_stream, config.val_tokens)      # raises now rather than at the first validation
     plan = make_plan(config, block_size, train_stream.n_windows, runtime.world_size)
-    if checkpoint and config.warmup_steps is None:        # its default depends on max_steps, which wsd may raise
-        plan = replace(plan, warmup_steps=checkpoint["resolved"].get("warmup_steps", plan.warmup_steps))
+    if stored and config.warmup_steps is None:        # its default depends on max_steps, which wsd may raise
+        plan = replace(plan, warmup_steps=stored["resolved"].get("warmup_steps", plan.warmup_steps))
     progress = Progress(step=0, last_step=plan.max_steps)
-    if checkpoint:
-        check_same_run(config, checkpoint, requested_shape(config), shards.fingerprint(), plan)
-        progress = Progress(checkpoint["step"], final_step(config, checkpoint, plan), checkpoint["best_val_loss"])
+    if stored:
+        checkpoint.check_same_run(config, stored, requested_shape(config), shards.fingerprint(), plan)
+        progress = Progress(stored["step"], checkpoint.final_step(config, stored, plan), stored["best_val_loss"])
     if saves:
-        check_disk(config, model.n_params(), plan.max_steps, runtime)
+        checkpoint.check_disk(config, model.n_params(), plan.max_steps, runtime)
 
     # micro-batch, compile, DDP, optimizer
-    wanted_rows = adopt_resolved(config, runtime, checkpoint, plan.local_windows)     # also sets dtype and threads
+    wanted_rows = checkpoint.adopt_resolved(config, runtime, stored, plan.local_windows)   # sets dtype and threads
     model.to(runtime.device).train()
     model.recompute = config.recompute
     compiled, ddp, choices = compile_and_wrap(model, plan, config, runtime, wanted_rows)
@@ -268,12 +255,12 @@ def set_up(config, runtime, saves=True):
                     dtype=runtime.dtype_name, world_size=runtime.world_size, threads=torch.get_num_threads(),
                     max_steps=plan.max_steps, warmup_steps=plan.warmup_steps, decay_start=decay_start(plan))
     run = Run(plan, shards, tokenizer, train_stream, val_stream, model, compiled, ddp, optimizer, scaler,
-              choices["micro_batch_size"], resolved, provenance())
-    if checkpoint:
+              choices["micro_batch_size"], resolved, checkpoint.provenance())
+    if stored:
         # Load the optimizer's state last, so that it does not take up GPU memory during the micro-batch search. It
         # goes straight to the devices, because a node's RAM may not hold one copy per rank.
-        restore_optimizer(run, runtime.broadcast(lambda: {**full_checkpoint, "model": None}, on_device=True))
-    print_banner(run, config, runtime, checkpoint, saves)
+        checkpoint.restore_optimizer(run, runtime.broadcast(lambda: {**full_checkpoint, "model": None}, on_device=True))
+    print_banner(run, config, runtime, stored, saves)
     return run, progress
 
 
@@ -283,7 +270,7 @@ def open_data(config, runtime):
     tokenizer = runtime.on_all_ranks(lambda: shards.tokenizer(config.tokenizer))
     runtime.on_all_ranks(lambda: shards.check_vocabulary(tokenizer.n_vocab))
     runtime.require_equal("flags", asdict(config))
-    runtime.require_equal("code", code_hash())
+    runtime.require_equal("code", checkpoint.code_hash())
     runtime.require_equal("token shards", shards.fingerprint())
     return shards, tokenizer
 
@@ -297,18 +284,18 @@ def requested_shape(config):
     return shape
 
 
-def make_model(config, runtime, tokenizer, checkpoint):
-    """Return the GPT: the checkpoint's, a new one, or --init_from's. Raises UserError for an impossible shape."""
-    if checkpoint:
-        return build_model(checkpoint["config"], checkpoint["model"], f"the checkpoint in {resume_source(config)}")
+def make_model(config, runtime, tokenizer, stored):
+    """Return the GPT: that of the stored checkpoint, a new one, or --init_from's. Raises UserError for the flags."""
+    if stored:
+        return build_model(stored["config"], stored["model"], f"the checkpoint in {checkpoint.resume_source(config)}")
     shape = requested_shape(config)
     if config.init_from == "scratch":
         seed_everything(config.seed, "initial weights")
         vocab_size = padded_vocab(tokenizer.n_vocab)
         return as_user_error(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)),
                              "the model's flags")
-    stored = runtime.broadcast(lambda: open_weights(config.init_from, tokenizer, config.tokenizer))
-    model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
+    initial = runtime.broadcast(lambda: open_weights(config.init_from, tokenizer, config.tokenizer))
+    model = build_model({**initial["config"], "dropout": config.dropout}, initial["model"], config.init_from)
     if shape["block_size"] and shape["block_size"] < model.config.block_size:
         model.crop_block_size(shape["block_size"])
     for name, value in shape.items():
@@ -465,7 +452,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
                 with log.timed("validation", config.eval_every):
                     progress.val_loss, n_tokens = validate(run, config, runtime)
                     log.validation(step, progress.val_loss, n_tokens)
-                    save_best(run, progress, config, runtime)
+                    checkpoint.save_best(run, progress, config, runtime)
 
             # once in a while: HellaSwag (all ranks take part)
             if due(step, config.hellaswag_every, last):
@@ -481,7 +468,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
             retry = progress.save_failed and step % RETRY_STEPS == 0
             if last or (step > first_step and (due(step, config.checkpoint_every) or retry)):
                 with log.timed("checkpoint", config.checkpoint_every):
-                    save(run, progress, config, runtime, finished=last)
+                    checkpoint.save(run, progress, config, runtime, finished=last)
             if last:
                 break
 
@@ -518,7 +505,7 @@ def train(config, runtime):
     with lock_folder(config.log_dir, runtime):
         try:
             run, progress = set_up(config, runtime)
-        except AlreadyFinished as notice:
+        except checkpoint.AlreadyFinished as notice:
             runtime.print(notice)
             return
         first_step = progress.step
@@ -529,9 +516,9 @@ def train(config, runtime):
                     loop(run, progress, config, runtime, log, hellaswag)
                 except StopRequested:       # all ranks take part in the save; closing the log may wait for MLflow
                     if progress.step > first_step:
-                        save(run, progress, config, runtime)
+                        checkpoint.save(run, progress, config, runtime)
                     raise
-            path = checkpoint_path(config.log_dir, progress.step)
+            path = checkpoint.checkpoint_path(config.log_dir, progress.step)
             runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
                           f"      python inference.py --checkpoint {path} --prompt \"...\"")
         except StopRequested:
@@ -555,7 +542,8 @@ def dry_run(config, runtime):
         except StopRequested:
             runtime.print("the dry run was stopped")
             return
-        restore_optimizer(run, runtime.broadcast(lambda: find_checkpoint(small, runtime.print), on_device=True))
+        checkpoint.restore_optimizer(
+            run, runtime.broadcast(lambda: checkpoint.find_checkpoint(small, runtime.print), on_device=True))
         shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)      # of a full evaluation that were done here
         if config.eval_every:
             n_small, n_full = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))

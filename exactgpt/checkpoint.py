@@ -269,8 +269,9 @@ def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     old = resolved.get("max_steps", 0)
     longer = config.schedule == "wsd" and plan.max_steps > old and step <= resolved.get("decay_start", 0)
     if plan.max_steps != old and not longer:
-        raise UserError(f"{source} contains a run of {old} steps, not {plan.max_steps}: its learning rates depend on its "
-                        f"length. To train its model further: --init_from {suggested_init(config, step)} --log_dir NEW")
+        raise UserError(f"{source} contains a run of {old} steps, not {plan.max_steps}: its learning rates depend on "
+                        f"its length. To train its model further: --init_from {suggested_init(config, step)} "
+                        "--log_dir NEW")
 
 
 def resume_source(config):

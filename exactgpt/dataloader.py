@@ -17,10 +17,11 @@ Worked example: --seed 1337 --block_size 4 --total_batch_size 16 (n = 4), two pr
 So any number of processes that divides n sees the same tokens at the same step, and the loader has no state: a run
 resumes at any step, with another number of processes or another micro-batch, without having stored anything.
 """
-import queue
-import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class DataOrder:
 
 
 class TrainLoader:
-    """Reads one rank's tokens step by step, in a thread that is up to three steps ahead: two queued, one in hand.
+    """Reads one rank's tokens step by step, in a thread that is up to three steps ahead.
 
     The thread reads uint16 and the device widens it to int64: a quarter of the bytes to copy.
     """
@@ -116,45 +117,27 @@ class TrainLoader:
     def __init__(self, order, windows_per_step, runtime, first_step, last_step):
         """Start reading the steps first_step..last_step - 1. windows_per_step: of all ranks together."""
         self._order, self._n, self._device = order, windows_per_step, runtime.device
-        self._rank, self._world_size = runtime.rank, runtime.world_size
-        self._queue = queue.Queue(maxsize=2)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, args=(first_step, last_step), daemon=True)
-        self._thread.start()
+        self._rank, self._share = runtime.rank, windows_per_step // runtime.world_size
+        self._thread = ThreadPoolExecutor(1, "loader")
+        self._reads = (self._thread.submit(self._read, step) for step in range(first_step, last_step))
+        self._ahead = deque(islice(self._reads, 3))
 
-    def _local_windows(self, step):
-        """Return the windows of this rank: ranks take consecutive slices of the step's windows."""
-        share = self._n // self._world_size
-        start = step * self._n + self._rank * share
-        return self._order.windows(start, start + share)
-
-    def _read_ahead(self, first_step, last_step):
-        for step in range(first_step, last_step):
-            try:
-                tokens = torch.from_numpy(self._order.stream.read(self._local_windows(step)))
-                item = tokens.pin_memory() if self._device.type == "cuda" else tokens
-            except Exception as error:      # the main thread raises it
-                item = error
-            while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.2)      # not for ever: close() must be able to end this thread
-                    break
-                except queue.Full:
-                    continue
-            if self._closed.is_set() or isinstance(item, Exception):
-                return
+    def _read(self, step):
+        """Return this rank's tokens of a step, uint16: ranks take consecutive slices of the step's windows."""
+        start = step * self._n + self._rank * self._share
+        tokens = torch.from_numpy(self._order.stream.read(self._order.windows(start, start + self._share)))
+        return tokens.pin_memory() if self._device.type == "cuda" else tokens
 
     def next_step(self):
         """Return the next step's tokens (n / world_size, T + 1), int64 on the device, and the seconds spent waiting.
 
-        Raises what the thread raised: UserError for a damaged shard.
+        Raises UserError for a damaged shard.
         """
         start = time.perf_counter()
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            raise item
+        tokens = self._ahead.popleft().result()
         wait_s = time.perf_counter() - start
-        return item.to(self._device, non_blocking=True).to(torch.int64), wait_s
+        self._ahead.extend(islice(self._reads, 1))
+        return tokens.to(self._device, non_blocking=True).to(torch.int64), wait_s
 
     def windows_of_step(self, step):
         """Return the window numbers of a whole step, for the log of a step that went wrong."""
@@ -162,8 +145,7 @@ class TrainLoader:
 
     def close(self):
         """Stop the thread and close the shards."""
-        self._closed.set()
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
         self._order.stream.close()
 
 

@@ -279,7 +279,8 @@ def test_a_file_of_something_else_is_named(tmp_path, stored, message):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    assert refusal(open_model, tmp_path / "x.pt") == f"cannot read the checkpoint {tmp_path / 'x.pt'}: No such file or directory"
+    missing = tmp_path / "x.pt"
+    assert refusal(open_model, missing) == f"cannot read the checkpoint {missing}: No such file or directory"
     (tmp_path / "folder.pt").mkdir()
     assert "folder.pt: Is a directory" in refusal(read_checkpoint, tmp_path / "folder.pt")
     assert "holds neither a model_XXXXX.pt nor a config.json" in refusal(open_model, tmp_path)
