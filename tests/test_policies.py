@@ -90,7 +90,7 @@ def test_a_stop_is_saved_before_the_log_is_closed_which_may_wait_for_mlflow(make
         runtime.stop_signal = "SIGTERM" if step == 2 else ""
         return real(run, config, runtime, tokens, step)
     monkeypatch.setattr(train, "train_step", step_during_which_a_signal_comes)
-    monkeypatch.setattr(train, "save", lambda run, progress, *_, **__: happened.append(("saved", progress.step)))
+    monkeypatch.setattr(train.checkpoint, "save", lambda run, progress, *_, **__: happened.append(("saved", progress.step)))
     monkeypatch.setattr("exactgpt.metrics.Tracker.close",
                         lambda self, finished=True: happened.append("finished" if finished else "killed"))
     start(make_shards, tmp_path, "--max_steps", 5, "--checkpoint_every", 0)
