@@ -321,15 +321,11 @@ def adopt_resolved(config, runtime, checkpoint, local_windows):
     same_processes = stored.get("world_size") == runtime.world_size
     if runtime.device.type == "cpu" and same_processes and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(stored.get("threads", torch.get_num_threads()), os.cpu_count()))
-    size = config.micro_batch_size or stored.get("micro_batch_size", 0)
-    if size:
-        try:
-            check_micro_batch_size(size, local_windows)
-        except UserError:
-            if config.micro_batch_size:
-                raise
-            size = 0
-    return size
+    if config.micro_batch_size:
+        check_micro_batch_size(config.micro_batch_size, local_windows)
+        return config.micro_batch_size
+    size = stored.get("micro_batch_size", 0)
+    return size if size and local_windows % size == 0 else 0
 
 
 def restore_optimizer(run, state):
