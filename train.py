@@ -27,6 +27,7 @@ from exactgpt.checkpoint import (
     check_same_run,
     checkpoint_path,
     code_hash,
+    disk_bytes,
     final_step,
     find_checkpoint,
     provenance,
@@ -496,7 +497,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
             tokens, data_wait_s = loader.next_step()  # of this step: the loader, too, has started at first_step
             lr = set_learning_rate(run, config, step)
             result = train_step(run, config, runtime, tokens, step)
-            log.train(step, result, lr, data_wait_s)
+            log.train(step, result, lr, run.plan.tokens_per_step, data_wait_s)
             skip_reason = progress.skipped.record(result, run.scaler)
             if skip_reason:
                 log.skipped(step, skip_reason, loader.windows_of_step(step))
@@ -509,6 +510,12 @@ def loop(run, progress, config, runtime, log, hellaswag):
 
 
 # ---- main --------------------------------------------------------------------
+
+def open_log(run, progress, config, runtime):
+    """Return the RunLog of a run that goes on from progress.step."""
+    tokens = progress.step * run.plan.tokens_per_step
+    return RunLog(progress, config, runtime, config.log_dir, "train", tokens, run.raw_model.flops_per_token())
+
 
 def load_hellaswag(run, config, runtime, limit=0):
     """Return HellaSwag prepared for this model, `limit` items of it (0: all), or None if it is never due."""
@@ -530,7 +537,7 @@ def train(config, runtime):
             hellaswag = load_hellaswag(run, config, runtime)
             warm_up(run, runtime)
             runtime.setup_done()
-            with closing(RunLog(run, progress, config, runtime)) as log:      # cuts logs back to this step
+            with closing(open_log(run, progress, config, runtime)) as log:    # cuts logs back to this step
                 try:
                     loop(run, progress, config, runtime, log, hellaswag)
                 except StopRequested:       # all ranks take part in the save; closing the log may wait for MLflow
@@ -551,14 +558,14 @@ def dry_run(config, runtime):
     """Try two steps, an evaluation, a save and a load in a temporary folder; report what the full run would take."""
     with temporary_folder(runtime, config.log_dir) as folder:
         small = with_changes(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
-                             log_dir=folder, checkpoint_every=1, mlflow=False,
+                             log_dir=folder, mlflow=False,
                              val_tokens=min(config.val_tokens, config.total_batch_size))
         run, progress = set_up(small, runtime)
         try:
             hellaswag = load_hellaswag(run, small, runtime, DRY_RUN_ITEMS)
             warm_up(run, runtime)
             runtime.setup_done()
-            with closing(RunLog(run, progress, small, runtime)) as log:
+            with closing(open_log(run, progress, small, runtime)) as log:
                 loop(run, progress, small, runtime, log, hellaswag)
         except StopRequested:
             runtime.print("the dry run was stopped")
@@ -570,7 +577,8 @@ def dry_run(config, runtime):
             n_small, n_full = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))
             shares["validation"] = n_small / n_full
         plan = make_plan(config, run.raw_model.config.block_size, run.train_stream.n_windows, runtime.world_size)
-        runtime.print(log.forecast(config, plan, shares))
+        disk = disk_bytes(config, run.raw_model.n_params(), plan.max_steps)
+        runtime.print(log.forecast(plan.max_steps, disk, **shares))
 
 
 def main(argv=None):
