@@ -20,24 +20,22 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from exactgpt import finetune
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError, atomic_write, check_new_file, flag, parse_config, read_text, run_script
 from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
 from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
 from exactgpt.figures import save_figure, shorten
-from exactgpt.finetune import Objective, TuneConfig, open_base_model, save_model, set_up, train, work_in_folder
-from exactgpt.finetune_data import Example, evaluation_batches, print_examples
 from exactgpt.lora import add_adapter
 from exactgpt.open_model import open_model
 from model import IGNORED
 
 LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
-DUMMY_LABEL = 0        # the target in Examples whose label is to be predicted
 
 
 @dataclass(kw_only=True)
-class ClassifierTuneConfig(TuneConfig):
+class ClassifierTuneConfig(finetune.TuneConfig):
     """Every flag of this script."""
     data: str = flag("", "training examples: a .csv, .tsv, .jsonl, .json or .parquet file; validation and test "
                          "examples are split off unless --val_data and --test_data are given", group="data")
@@ -94,17 +92,17 @@ def main(argv=None):
             if config.predict or config.predict_file:
                 predict(config, runtime)
             else:
-                work_in_folder(config, runtime, finetune)
+                finetune.work_in_folder(config, runtime, tune)
         except StopRequested:      # in a prediction or the final test; train() handles a stop in training
             runtime.print("stopped before there was a result; run the same command again")
             raise SystemExit(130)
 
 
-def finetune(config, runtime, state):
+def tune(config, runtime, state):
     """Train a classifier, from its first step or from a state, and write the results to --out."""
     splits = runtime.on_all_ranks(lambda: read_splits(config))
     labels = sorted({label for _, label in splits["train"]})
-    gpt, tokenizer, base = open_base_model(config, runtime)
+    gpt, tokenizer, base = finetune.open_base_model(config, runtime)
     seed_everything(config.seed, "scores")
     model = Classifier.from_gpt(gpt, labels)
     wrapped = freeze_layers(model, config)
@@ -113,13 +111,13 @@ def finetune(config, runtime, state):
                 for name, pairs in splits.items()}
     print_splits(splits, examples, labels, block_size, runtime)
     if config.dry_run:
-        print_examples(examples["train"], tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
+        finetune.print_examples(examples["train"], tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
     weights = None
     if config.class_weights == "balanced":      # all labels get the same total weight
         counts = np.bincount([example.targets[-1] for example in examples["train"]])
         weights = torch.tensor(len(examples["train"]) / (len(labels) * counts), dtype=torch.float32)
-    run, progress = set_up(config, runtime, Objective(model, "score", weights), examples["train"], tokenizer, base,
-                           state)
+    objective = finetune.Objective(model, "score", weights)
+    run, progress = finetune.set_up(config, runtime, objective, examples["train"], tokenizer, base, state)
 
     def measure(name):
         scores = score_examples(model, runtime, examples[name], run.micro_batch_tokens)
@@ -139,7 +137,7 @@ def finetune(config, runtime, state):
         if wrapped:
             wrapped.merge_and_unload()
         path, picture = Path(config.out) / "classifier.pt", Path(config.out) / "confusion.png"
-        save_model(path, run, progress)
+        finetune.save_model(path, run, progress)
         name = "test" if "test" in reports else "validation"
         save_figure(draw_confusion(reports[name]["confusion"], labels), picture)
         print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
@@ -149,7 +147,7 @@ def finetune(config, runtime, state):
         return (dict(labels=labels, examples=sizes, **reports, train=config.train), [path, picture],
                 f'python finetune_classifier.py --checkpoint {path} --predict "..."')
 
-    train(run, progress, config, runtime, evaluate, write_results)
+    finetune.train(run, progress, config, runtime, evaluate, write_results)
 
 
 # -----------------------------------------------------------------------------
@@ -157,24 +155,31 @@ def finetune(config, runtime, state):
 
 def read_splits(config):
     """Return {"train", "validation", "test": [(text, label)]}, without a test if none is wanted. Raises UserError."""
+    from sklearn.model_selection import train_test_split
     splits = dict(train=read_labelled_texts(config.data, config))
-    labels, column = {label for _, label in splits["train"]}, f"column {config.label_column!r} of {config.data}"
-    if len(labels) < 2:
-        raise UserError(f"{column} holds one label only, {min(labels)!r}; a classifier needs two or more")
-    if len(labels) > max(20, len(splits["train"]) // 4):
-        raise UserError(f"{column} holds {len(labels)} different values in {len(splits['train'])} rows; is it the "
-                        "column of labels? Name it with --label_column")
-    n_all = len(splits["train"])
+    labels, n_all = {label for _, label in splits["train"]}, len(splits["train"])
+    most = max(20, n_all // 4)
+    if not 2 <= len(labels) <= most:
+        raise UserError(f"column {config.label_column!r} of {config.data} holds {len(labels)} different values in "
+                        f"{n_all} rows, but a classifier needs 2 to {most} labels; is it the column of labels? Name it "
+                        "with --label_column")
     for name, path, fraction in (("test", config.test_data, config.test_fraction),
                                  ("validation", config.val_data, config.val_fraction)):
         if path:
             splits[name] = read_labelled_texts(path, config, labels)
         elif fraction:
-            splits["train"], splits[name] = stratified_split(splits["train"], round(fraction * n_all), config)
-    missing = labels - {label for _, label in splits["train"]}
-    if missing:
-        raise UserError(f"no example of the label {min(missing)!r} is left to train on; add rows, or use a smaller "
-                        "--val_fraction and --test_fraction")
+            rest, n = splits["train"], round(fraction * n_all)
+            try:
+                splits["train"], splits[name] = train_test_split(rest, test_size=n, random_state=config.seed % 2**32,
+                                                                 stratify=[label for _, label in rest])
+                enough = {label for _, label in splits["train"]} == labels
+            except ValueError:      # a label that occurs once, or fewer rows than labels
+                enough = False
+            if not enough:
+                label, count = collections.Counter(label for _, label in rest).most_common()[-1]
+                raise UserError(f"{config.data}: cannot split {n} of {len(rest)} rows off with every label on both "
+                                f"sides; the rarest label, {label!r}, occurs {count} time{'s' * (count > 1)}. Add rows "
+                                "of it, or use smaller fractions, or --val_data and --test_data")
     return splits
 
 
@@ -187,34 +192,17 @@ def read_labelled_texts(path, config, labels=None):
     if not pairs:
         raise UserError(f"{path} holds no rows")
     for number, (_, label) in enumerate(pairs, 1):
-        where = f"{path}, row {number} (the header not counted)"
-        if not label:
-            raise UserError(f"{where}: column {config.label_column!r} is empty")
-        if labels and label not in labels:
-            raise UserError(f"{where}: the label {label!r} is not in {config.data} ({', '.join(sorted(labels)[:20])})")
+        if not label or label not in (labels or {label}):
+            what = f"the label {label!r} is not in {config.data} ({', '.join(sorted(labels or [])[:20])})"
+            raise UserError(f"{path}, row {number} (the header not counted): "
+                            + (what if label else f"column {config.label_column!r} is empty"))
     return pairs
-
-
-def stratified_split(pairs, n, config):
-    """Split (text, label) pairs into (the rest, n of them), each with its share of every label.
-
-    Raises UserError if a label is too rare for that.
-    """
-    from sklearn.model_selection import train_test_split
-    try:
-        return train_test_split(pairs, test_size=n, random_state=config.seed % 2**32,
-                                stratify=[label for _, label in pairs])
-    except ValueError as error:
-        label, count = collections.Counter(label for _, label in pairs).most_common()[-1]
-        raise UserError(f"{config.data}: cannot split {n} of {len(pairs)} rows off with every label on both sides; the "
-                        f"rarest label, {label!r}, occurs {count} time{'s' * (count > 1)}. Add rows, or use "
-                        "--val_data and --test_data") from error
 
 
 def encode_example(text, label, tokenizer, block_size):
     """Encode a text as an Example: its first block_size tokens, with the label (an int) as target of the last one."""
     tokens = tokenizer.encode(text)[:block_size] or [tokenizer.eot]
-    return Example(tokens, [IGNORED] * (len(tokens) - 1) + [label])
+    return finetune.Example(tokens, [IGNORED] * (len(tokens) - 1) + [label])
 
 
 def print_splits(splits, examples, labels, block_size, runtime):
@@ -222,7 +210,7 @@ def print_splits(splits, examples, labels, block_size, runtime):
     for name, pairs in splits.items():
         counts = collections.Counter(label for _, label in pairs)
         shown = ", ".join(f"{label} {counts[label]:,}" for label in labels[:10])
-        more = f" and {len(labels) - 10} more labels" if len(labels) > 10 else ""
+        more = f" and {len(labels) - 10} more labels" * (len(labels) > 10)
         full = sum(len(example) == block_size for example in examples[name])
         runtime.print(f"{name:>10}  {len(pairs):,} examples: {shown}{more}; {full} fill all {block_size} tokens")
 
@@ -232,18 +220,15 @@ def freeze_layers(model, config):
 
     Raises UserError if --train asks for more blocks than the model has.
     """
-    if config.train == "all":
-        return None
-    wrapped = add_adapter(model, config) if config.train == "lora" else None
-    if not wrapped:
+    kind, _, n = config.train.partition(":")
+    n, blocks = int(n or 0), model.transformer.h
+    if n > len(blocks):
+        raise UserError(f"--train {config.train}, but {config.init_from} has only {len(blocks)} blocks")
+    wrapped = add_adapter(model, config) if kind == "lora" else None
+    if kind in ("last", "head"):
         model.requires_grad_(False)
-    model.score.requires_grad_(True)
-    if config.train.startswith("last:"):
-        n, blocks = int(config.train[5:]), model.transformer.h
-        if n > len(blocks):
-            raise UserError(f"--train {config.train}, but {config.init_from} has only {len(blocks)} blocks")
-        for module in [*blocks[len(blocks) - n:], model.transformer.ln_f]:
-            module.requires_grad_(True)
+    for module in [model.score, *([*blocks[-n:], model.transformer.ln_f] if n else [])]:
+        module.requires_grad_(True)
     return wrapped
 
 
@@ -257,10 +242,9 @@ def score_examples(model, runtime, examples, micro_batch_tokens):
     Raises StopRequested.
     """
     scores = torch.zeros(len(examples), len(model.config.labels), device=runtime.device)
-    for members, x, _ in evaluation_batches(examples, micro_batch_tokens, model.config.block_size, runtime):
-        lengths = torch.tensor([len(examples[i]) for i in members], device=runtime.device)
+    for members, x, y in finetune.evaluation_batches(examples, micro_batch_tokens, model.config.block_size, runtime):
         with runtime.autocast():
-            scores[members] = model(x, lengths).float()
+            scores[members] = model.score(model.hidden(x)[y != IGNORED]).float()      # of each text's last token
     if runtime.world_size > 1:
         torch.distributed.all_reduce(scores)      # the other ranks' examples are zeros here
     return scores.cpu()
@@ -290,9 +274,10 @@ def draw_confusion(matrix, labels):
     figure = Figure(figsize=(side + 0.8, side), dpi=160, layout="constrained")
     names = [shorten(str(label), 24).replace("$", r"\$") for label in labels]       # no formulas
     display = ConfusionMatrixDisplay(shares, display_labels=names)
-    display.plot(ax=figure.subplots(), cmap="Blues", xticks_rotation=45 if n > 4 else 0, include_values=n <= 20,
+    display.plot(ax=figure.subplots(), cmap="Blues", xticks_rotation=90 if n > 4 else 0, include_values=n <= 20,
                  im_kw=dict(vmin=0, vmax=1), text_kw=dict(fontsize=11 if n <= 5 else 8))
     display.ax_.tick_params(labelsize=9 if n <= 20 else max(3, 240 / n))
+    display.im_.colorbar.set_label("share of the true label")
     for text, count in zip(display.text_.flat if n <= 20 else (), matrix.flat):
         text.set_text(f"{count:,}")
     return figure
@@ -319,7 +304,7 @@ def predict(config, runtime):
     elif config.predict_file:
         texts = [text for (text,) in read_rows(config.predict_file, [config.text_column])]
     model, labels = opened.model.to(runtime.device).eval(), opened.model.config.labels
-    examples = [encode_example(text, DUMMY_LABEL, opened.tokenizer, model.config.block_size) for text in texts]
+    examples = [encode_example(text, 0, opened.tokenizer, model.config.block_size) for text in texts]    # any label
     micro_batch_tokens = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     probabilities = torch.softmax(score_examples(model, runtime, examples, micro_batch_tokens), dim=-1).tolist()
     predictions = [dict(text=text, label=labels[int(np.argmax(p))], probability=max(p),
@@ -328,23 +313,17 @@ def predict(config, runtime):
         for item in predictions:
             others = ", ".join(f"{label} {p:.4f}" for label, p in item["probabilities"].items())
             runtime.print(f"{item['label']} ({others}): {item['text']}")
-        return
-    if runtime.is_main:
-        write_predictions(config.out, labels, predictions)
+    elif runtime.is_main:
+        with atomic_write(config.out, "w") as f:
+            if config.out.lower().endswith(".jsonl"):
+                f.writelines(json.dumps(item) + "\n" for item in predictions)
+            else:
+                table = csv.writer(f)
+                table.writerow(["text", "label", "probability", *(f"p({label})" for label in labels)])
+                table.writerows([item["text"], item["label"], item["probability"], *item["probabilities"].values()]
+                                for item in predictions)
         counts = collections.Counter(item["label"] for item in predictions)
         print(f"wrote {config.out}: {', '.join(f'{label} {n:,}' for label, n in counts.most_common())}")
-
-
-def write_predictions(path, labels, predictions):
-    """Write one line per text, as JSON or as CSV with a column of probabilities per label. Raises UserError."""
-    with atomic_write(path, "w") as f:
-        if Path(path).suffix.lower() == ".jsonl":
-            f.writelines(json.dumps(item) + "\n" for item in predictions)
-            return
-        table = csv.writer(f)
-        table.writerow(["text", "label", "probability", *(f"p({label})" for label in labels)])
-        table.writerows([item["text"], item["label"], item["probability"], *item["probabilities"].values()]
-                        for item in predictions)
 
 
 if __name__ == "__main__":

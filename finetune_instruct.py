@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 
+from exactgpt import finetune
 from exactgpt.checkpoint import checkpoint_path
 from exactgpt.config import RunFailed, UserError, flag, human_bytes, parse_config, run_script, write_json
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
-from exactgpt.finetune import Objective, TuneConfig, open_base_model, save_model, set_up, train, work_in_folder
-from exactgpt.finetune_data import Example, evaluation_batches, print_examples
 from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.lora import add_adapter, save_adapter
 from exactgpt.shards import permutation
@@ -30,7 +29,7 @@ ROUNDING = 1e-4     # largest difference of merged logits, relative to the large
 
 
 @dataclass(kw_only=True)
-class InstructConfig(TuneConfig):
+class InstructConfig(finetune.TuneConfig):
     """Every flag of this script."""
     data: str = flag("", "training items: a .json list, or .jsonl lines, of objects with instruction, output and an "
                          "optional input", group="data")
@@ -55,13 +54,13 @@ def main(argv=None):
     """Train as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(InstructConfig, argv, __doc__.splitlines()[0])
     with start(config) as runtime:
-        work_in_folder(config, runtime, finetune)
+        finetune.work_in_folder(config, runtime, tune)
 
 
-def finetune(config, runtime, state):
+def tune(config, runtime, state):
     """Train on instructions, from the first step or from a state, and write the results to --out."""
     items = runtime.on_all_ranks(lambda: read_items(config.data))
-    model, tokenizer, base = open_base_model(config, runtime)
+    model, tokenizer, base = finetune.open_base_model(config, runtime)
     block_size = model.config.block_size
     order = permutation(len(items), config.seed, "split").tolist()
     n_val = min(max(1, round(config.val_fraction * len(items))), len(items) - 1)
@@ -77,13 +76,14 @@ def finetune(config, runtime, state):
         raise UserError(f"{config.data} leaves no item to {'train on' if val_examples else 'validate'}; use more "
                         "items, another --val_fraction or a larger --block_size")
     if config.dry_run:
-        print_examples(train_examples, tokenizer, tokenizer.decode, runtime.print)
+        finetune.print_examples(train_examples, tokenizer, tokenizer.decode, runtime.print)
     wrapped = None if config.full else add_adapter(model, config)
-    run, progress = set_up(config, runtime, Objective(model, "lm_head"), train_examples, tokenizer, base, state)
+    objective = finetune.Objective(model, "lm_head")
+    run, progress = finetune.set_up(config, runtime, objective, train_examples, tokenizer, base, state)
 
     def evaluate():
         loss = torch.zeros((), device=runtime.device)
-        for _, x, y in evaluation_batches(val_examples, run.micro_batch_tokens, block_size, runtime):
+        for _, x, y in finetune.evaluation_batches(val_examples, run.micro_batch_tokens, block_size, runtime):
             with runtime.autocast():
                 loss = loss + run.objective(x, y)
         loss = runtime.sum(loss)[0] / run.objective.total_weight(val_examples)
@@ -106,7 +106,7 @@ def finetune(config, runtime, state):
         return ({**report, **more}, paths, f"python inference.py --checkpoint {paths[0]} --temperature 0 --num_seq 1 "
                                            f"--instruction {shlex.quote(val_items[0][0])}")
 
-    train(run, progress, config, runtime, evaluate, write_results)
+    finetune.train(run, progress, config, runtime, evaluate, write_results)
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def encode_item(item, tokenizer, block_size):
     answer = [*tokenizer.encode(output), tokenizer.eot] if output.strip() else []
     tokens = [*prompt, *answer][:block_size + 1]
     targets = [IGNORED] * (len(prompt) - 1) + answer
-    return Example(tokens[:-1], targets[:len(tokens) - 1])
+    return finetune.Example(tokens[:-1], targets[:len(tokens) - 1])
 
 
 # -----------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def write_model(config, run, progress, wrapped):
         entries |= dict(merged_logits_differ_by=merge_and_check(wrapped, model))
     if config.full or config.merge:
         paths.append(checkpoint_path(config.out, progress.best["epoch"] * run.steps_per_epoch))
-        save_model(paths[-1], run, progress)
+        finetune.save_model(paths[-1], run, progress)
     return paths, entries
 
 

@@ -42,11 +42,9 @@ class Classifier(GPT):
         model.transformer, model.score = gpt.transformer, new_score_layer(config)
         return model
 
-    def forward(self, idx, lengths=None):
-        """Return scores (B, labels), before the softmax, of texts idx (B, T) with lengths (B,) (None: all of T)."""
-        hidden = self.hidden(idx)                                                      # (B, T, C)
-        last = lengths - 1 if lengths is not None else torch.full((len(idx),), idx.size(1) - 1, device=idx.device)
-        return self.score(hidden[torch.arange(len(idx), device=idx.device), last])
+    def forward(self, idx):
+        """Return scores (B, labels), before the softmax, of texts idx (B, T) that end at T."""
+        return self.score(self.hidden(idx)[:, -1])
 
 
 def new_score_layer(config):

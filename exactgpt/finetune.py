@@ -1,10 +1,11 @@
-"""Shared by the fine-tuning scripts: flags, set-up, the training loop, and the folder and state of a run.
+"""Shared by the fine-tuning scripts: flags, examples, set-up, the training loop, the folder and state of a run.
 
 The loss of a step is the mean over all its targets. Each micro-batch of each rank adds its summed loss divided by the
 number of targets in the whole step, so without dropout the gradient is the same, up to rounding, for any micro-batch
 size and number of processes.
 Shapes: B rows of a batch, T tokens.
 """
+import hashlib
 import math
 import time
 from contextlib import closing, nullcontext
@@ -27,7 +28,6 @@ from exactgpt.checkpoint import (
 from exactgpt.config import RunConfig, RunFailed, UserError, as_user_error, flag, with_changes, write_json
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
-from exactgpt.finetune_data import Example, hash_examples, make_batches
 from exactgpt.launch import command_line
 from exactgpt.metrics import RunLog, require_mlflow
 from exactgpt.open_model import build_model, open_model
@@ -37,6 +37,8 @@ from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
 
 STATE_NAME = "state.pt"  # in --out: what a run resumes from
+LENGTH_MULTIPLE = 16     # sequences are padded to a multiple of this, so that few shapes occur
+N_SHOWN = 3              # examples that a dry run prints
 
 
 @dataclass(kw_only=True)
@@ -87,6 +89,61 @@ class TuneConfig(RunConfig):
             require_mlflow()
         if self.min_lr > self.peak_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.peak_lr:g}; lower it")
+
+
+# -----------------------------------------------------------------------------
+# tokenized examples
+
+class Example:
+    """One tokenized example: `tokens` and `targets`, (T,) int32; targets are IGNORED where there is no loss."""
+
+    def __init__(self, tokens, targets):
+        self.tokens, self.targets = (np.array(ids, dtype=np.int32) for ids in (tokens, targets))
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+def make_batches(examples, micro_batch_tokens, block_size):
+    """Yield (indices, x, y) of micro-batches, sorted by length to save padding, the longest first.
+
+    x, y: (B, T) int64 with B x T <= micro_batch_tokens, unless B is 1.
+    """
+    indices = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+    while indices:
+        T = min(-(-len(examples[indices[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, block_size)
+        B = max(1, micro_batch_tokens // T)
+        members, indices = indices[:B], indices[B:]
+        x = torch.zeros(len(members), T, dtype=torch.long)   # padded on the right: no real token attends to it
+        y = torch.full((len(members), T), IGNORED, dtype=torch.long)
+        for b, i in enumerate(members):
+            x[b, :len(examples[i])] = torch.from_numpy(examples[i].tokens)
+            y[b, :len(examples[i])] = torch.from_numpy(examples[i].targets)
+        yield members, x, y
+
+
+def evaluation_batches(examples, micro_batch_tokens, block_size, runtime):
+    """Yield (indices, x, y) of this rank's share of all examples, on its device. Raises StopRequested.
+
+    Every rank visits every batch, even if its share of it is empty, so that all ranks check for a stop equally often.
+    """
+    share = slice(runtime.rank, None, runtime.world_size)
+    for members, x, y in make_batches(examples, micro_batch_tokens * runtime.world_size, block_size):
+        if members[share]:
+            yield members[share], x[share].to(runtime.device), y[share].to(runtime.device)
+        runtime.check_for_stop()
+
+
+def print_examples(examples, tokenizer, target_text, print):
+    """Print the first examples as the loss sees them: "masked" text is only read, "learned" text is a target.
+
+    target_text(targets) returns the text of a list of targets. They begin somewhere and go on to the end.
+    """
+    for i, example in enumerate(examples[:N_SHOWN], 1):
+        start = int((example.targets == IGNORED).sum())
+        masked, learned = example.tokens[:start + 1].tolist(), example.targets[start:].tolist()
+        print(f"example {i}: {len(example)} tokens, {len(learned)} target{'s' * (len(learned) > 1)}\n"
+              f"  masked  | {tokenizer.decode(masked)!r}\n  learned | {target_text(learned)!r}")
 
 
 # -----------------------------------------------------------------------------
@@ -189,8 +246,11 @@ def set_up(config, runtime, objective, examples, tokenizer, base, state):
                                  max(1, config.batch_size // runtime.world_size), runtime)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=(0.9, 0.98),
                                   fused=True)
+    digest = hashlib.sha256()      # must be equal on all ranks, and when the run is resumed
+    for example in examples:
+        digest.update(len(example).to_bytes(4, "little") + example.tokens.tobytes() + example.targets.tobytes())
     run = Run(objective, model, ddp, optimizer, runtime.grad_scaler(), tokenizer, examples, rows * block_size,
-              steps_per_epoch, max_steps, warmup_steps, hash_examples(examples), base, provenance())
+              steps_per_epoch, max_steps, warmup_steps, digest.hexdigest(), base, provenance())
     runtime.require_equal("flags", asdict(config))
     runtime.require_equal("examples", run.data_hash)
     progress = Progress(last_step=min(2, max_steps) if config.dry_run else max_steps)
@@ -269,14 +329,15 @@ def loop(run, progress, config, runtime, log, evaluate):
             if better:
                 weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
                 progress.best = dict(score=score, epoch=epoch, facts=metrics, weights=weights)
-            log.epoch(step, epoch, config.num_epochs, metrics, better)
+            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}{' (the best so far)' * better}", epoch=epoch,
+                     **metrics)
             progress.seconds = time.perf_counter() - start_time
             if step > first_step:
                 save_state(run, progress, config, runtime)
-            best_epoch = progress.best["epoch"]
-            if not last and config.patience and best_epoch and epoch - best_epoch >= config.patience:
-                runtime.print(f"stopped early: no better epoch in the last {config.patience}, the best was epoch "
-                              f"{best_epoch}")
+            best = progress.best["epoch"]
+            if not last and config.patience and best and epoch - best >= config.patience:
+                runtime.print(f"stopped early: no better epoch in the last {config.patience}, the best was {best}")
                 progress.last_step, last = step, True
         if last:
             break
@@ -338,7 +399,7 @@ def train(run, progress, config, runtime, evaluate, write_results):
                     log.tracker.artifact(path)
                 log.tracker.text("best_checkpoint.txt", f"{model.resolve()}\n")
                 if not config.dry_run:
-                    print(f"wrote {', '.join(map(str, [model, *files]))}\nnext: python {command}", flush=True)
+                    print(f"wrote {', '.join(map(str, [model, *files]))}\nnext: {command}", flush=True)
             save_state(run, progress, config, runtime, finished=True)
         except UserError as error:
             raise RunFailed(f"{error}. The training is not lost: the same command resumes after it, and writes the "

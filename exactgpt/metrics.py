@@ -3,11 +3,6 @@
 log.txt        250 val 3.9123     250 hella 0.2612     250 train 3.950000       (build-nanogpt's columns)
 metrics.jsonl  one JSON object a line, for each training step, evaluation, list of samples and skipped update
 
-    tracker = Tracker(config, log_dir, "train")     # does nothing unless config.mlflow
-    tracker.log(step, loss=3.95, lr=2e-4)
-    tracker.artifact(log_dir / "plot.png")
-    tracker.close()
-
 MLflow gets a SQLite store beside the run's own files. A thread fills it in batches, because importing MLflow takes
 seconds and a call 10 ms. Training neither waits for it nor fails with it: a failed batch prints one warning and is
 retried with the next.
@@ -107,34 +102,29 @@ class RunLog:
             mfu = self._tok_per_sec * self._flops_per_token / (peak * self._runtime.world_size) if peak else None
             values |= dict(mfu=mfu, data_wait_ms=1000 * data_wait_s, peak_mem_gb=peak_memory_gb(self._runtime))
             parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
-        self._write(step, " | ".join([*parts, f"eta {self.eta(step)}"]), f"train {result.loss:.6f}", **values)
+        self.note(step, " | ".join([*parts, f"eta {self.eta(step)}"]), f"train {result.loss:.6f}", **values)
 
     def skipped(self, step, reason, windows):
         """Log that the update of a step was skipped, and the windows of the train split that it read."""
-        self._write(step, f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
+        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
                           f"{windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
-        self._write(step, f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", f"val {loss:.4f}",
+        self.note(step, f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", f"val {loss:.4f}",
                     val_loss=loss)
 
     def hellaswag(self, step, score):
         """Log a HellaSwagScore: accuracies from 0 to 1."""
-        self._write(step, f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over "
+        self.note(step, f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over "
                           f"{score.n:,} items", f"hella {score.acc_norm:.4f}",
                     hella_acc=score.acc, hella_acc_norm=score.acc_norm)
 
     def samples(self, step, texts):
         """Log texts that the model wrote."""
-        self._write(step, "\n".join(f"step {step}: sample > {text!r}" for text in texts), samples=texts)
+        self.note(step, "\n".join(f"step {step}: sample > {text!r}" for text in texts), samples=texts)
 
-    def epoch(self, step, epoch, num_epochs, metrics, better):
-        """Log the metrics after an epoch of fine-tuning, {name: number}; better: than after every epoch before."""
-        words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._write(step, f"epoch {epoch}/{num_epochs}: {words}{' (the best so far)' * better}", epoch=epoch, **metrics)
-
-    def _write(self, step, message, text="", **values):
+    def note(self, step, message, text="", **values):
         """Print a message, and add the values to metrics.jsonl and MLflow, and a text, if any, to log.txt."""
         if not self._runtime.is_main:
             return
@@ -203,14 +193,14 @@ class AppendFile:
             whole = [re.match(r'(?:\{"step": )?(\d+)\b.*\n', line) for line in lines]
             with atomic_write(path, "w") as f:
                 f.writelines(line[0] for line in whole if line and int(line[1]) < first_step)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, line):
         """Append a line, which includes its newline, after those that could not be written. Warns once."""
         self._pending += line.encode("utf-8")
         try:
             while self._pending:
-                self._pending = self._pending[os.write(self._descriptor, self._pending):]
+                self._pending = self._pending[self._file.write(self._pending):]
         except OSError as error:
             if not self._warned:
                 print(f"warning: cannot write {self._path} ({error.strerror}); retrying with each line", flush=True)
@@ -218,7 +208,7 @@ class AppendFile:
 
     def close(self):
         """Close the file."""
-        os.close(self._descriptor)
+        self._file.close()
 
 
 def peak_memory_gb(runtime):
@@ -245,17 +235,15 @@ class Tracker:
         """Log the fields of `config` as parameters. experiment: "train", "lr_finder", ...
 
         resumed: continue the newest run of the experiment in log_dir, and first send the lines of metrics.jsonl that a
-        killed process had not sent. Raises UserError if MLflow is not installed.
+        killed process had not sent.
         """
         self._enabled = config.mlflow
         self._actions = deque()      # what to do after the last metrics are sent
         if not self._enabled:
             return
-        require_mlflow()
         os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")    # read when MLflow is imported
         self._log_dir, self._experiment, self._resumed = Path(log_dir), experiment, resumed
-        self._params = {name: str(value) for name, value in asdict(config).items()}
-        self._client, self._run_id, self._warned = None, None, False
+        self._config, self._client, self._run_id, self._warned = config, None, None, False
         self._in_store = {}          # name -> last step in the store when this process started
         self._metrics = deque()      # (name, value, time in ms, step), not sent yet
         self._closing = threading.Event()
@@ -351,7 +339,8 @@ class Tracker:
         if runs:
             client.update_run(self._run_id, status="RUNNING")
         if not run.data.params:                     # a resumed run keeps its first parameters
-            client.log_batch(self._run_id, params=[Param(*param) for param in self._params.items()])
+            params = [Param(name, str(value)) for name, value in asdict(self._config).items()]
+            client.log_batch(self._run_id, params=params)
         self._in_store = {name: max(metric.step for metric in client.get_metric_history(self._run_id, name))
                           for name in run.data.metrics}
         return client

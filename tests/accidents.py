@@ -97,8 +97,8 @@ train.write_samples = with_accident_before(train.write_samples, lambda run, conf
 class RunLog(train.RunLog):
     """The run's log, which also gives validate() an accident: validate itself does not know the step."""
 
-    def __init__(self, run, progress, config, runtime):
-        super().__init__(run, progress, config, runtime)
+    def __init__(self, progress, *more):
+        super().__init__(progress, *more)
         train.validate = with_accident_before(validate, lambda *_: progress.step, "validate")
 
 

@@ -146,14 +146,12 @@ def test_the_weights_that_a_run_starts_with_are_no_best_model(make_shards, tmp_p
 
 
 def test_the_time_left_counts_evaluations_too(monkeypatch):
-    model = SimpleNamespace(flops_per_token=lambda: 1, n_params=lambda: 1)
-    run, progress = SimpleNamespace(plan=SimpleNamespace(tokens_per_step=1), raw_model=model), train.Progress(0, 101)
     times = iter([0.0, 2.0, 0.0, 60.0])      # a step of 2 s, an evaluation of a minute
     monkeypatch.setattr("exactgpt.metrics.time", SimpleNamespace(monotonic=lambda: next(times),
                                                                  perf_counter=lambda: next(times)))
-    log = train.RunLog(run, progress, SimpleNamespace(), SimpleNamespace(is_main=False))
+    log = train.RunLog(train.Progress(0, 101), None, SimpleNamespace(is_main=False), "logs", "train", tokens=0)
     log.start_clock()
-    log.train(0, None, 0.0, 0.0)
+    log.train(0, None, 0.0, 1)
     with log.timed("validation", 10):
         pass
     assert log.eta(0) == "13m20s"            # 100 steps and 10 evaluations
