@@ -10,7 +10,6 @@ If a run is killed or stopped, the same command continues it.
 """
 import collections
 import csv
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -74,8 +73,6 @@ class ClassifierTuneConfig(finetune.TuneConfig):
             raise UserError("--checkpoint is for --predict and --predict_file; name a model to train with --init_from")
         if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.train):
             raise UserError(f"--train must be all, last:N, head or lora, but is {self.train!r}")
-        if importlib.util.find_spec("sklearn") is None:
-            raise UserError("training a classifier needs scikit-learn: pip install -r requirements-extras.txt")
         super().check()
 
     @property
@@ -109,7 +106,11 @@ def tune(config, runtime, state):
     block_size = model.config.block_size
     examples = {name: [encode_example(text, labels.index(label), tokenizer, block_size) for text, label in pairs]
                 for name, pairs in splits.items()}
-    print_splits(splits, examples, labels, block_size, runtime)
+    for name, pairs in splits.items():
+        counts = collections.Counter(label for _, label in pairs).most_common(10)
+        full = sum(len(example) == block_size for example in examples[name])      # those may have been cut
+        runtime.print(f"{name:>10}  {len(pairs):,} examples, {len(labels)} labels: "
+                      f"{', '.join(f'{label} {n:,}' for label, n in counts)}; {full} fill all {block_size} tokens")
     if config.dry_run:
         finetune.print_examples(examples["train"], tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
     weights = None
@@ -203,16 +204,6 @@ def encode_example(text, label, tokenizer, block_size):
     """Encode a text as an Example: its first block_size tokens, with the label (an int) as target of the last one."""
     tokens = tokenizer.encode(text)[:block_size] or [tokenizer.eot]
     return finetune.Example(tokens, [IGNORED] * (len(tokens) - 1) + [label])
-
-
-def print_splits(splits, examples, labels, block_size, runtime):
-    """Print the size of each split, its labels, and how many examples fill the block size: those may have been cut."""
-    for name, pairs in splits.items():
-        counts = collections.Counter(label for _, label in pairs)
-        shown = ", ".join(f"{label} {counts[label]:,}" for label in labels[:10])
-        more = f" and {len(labels) - 10} more labels" * (len(labels) > 10)
-        full = sum(len(example) == block_size for example in examples[name])
-        runtime.print(f"{name:>10}  {len(pairs):,} examples: {shown}{more}; {full} fill all {block_size} tokens")
 
 
 def freeze_layers(model, config):

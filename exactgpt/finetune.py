@@ -6,6 +6,7 @@ size and number of processes.
 Shapes: B rows of a batch, T tokens.
 """
 import hashlib
+import importlib.util
 import math
 import time
 from contextlib import closing, nullcontext
@@ -29,7 +30,7 @@ from exactgpt.config import RunConfig, RunFailed, UserError, as_user_error, flag
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
 from exactgpt.launch import command_line
-from exactgpt.metrics import RunLog, require_mlflow
+from exactgpt.metrics import RunLog
 from exactgpt.open_model import build_model, open_model
 from exactgpt.optimizer import SkippedSteps, finish_step, learning_rate_factor, parameter_groups
 from exactgpt.shards import permutation
@@ -85,8 +86,9 @@ class TuneConfig(RunConfig):
         for name in ("data", "init_from", "out"):
             if not getattr(self, name) and not (name == "out" and self.dry_run):
                 raise UserError(f"--{name} is missing (--help lists the flags)")
-        if self.mlflow:
-            require_mlflow()
+        for package in ("peft", "sklearn", *["mlflow"] * self.mlflow):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"fine-tuning needs {package}: pip install -r requirements-extras.txt")
         if self.min_lr > self.peak_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.peak_lr:g}; lower it")
 
@@ -210,18 +212,18 @@ class Run:
 
 @dataclass
 class Progress:
-    """What changes during a run. All but the last two is stored in its state, under these names."""
+    """What changes during a run. The state stores the fields in STORED under their names."""
+    last_step: int             # the loop ends here: max_steps, or earlier if patience runs out
     step: int = 0              # the next one to train
     tokens: int = 0            # read in all starts
     seconds: float = 0.0       # of training, in all starts
-    first: dict = field(default_factory=dict)        # the metrics before training
+    first: dict = field(default_factory=dict)      # the metrics before training
+    # The epoch with the best score (0: none yet), its metrics, and the trained weights after it, on the CPU.
     best: dict = field(default_factory=lambda: dict(score=(-math.inf,), epoch=0, facts={}, weights={}))
-    # best: the epoch with the best score, its metrics, and the trained weights after it, on the CPU. Epoch 0: none yet
-    last_step: int = 0         # the loop ends here: max_steps, or earlier if patience runs out
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
 
-STORED = ("step", "tokens", "seconds", "first", "best")      # fields of Progress
+STORED = ("step", "tokens", "seconds", "first", "best")
 
 
 def set_up(config, runtime, objective, examples, tokenizer, base, state):

@@ -15,10 +15,9 @@ CONFIG_NAME, BASE_NAME = "adapter_config.json", "base.json"
 def add_adapter(model, config):
     """Freeze a GPT and add trainable matrices of rank --lora_r to its linear layers, scaled by lora_alpha / lora_r.
 
-    Changes the model in place and returns peft's wrapper, which can save and merge. Raises UserError if peft is not
-    installed.
+    Changes the model in place and returns peft's wrapper, which can save and merge.
     """
-    peft = _import_peft()
+    import peft
     settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                                target_modules=LINEAR_LAYERS)
     seed_everything(config.seed, "lora")
@@ -55,17 +54,11 @@ def read_adapter_base(folder):
 
 def merge_saved_adapter(model, folder):
     """Merge the adapter in a folder into a model and return the model. Raises UserError if it does not fit."""
-    peft = _import_peft()
     try:
+        import peft
         return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu").merge_and_unload()
+    except ImportError as error:
+        raise UserError("LoRA adapters need peft: pip install -r requirements-extras.txt") from error
     except Exception as error:      # peft, safetensors and torch raise many kinds of errors here
         why = " ".join(str(error).split())[:160]
         raise UserError(f"the adapter in {folder} does not fit its model ({type(error).__name__}: {why})") from error
-
-
-def _import_peft():
-    try:
-        import peft
-        return peft
-    except ImportError as error:
-        raise UserError("LoRA adapters need peft: pip install -r requirements-extras.txt") from error

@@ -220,10 +220,11 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
         (tmp_path / name).write_text(text)
     model = ("--init_from", byte_model[0], "--out", "out")
     for flags, message in (
-            (["--data", reviews, *model], "no column 'text' among review, sentiment, stars; choose one with --text_column and --label_column"),
+            (["--data", reviews, *model], "no column 'text' among review, sentiment, stars; choose one with --text_col"
+                                          "umn and --label_column"),
             (["--data", "hole.csv", *model], "hole.csv, row 2 (the header not counted): column 'label' is empty"),
             (["--data", "torn.jsonl", *model], "torn.jsonl, line 2: not valid JSON"),
-            (["--data", "one.csv", *model], "holds 1 different values in 13 rows, but a classifier needs 2 to 20 labels"),
+            (["--data", "one.csv", *model], "holds 1 different values in 13 rows, but a classifier needs 2 to 20"),
             (["--data", "rare.csv", *model], "the rarest label, 'y', occurs 1 time"),
             (["--data", "few.csv", "--test_fraction", 0.1, "--val_fraction", 0.85, *model],
              "cannot split 36 of 38 rows off with every label on both sides; the rarest label, 'y', occurs 2 times"),
@@ -232,7 +233,7 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
                                                                        "label 'z' is not in two.csv (x, y)"),
             (["--data", "two.csv", *model, "--train", "last:3"], "--train last:3, but "),
             (["--data", "two.csv", *model, "--train", "some"], "--train must be all, last:N, head or lora"),
-            (["--data", "two.csv", *model, "--block_size", 64], "the weights have 32 positions, block_size 64 needs more"),
+            (["--data", "two.csv", *model, "--block_size", 64], "have 32 positions, block_size 64 needs more"),
             (["--data", "two.csv", "--out", "out"], "--init_from is missing"),
             (["--predict", "x"], "--checkpoint is missing"),
             (["--predict", "x", "--checkpoint", byte_model[0]], "is a language model, not a classifier"),
