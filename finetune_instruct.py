@@ -17,25 +17,13 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import checkpoint_path, provenance, save_checkpoint
+from exactgpt import finetune
+from exactgpt.checkpoint import checkpoint_path
 from exactgpt.config import RunFailed, UserError, flag, human_bytes, parse_config, run_script, write_json
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
-from exactgpt.finetune import (
-    Objective,
-    TuneConfig,
-    add_lora,
-    mean_loss,
-    open_base_model,
-    resume,
-    set_up,
-    train,
-    work_in_folder,
-)
-from exactgpt.finetune_data import make_example, print_examples
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import merge_adapter, save_adapter
-from exactgpt.metrics import track_results
+from exactgpt.lora import add_adapter, save_adapter
 from exactgpt.shards import permutation
 from model import IGNORED
 
@@ -43,7 +31,7 @@ ROUNDING = 1e-4     # largest difference of merged logits, relative to the large
 
 
 @dataclass(kw_only=True)
-class InstructConfig(TuneConfig):
+class InstructConfig(finetune.TuneConfig):
     """Every flag of this script."""
     data: str = flag("", "training items: a .json list, or .jsonl lines, of objects with instruction, output and an "
                          "optional input", group="data")
@@ -58,51 +46,69 @@ class InstructConfig(TuneConfig):
             raise UserError("--merge needs an adapter, and --full trains none; leave --merge out")
         super().check()
 
-    def default_lr(self):
-        """Return the peak learning rate to use without --max_lr: LoRA works with a higher one."""
-        return 5e-5 if self.full else 5e-4
+    @property
+    def peak_lr(self):
+        """--max_lr, or its default: LoRA works with a higher one."""
+        return self.max_lr or (5e-5 if self.full else 5e-4)
 
 
 def main(argv=None):
     """Train as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(InstructConfig, argv, __doc__.splitlines()[0])
     with start(config) as runtime:
-        work_in_folder(config, runtime, finetune)
+        finetune.work_in_folder(config, runtime, tune)
 
 
-def finetune(config, runtime, state):
+def tune(config, runtime, state):
     """Train on instructions, from the first step or from a state, and write the results to --out."""
     items = runtime.on_all_ranks(lambda: read_items(config.data))
-    base = open_base_model(config, runtime)
-    model, block_size = base.model, base.model.config.block_size
-    train_items, val_items = split_items(items, config)
-    train_examples, train_dropped = encode_items(train_items, base.tokenizer, block_size)
-    val_examples, val_dropped = encode_items(val_items, base.tokenizer, block_size)
-    n_dropped = train_dropped + val_dropped
-    n_cut = sum(len(example) == block_size and example.targets[-1] != base.tokenizer.eot
+    model, tokenizer, base = finetune.open_base_model(config, runtime)
+    block_size = model.config.block_size
+    order = permutation(len(items), config.seed, "split").tolist()
+    n_val = min(max(1, round(config.val_fraction * len(items))), len(items) - 1)
+    train_items, val_items = [items[i] for i in order[n_val:]], [items[i] for i in order[:n_val]]
+    splits = [[encode_item(item, tokenizer, block_size) for item in part] for part in (train_items, val_items)]
+    train_examples, val_examples = ([e for e in split if (e.targets != IGNORED).any()] for split in splits)
+    n_left_out = len(items) - len(train_examples) - len(val_examples)
+    n_cut = sum(len(example) == block_size and example.targets[-1] != tokenizer.eot
                 for example in train_examples + val_examples)
     runtime.print(f"{config.data}: {len(train_examples)} items to train on and {len(val_examples)} to validate; "
-                  f"{n_cut} cut to {block_size} tokens, {n_dropped} left out (no answer within them)")
+                  f"{n_cut} cut to {block_size} tokens, {n_left_out} left out (no answer within them)")
     if not train_examples or not val_examples:
         raise UserError(f"{config.data} leaves no item to {'train on' if val_examples else 'validate'}; use more "
                         "items, another --val_fraction or a larger --block_size")
     if config.dry_run:
-        print_examples(train_examples, base.tokenizer, base.tokenizer.decode, runtime.print)
-    wrapped = None if config.full else add_lora(model, config)
-    run = set_up(config, runtime, base, Objective(model, "lm_head"), train_examples)
-    progress = resume(run, runtime, state)
+        finetune.print_examples(train_examples, tokenizer, tokenizer.decode, runtime.print)
+    wrapped = None if config.full else add_adapter(model, config)
+    objective = finetune.Objective(model, "lm_head")
+    run, progress = finetune.set_up(config, runtime, objective, train_examples, tokenizer, base, state)
 
     def evaluate():
-        loss = mean_loss(run, runtime, val_examples)
+        loss = torch.zeros((), device=runtime.device)
+        for _, x, y in finetune.evaluation_batches(val_examples, run.micro_batch_tokens, block_size, runtime):
+            with runtime.autocast():
+                loss = loss + run.objective(x, y)
+        loss = runtime.sum(loss)[0] / run.objective.total_weight(val_examples)
         return (-loss,), dict(val_loss=loss)
 
     def write_results():
-        if runtime.is_main:
-            counts = dict(train=len(train_examples), validation=len(val_examples), cut=n_cut, left_out=n_dropped)
-            report = dict(items=counts, **training_summary(run, progress))
-            write_model(config, run, progress, wrapped, base, val_items, report)
+        if not runtime.is_main:
+            return None
+        before, after = progress.first["val_loss"], progress.best["facts"]["val_loss"]
+        counts = dict(train=len(train_examples), validation=len(val_examples), cut=n_cut, left_out=n_left_out)
+        report = dict(items=counts, val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
+                      tokens=progress.tokens)
+        answers = answer(config, run, val_items)
+        paths, more = write_model(config, run, progress, wrapped)
+        paths.append(Path(config.out) / "responses.json")
+        write_json(paths[-1], answers)
+        for item in answers[:3]:
+            print(f"> {item['instruction']}\n  {item['response']}")
+        print(f"validation loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
+        return ({**report, **more}, paths, f"python inference.py --checkpoint {paths[0]} --temperature 0 --num_seq 1 "
+                                           f"--instruction {shlex.quote(val_items[0][0])}")
 
-    train(run, progress, config, runtime, evaluate, write_results)
+    finetune.train(run, progress, config, runtime, evaluate, write_results)
 
 
 # -----------------------------------------------------------------------------
@@ -112,111 +118,65 @@ def read_items(path):
     """Read [(instruction, input, output)] from a .json or .jsonl file. Raises UserError that names the item."""
     if Path(path).suffix.lower() not in (".json", ".jsonl"):
         raise UserError(f"{path} must be a .json list or a .jsonl file with one object per line")
-    items = [check_item(value, where) for where, value in read_objects(path)]
+    items = []
+    for where, item in read_objects(path):
+        values = [item.get("instruction"), item.get("input") or "", item.get("output")]      # there may be no input
+        for name, value in zip(("instruction", "input", "output"), values):
+            if not isinstance(value, str) or (name == "instruction" and not value.strip()):
+                raise UserError(f"{where}: {name!r} must be text, but is {value!r:.40}; the item has {', '.join(item)}")
+        items.append(tuple(values))
     if len(items) < 2:
         raise UserError(f"{path} holds {len(items)} items; two or more are needed, to train on and to validate")
     return items
 
 
-def check_item(item, where):
-    """Return (instruction, input, output) of an object, in which the input may be missing. Raises UserError.
-
-    where: the place of the item, for the message.
-    """
-    texts = [item.get("instruction"), item.get("input") or "", item.get("output")]
-    for name, text in zip(("instruction", "input", "output"), texts):
-        if not isinstance(text, str):
-            has = f"is a {type(text).__name__}, not text" if name in item else f"is missing (it has {', '.join(item)})"
-            raise UserError(f"{where}: {name!r} {has}")
-    if not texts[0].strip():
-        raise UserError(f"{where}: 'instruction' is empty")
-    return tuple(texts)
-
-
-def split_items(items, config):
-    """Split items at random into (train items, validation items), at least one each; the seed decides."""
-    order = permutation(len(items), config.seed, "split").tolist()
-    n_val = min(max(1, round(config.val_fraction * len(items))), len(items) - 1)
-    return [items[i] for i in order[n_val:]], [items[i] for i in order[:n_val]]
-
-
-def encode_items(items, tokenizer, block_size):
-    """Encode items; return (Examples, number of items dropped for having no answer within block_size tokens)."""
-    examples = [encode_item(item, tokenizer, block_size) for item in items]
-    kept = [example for example in examples if (example.targets != IGNORED).any()]
-    return kept, len(examples) - len(kept)
-
-
 def encode_item(item, tokenizer, block_size):
-    """Encode an item as an Example: prompt, answer, end-of-text. Only the answer and the end-of-text are targets."""
+    """Encode an item as an Example: prompt, answer, end-of-text. Only the answer and the end-of-text are targets.
+
+    There are none if no answer begins within block_size tokens.
+    """
     instruction, input, output = item
     prompt = tokenizer.encode(alpaca_prompt(instruction, input))
     answer = [*tokenizer.encode(output), tokenizer.eot] if output.strip() else []
     tokens = [*prompt, *answer][:block_size + 1]
     targets = [IGNORED] * (len(prompt) - 1) + answer
-    return make_example(tokens[:-1], targets[:len(tokens) - 1])
+    return finetune.Example(tokens[:-1], targets[:len(tokens) - 1])
 
 
 # -----------------------------------------------------------------------------
 # results
 
-def training_summary(run, progress):
-    """Return losses, counts and the origin of a trained model, as plain data."""
-    before, after = progress.baseline["val_loss"], progress.best.metrics["val_loss"]
-    return dict(val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
-                best_epoch=progress.best.epoch, steps=progress.step, tokens=progress.tokens,
-                seconds=round(progress.seconds, 1), base=run.base, provenance=provenance())
-
-
-def write_model(config, run, progress, wrapped, base, val_items, report):
-    """Write responses, adapter, merged model and metrics to --out, on rank 0.
-
-    wrapped: peft's wrapper of the model, None with --full. report: the metrics without the adapter's.
-    Raises UserError, OSError; RunFailed if merging changed the model.
-    """
-    out, model = Path(config.out), run.model
-    answers = generate_responses(config, run, base.tokenizer, val_items)
-    write_json(out / "responses.json", answers)
-    adapter = None
-    if wrapped:
-        adapter = out / "adapter"
-        shutil.rmtree(adapter, ignore_errors=True)          # left by a process that was killed here
-        save_adapter(wrapped, adapter, base.record)
-        size = sum(p.stat().st_size for p in adapter.iterdir())
-        full = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-        report |= dict(adapter_bytes=size, adapter_share=size / full)
-        print(f"adapter: {human_bytes(size)}, {100 * size / full:.2f}% of the model")
-        if config.merge:
-            report |= dict(merged_logits_differ_by=merge_and_check(wrapped, model))
-    step = progress.best.epoch * run.plan.steps_per_epoch       # the step of the weights, not the last one
-    path = checkpoint_path(out, step)
-    if config.full or config.merge:
-        save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict(), step=step,
-                                   val_loss=progress.best.metrics["val_loss"], tokenizer=base.tokenizer.to_checkpoint(),
-                                   base=base.record, provenance=report["provenance"]))
-    write_json(out / "metrics.json", report)
-    track_results(config, adapter or path, [out / "responses.json", out / "metrics.json"])
-    for answer in answers[:3]:
-        print(f"> {answer['instruction']}\n  {answer['response']}")
-    print(f"validation loss {report['val_loss_before']:.4f} -> {report['val_loss_after']:.4f} "
-          f"({-100 * report['val_loss_falls_by']:+.1f}%)")
-    if not config.dry_run:
-        written = [*([adapter] if adapter else []), *([path] if path.exists() else []), out / "metrics.json",
-                   out / "responses.json"]
-        print(f"wrote {', '.join(map(str, written))}\n"
-              f"next: python inference.py --checkpoint {adapter or path} --temperature 0 --num_seq 1 --instruction "
-              f"{shlex.quote(val_items[0][0])}")
-
-
-def generate_responses(config, run, tokenizer, items):
-    """Generate the model's greedy answers to the first --responses items."""
+def answer(config, run, items):
+    """Return the first --responses items with the model's greedy answers, [{"instruction", ..., "response"}]."""
     items = items[:1 if config.dry_run else config.responses]
     if not items:
         return []
-    texts, _ = generate(run.model, tokenizer, [alpaca_prompt(i, x) for i, x, _ in items], temperature=0.0,
-                        max_tokens=config.max_tokens)
-    return [dict(instruction=i, input=x, output=y, response=text[len(alpaca_prompt(i, x)):])
-            for (i, x, y), text in zip(items, texts)]
+    prompts = [alpaca_prompt(instruction, input) for instruction, input, _ in items]
+    texts, _ = generate(run.model, run.tokenizer, prompts, temperature=0.0, max_tokens=config.max_tokens)
+    return [dict(instruction=instruction, input=input, output=output, response=text[len(prompt):])
+            for (instruction, input, output), prompt, text in zip(items, prompts, texts)]
+
+
+def write_model(config, run, progress, wrapped):
+    """Write the adapter, the merged or fully trained model, or both; return (paths, entries for metrics.json).
+
+    wrapped: peft's wrapper of the model, None with --full. Raises UserError; RunFailed if merging changed the model.
+    """
+    model, paths, entries = run.model, [], {}
+    if wrapped:
+        paths.append(Path(config.out) / "adapter")
+        shutil.rmtree(paths[0], ignore_errors=True)          # left by a process that was killed here
+        save_adapter(wrapped, paths[0], run.base)
+        size = sum(p.stat().st_size for p in paths[0].iterdir())
+        share = size / sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+        entries |= dict(adapter_bytes=size, adapter_share=share)
+        print(f"adapter: {human_bytes(size)}, {100 * share:.2f}% of the model")
+    if config.merge:
+        entries |= dict(merged_logits_differ_by=merge_and_check(wrapped, model))
+    if config.full or config.merge:
+        paths.append(checkpoint_path(config.out, progress.best["epoch"] * run.steps_per_epoch))
+        finetune.save_model(paths[-1], run, progress)
+    return paths, entries
 
 
 @torch.no_grad()
@@ -229,7 +189,7 @@ def merge_and_check(wrapped, model):
     ids = torch.randint(model.config.vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
     model.to("cpu")                                         # where fp32 is not computed in TF32
     before = model(ids)
-    merge_adapter(wrapped)
+    wrapped.merge_and_unload()
     largest = (before - model(ids)).abs().max().item()
     if not largest <= ROUNDING * max(1.0, before.abs().max().item()) or math.isnan(largest):
         raise RunFailed(f"merging changed the model's logits by {largest:.1e}, more than rounding; no merged model was "

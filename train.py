@@ -477,7 +477,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
             tokens, data_wait_s = loader.next_step()  # of this step: the loader, too, has started at first_step
             lr = set_learning_rate(run, config, step)
             result = train_step(run, config, runtime, tokens, step)
-            log.train(step, result, lr, data_wait_s)
+            log.train(step, result, lr, run.plan.tokens_per_step, data_wait_s)
             skip_reason = progress.skipped.record(result, run.scaler)
             if skip_reason:
                 log.skipped(step, skip_reason, loader.windows_of_step(step))
@@ -491,14 +491,20 @@ def loop(run, progress, config, runtime, log, hellaswag):
 
 # ---- main --------------------------------------------------------------------
 
-def prepare(run, config, runtime, limit=0):
-    """Warm up, and return HellaSwag prepared for the model, `limit` items of it (0: all); None if it is never due."""
+def prepare(run, progress, config, runtime, limit=0):
+    """Warm up; return HellaSwag prepared for the model, `limit` items of it (0: all), and the RunLog of this start.
+
+    HellaSwag is None if it is never due.
+    """
     hellaswag = None
     if config.hellaswag_every:
         hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
     warm_up(run, runtime)
     runtime.setup_done()
-    return hellaswag
+    tokens = progress.step * run.plan.tokens_per_step      # the log, opened last, cuts its files back to this step
+    log = RunLog(progress, config, runtime, config.log_dir, "train", tokens, run.raw_model.flops_per_token())
+    return hellaswag, log
+
 
 def train(config, runtime):
     """Start a run, or resume it from a checkpoint; train to its end, or until a stop. Raises UserError, RunFailed."""
@@ -510,8 +516,8 @@ def train(config, runtime):
             return
         first_step = progress.step
         try:
-            hellaswag = prepare(run, config, runtime)
-            with closing(RunLog(run, progress, config, runtime)) as log:      # cuts logs back to this step
+            hellaswag, log = prepare(run, progress, config, runtime)
+            with closing(log):
                 try:
                     loop(run, progress, config, runtime, log, hellaswag)
                 except StopRequested:       # all ranks take part in the save; closing the log may wait for MLflow
@@ -532,12 +538,11 @@ def dry_run(config, runtime):
     """Try two steps, an evaluation, a save and a load in a temporary folder; report what the full run would take."""
     with temporary_folder(runtime, config.log_dir) as folder:
         small = with_changes(config, max_steps=2, num_epochs=None, warmup_steps=None, stop_loss=0.0, resume="auto",
-                             log_dir=folder, checkpoint_every=1, mlflow=False,
-                             val_tokens=min(config.val_tokens, config.total_batch_size))
+                             log_dir=folder, mlflow=False, val_tokens=min(config.val_tokens, config.total_batch_size))
         run, progress = set_up(small, runtime)
         try:
-            hellaswag = prepare(run, small, runtime, DRY_RUN_ITEMS)
-            with closing(RunLog(run, progress, small, runtime)) as log:
+            hellaswag, log = prepare(run, progress, small, runtime, DRY_RUN_ITEMS)
+            with closing(log):
                 loop(run, progress, small, runtime, log, hellaswag)
         except StopRequested:
             runtime.print("the dry run was stopped")
@@ -549,7 +554,8 @@ def dry_run(config, runtime):
             n_small, n_full = (n_val_windows(run.val_stream, c.val_tokens) for c in (small, config))
             shares["validation"] = n_small / n_full
         plan = make_plan(config, run.raw_model.config.block_size, run.train_stream.n_windows, runtime.world_size)
-        runtime.print(log.forecast(config, plan, shares))
+        disk = checkpoint.disk_bytes(config, run.raw_model.n_params(), plan.max_steps)
+        runtime.print(log.forecast(plan.max_steps, disk, **shares))
 
 
 def main(argv=None):

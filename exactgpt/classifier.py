@@ -2,7 +2,7 @@
 
 Weights and arithmetic are those of transformers' GPT2ForSequenceClassification.
 """
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -36,17 +36,15 @@ class Classifier(GPT):
     @classmethod
     def from_gpt(cls, gpt, labels):
         """Build a classifier around the blocks of a GPT, which it shares, with a random score layer."""
-        shape = {f.name: getattr(gpt.config, f.name) for f in fields(GPTConfig)}
+        config = ClassifierConfig(**{**gpt.config_dict(), "tie_word_embeddings": False}, labels=list(labels))
         with torch.device("meta"):      # no memory for weights that are replaced below
-            model = cls(ClassifierConfig(**{**shape, "tie_word_embeddings": False}, labels=list(labels)))
-        model.transformer, model.score = gpt.transformer, new_score_layer(model.config)
+            model = cls(config)
+        model.transformer, model.score = gpt.transformer, new_score_layer(config)
         return model
 
-    def forward(self, idx, lengths=None):
-        """Return scores (B, labels), before the softmax, of texts idx (B, T) with lengths (B,) (None: all of T)."""
-        hidden = self.hidden(idx)                                                      # (B, T, C)
-        last = lengths - 1 if lengths is not None else torch.full((len(idx),), idx.size(1) - 1, device=idx.device)
-        return self.score(hidden[torch.arange(len(idx), device=idx.device), last])
+    def forward(self, idx):
+        """Return scores (B, labels), before the softmax, of texts idx (B, T) that end at T."""
+        return self.score(self.hidden(idx)[:, -1])
 
 
 def new_score_layer(config):

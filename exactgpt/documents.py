@@ -127,7 +127,7 @@ def check_columns_exist(columns, present, where):
         raise UserError(f"{where}: there are no columns")
     for column in columns:
         if column not in present:
-            hint = "; choose one with --text_column" if len(columns) == 1 else ""
+            hint = "; choose one with --text_column" + " and --label_column" * (len(columns) > 1)
             raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present))}{hint}")
 
 

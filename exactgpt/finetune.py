@@ -1,4 +1,4 @@
-"""Shared by the fine-tuning scripts: flags, set-up, the training loop, and the folder and state of a run.
+"""Shared by the fine-tuning scripts: flags, examples, set-up, the training loop, the folder and state of a run.
 
 The loss of a step is the mean over all its targets. Each micro-batch of each rank adds its summed loss divided by the
 number of targets in the whole step, so without dropout the gradient is the same, up to rounding, for any micro-batch
@@ -7,9 +7,11 @@ Shapes: B rows of a batch, T tokens.
 """
 from exactgpt.launch import command_line
 
-import contextlib
-import dataclasses
+import hashlib
+import importlib.util
 import math
+import time
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,13 +20,18 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from exactgpt.checkpoint import changed_flags, read_checkpoint, restore_optimizer, save_checkpoint, weights_hash
-from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes
+from exactgpt.checkpoint import (
+    changed_flags,
+    provenance,
+    read_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+    weights_hash,
+)
+from exactgpt.config import RunConfig, RunFailed, UserError, as_user_error, flag, with_changes, write_json
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
-from exactgpt.finetune_data import Example, empty_batch, evaluation_batches, hash_examples, make_batches
-from exactgpt.lora import add_adapter
-from exactgpt.metrics import TuneLog, require_mlflow
+from exactgpt.metrics import RunLog
 from exactgpt.open_model import build_model, open_model
 from exactgpt.optimizer import SkippedSteps, finish_step, learning_rate_factor, parameter_groups
 from exactgpt.shards import permutation
@@ -32,11 +39,16 @@ from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
 
 STATE_NAME = "state.pt"  # in --out: what a run resumes from
+LENGTH_MULTIPLE = 16     # sequences are padded to a multiple of this, so that few shapes occur
+N_SHOWN = 3              # examples that a dry run prints
 
 
 @dataclass(kw_only=True)
 class TuneConfig(RunConfig):
-    """The flags shared by the fine-tuning scripts; keep=True: a resumed run must have the same value."""
+    """The flags shared by the fine-tuning scripts; keep=True: a resumed run must have the same value.
+
+    A script's own class adds `peak_lr`: --max_lr, or the default for what is trained.
+    """
     data: str = flag("", "training examples (required)", group="data")
     val_fraction: float = flag(0.1, "fraction of the examples used for validation", group="data", above=0, below=1,
                                keep=True)
@@ -75,34 +87,76 @@ class TuneConfig(RunConfig):
         for name in ("data", "init_from", "out"):
             if not getattr(self, name) and not (name == "out" and self.dry_run):
                 raise UserError(f"--{name} is missing (--help lists the flags)")
-        if self.mlflow:
-            require_mlflow()
+        for package in ("peft", "sklearn", *["mlflow"] * self.mlflow):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"fine-tuning needs {package}: pip install -r requirements-extras.txt")
         if self.min_lr > self.peak_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.peak_lr:g}; lower it")
 
-    @property
-    def peak_lr(self):
-        """--max_lr, or the default for what is trained."""
-        return self.default_lr() if self.max_lr is None else self.max_lr
 
-    def default_lr(self):
-        """Return the peak learning rate to use without --max_lr."""
-        raise NotImplementedError
+# -----------------------------------------------------------------------------
+# tokenized examples
+
+class Example:
+    """One tokenized example: `tokens` and `targets`, (T,) int32; targets are IGNORED where there is no loss."""
+
+    def __init__(self, tokens, targets):
+        self.tokens, self.targets = (np.array(ids, dtype=np.int32) for ids in (tokens, targets))
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+def make_batches(examples, micro_batch_tokens, block_size):
+    """Yield (indices, x, y) of micro-batches, sorted by length to save padding, the longest first.
+
+    x, y: (B, T) int64 with B x T <= micro_batch_tokens, unless B is 1.
+    """
+    indices = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+    while indices:
+        T = min(-(-len(examples[indices[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, block_size)
+        B = max(1, micro_batch_tokens // T)
+        members, indices = indices[:B], indices[B:]
+        x = torch.zeros(len(members), T, dtype=torch.long)   # padded on the right: no real token attends to it
+        y = torch.full((len(members), T), IGNORED, dtype=torch.long)
+        for b, i in enumerate(members):
+            x[b, :len(examples[i])] = torch.from_numpy(examples[i].tokens)
+            y[b, :len(examples[i])] = torch.from_numpy(examples[i].targets)
+        yield members, x, y
+
+
+def evaluation_batches(examples, micro_batch_tokens, block_size, runtime):
+    """Yield (indices, x, y) of this rank's share of all examples, on its device. Raises StopRequested.
+
+    Every rank visits every batch, even if its share of it is empty, so that all ranks check for a stop equally often.
+    """
+    share = slice(runtime.rank, None, runtime.world_size)
+    for members, x, y in make_batches(examples, micro_batch_tokens * runtime.world_size, block_size):
+        if members[share]:
+            yield members[share], x[share].to(runtime.device), y[share].to(runtime.device)
+        runtime.check_for_stop()
+
+
+def print_examples(examples, tokenizer, target_text, print):
+    """Print the first examples as the loss sees them: "masked" text is only read, "learned" text is a target.
+
+    target_text(targets) returns the text of a list of targets. They begin somewhere and go on to the end.
+    """
+    for i, example in enumerate(examples[:N_SHOWN], 1):
+        start = int((example.targets == IGNORED).sum())
+        masked, learned = example.tokens[:start + 1].tolist(), example.targets[start:].tolist()
+        print(f"example {i}: {len(example)} tokens, {len(learned)} target{'s' * (len(learned) > 1)}\n"
+              f"  masked  | {tokenizer.decode(masked)!r}\n  learned | {target_text(learned)!r}")
 
 
 # -----------------------------------------------------------------------------
 # set-up
 
-@dataclass(frozen=True)
-class BaseModel:
-    """The model that fine-tuning starts from, the same on every rank."""
-    model: nn.Module
-    tokenizer: Tokenizer
-    record: dict[str, str]       # {"source", "sha256"}
-
-
 def open_base_model(config, runtime):
-    """Open --init_from, crop it to --block_size, move it to the device and print what it is. Raises UserError."""
+    """Open --init_from and crop it to --block_size; return (GPT on the device, Tokenizer, {"source", "sha256"}).
+
+    Raises UserError.
+    """
     def read():
         opened = open_model(config.init_from, tokenizer=config.tokenizer).with_tokenizer()
         state = opened.model.state_dict()
@@ -110,21 +164,11 @@ def open_base_model(config, runtime):
                     sha256=weights_hash(state), title=opened.summary())
     stored = runtime.broadcast(read)
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
-    if config.block_size and config.block_size < model.config.block_size:
-        model.crop_block_size(config.block_size)
-    elif config.block_size and config.block_size > model.config.block_size:
-        raise UserError(f"--block_size {config.block_size}, but {config.init_from} reads at most "
-                        f"{model.config.block_size} tokens; lower it")
-    model.to(runtime.device)
+    if config.block_size:
+        as_user_error(lambda: model.crop_block_size(config.block_size), config.init_from)
     runtime.print(f"{stored['title']}, weights sha256 {stored['sha256'][:12]}")
-    record = dict(source=config.init_from, sha256=stored["sha256"])
-    return BaseModel(model, from_checkpoint(stored["tokenizer"]), record)
-
-
-def add_lora(model, config):
-    """Freeze a model, add the LoRA matrices that the flags ask for, and return peft's wrapper of the model."""
-    seed_everything(config.seed, "lora")
-    return add_adapter(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.init_from)
+    return (model.to(runtime.device), from_checkpoint(stored["tokenizer"]),
+            dict(source=config.init_from, sha256=stored["sha256"]))
 
 
 class Objective(nn.Module):
@@ -149,91 +193,82 @@ class Objective(nn.Module):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The numbers of steps of a run."""
-    steps_per_epoch: int
-    max_steps: int
-    warmup_steps: int
-    full_steps: int            # max_steps without --dry_run
-
-
-@dataclass(frozen=True)
 class Run:
-    """What is fixed for a run."""
+    """The objects and numbers of a run, made once by set_up."""
     objective: Objective
+    model: nn.Module           # the one inside the objective
     ddp: nn.Module             # the objective, wrapped in DDP if there are several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    tokenizer: Tokenizer
     examples: list[Example]    # of the training split
-    plan: Plan
     micro_batch_tokens: int    # B x T of a forward pass, at most
-    base: dict[str, str]       # {"source", "sha256"} of the model that it started from
+    steps_per_epoch: int       # the last one of an epoch may have fewer examples
+    max_steps: int
+    warmup_steps: int
     data_hash: str
-
-    @property
-    def model(self):
-        """The model inside the objective."""
-        return self.objective.model
-
-
-@dataclass
-class BestEpoch:
-    """The epoch with the best validation score until now."""
-    score: tuple[float, ...] = (-math.inf,)
-    epoch: int = 0             # 0: none yet
-    metrics: dict[str, float] = field(default_factory=dict)          # of its evaluation
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)   # the trained ones, on the CPU
+    base: dict                 # {"source", "sha256"} of the model that it started from
+    provenance: dict           # commit, versions, command
 
 
 @dataclass
 class Progress:
-    """What changes during a run."""
+    """What changes during a run. The state stores the fields in STORED under their names."""
+    last_step: int             # the loop ends here: max_steps, or earlier if patience runs out
     step: int = 0              # the next one to train
     tokens: int = 0            # read in all starts
-    seconds: float = 0.0       # spent in steps and evaluations, in all starts
-    baseline: dict[str, float] = field(default_factory=dict)         # the metrics before training
-    best: BestEpoch = field(default_factory=BestEpoch)
+    seconds: float = 0.0       # of training, in all starts
+    first: dict = field(default_factory=dict)      # the metrics before training
+    # The epoch with the best score (0: none yet), its metrics, and the trained weights after it, on the CPU.
+    best: dict = field(default_factory=lambda: dict(score=(-math.inf,), epoch=0, facts={}, weights={}))
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
 
-def set_up(config, runtime, base, objective, examples):
-    """Return the Run that trains every parameter of the objective which requires gradients.
+STORED = ("step", "tokens", "seconds", "first", "best")
 
-    base: the BaseModel inside the objective. examples: the training split; a dry run takes the first of them.
-    Raises UserError if the flags contradict the number of examples or the micro-batch does not fit.
+
+def set_up(config, runtime, objective, examples, tokenizer, base, state):
+    """Return (Run, Progress) of a run that trains every parameter of the objective which requires gradients.
+
+    examples: the training split. base: what open_base_model says of the model. state: what the run resumes from, or
+    None. Raises UserError if the flags or the state do not fit the examples, or the micro-batch not the memory.
     """
-    plan = make_plan(len(examples), config)
-    objective.to(runtime.device)
-    ddp = runtime.data_parallel(objective)
+    steps_per_epoch = -(-len(examples) // config.batch_size)
+    max_steps = steps_per_epoch * config.num_epochs
+    warmup_steps = max_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    if warmup_steps > max_steps:
+        raise UserError(f"--warmup_steps {warmup_steps} exceeds the {max_steps} steps of the run; lower it")
     model, block_size = objective.model, objective.model.config.block_size
-    size = find_micro_batch_size(ddp, block_size, config.micro_batch_size,
-                                 max(1, config.batch_size // runtime.world_size), runtime)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.peak_lr, betas=(0.9, 0.98),
-                                  fused=True)
     n_trained = sum(w.numel() for w in trained_weights(model).values())
     n_all = sum(p.numel() for p in model.parameters())
     runtime.print(f"training {n_trained:,} of {n_all:,} parameters on {len(examples):,} examples: {config.num_epochs} "
-                  f"epochs of {plan.steps_per_epoch} steps, on {runtime.device} in {runtime.dtype_name}, "
+                  f"epochs of {steps_per_epoch} steps, on {runtime.device} in {runtime.dtype_name}, "
                   f"{runtime.world_size} process{'es' * (runtime.world_size > 1)}")
-    if config.dry_run:
-        n_steps = min(2, plan.steps_per_epoch)
-        examples = examples[:2 * config.batch_size]
-        plan = dataclasses.replace(plan, steps_per_epoch=n_steps, max_steps=n_steps)
-    run = Run(objective, ddp, optimizer, runtime.grad_scaler(), examples, plan, size * block_size, base.record,
-              hash_examples(examples))
+    ddp = runtime.data_parallel(objective.to(runtime.device))
+    rows = find_micro_batch_size(ddp, block_size, config.micro_batch_size,
+                                 max(1, config.batch_size // runtime.world_size), runtime)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.max_lr, betas=(0.9, 0.98),
+                                  fused=True)
+    digest = hashlib.sha256()      # must be equal on all ranks, and when the run is resumed
+    for example in examples:
+        digest.update(len(example).to_bytes(4, "little") + example.tokens.tobytes() + example.targets.tobytes())
+    run = Run(objective, model, ddp, optimizer, runtime.grad_scaler(), tokenizer, examples, rows * block_size,
+              steps_per_epoch, max_steps, warmup_steps, digest.hexdigest(), base, provenance())
     runtime.require_equal("flags", asdict(config))
     runtime.require_equal("examples", run.data_hash)
-    return run
-
-
-def make_plan(n_examples, config):
-    """Return the Plan of a run over n_examples. Raises UserError if the warm-up is longer than the run."""
-    steps_per_epoch = -(-n_examples // config.batch_size)     # an epoch's last step may have fewer examples
-    n_steps = steps_per_epoch * config.num_epochs
-    warmup_steps = n_steps // 10 if config.warmup_steps is None else config.warmup_steps
-    if warmup_steps > n_steps:
-        raise UserError(f"--warmup_steps {warmup_steps} exceeds the {n_steps} steps of the run; lower it")
-    return Plan(steps_per_epoch, n_steps, warmup_steps, n_steps)
+    progress = Progress(last_step=min(2, max_steps) if config.dry_run else max_steps)
+    if state:      # there is no warm_up as in train.py: with 3 or more processes the first step may sum differently
+        if state["data"] != run.data_hash:
+            raise UserError("the run in --out had other training examples; use another --out")
+        if state["base"]["sha256"] != base["sha256"]:
+            raise UserError(f"the run in --out started from other weights ({state['base']['source']}); use another "
+                            "--out")
+        model.load_state_dict(state["trained"], strict=False)
+        restore_optimizer(run, state)
+        for name in STORED:
+            setattr(progress, name, state[name])
+        runtime.print(f"resuming from step {progress.step}")
+    return run, progress
 
 
 def trained_weights(model):
@@ -242,22 +277,26 @@ def trained_weights(model):
 
 
 # -----------------------------------------------------------------------------
-# one training step
+# training
 
 def train_step(run, config, runtime, step):
     """Train on this rank's examples of a step; return (StepResult, tokens read), the same on all ranks."""
     # Every step seeds the generators with (seed, step, rank): dropout repeats after a resume without any saved state.
     seed_everything(config.seed, "step", step, runtime.rank)
-    indices = examples_of_step(run, config, step)
-    examples = [run.examples[i] for i in indices]
-    micro_batches = list(local_batches(run, runtime, indices)) or [empty_batch()]
+    # The examples of a step are a function of (seed, step). Dealing them out by length gives all ranks similar work.
+    epoch, place = divmod(step, run.steps_per_epoch)
+    order = permutation(len(run.examples), config.seed, "examples", epoch)
+    examples = [run.examples[i] for i in order[place * config.batch_size:(place + 1) * config.batch_size]]
+    mine = sorted(examples, key=len, reverse=True)[runtime.rank::runtime.world_size]
+    mine = mine or [Example([0], [IGNORED])]                               # DDP needs a backward pass on every rank
+    micro_batches = list(make_batches(mine, run.micro_batch_tokens, run.model.config.block_size))
     scale = runtime.world_size / run.objective.total_weight(examples)      # x world_size: DDP takes the mean over ranks
     loss = torch.zeros((), device=runtime.device)
     for i, (_, x, y) in enumerate(micro_batches):
         final = i + 1 == len(micro_batches)
         # Gradients are averaged over ranks once a step, in its last micro-batch. no_sync holds the forward pass too:
         # there, not in backward, DDP decides whether this backward pass will reduce.
-        with contextlib.nullcontext() if final or runtime.alone else run.ddp.no_sync():
+        with nullcontext() if final or runtime.alone else run.ddp.no_sync():
             with runtime.autocast():
                 # backward() adds up gradients; multiplying here by 1 / (targets of the whole step) makes the sum the
                 # gradient of the mean over all targets.
@@ -268,110 +307,70 @@ def train_step(run, config, runtime, step):
     return result, sum(map(len, examples))
 
 
-def examples_of_step(run, config, step):
-    """Return the indices of a step's training examples, a pure function of (seed, step)."""
-    epoch, place = divmod(step, run.plan.steps_per_epoch)
-    order = permutation(len(run.examples), config.seed, "examples", epoch)
-    return order[place * config.batch_size:(place + 1) * config.batch_size].tolist()
-
-
-def local_batches(run, runtime, indices):
-    """Yield this rank's micro-batches of a step. Dealing them out by length gives all ranks similar work."""
-    mine = sorted(indices, key=lambda i: -len(run.examples[i]))[runtime.rank::runtime.world_size]
-    return make_batches(run.examples, mine, run.micro_batch_tokens, run.model.config.block_size)
-
-
-def set_learning_rate(run, config, step):
-    """Set the learning rate of a step and return it."""
-    lr = config.peak_lr * learning_rate_factor(step, run.plan, "cosine", config.min_lr / config.peak_lr)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-# -----------------------------------------------------------------------------
-# evaluation
-
-@torch.no_grad()
-def mean_loss(run, runtime, examples):
-    """Return the mean loss in nats over all targets of some examples, on every rank. Raises StopRequested."""
-    loss = torch.zeros((), device=runtime.device)
-    for _, x, y in evaluation_batches(examples, run.micro_batch_tokens, run.model.config.block_size, runtime):
-        with runtime.autocast():
-            loss = loss + run.objective(x, y)
-    return runtime.sum(loss)[0] / run.objective.total_weight(examples)
-
-
-def evaluate_epoch(run, progress, log, evaluate):
-    """Evaluate the model, log its metrics, and keep its weights if no earlier epoch was as good."""
-    epoch = progress.step // run.plan.steps_per_epoch
-    log.start_clock()
-    run.model.eval()
-    with torch.no_grad():
-        score, metrics = evaluate()
-    run.model.train()
-    if epoch == 0:
-        progress.baseline = metrics
-    better = epoch > 0 and score > progress.best.score
-    if better:
-        weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
-        progress.best = BestEpoch(score, epoch, metrics, weights)
-    progress.seconds += log.stop_clock()
-    log.evaluation(epoch, metrics, better)
-
-
-def out_of_patience(run, progress, config):
-    """Return True if the last --patience epochs brought no better evaluation."""
-    epoch, best = progress.step // run.plan.steps_per_epoch, progress.best.epoch
-    return bool(config.patience and best and epoch - best >= config.patience)
-
-
-# -----------------------------------------------------------------------------
-# the run
-
 def loop(run, progress, config, runtime, log, evaluate):
-    """Train from progress.step to the end, or until patience runs out.
+    """Train from progress.step to progress.last_step, or until patience runs out.
 
     Raises StopRequested, and RunFailed if too many updates were skipped.
     """
-    first_step = progress.step
+    first_step, start_time = progress.step, time.perf_counter() - progress.seconds
     # At step k: evaluate and save if an epoch ends here, then train step k. So the loop also evaluates the untrained
-    # model, as the baseline, and the final weights are evaluated and saved by the same lines as all others.
+    # model, and the final weights are evaluated and saved by the same lines as all others.
     while True:
         runtime.raise_if_stopping()                   # the last all-reduce has told all ranks
-        step, last = progress.step, progress.step == run.plan.max_steps
-        epoch_ends = step % run.plan.steps_per_epoch == 0
+        step, last = progress.step, progress.step == progress.last_step
 
         # once an epoch: validation (all ranks take part), and the state, unless this start began with it
-        if epoch_ends:
-            evaluate_epoch(run, progress, log, evaluate)
+        if step % run.steps_per_epoch == 0 or last:
+            epoch = -(-step // run.steps_per_epoch)   # a dry run ends within the first
+            run.model.eval()
+            with log.timed("validation", run.steps_per_epoch), torch.no_grad():
+                score, metrics = evaluate()
+            run.model.train()
+            if epoch == 0:
+                progress.first = metrics
+            better = epoch > 0 and score > progress.best["score"]
+            if better:
+                weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
+                progress.best = dict(score=score, epoch=epoch, facts=metrics, weights=weights)
+            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}{' (the best so far)' * better}", epoch=epoch,
+                     **metrics)
+            progress.seconds = time.perf_counter() - start_time
             if step > first_step:
                 save_state(run, progress, config, runtime)
-        if last or (epoch_ends and out_of_patience(run, progress, config)):
+            best = progress.best["epoch"]
+            if not last and config.patience and best and epoch - best >= config.patience:
+                runtime.print(f"stopped early: no better epoch in the last {config.patience}, the best was {best}")
+                progress.last_step, last = step, True
+        if last:
             break
 
         # one training step; evaluation and saving are outside its clock
         log.start_clock()
-        lr = set_learning_rate(run, config, step)
+        lr = config.max_lr * learning_rate_factor(step, run, "cosine", config.min_lr / config.max_lr)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
         result, n_tokens = train_step(run, config, runtime, step)
+        log.train(step, result, lr, n_tokens)
         skip_reason = progress.skipped.record(result, run.scaler)
-        progress.tokens += n_tokens
-        progress.seconds += log.stop_clock()
-        log.train(result, lr, n_tokens, skip_reason)
+        if skip_reason:
+            runtime.print(f"step {step}: update skipped on all ranks, {skip_reason}")
         progress.skipped.check()                      # ends the run after ten in a row
         if step == first_step:
             runtime.first_step_done()                 # shortens the time-outs
-        progress.step = step + 1
+        progress.step, progress.tokens = step + 1, progress.tokens + n_tokens
+        progress.seconds = time.perf_counter() - start_time
 
 
 def train(run, progress, config, runtime, evaluate, write_results):
     """Train to the end, write the results and mark the run as finished; if stopped, save the state instead.
 
     evaluate() -> (score, {name: number}) on every rank. The score is a tuple, higher is better; the numbers are logged.
-    write_results() is called on every rank, with the best epoch's weights in the model. Raises UserError, RunFailed.
+    write_results() is called on every rank, with the best epoch's weights in the model; on rank 0 it returns (entries
+    of metrics.json, the paths it wrote, the model's first, a command that uses the model). Raises UserError, RunFailed.
     """
     first_step = progress.step
-    with contextlib.closing(TuneLog(run, progress, config, runtime)) as log:
+    with closing(RunLog(progress, config, runtime, config.out, "fine-tuning", progress.tokens)) as log:
         try:
             runtime.setup_done()
             loop(run, progress, config, runtime, log, evaluate)
@@ -384,18 +383,30 @@ def train(run, progress, config, runtime, evaluate, write_results):
             runtime.print(f"stopped before step {progress.step}, nothing is lost; the same command continues:\n"
                           f"{command_line()}")
             return
-    best = progress.best
-    if not best.weights:
-        raise RunFailed("no epoch ended with a finite loss; try a smaller --max_lr")
-    if progress.step < run.plan.max_steps:
-        runtime.print(f"stopped early: no better epoch in the last {config.patience}, the best was epoch {best.epoch}")
-    run.model.load_state_dict(best.weights, strict=False)
-    run.model.eval()
-    if config.dry_run:
-        runtime.print(log.forecast())
-    with writing_results(config):
-        write_results()
-    save_state(run, progress, config, runtime, finished=True)
+        best = progress.best
+        if not best["weights"]:
+            raise RunFailed("no epoch ended with a finite loss; try a smaller --max_lr")
+        run.model.load_state_dict(best["weights"], strict=False)
+        run.model.eval()
+        if config.dry_run:
+            runtime.print(log.forecast(run.max_steps))
+        try:
+            results = write_results()
+            if runtime.is_main:
+                report, (model, *files), command = results
+                files.append(Path(config.out) / "metrics.json")
+                write_json(files[-1], dict(report, best_epoch=best["epoch"], steps=progress.step,
+                                           seconds=round(progress.seconds, 1), base=run.base,
+                                           provenance=run.provenance))
+                for path in files:
+                    log.tracker.artifact(path)
+                log.tracker.text("best_checkpoint.txt", f"{model.resolve()}\n")
+                if not config.dry_run:
+                    print(f"wrote {', '.join(map(str, [model, *files]))}\nnext: {command}", flush=True)
+            save_state(run, progress, config, runtime, finished=True)
+        except UserError as error:
+            raise RunFailed(f"{error}. The training is not lost: the same command resumes after it, and writes the "
+                            "results again") from error
 
 
 # -----------------------------------------------------------------------------
@@ -440,51 +451,16 @@ def read_state(config):
 
 def save_state(run, progress, config, runtime, finished=False):
     """Write what the run resumes from, on rank 0; of a finished run only its flags. Raises UserError."""
-    if not runtime.is_main:
-        return
-    entries = dict(config=asdict(config), finished=finished)
-    if not finished:
-        best = progress.best      # the entries "first" and "facts" keep their old names, so that older runs resume
-        entries.update(step=progress.step, tokens=progress.tokens, seconds=progress.seconds, base=run.base,
-                       data=run.data_hash, first=progress.baseline,
-                       best=dict(score=best.score, epoch=best.epoch, facts=best.metrics, weights=best.weights),
-                       trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(),
-                       scaler=run.scaler.state_dict())
-    save_checkpoint(Path(config.out) / STATE_NAME, entries)
+    if runtime.is_main:
+        state = {} if finished else dict(
+            {name: getattr(progress, name) for name in STORED}, base=run.base, data=run.data_hash,
+            trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+        save_checkpoint(Path(config.out) / STATE_NAME, dict(state, config=asdict(config), finished=finished))
 
 
-def resume(run, runtime, state):
-    """Restore a state, if there is one, and return the run's Progress. Raises UserError if it is another run's.
-
-    There is no warm_up as in train.py: with 3 or more processes the first step may sum in another order.
-    """
-    if state is None:
-        return Progress()
-    progress = runtime.on_all_ranks(lambda: restore(run, state))
-    runtime.print(f"resuming from step {progress.step}")
-    return progress
-
-
-def restore(run, state):
-    """Load a state into the model, optimizer and scaler, and return its Progress. Raises UserError."""
-    if state["data"] != run.data_hash:
-        raise UserError("the run in --out had other training examples; use another --out")
-    if state["base"]["sha256"] != run.base["sha256"]:
-        raise UserError(f"the run in --out started from other weights ({state['base']['source']}); use another --out")
-    run.model.load_state_dict(state["trained"], strict=False)
-    restore_optimizer(run, state)
-    best = state["best"]
-    return Progress(step=state["step"], tokens=state["tokens"], seconds=state["seconds"], baseline=state["first"],
-                    best=BestEpoch(best["score"], best["epoch"], best["facts"], best["weights"]))
-
-
-@contextlib.contextmanager
-def writing_results(config):
-    """Turn a failure to write the results into a RunFailed that says how to repeat the writing alone."""
-    try:
-        yield
-    except RunFailed:
-        raise
-    except UserError as error:
-        raise RunFailed(f"cannot write the results to {config.out} ({error}); make room and run the same command: it "
-                        "resumes after the training") from error
+def save_model(path, run, progress):
+    """Write a checkpoint of the best epoch's weights, which the model holds. Raises UserError."""
+    best = progress.best
+    save_checkpoint(path, dict(model=run.model.state_dict(), config=run.model.config_dict(),
+                               step=best["epoch"] * run.steps_per_epoch, val_loss=best["facts"]["val_loss"],
+                               tokenizer=run.tokenizer.to_checkpoint(), base=run.base, provenance=run.provenance))

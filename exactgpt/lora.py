@@ -6,21 +6,23 @@ onto an exported model, plus base.json, which names the weights that it was trai
 from pathlib import Path
 
 from exactgpt.config import UserError, new_folder, read_json, write_json
+from exactgpt.distributed import seed_everything
 
 LINEAR_LAYERS = ["c_attn", "c_proj", "c_fc"]     # every linear layer inside the blocks
 CONFIG_NAME, BASE_NAME = "adapter_config.json", "base.json"
 
 
-def add_adapter(model, r, alpha, dropout, base):
-    """Freeze a GPT and add trainable matrices of rank r to its linear layers, scaled by alpha / r.
+def add_adapter(model, config):
+    """Freeze a GPT and add trainable matrices of rank --lora_r to its linear layers, scaled by lora_alpha / lora_r.
 
-    Changes the model in place and returns peft's wrapper, which can save and merge. base: the source that the model
-    was opened from. The new matrices are drawn from torch's generator. Raises UserError if peft is not installed.
+    Changes the model in place and returns peft's wrapper, which can save and merge.
     """
-    peft = _import_peft()
-    settings = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LINEAR_LAYERS)
+    import peft
+    settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                               target_modules=LINEAR_LAYERS)
+    seed_everything(config.seed, "lora")
     wrapped = peft.get_peft_model(model, settings)
-    settings.base_model_name_or_path = str(base)      # set it last: get_peft_model overwrites it
+    settings.base_model_name_or_path = config.init_from      # set it last: get_peft_model overwrites it
     return wrapped
 
 
@@ -33,22 +35,12 @@ def save_adapter(wrapped, folder, base):
     with new_folder(folder) as temporary:
         try:
             wrapped.save_pretrained(temporary, save_embedding_layers=False)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the adapter in {folder}: {error}") from error
+        except SafetensorError as error:
+            raise OSError(f"{error}") from error               # new_folder makes a UserError of it
         (temporary / "README.md").unlink(missing_ok=True)      # peft's model card, an empty template
         write_json(temporary / BASE_NAME, base)
         mode = (temporary / BASE_NAME).stat().st_mode
         (temporary / "adapter_model.safetensors").chmod(mode)  # safetensors makes it readable by the owner only
-
-
-def merge_adapter(wrapped):
-    """Merge a wrapped model's adapter into its weights, W + alpha / r B A, and return the plain model."""
-    return wrapped.merge_and_unload()
-
-
-def is_adapter(folder):
-    """Return True if a folder holds an adapter."""
-    return (Path(folder) / CONFIG_NAME).is_file()
 
 
 def read_adapter_base(folder):
@@ -62,17 +54,11 @@ def read_adapter_base(folder):
 
 def merge_saved_adapter(model, folder):
     """Merge the adapter in a folder into a model and return the model. Raises UserError if it does not fit."""
-    peft = _import_peft()
     try:
-        return merge_adapter(peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu"))
+        import peft
+        return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu").merge_and_unload()
+    except ImportError as error:
+        raise UserError("LoRA adapters need peft: pip install -r requirements-extras.txt") from error
     except Exception as error:      # peft, safetensors and torch raise many kinds of errors here
         why = " ".join(str(error).split())[:160]
         raise UserError(f"the adapter in {folder} does not fit its model ({type(error).__name__}: {why})") from error
-
-
-def _import_peft():
-    try:
-        import peft
-        return peft
-    except ImportError as error:
-        raise UserError("LoRA adapters need peft: pip install -r requirements-extras.txt") from error

@@ -3,11 +3,6 @@
 log.txt        250 val 3.9123     250 hella 0.2612     250 train 3.950000       (build-nanogpt's columns)
 metrics.jsonl  one JSON object a line, for each training step, evaluation, list of samples and skipped update
 
-    tracker = Tracker(config, log_dir, "train")     # does nothing unless config.mlflow
-    tracker.log(step, loss=3.95, lr=2e-4)
-    tracker.artifact(log_dir / "plot.png")
-    tracker.close()
-
 MLflow gets a SQLite store beside the run's own files. A thread fills it in batches, because importing MLflow takes
 seconds and a call 10 ms. Training neither waits for it nor fails with it: a failed batch prints one warning and is
 retried with the next.
@@ -18,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import threading
@@ -31,6 +27,7 @@ import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
 from exactgpt.config import UserError, atomic_write, human_bytes, human_time
+from exactgpt.figures import draw_runs, read_run, save_figure
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit
@@ -67,81 +64,77 @@ def print_banner(run, config, runtime, checkpoint, saves):
 
 
 class RunLog:
-    """Log of a training run: rank 0 writes and prints, on other ranks it only keeps time."""
+    """Log of a run: rank 0 writes and prints, on other ranks it only keeps time."""
 
-    def __init__(self, run, progress, config, runtime):
-        """Open log.txt and metrics.jsonl in config.log_dir, without what an earlier start logged from this step on."""
-        self._runtime, self._progress = runtime, progress
-        self._tokens_per_step = run.plan.tokens_per_step
-        self._flops_per_token, self._n_params = run.raw_model.flops_per_token(), run.raw_model.n_params()
-        self._recent_ms = deque(maxlen=50)
+    def __init__(self, progress, config, runtime, folder, experiment, tokens, flops_per_token=None):
+        """Open metrics.jsonl in a folder, without what an earlier start logged from progress.step on, and the tracker.
+
+        tokens: trained on until now. flops_per_token: of pretraining, which also has log.txt and logs the MFU.
+        """
+        self._progress, self._runtime, self._folder = progress, runtime, Path(folder)
+        self._tokens, self._flops_per_token = tokens, flops_per_token
+        self._recent_s = deque(maxlen=50)    # of each step
         self._times = defaultdict(list)      # (what is timed, every how many steps) -> the seconds it took each time
-        first_step = progress.step
         if runtime.is_main:
-            self._log_dir = log_dir = Path(config.log_dir)
-            cut_back(log_dir / "log.txt", first_step, lambda line: int(line.split()[0]))
-            cut_back(log_dir / "metrics.jsonl", first_step, lambda line: int(json.loads(line)["step"]))
-            self._text, self._json = AppendFile(log_dir / "log.txt"), AppendFile(log_dir / "metrics.jsonl")
-            self._tracker = Tracker(config, log_dir, "train", resumed=first_step > 0)
+            self._json = AppendFile(self._folder / "metrics.jsonl", progress.step)
+            self._text = AppendFile(self._folder / "log.txt", progress.step) if flops_per_token else None
+            self.tracker = Tracker(config, folder, experiment, resumed=progress.step > 0)
 
     def start_clock(self):
         """Start the clock of the step that `train` logs next. Evaluation and saving are outside of it."""
         self._clock = time.perf_counter()
 
-    def train(self, step, result, lr, data_wait_s):
-        """Log a training step: its StepResult, learning rate, and the seconds it waited for data."""
+    def train(self, step, result, lr, n_tokens, data_wait_s=0.0):
+        """Log a training step: its StepResult, learning rate, tokens on all ranks, and seconds of waiting for data."""
         seconds = time.perf_counter() - self._clock
-        self._recent_ms.append(1000 * seconds)
+        self._recent_s.append(seconds)
+        self._tokens += n_tokens
+        self._tok_per_sec = n_tokens / seconds
         if not self._runtime.is_main:
             return
-        tok_per_sec = self._tokens_per_step / seconds
-        peak = self._runtime.hardware.peak_flops()
-        mfu = tok_per_sec * self._flops_per_token / (peak * self._runtime.world_size) if peak else None
-        self._text.write(f"{step} train {result.loss:.6f}\n")
-        self._write(step, (step + 1) * self._tokens_per_step, loss=result.loss, lr=lr, grad_norm=result.grad_norm,
-                    ms=1000 * seconds, tok_per_sec=tok_per_sec, mfu=mfu, data_wait_ms=1000 * data_wait_s,
-                    peak_mem_gb=peak_memory_gb(self._runtime))
         last_step = self._progress.last_step
-        parts = [f"step {step:>{len(str(last_step))}}/{last_step}", f"loss {result.loss:.4f}",
-                 f"lr {lr:.2e}", f"norm {result.grad_norm:.3f}", f"{1000 * seconds:.0f} ms",
-                 f"{tok_per_sec:,.0f} tok/s"]
-        parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
-        print(" | ".join([*parts, f"eta {self.eta(step)}"]), flush=True)
+        parts = [f"step {step:>{len(str(last_step))}}/{last_step}", f"loss {result.loss:.4f}", f"lr {lr:.2e}",
+                 f"norm {result.grad_norm:.3f}", f"{1000 * seconds:.0f} ms", f"{self._tok_per_sec:,.0f} tok/s"]
+        values = dict(loss=result.loss, lr=lr, grad_norm=result.grad_norm, ms=1000 * seconds,
+                      tok_per_sec=self._tok_per_sec)
+        if self._flops_per_token:
+            peak = self._runtime.hardware.peak_flops()
+            mfu = self._tok_per_sec * self._flops_per_token / (peak * self._runtime.world_size) if peak else None
+            values |= dict(mfu=mfu, data_wait_ms=1000 * data_wait_s, peak_mem_gb=peak_memory_gb(self._runtime))
+            parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
+        self.note(step, " | ".join([*parts, f"eta {self.eta(step)}"]), f"train {result.loss:.6f}", **values)
 
     def skipped(self, step, reason, windows):
         """Log that the update of a step was skipped, and the windows of the train split that it read."""
-        if self._runtime.is_main:
-            self._write(step, (step + 1) * self._tokens_per_step, skipped=reason, windows=windows.tolist())
-            print(f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
-                  f"{windows[0]}: metrics.jsonl has all)", flush=True)
+        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
+                          f"{windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
-        if self._runtime.is_main:
-            self._text.write(f"{step} val {loss:.4f}\n")
-            self._write(step, step * self._tokens_per_step, val_loss=loss)
-            print(f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", flush=True)
+        self.note(step, f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", f"val {loss:.4f}",
+                    val_loss=loss)
 
     def hellaswag(self, step, score):
         """Log a HellaSwagScore: accuracies from 0 to 1."""
-        if self._runtime.is_main:
-            self._text.write(f"{step} hella {score.acc_norm:.4f}\n")
-            self._write(step, step * self._tokens_per_step, hella_acc=score.acc, hella_acc_norm=score.acc_norm)
-            print(f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over {score.n:,} items",
-                  flush=True)
+        self.note(step, f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over "
+                          f"{score.n:,} items", f"hella {score.acc_norm:.4f}",
+                    hella_acc=score.acc, hella_acc_norm=score.acc_norm)
 
     def samples(self, step, texts):
         """Log texts that the model wrote."""
-        if self._runtime.is_main:
-            self._write(step, step * self._tokens_per_step, samples=texts)
-            for text in texts:
-                print(f"step {step}: sample > {text!r}", flush=True)
+        self.note(step, "\n".join(f"step {step}: sample > {text!r}" for text in texts), samples=texts)
 
-    def _write(self, step, tokens, **values):
-        """Add a line to metrics.jsonl, and send it to MLflow. JSON has no inf and NaN: they become null."""
+    def note(self, step, message, text="", **values):
+        """Print a message, and add the values to metrics.jsonl and MLflow, and a text, if any, to log.txt."""
+        if not self._runtime.is_main:
+            return
+        # JSON has no inf and NaN: they become null.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._json.write(json.dumps(dict(step=step, tokens=tokens, **plain)) + "\n")
-        self._tracker.log(step, tokens=tokens, **plain)
+        if self._text and text:
+            self._text.write(f"{step} {text}\n")
+        self._json.write(json.dumps(dict(step=step, tokens=self._tokens, **plain)) + "\n")
+        self.tracker.log(step, tokens=self._tokens, **plain)
+        print(message, flush=True)
 
     @contextlib.contextmanager
     def timed(self, kind, every):
@@ -151,60 +144,63 @@ class RunLog:
         self._times[kind, every].append(time.monotonic() - start)
 
     def close(self):
-        """Close the files. MLflow gets the curves, if the run is finished, and the path of the best checkpoint."""
+        """Close the files. MLflow gets the curves, if pretraining is finished, and the path of the best checkpoint."""
         if not self._runtime.is_main:
             return
-        self._text.close()
-        self._json.close()
         finished = self._progress.step >= self._progress.last_step
-        if finished:
-            self._tracker.artifact(self._log_dir / "plot.png", make=self._draw)
-        best = self._log_dir / "model_best.pt"
-        if best.exists():
-            self._tracker.text("best_checkpoint.txt", f"{best.resolve()}\n")
-        self._tracker.close(finished)
-
-    def _draw(self, path):
-        from exactgpt.figures import draw_runs, read_run, save_figure  # only MLflow needs them here
-        save_figure(draw_runs([read_run(self._log_dir)]), path)
+        self._json.close()
+        if self._text:
+            self._text.close()
+            best = self._folder / "model_best.pt"
+            if finished:
+                self.tracker.artifact(self._folder / "plot.png",
+                                      make=lambda path: save_figure(draw_runs([read_run(self._folder)]), path))
+            if best.exists():
+                self.tracker.text("best_checkpoint.txt", f"{best.resolve()}\n")
+        self.tracker.close(finished)
 
     def eta(self, step):
         """Return the time left after this step, evaluations and saves included: "5h31m"."""
         left = self._progress.last_step - step - 1
-        seconds = left * sum(self._recent_ms) / len(self._recent_ms) / 1000
+        seconds = left * sum(self._recent_s) / len(self._recent_s)
         seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._times.items() if every)
         return human_time(seconds)
 
-    def forecast(self, config, plan, shares):
+    def forecast(self, n_steps, disk=None, **shares):
         """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run.
 
-        plan: the full run's. shares: {"validation": the part of a full one that was done here, ...}.
+        disk: the bytes that it takes. shares: the part of a full evaluation that was done here, validation=0.1.
         """
-        step_s = self._recent_ms[-1] / 1000
-        every = dict(validation=config.eval_every, HellaSwag=config.hellaswag_every, samples=config.sample_every,
-                     checkpoint=config.checkpoint_every)
-        besides = {kind: sum(times) / len(times) / shares.get(kind, 1) for (kind, _), times in self._times.items()}
-        total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)
-                                              for kind, s in besides.items())
-        return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at "
-                f"most; the full run of {plan.max_steps} steps takes about {human_time(total)} and "
-                f"{human_bytes(disk_bytes(config, self._n_params, plan.max_steps))} of disk. Nothing was kept.")
+        seconds = n_steps * self._recent_s[-1]
+        for (kind, every), times in self._times.items():
+            seconds += (n_steps // every + 1 if every else 1) * sum(times) / len(times) / shares.get(kind, 1)
+        return (f"dry run: {self._tok_per_sec:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "
+                f"run of {n_steps} steps takes about {human_time(seconds)}"
+                f"{f' and {human_bytes(disk)} of disk' if disk else ''}. Nothing was kept.")
 
 
 class AppendFile:
-    """A file that lines are appended to; failed writes are retried with the next line."""
+    """A log that lines are appended to, each beginning with its step; failed writes are retried with the next line."""
 
-    def __init__(self, path):
-        """Open the file to append to it; create it if it does not exist. Raises OSError."""
+    def __init__(self, path, first_step):
+        """Open the file to append to it; create it if it does not exist. Raises UserError, OSError.
+
+        Lines from `first_step` on, and torn ones, are deleted: a run that resumes at step k logs step k again.
+        """
         self._path, self._pending, self._warned = path, b"", False
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            whole = [re.match(r'(?:\{"step": )?(\d+)\b.*\n', line) for line in lines]
+            with atomic_write(path, "w") as f:
+                f.writelines(line[0] for line in whole if line and int(line[1]) < first_step)
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, line):
         """Append a line, which includes its newline, after those that could not be written. Warns once."""
         self._pending += line.encode("utf-8")
         try:
             while self._pending:
-                self._pending = self._pending[os.write(self._descriptor, self._pending):]
+                self._pending = self._pending[self._file.write(self._pending):]
         except OSError as error:
             if not self._warned:
                 print(f"warning: cannot write {self._path} ({error.strerror}); retrying with each line", flush=True)
@@ -212,23 +208,7 @@ class AppendFile:
 
     def close(self):
         """Close the file."""
-        os.close(self._descriptor)
-
-
-def cut_back(path, first_step, step_of):
-    """Delete the lines of a log from `first_step` on, and torn ones. Earlier lines are kept unchanged.
-
-    A run that resumes at step k logs step k again. step_of(line) returns its step.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
-            if line.endswith("\n") and step_of(line) < first_step:
-                kept.append(line)
-    with atomic_write(path, "w") as f:
-        f.writelines(kept)
+        self._file.close()
 
 
 def peak_memory_gb(runtime):
@@ -237,71 +217,6 @@ def peak_memory_gb(runtime):
         return torch.cuda.max_memory_allocated(runtime.device) / 1e9
     import resource  # Unix only
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-class TuneLog:
-    """Log of a fine-tuning run, with train.py's names: rank 0 writes and prints, on other ranks it only keeps time."""
-
-    def __init__(self, run, progress, config, runtime):
-        """Open metrics.jsonl in config.out, without what an earlier start logged from this step on."""
-        self._plan, self._progress, self._config, self._runtime = run.plan, progress, config, runtime
-        self._step_s, self._evaluation_s = [], []
-        if runtime.is_main:
-            path = Path(config.out) / "metrics.jsonl"
-            cut_back(path, progress.step, lambda line: int(json.loads(line)["step"]))
-            self._file = AppendFile(path)
-            self._tracker = Tracker(config, config.out, "fine-tuning", resumed=progress.step > 0)
-
-    def start_clock(self):
-        """Start the clock of a step or an evaluation. Saving is outside of it."""
-        self._clock = time.perf_counter()
-
-    def stop_clock(self):
-        """Stop the clock and return its seconds, which `train` or `evaluation` logs next."""
-        self._seconds = time.perf_counter() - self._clock
-        return self._seconds
-
-    def train(self, result, lr, n_tokens, skip_reason):
-        """Log a training step that read n_tokens on all ranks. skip_reason: of its update, "" if there is none."""
-        self._step_s.append(self._seconds)
-        if not self._runtime.is_main:
-            return
-        step, max_steps, ms = self._progress.step, self._plan.max_steps, 1000 * self._seconds
-        tok_per_sec = n_tokens / self._seconds
-        self._write(loss=result.loss, lr=lr, grad_norm=result.grad_norm, ms=ms, tok_per_sec=tok_per_sec)
-        recent = self._step_s[-50:]
-        eta = (max_steps - step - 1) * sum(recent) / len(recent)
-        print(f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {result.loss:.4f} | lr {lr:.2e} | "
-              f"norm {result.grad_norm:.3f} | {ms:.0f} ms | {tok_per_sec:,.0f} tok/s | "
-              f"eta {human_time(eta)}{skip_reason and f' | update skipped: {skip_reason}'}", flush=True)
-
-    def evaluation(self, epoch, metrics, better):
-        """Log the metrics of an evaluation, {name: number}; better: than every epoch before."""
-        self._evaluation_s.append(self._seconds)
-        if self._runtime.is_main:
-            self._write(epoch=epoch, **metrics)
-            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            print(f"epoch {epoch}/{self._config.num_epochs}: {words}{' (the best so far)' * better}", flush=True)
-
-    def _write(self, **values):
-        """Add a line to metrics.jsonl, and send it to MLflow. JSON has no inf and NaN: they become null."""
-        step, tokens = self._progress.step, self._progress.tokens
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(dict(step=step, tokens=tokens, **plain)) + "\n")
-        self._tracker.log(step, tokens=tokens, **plain)
-
-    def forecast(self):
-        """Return a line on how long the full run takes, after a dry run."""
-        step_s, n_steps, n_evaluations = self._step_s[-1], self._plan.full_steps, self._config.num_epochs + 1
-        seconds = n_steps * step_s + n_evaluations * self._evaluation_s[-1]
-        return (f"dry run: {1000 * step_s:.0f} ms a step; the full run of {n_steps} steps takes about "
-                f"{human_time(seconds)}. Nothing was kept.")
-
-    def close(self):
-        """Close the files."""
-        if self._runtime.is_main:
-            self._file.close()
-            self._tracker.close(finished=False)      # the script adds the results
 
 
 # -----------------------------------------------------------------------------
@@ -320,19 +235,17 @@ class Tracker:
         """Log the fields of `config` as parameters. experiment: "train", "lr_finder", ...
 
         resumed: continue the newest run of the experiment in log_dir, and first send the lines of metrics.jsonl that a
-        killed process had not sent. Raises UserError if MLflow is not installed.
+        killed process had not sent.
         """
         self._enabled = config.mlflow
+        self._actions = deque()      # what to do after the last metrics are sent
         if not self._enabled:
             return
-        require_mlflow()
         os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")    # read when MLflow is imported
         self._log_dir, self._experiment, self._resumed = Path(log_dir), experiment, resumed
-        self._params = {name: str(value) for name, value in asdict(config).items()}
-        self._client, self._run_id, self._warned = None, None, False
+        self._config, self._client, self._run_id, self._warned = config, None, None, False
         self._in_store = {}          # name -> last step in the store when this process started
         self._metrics = deque()      # (name, value, time in ms, step), not sent yet
-        self._actions = deque()      # what to do after the last metrics are sent
         self._closing = threading.Event()
         written = self._log_dir / "metrics.jsonl"
         if resumed and written.exists():
@@ -358,13 +271,11 @@ class Tracker:
             if make:
                 make(path)
             self._client.log_artifact(self._run_id, str(path))
-        if self._enabled:
-            self._actions.append(keep)
+        self._actions.append(keep)
 
     def text(self, name, text):
         """Queue a text as an artifact of this name."""
-        if self._enabled:
-            self._actions.append(lambda: self._client.log_text(self._run_id, text, name))
+        self._actions.append(lambda: self._client.log_text(self._run_id, text, name))
 
     def close(self, finished=True):
         """Send what is queued and wait for it, for a limited time. finished: False if the run may be resumed."""
@@ -428,16 +339,9 @@ class Tracker:
         if runs:
             client.update_run(self._run_id, status="RUNNING")
         if not run.data.params:                     # a resumed run keeps its first parameters
-            client.log_batch(self._run_id, params=[Param(*param) for param in self._params.items()])
+            params = [Param(name, str(value)) for name, value in asdict(self._config).items()]
+            client.log_batch(self._run_id, params=params)
         self._in_store = {name: max(metric.step for metric in client.get_metric_history(self._run_id, name))
                           for name in run.data.metrics}
         return client
 
-
-def track_results(config, best_checkpoint, files):
-    """Add to the run in MLflow what came of it, on rank 0."""
-    tracker = Tracker(config, config.out, "fine-tuning", resumed=True)
-    for path in files:
-        tracker.artifact(path)
-    tracker.text("best_checkpoint.txt", f"{best_checkpoint.resolve()}\n")
-    tracker.close()

@@ -70,7 +70,7 @@ def open_model(source, classifiers=False, tokenizer=""):
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
         opened = _open_file(path, tokenizer)
-    elif lora.is_adapter(path):
+    elif (path / lora.CONFIG_NAME).is_file():
         opened = _open_adapter(path, tokenizer)
     elif path.is_dir() and not (path / "config.json").exists():
         if not list_checkpoints(path):

@@ -63,7 +63,7 @@ save_checkpoint = checkpoint.save_checkpoint
 def save_with_accident(path, entries):
     """Save a checkpoint with the accident halfway through, or with a full disk until STEP."""
     if what == "full" and entries["step"] < at_step and on_this_rank:
-        raise OSError(28, "No space left on device")
+        raise config.UserError("cannot write: No space left on device")
     if where == "save" and what != "full" and entries["step"] == at_step:
         Path(f"{path}.tmp").write_bytes(b"PK\x03\x04 half of a file")
         cause_accident()
@@ -97,8 +97,8 @@ train.write_samples = with_accident_before(train.write_samples, lambda run, conf
 class RunLog(train.RunLog):
     """The run's log, which also gives validate() an accident: validate itself does not know the step."""
 
-    def __init__(self, run, progress, config, runtime):
-        super().__init__(run, progress, config, runtime)
+    def __init__(self, progress, *more):
+        super().__init__(progress, *more)
         train.validate = with_accident_before(validate, lambda *_: progress.step, "validate")
 
 

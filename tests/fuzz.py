@@ -23,7 +23,7 @@ from exactgpt.dataloader import TokenStream
 from exactgpt.open_model import open_model, write_pretrained
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import Tokenizer
-from finetune_instruct import encode_items, read_items
+from finetune_instruct import encode_item, read_items
 from hellaswag import STYLES, load_hellaswag, tokenize_examples
 from model import GPT, GPTConfig
 from tests import forks
@@ -236,11 +236,11 @@ def make_instructions(folder):
 
 
 def read_instructions(folder):
-    """Read and encode both files; return a hash of tokens and targets, and how many examples were too long."""
+    """Read and encode both files; return a hash of tokens and targets, and how many examples there are."""
     tokenizer = Tokenizer([], "bytes")
-    rows, n_left_out = zip(*(encode_items(read_items(folder / f"items.{suffix}"), tokenizer, 256)
-                             for suffix in ("json", "jsonl")))
-    return hash_tree([(row.tokens, row.targets) for part in rows for row in part]), n_left_out
+    rows = [encode_item(item, tokenizer, 256) for suffix in ("json", "jsonl")
+            for item in read_items(folder / f"items.{suffix}")]
+    return hash_tree([(row.tokens, row.targets) for row in rows]), len(rows)
 
 
 def instruct_command(folder, file):

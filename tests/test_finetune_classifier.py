@@ -12,13 +12,14 @@ import torch
 import convert
 import finetune_classifier
 import inference
+from exactgpt import finetune
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
-from exactgpt.finetune_data import format_example, make_batches
+from exactgpt.finetune import make_batches, print_examples
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
-from finetune_classifier import encode_example, read_splits, score_examples, stratified_split
+from finetune_classifier import encode_example, read_splits, score_examples
 from tests.common import SHARED_DATA, cpu_runtime
 from tests.signals import signalled
 
@@ -51,7 +52,7 @@ def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
 def test_batches_hold_every_example_once_padded_with_what_does_not_count():
     examples = [tokens("x" * n) for n in (5, 30, 1, 17, 16, 2)]
     seen = []
-    for members, x, y in make_batches(examples, range(6), 64, 32):
+    for members, x, y in make_batches(examples, 64, 32):
         assert x.shape == y.shape and (x.numel() <= 64 or len(x) == 1) and x.size(1) <= 32
         for i, targets in zip(members, y.tolist()):
             n = len(examples[i])
@@ -61,9 +62,10 @@ def test_batches_hold_every_example_once_padded_with_what_does_not_count():
 
 
 def test_an_example_shows_that_the_label_alone_is_learned():
-    example = tokens("caf\u00e9!")
-    assert format_example(example, Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}") == (
-        "  masked  | 'caf\u00e9!'\n  learned | '-> bad'")
+    shown = []
+    print_examples([tokens("caf\u00e9!")], Tokenizer([], "bytes"), lambda ids: f"-> {['bad', 'good'][ids[0]]}",
+                   shown.append)
+    assert shown == ["example 1: 6 tokens, 1 target\n  masked  | 'caf\u00e9!'\n  learned | '-> bad'"]
 
 
 # -----------------------------------------------------------------------------
@@ -157,14 +159,14 @@ def test_a_stopped_run_goes_on_to_the_same_classifier(run, classifier_flags, tmp
 
 def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(classifier_flags, tmp_path, monkeypatch, capsys):
     """At the evaluation after the only epoch: the state is saved. At a prediction: nothing is written."""
-    batches, calls = finetune_classifier.evaluation_batches, []
+    batches, calls = finetune.evaluation_batches, []
 
     def stop_at_the_second(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return batches(*arguments)
-    monkeypatch.setattr(finetune_classifier, "evaluation_batches", stop_at_the_second)
+    monkeypatch.setattr(finetune, "evaluation_batches", stop_at_the_second)
     flags = (*classifier_flags(tmp_path / "out"), "--num_epochs", 1)
     main(*flags)
     assert "stopped before step 7, nothing is lost" in capsys.readouterr().out and len(calls) == 2
@@ -198,11 +200,13 @@ def test_a_dry_run_shows_examples_and_leaves_nothing(classifier_flags, tmp_path,
 
 def test_splits_hold_every_example_once_and_every_label_in_its_share(tmp_path):
     examples = [(f"text {i}", "abc"[(i % 10 > 5) + (i % 10 > 8)]) for i in range(200)]
-    config = finetune_classifier.ClassifierTuneConfig(data="x")
-    rest, test = stratified_split(examples, 40, config)
-    assert sorted(rest + test) == sorted(examples)
-    assert [sum(label == name for _, label in test) for name in "abc"] == [24, 12, 4]
-    assert list(stratified_split(examples, 40, config)) == [rest, test]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in examples))
+    config = finetune_classifier.ClassifierTuneConfig(data=str(tmp_path / "a.csv"))
+    splits = read_splits(config)
+    assert sorted(splits["train"] + splits["validation"] + splits["test"]) == sorted(examples)
+    for name, shares in (("train", [84, 42, 14]), ("validation", [12, 6, 2]), ("test", [24, 12, 4])):
+        assert [sum(label == letter for _, label in splits[name]) for letter in "abc"] == shares
+    assert read_splits(config) == splits
 
 
 def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, monkeypatch):
@@ -216,19 +220,20 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
         (tmp_path / name).write_text(text)
     model = ("--init_from", byte_model[0], "--out", "out")
     for flags, message in (
-            (["--data", reviews, *model], "no column 'text' among review, sentiment, stars; name yours with --text_c"),
+            (["--data", reviews, *model], "no column 'text' among review, sentiment, stars; choose one with --text_col"
+                                          "umn and --label_column"),
             (["--data", "hole.csv", *model], "hole.csv, row 2 (the header not counted): column 'label' is empty"),
             (["--data", "torn.jsonl", *model], "torn.jsonl, line 2: not valid JSON"),
-            (["--data", "one.csv", *model], "holds one label only, 'x'"),
+            (["--data", "one.csv", *model], "holds 1 different values in 13 rows, but a classifier needs 2 to 20"),
             (["--data", "rare.csv", *model], "the rarest label, 'y', occurs 1 time"),
             (["--data", "few.csv", "--test_fraction", 0.1, "--val_fraction", 0.85, *model],
-             "no example of the label 'y' is left to train on"),
+             "cannot split 36 of 38 rows off with every label on both sides; the rarest label, 'y', occurs 2 times"),
             (["--data", "ids.csv", *model], "is it the column of labels?"),
             (["--data", "two.csv", "--val_data", "other.csv", *model], "other.csv, row 2 (the header not counted): the "
                                                                        "label 'z' is not in two.csv (x, y)"),
             (["--data", "two.csv", *model, "--train", "last:3"], "--train last:3, but "),
             (["--data", "two.csv", *model, "--train", "some"], "--train must be all, last:N, head or lora"),
-            (["--data", "two.csv", *model, "--block_size", 64], "--block_size 64, but "),
+            (["--data", "two.csv", *model, "--block_size", 64], "have 32 positions, block_size 64 needs more"),
             (["--data", "two.csv", "--out", "out"], "--init_from is missing"),
             (["--predict", "x"], "--checkpoint is missing"),
             (["--predict", "x", "--checkpoint", byte_model[0]], "is a language model, not a classifier"),

@@ -1,7 +1,6 @@
 """finetune_instruct.py: only answers count, each token as much as any other; adapters merge, travel, and follow."""
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +11,12 @@ import finetune_instruct
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
-from exactgpt.finetune import work_in_folder, writing_results
-from exactgpt.finetune_data import format_example
+from exactgpt.finetune import print_examples, work_in_folder
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import add_adapter, merge_adapter
+from exactgpt.lora import add_adapter
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
-from finetune_instruct import InstructConfig, encode_item, encode_items, read_items
+from finetune_instruct import InstructConfig, encode_item, read_items
 from model import GPT, IGNORED, GPTConfig
 from tests.common import SHARED_DATA, cpu_runtime
 from tests.signals import signalled
@@ -66,9 +64,10 @@ def test_the_answer_and_its_end_are_learned_and_nothing_else():
     tokenizer = Tokenizer([], "bytes")
     example = encode_item(("Add.", "1 2", "3\u00e9"), tokenizer, 1000)
     prompt = alpaca_prompt("Add.", "1 2")
-    shown = format_example(example, tokenizer, tokenizer.decode)
-    assert shown == f"  masked  | {prompt!r}\n  learned | '3\u00e9<|endoftext|>'"
-    n = len(prompt)
+    shown, n = [], len(prompt)
+    print_examples([example], tokenizer, tokenizer.decode, shown.append)
+    assert shown == [f"example 1: {n + 3} tokens, 4 targets\n  masked  | {prompt!r}\n"
+                     "  learned | '3\u00e9<|endoftext|>'"]
     ids = [*tokenizer.encode(prompt + "3\u00e9"), tokenizer.eot]
     assert example.tokens.tolist() == ids[:-1] and example.targets.tolist() == [IGNORED] * (n - 1) + ids[n:]
 
@@ -77,8 +76,9 @@ def test_long_answers_are_cut_and_items_without_an_answer_in_reach_left_out():
     tokenizer = Tokenizer([], "bytes")
     n = len(alpaca_prompt("Go."))
     items = [("Go.", "", "x" * 40), ("Go.", "", "yes"), ("Go.", "", " "), ("Go. " + "x" * 99, "", "yes")]
-    examples, dropped = encode_items(items, tokenizer, n + 9)
-    assert dropped == 2 and [len(example) for example in examples] == [n + 9, n + 3]
+    encoded = [encode_item(item, tokenizer, n + 9) for item in items]
+    examples = [example for example in encoded if (example.targets != IGNORED).any()]
+    assert examples == encoded[:2] and [len(example) for example in examples] == [n + 9, n + 3]
     assert examples[0].targets[-1] == tokenizer.encode("x")[0] and examples[1].targets[-1] == tokenizer.eot
     assert (examples[0].targets != IGNORED).sum() == 10 and (examples[1].targets != IGNORED).sum() == 4
 
@@ -125,7 +125,7 @@ def test_a_merged_model_computes_what_the_adapter_did_and_only_the_adapter_train
     model = GPT(GPTConfig(32, 65, 2, 2, 16)).eval()
     names, ids = set(model.state_dict()), torch.randint(65, (2, 32))
     plain = {name: p.detach().clone() for name, p in model.named_parameters()}
-    wrapped = add_adapter(model, 4, 8, 0.0, "base")
+    wrapped = add_adapter(model, InstructConfig(init_from="base", lora_r=4, lora_alpha=8.0))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 4 * 2 and all("lora_" in name for name in trained)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_a_merged_model_computes_what_the_adapter_did_and_only_the_adapter_train
     pairs = {name.partition(".lora_")[0]: None for name in trained}
     expected = {f"{name}.weight": plain[f"{name}.weight"] + 2 * trained[f"{name}.lora_B.default.weight"].detach()
                 @ trained[f"{name}.lora_A.default.weight"].detach() for name in pairs}
-    assert merge_adapter(wrapped) is model and set(model.state_dict()) == names
+    assert wrapped.merge_and_unload() is model and set(model.state_dict()) == names
     torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected.get(name, plain[name]), rtol=1e-5, atol=1e-6)
@@ -228,9 +228,9 @@ def test_a_dry_run_marks_what_is_masked_and_leaves_nothing(data, base, tmp_path,
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}]',
-     "a.json, item 2: 'output' is missing (it has instruction, response)"),
-    ("a.json", '[{"instruction": 3, "output": "b"}]', "item 1: 'instruction' is a int, not text"),
-    ("a.json", '[{"instruction": " ", "output": "b"}]', "item 1: 'instruction' is empty"),
+     "a.json, item 2: 'output' must be text, but is None; the item has instruction, response"),
+    ("a.json", '[{"instruction": 3, "output": "b"}]', "item 1: 'instruction' must be text, but is 3"),
+    ("a.json", '[{"instruction": " ", "output": "b"}]', "item 1: 'instruction' must be text, but is ' '"),
     ("a.json", '["b"]', "item 1: must be a JSON object, but is a str"),
     ("a.json", '{"instruction": "a"}', "must hold a JSON list, but holds a dict"),
     ("a.json", '[{"instruction": "a", "output": "b"}]', "a.json holds 1 items"),
@@ -263,7 +263,13 @@ def test_the_instruction_file_is_read():
     assert len(items) == 1100 and items[2] == ("Convert 45 kilometers to meters.", "", "45 kilometers is 45000 meters.")
 
 
-def test_results_that_cannot_be_written_say_how_to_repeat_the_writing():
-    config = SimpleNamespace(out="somewhere")
-    with pytest.raises(RunFailed, match="it resumes after the training"), writing_results(config):
-        raise UserError("cannot write somewhere/adapter")
+def test_results_that_cannot_be_written_say_how_to_repeat_the_writing(data, base, tmp_path, monkeypatch, capsys):
+    flags = (*TINY, "--data", data, "--init_from", base[0], "--out", tmp_path / "out", "--num_epochs", 1)
+
+    def full_disk(*_):
+        raise UserError("cannot write adapter: No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"No space left .* the same command resumes"):
+        patch.setattr(finetune_instruct, "save_adapter", full_disk)
+        main(*flags)
+    main(*flags)
+    assert "resuming from step 6" in capsys.readouterr().out and (tmp_path / "out" / "adapter").is_dir()

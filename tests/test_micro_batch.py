@@ -16,6 +16,7 @@ from exactgpt.classifier import Classifier
 from exactgpt.config import UserError
 from exactgpt.finetune import Objective
 from exactgpt.lora import add_adapter
+from finetune_instruct import InstructConfig
 from model import GPT, GPT2_SIZES, GPTConfig
 
 
@@ -220,7 +221,7 @@ def test_a_fine_tuning_trial_leaves_weights_and_frozen_parameters_unchanged(kind
     if kind == "head":
         model.requires_grad_(False).score.requires_grad_(True)
     if kind == "lora":
-        add_adapter(model, 2, 4, 0.0, "base")
+        add_adapter(model, InstructConfig(init_from="base", lora_r=2))
     objective = Objective(model, "score" if hasattr(model, "score") else "lm_head",
                           torch.ones(2) if kind == "balanced" else None)
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -90,7 +90,8 @@ def test_a_stop_is_saved_before_the_log_is_closed_which_may_wait_for_mlflow(make
         runtime.stop_signal = "SIGTERM" if step == 2 else ""
         return real(run, config, runtime, tokens, step)
     monkeypatch.setattr(train, "train_step", step_during_which_a_signal_comes)
-    monkeypatch.setattr(train.checkpoint, "save", lambda run, progress, *_, **__: happened.append(("saved", progress.step)))
+    monkeypatch.setattr(train.checkpoint, "save",
+                        lambda run, progress, *_, **__: happened.append(("saved", progress.step)))
     monkeypatch.setattr("exactgpt.metrics.Tracker.close",
                         lambda self, finished=True: happened.append("finished" if finished else "killed"))
     start(make_shards, tmp_path, "--max_steps", 5, "--checkpoint_every", 0)
@@ -146,14 +147,12 @@ def test_the_weights_that_a_run_starts_with_are_no_best_model(make_shards, tmp_p
 
 
 def test_the_time_left_counts_evaluations_too(monkeypatch):
-    model = SimpleNamespace(flops_per_token=lambda: 1, n_params=lambda: 1)
-    run, progress = SimpleNamespace(plan=SimpleNamespace(tokens_per_step=1), raw_model=model), train.Progress(0, 101)
     times = iter([0.0, 2.0, 0.0, 60.0])      # a step of 2 s, an evaluation of a minute
     monkeypatch.setattr("exactgpt.metrics.time", SimpleNamespace(monotonic=lambda: next(times),
                                                                  perf_counter=lambda: next(times)))
-    log = train.RunLog(run, progress, SimpleNamespace(), SimpleNamespace(is_main=False))
+    log = train.RunLog(train.Progress(0, 101), None, SimpleNamespace(is_main=False), "logs", "train", tokens=0)
     log.start_clock()
-    log.train(0, None, 0.0, 0.0)
+    log.train(0, None, 0.0, 1)
     with log.timed("validation", 10):
         pass
     assert log.eta(0) == "13m20s"            # 100 steps and 10 evaluations

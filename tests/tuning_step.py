@@ -5,8 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from exactgpt.finetune import Objective, Plan, Run, train_step
-from exactgpt.finetune_data import make_example
+from exactgpt.finetune import Example, Objective, Run, train_step
 from finetune_instruct import InstructConfig
 from model import GPT, IGNORED, GPTConfig
 from tests.common import cpu_runtime
@@ -19,7 +18,7 @@ def random_examples(n):
     for i in range(n):
         length = int(torch.randint(2, 30, (), generator=generator))
         tokens, targets = torch.randint(65, (2, length), generator=generator).tolist()
-        examples.append(make_example(tokens, [IGNORED] * min(length - 1, i * 3) + targets[min(length - 1, i * 3):]))
+        examples.append(Example(tokens, [IGNORED] * min(length - 1, i * 3) + targets[min(length - 1, i * 3):]))
     return examples
 
 
@@ -30,9 +29,8 @@ def one_step(examples, micro_batch_tokens, rank=0, world_size=1, weights=None):
     objective = Objective(model, "lm_head", weights)
     ddp = torch.nn.parallel.DistributedDataParallel(objective) if world_size > 1 else objective
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    plan = Plan(steps_per_epoch=1, max_steps=1, warmup_steps=0, full_steps=1)
-    run = Run(objective, ddp, optimizer, torch.amp.GradScaler("cpu", enabled=False), examples, plan, micro_batch_tokens,
-              base={}, data_hash="")
+    run = Run(objective, model, ddp, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, examples,
+              micro_batch_tokens, steps_per_epoch=1, max_steps=1, warmup_steps=0, data_hash="", base={}, provenance={})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = InstructConfig(batch_size=len(examples), grad_clip=0.0)
     result, _ = train_step(run, config, cpu_runtime(rank, world_size), 0)
