@@ -33,10 +33,10 @@ FRAME_S = 0.05           # between two redraws of a growing text
 REFRESH_S = 5            # between two reads of the logs
 CARET = '<span class="caret">\u258c</span>'
 WHITESPACE_SYMBOLS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"}
-INSTRUCTIONS = {"Train a small GPT-2 on this machine in a few minutes:": "make demo",
-                "Train one on your own text:": "python prepare_text.py mybook.txt --out data/mybook\n"
-                                               "python train.py --data_dir data/mybook --log_dir logs/mybook",
-                "Use OpenAI's GPT-2 from the Hugging Face hub:": "streamlit run app.py -- --checkpoint gpt2"}
+MAKE_ONE = """make demo                                                       # a small GPT-2, in a few minutes
+python prepare_text.py mybook.txt --out data/mybook             # or one of your own text
+python train.py --data_dir data/mybook --log_dir logs/mybook
+streamlit run app.py -- --checkpoint gpt2                       # or OpenAI's GPT-2"""
 STYLE = """<style>
 .stMainBlockContainer {padding-top: 2.5rem;}
 .gpt-cards {display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));}
@@ -90,7 +90,9 @@ def show_page(config):
         if writing.open and source in models:      # a browser may send anything
             show_write_tab(source, settings, config)
         elif writing.open:
-            show_instructions()
+            st.header("No model selected")
+            st.write("Choose one on the left: OpenAI's are downloaded from the hub. Or make one, and reload this page:")
+            st.code(MAKE_ONE, language="bash")
     with training:
         if training.open:
             show_training_tab(config.log_dir)
@@ -108,8 +110,7 @@ def find_models(config):
 def last_modified(source):
     """Return the modification time of a file, or of the newest file in a folder; 0 for a hub name."""
     with contextlib.suppress(OSError):      # training may delete the checkpoint
-        path = Path(source)
-        return max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+        return max(path.stat().st_mtime for path in (Path(source), *Path(source).glob("*")))
     return 0.0
 
 
@@ -198,7 +199,8 @@ def show_write_tab(source, settings, config):
         _, likeliest = look_up(source, modified, choices.get(after, prompt), config)
         bars = st.column_config.ProgressColumn("Probability", format="percent", max_value=likeliest[0][1])
         tokens, probabilities = zip(*likeliest)
-        st.dataframe({"Token": tokens, "Probability": probabilities}, row_height=30, column_config={"Probability": bars})
+        table = {"Token": tokens, "Probability": probabilities}
+        st.dataframe(table, row_height=30, column_config={"Probability": bars})
     if start:
         generate_texts(generated, settings, config, place)
         st.rerun()
@@ -239,15 +241,6 @@ def printable_token(tokenizer, token):
     return "".join(WHITESPACE_SYMBOLS.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
-def show_instructions():
-    """Show how to get a model."""
-    st.header("No model selected")
-    for text, command in INSTRUCTIONS.items():
-        st.write(text)
-        st.code(command, language="bash")
-    st.write("Then reload this page. Or choose an OpenAI model on the left; it is downloaded from the hub.")
-
-
 def show_error(error):
     """Show an error message as plain text."""
     st.error("Error")
@@ -259,51 +252,40 @@ def show_error(error):
 
 def show_training_tab(log_dir):
     """Show curves and samples of the chosen runs, updated while they train."""
-    runs = find_runs(log_dir)
+    runs = {str(path.parent) for name in ("log.txt", "metrics.jsonl") for path in find_visible(log_dir, name)}
     if not runs:
         st.info("No training runs yet. Start one with `make demo`.")
         return
+    runs = sorted(runs, key=last_modified, reverse=True)
     left, right = st.columns([3, 1])
-    names = left.multiselect("Runs", list(runs), default=list(runs)[:1], max_selections=len(COLOURS), key="runs")
+    chosen = left.multiselect("Runs", runs, default=runs[:1], max_selections=len(COLOURS), key="runs")
     x = right.segmented_control("X axis", list(X_LABELS), default="steps", key="x")
-    names = [name for name in names if name in runs] or list(runs)[:1]
-    show_runs({name: str(runs[name]) for name in names}, x if x in X_LABELS else "steps")
-
-
-def find_runs(log_dir):
-    """Return {name: log file} of the runs below log_dir, the most recently written first."""
-    root = Path(log_dir)
-    logs = {p.parent: p for name in ("log.txt", "metrics.jsonl") for p in find_visible(root, name)}
-    logs = sorted(logs.values(), key=last_modified, reverse=True)
-    return {str(p.parent.relative_to(root)) if p.parent != root else str(root): p for p in logs}
+    show_runs([run for run in chosen if run in runs] or runs[:1], x if x in X_LABELS else "steps")
 
 
 @st.fragment(run_every=REFRESH_S)
-def show_runs(logs, x):
-    """Show curves and samples of the runs {name: log file}; Streamlit reruns only this part every REFRESH_S seconds."""
+def show_runs(folders, x):
+    """Show curves and samples of the runs in these folders; Streamlit reruns only this part every REFRESH_S seconds."""
     try:
-        picture, samples = draw_curves(logs, [last_modified(log) for log in logs.values()], x)
+        picture, samples = draw_curves(folders, [last_modified(folder) for folder in folders], x)
     except UserError as error:
         show_error(error)
         return
     st.image(picture, width="stretch")
-    for name, texts in samples.items():
+    for folder, texts in zip(folders, samples):
         if texts:
-            step = st.selectbox(f"Samples of {name} at step", sorted(texts, reverse=True), key=f"step of {name}")
+            step = st.selectbox(f"Samples of {folder} at step", sorted(texts, reverse=True), key=f"step of {folder}")
             st.html('<div class="gpt-cards">' + "".join(
                 f'<div class="gpt-card">{html.escape(text)}</div>' for text in texts.get(step, [])) + "</div>")
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def draw_curves(logs, modified, x):
-    """Return the curves of the runs {name: log file} as a PNG (bytes), and their samples {name: {step: texts}}.
-
-    modified: times of the files, part of the cache's key.
-    """
-    runs = [replace(read_run(Path(log).parent), name=name) for name, log in logs.items()]
+def draw_curves(folders, modified, x):
+    """Return the curves of runs as a PNG (bytes), and each one's {step: texts}. modified: part of the cache's key."""
+    runs = [replace(read_run(folder), name=folder) for folder in folders]
     data = io.BytesIO()
     draw_runs(runs, x).savefig(data, format="png")
-    return data.getvalue(), {run.name: run.samples for run in runs}
+    return data.getvalue(), [run.samples for run in runs]
 
 
 if __name__ == "__main__":

@@ -41,10 +41,8 @@ class FinderConfig(TrainConfig):
         super().check()
         if self.lr_low >= self.lr_high:
             raise UserError(f"--lr_low {self.lr_low:g} is not below --lr_high {self.lr_high:g}; lower it")
-        if self.resume != "auto":
-            raise UserError("the sweep starts from the initial weights (--init_from); leave --resume out")
-        if self.dry_run:
-            raise UserError("the sweep has no dry run; leave --dry_run out, and use fewer --steps")
+        if self.resume != "auto" or self.dry_run:
+            raise UserError("a sweep is neither resumed nor tried; leave --resume and --dry_run out")
 
 
 def main(argv=None):
@@ -77,7 +75,8 @@ def sweep(run, config, runtime, tracker):
     """
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, 0,
                          config.steps + SCALE_STEPS)
-    done, step = [], 0
+    width = 2 * half_window(config.steps) + 1
+    window, done, step = np.ones(width) / width, [], 0
     try:
         while len(done) < config.steps and step < config.steps + SCALE_STEPS:
             rate = config.lr_low * (config.lr_high / config.lr_low) ** (len(done) / (config.steps - 1))
@@ -96,7 +95,8 @@ def sweep(run, config, runtime, tracker):
             tracker.log(**done[-1])
             runtime.print(f"step {len(done):>{len(str(config.steps))}}/{config.steps} | lr {rate:.2e} | "
                           f"loss {result.loss:.4f} | norm {result.grad_norm:.3f}")
-            if diverged([step["loss"] for step in done], 2 * half_window(config.steps) + 1):
+            means = np.convolve([step["loss"] for step in done], window, mode="valid")     # of the last, too
+            if means[-1] > means.min() + max(RISE[0] * abs(means[0]), RISE[1] * (means[0] - means.min())):
                 break
     finally:
         loader.close()
@@ -110,12 +110,6 @@ def sweep(run, config, runtime, tracker):
 def half_window(steps):
     """Return how many neighbours on either side a loss is averaged with."""
     return max(1, steps // WINDOW)
-
-
-def diverged(losses, window):
-    """Return True if the mean of the last `window` losses is clearly above the lowest such mean."""
-    means = np.convolve(losses, np.ones(window) / window, mode="valid")
-    return means[-1] > means.min() + max(RISE[0] * abs(means[0]), RISE[1] * (means[0] - means.min()))
 
 
 def suggest(rates, smoothed, half):

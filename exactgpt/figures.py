@@ -59,7 +59,7 @@ class LoggedRun:
     skipped: int = 0           # unreadable lines, not counting an incomplete last one
 
     def shown(self, name):
-        """Return a quantity's values (n,) as its curve shows them: averaged over a 50th of the run if they are noisy."""
+        """Return a quantity's values (n,) as its curve shows them: averaged over a 50th of the run if noisy."""
         values = self.series[name].values
         return smooth(values, len(values) // 100) if name in NOISY else values
 
@@ -72,12 +72,12 @@ class LoggedRun:
         if np.isfinite(last.hours[-1]):
             facts.append(human_time(3600 * last.hours[-1]))
         for name, word in {"loss": "train", "val_loss": "val", "hella_acc_norm": "HellaSwag"}.items():
-            if name in self.series:
-                facts.append(f"{word} {last_finite(self.shown(name)):.4f}")
-        val = self.series.get("val_loss")
-        if val and np.isfinite(val.values).any():
-            best = np.nanargmin(val.values)
-            facts.append(f"best val {val.values[best]:.4f} at step {val.steps[best]:,}")
+            if name in self.series and np.isfinite(self.series[name].values).any():
+                values = self.shown(name)
+                facts.append(f"{word} {values[np.isfinite(values)][-1]:.4f}")
+                if name == "val_loss":
+                    best = np.nanargmin(values)
+                    facts.append(f"best val {values[best]:.4f} at step {self.series[name].steps[best]:,}")
         if self.skipped:
             facts.append(f"{self.skipped} unreadable line{'s' * (self.skipped > 1)} skipped")
         return facts
@@ -168,12 +168,6 @@ def smooth(values, half):
     return np.where(finite, sums / np.maximum(counts, 1), np.nan)
 
 
-def last_finite(values):
-    """Return the last finite value, or NaN."""
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if len(finite) else float("nan")
-
-
 # -----------------------------------------------------------------------------
 # drawing
 
@@ -186,6 +180,7 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     for run in runs:
         if all(np.isnan(getattr(series, x)).all() for series in run.series.values()):
             raise UserError(f"{run.path} does not record {x}; choose another --x")
@@ -195,9 +190,10 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
     columns = int(np.clip(100 // (max(len(run.name) for run in runs) + 7), 1, 6))  # of run names above the panels
     top = 0.73 + 0.22 * -(-len(runs) // columns)
     height = top + sum(rows) + 0.6 * len(rows)
+    alone, left = len(runs) == 1, 0.068
     figure = Figure(figsize=(11, height), dpi=160, facecolor="white")
     axes = figure.subplot_mosaic([row * (3 - len(row)) for row in rows.values()], sharex=True, height_ratios=list(rows),
-                                 gridspec_kw=dict(left=0.068, right=0.932, wspace=0.33, top=1 - top / height,
+                                 gridspec_kw=dict(left=left, right=1 - left, wspace=0.33, top=1 - top / height,
                                                   bottom=0.6 / height, hspace=0.22))
     # No palette has more distinct colours; a colour scale at least shows the order.
     colours = COLOURS if len(runs) <= len(COLOURS) else colormaps["viridis"](np.linspace(0, 0.88, len(runs)))
@@ -210,7 +206,15 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
         ax.tick_params(labelbottom=True)
         if panel in list(rows.values())[-1]:
             ax.set_xlabel(X_LABELS[x], color=GREY, fontsize=9)
-    _draw_header(figure, runs, colours, title, columns)
+    heading = title or (runs[0].name if alone else "")
+    figure.text(left, 1 - 0.32 / height, shorten(heading, 70), size=15, weight="bold", color=INK, parse_math=False)
+    if alone:
+        figure.text(left, 1 - 0.53 / height, "  ·  ".join(runs[0].facts()), size=9.5, color=GREY)
+    else:
+        figure.legend([Line2D([], [], color=colour, lw=3) for _, colour in zip(runs, colours)],
+                      [shorten(run.name, 90).replace("$", r"\$") for run in runs], loc="upper left", ncols=columns,
+                      bbox_to_anchor=(left, 1 - (0.44 if heading else 0.3) / height), frameon=False, fontsize=10,
+                      labelcolor=INK, handlelength=1.2, borderpad=0, borderaxespad=0, columnspacing=1.8)
     return figure
 
 
@@ -226,46 +230,40 @@ def _draw_panel(ax, names, runs, colours, x, references):
             if name not in run.series:
                 continue
             series, shown, colour = run.series[name], run.shown(name), COLOURS[k] if alone else run_colour
-            positions = getattr(series, x)
+            positions, finite = getattr(series, x), np.isfinite(series.values)
             if name in NOISY and len(runs) <= 3:
                 ax.plot(positions, series.values, color=colour, alpha=0.22 if alone else 0.12, lw=0.6)
             [line] = ax.plot(positions, shown, color=colour, lw=1.5, alpha=1.0 if alone or k else 0.6, **LOOKS[name])
             if len(shown) > 50:
                 line.set(markersize=3, markeredgewidth=0)
-            curves.append(series.values)
-            run_ends.append((last_finite(shown), colour, "bold" if k else "normal"))
+            if finite.any():
+                curves.append(series.values[finite])
+                run_ends.append((shown[finite][-1], colour, "bold" if k else "normal"))
         ends += run_ends if alone else run_ends[-1:]    # two numbers per run would be too crowded
     for name, value in references.items():
         ax.axhline(value, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
         ax.annotate(f"{name}  {value:g}", (0.015, value), xycoords=("axes fraction", "data"), color=GREY, fontsize=8.5,
                     xytext=(0, 3), textcoords="offset points")
-    ends = sorted((end for end in ends if np.isfinite(end[0])), key=lambda end: end[0])
-    form = human_rate if names == ("lr",) else "{:#.4g}".format
-    must_show = [*references.values(), *[value for value, _, _ in ends]]
-    if len(names) == 1:
-        must_show.append(0.0)
-    else:
+    if names == ("lr",):
+        ax.yaxis.set_major_formatter(lambda value, _: human_rate(value))
+    if len(names) > 1:
         handles = {line.get_label(): line for line in ax.get_legend_handles_labels()[0]}
         legend = ax.legend(handles.values(), handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False,
                            fontsize=8.5, labelcolor=INK, borderaxespad=0.1)
         for line in legend.get_lines() if not alone else []:
             line.set_color(GREY)
-    if names == ("lr",):
-        ax.yaxis.set_major_formatter(lambda value, _: human_rate(value))
-    _set_y_limits(ax, curves, must_show)
-    _label_ends(ax, ends, form)
+    zero = [0.0] if len(names) == 1 else []      # rates and norms are drawn from zero
+    if curves:
+        _set_y_limits(ax, curves, [*references.values(), *zero, *[value for value, _, _ in ends]])
+        _label_ends(ax, sorted(ends, key=lambda end: end[0]), human_rate if names == ("lr",) else "{:#.4g}".format)
 
 
 def _set_y_limits(ax, curves, must_show):
-    """Set the y axis to the interesting range.
+    """Set the y axis to the interesting range of curves, arrays (n,) of finite values.
 
     A loss falls from 11 to 4 in a twentieth of a run and from 4 to 3 in the rest. If the upper twentieth of the values
     (or a spike) would take more than half of the height, it is cut off, except for values in `must_show`.
     """
-    curves = [values[np.isfinite(values)] for values in curves]
-    curves = [values for values in curves if len(values)]
-    if not curves:
-        return
     low = min([np.quantile(values, 0.002) for values in curves] + must_show)
     high = max([values.max() for values in curves] + must_show)
     body = max([np.quantile(values, 0.95) for values in curves] + must_show)
@@ -291,22 +289,6 @@ def _label_ends(ax, ends, form):
     for (value, colour, weight), place in zip(ends, places):
         ax.annotate(form(value), (1, place), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points",
                     va="center", color=colour, weight=weight, fontsize=9)
-
-
-def _draw_header(figure, runs, colours, title, columns):
-    """Draw the title, and below it the facts of a single run or the names of several in their colours."""
-    from matplotlib.lines import Line2D
-    left, height = figure.axes[0].get_position().x0, figure.get_figheight()
-    if title or len(runs) == 1:
-        figure.text(left, 1 - 0.32 / height, shorten(title or runs[0].name, 70), fontsize=15, weight="bold", color=INK,
-                    parse_math=False)
-    if len(runs) == 1:
-        figure.text(left, 1 - 0.53 / height, "  ·  ".join(runs[0].facts()), fontsize=9.5, color=GREY)
-        return
-    names = [shorten(run.name, 90).replace("$", r"\$") for run in runs]
-    figure.legend([Line2D([], [], color=colour, lw=3) for colour in colours[:len(runs)]], names, loc="upper left",
-                  ncols=columns, bbox_to_anchor=(left, 1 - (0.44 if title else 0.3) / height), frameon=False, fontsize=10,
-                  labelcolor=INK, handlelength=1.2, borderpad=0, borderaxespad=0, columnspacing=1.8)
 
 
 def style_axes(ax, title):
