@@ -63,39 +63,40 @@ def main():
     st.set_page_config("GPT-2", ":material/edit_note:", layout="wide")
     st.html(STYLE)
     try:
-        show_page(parse_config(PageConfig))
+        config = parse_config(PageConfig)
+        models = find_models(config)
+        with st.sidebar:
+            source, settings = show_sidebar(models, config)
+        writing, training = st.tabs(["Write", "Training"], key="tab", on_change="rerun")
+        with writing:
+            if writing.open and source in models:      # a browser may send any text as its choice
+                show_write_tab(source, settings, config)
+            elif writing.open:
+                st.header("No model selected")
+                st.write("Choose one on the left: OpenAI's are on the hub. Or make one, and reload this page:")
+                st.code(MAKE_ONE, language="bash")
+        with training:
+            if training.open:
+                show_training_tab(config.log_dir)
     except (UserError, torch.OutOfMemoryError, MemoryError) as error:
-        show_error(error)
+        st.error("Error")
+        st.code(str(error) or type(error).__name__, language=None, wrap_lines=True)     # plain text, not markup
 
 
-def show_page(config):
-    """Show the sidebar and the open tab. Raises UserError."""
-    models = find_models(config)
-    with st.sidebar:
-        st.title("GPT-2")
-        source = st.selectbox("Model", models, index=None if models[0] in GPT2_SIZES and not config.checkpoint else 0,
-                              format_func=lambda source: f"{source} (from the hub)" if source in GPT2_SIZES else source,
-                              placeholder="choose a model", key="model")
-        # The expensive ones are clamped, because a browser may send any value.
-        settings = dict(
-            temperature=st.slider("Temperature", 0.0, 2.0, 0.8, 0.05,
-                                  help="Higher is more random. 0: always the likeliest token."),
-            top_k=st.slider("Top-k", 0, 200, 50, help="Sample from the k likeliest tokens. 0: all."),
-            top_p=st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, help="Nucleus sampling: probability mass to keep. 1: off."),
-            max_tokens=min(st.slider("Maximum length", 1, MAX_TOKENS, 120, help="New tokens per sample."), MAX_TOKENS),
-            n_samples=min(st.slider("Samples side by side", 1, MAX_SAMPLES, 2), MAX_SAMPLES),
-            seed=int(st.number_input("Seed", 0, 2**31, 42, help="The same seed and settings give the same text.")))
-    writing, training = st.tabs(["Write", "Training"], key="tab", on_change="rerun")
-    with writing:
-        if writing.open and source in models:      # a browser may send anything
-            show_write_tab(source, settings, config)
-        elif writing.open:
-            st.header("No model selected")
-            st.write("Choose one on the left: OpenAI's are downloaded from the hub. Or make one, and reload this page:")
-            st.code(MAKE_ONE, language="bash")
-    with training:
-        if training.open:
-            show_training_tab(config.log_dir)
+def show_sidebar(models, config):
+    """Show the list of models and the sampling settings; return the chosen model and the settings."""
+    st.title("GPT-2")
+    source = st.selectbox("Model", models, index=None if models[0] in GPT2_SIZES and not config.checkpoint else 0,
+                          format_func=lambda source: f"{source} (from the hub)" if source in GPT2_SIZES else source,
+                          placeholder="choose a model", key="model")
+    return source, dict(      # the expensive settings are clamped: a browser may send any number
+        temperature=st.slider("Temperature", 0.0, 2.0, 0.8, 0.05,
+                              help="Higher is more random. 0: always the likeliest token."),
+        top_k=st.slider("Top-k", 0, 200, 50, help="Sample from the k likeliest tokens. 0: all."),
+        top_p=st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, help="Nucleus sampling: probability mass to keep. 1: off."),
+        max_tokens=min(st.slider("Maximum length", 1, MAX_TOKENS, 120, help="New tokens per sample."), MAX_TOKENS),
+        n_samples=min(st.slider("Samples side by side", 1, MAX_SAMPLES, 2), MAX_SAMPLES),
+        seed=int(st.number_input("Seed", 0, 2**31, 42, help="The same seed and settings give the same text.")))
 
 
 def find_models(config):
@@ -104,7 +105,7 @@ def find_models(config):
     found += [p.parent for p in find_visible(config.log_dir, "config.json")
               if any(p.parent.glob("*.safetensors")) or (p.parent / "pytorch_model.bin").exists()]
     found = [str(p) for p in sorted(found, key=last_modified, reverse=True)]
-    return list(dict.fromkeys([*[config.checkpoint] * bool(config.checkpoint), *found, *GPT2_SIZES]))
+    return list(dict.fromkeys(filter(None, [config.checkpoint, *found, *GPT2_SIZES])))
 
 
 def last_modified(source):
@@ -125,10 +126,9 @@ def shared():
 
 @contextlib.contextmanager
 def locked_model(source, config, on_wait=lambda: None):
-    """Lock the model in memory and yield its (decoder, tokenizer, facts {name: text}).
+    """Lock the model in memory, loading it first if it or its file is new; yield its (decoder, tokenizer, facts).
 
-    Loads it first if the source or its file changed. on_wait() is called repeatedly while another visitor holds the
-    lock. Raises UserError if the model cannot be opened.
+    on_wait() is called repeatedly while another visitor holds the lock. Raises UserError if it cannot be opened.
     """
     lock, models = shared()
     while not lock.acquire(timeout=0.2):
@@ -146,7 +146,7 @@ def locked_model(source, config, on_wait=lambda: None):
 
 
 def load_model(source, config):
-    """Open a model and prepare it for generation; return (decoder, tokenizer, facts). Raises UserError."""
+    """Open a model and prepare it for generation; return (decoder, tokenizer, facts {name: text}). Raises UserError."""
     opened = open_model(source, tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe_hardware(device))
@@ -161,10 +161,7 @@ def load_model(source, config):
 
 @st.cache_data(max_entries=100, show_spinner="Waiting for the model ...")
 def look_up(source, modified, text, _config):
-    """Return a model's facts and its ten likeliest next tokens after a text, [(token, probability)].
-
-    modified: time of the model's file, part of the cache's key.
-    """
+    """Return a model's facts and its likeliest next tokens after a text, [(token, probability)], likeliest first."""
     with locked_model(source, _config) as (decoder, tokenizer, facts):
         likeliest = top_next_tokens(decoder.model, tokenizer.encode(text) or [tokenizer.eot], tokenizer.n_vocab)
         return facts, [(printable_token(tokenizer, token), p) for token, p in likeliest]
@@ -208,12 +205,11 @@ def show_write_tab(source, settings, config):
 
 def generate_texts(generated, settings, config, place):
     """Generate into `generated`, showing the texts in `place` as they grow; Streamlit aborts in there on a click."""
-    options = dict(settings)
-    prompts = [generated.prompt] * options.pop("n_samples")
+    prompts = [generated.prompt] * settings.pop("n_samples")
     on_wait = lambda: place.info("Another visitor is generating; you are next.")
     with locked_model(generated.source, config, on_wait) as (decoder, tokenizer, _):
         begin, last_shown = time.perf_counter(), 0.0
-        for continuations in stream(decoder, tokenizer, prompts, **options):
+        for continuations in stream(decoder, tokenizer, prompts, **settings):
             generated.texts = [c.text for c in continuations]
             generated.n_tokens = sum(c.n_tokens for c in continuations)
             generated.seconds = time.perf_counter() - begin
@@ -241,12 +237,6 @@ def printable_token(tokenizer, token):
     return "".join(WHITESPACE_SYMBOLS.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
-def show_error(error):
-    """Show an error message as plain text."""
-    st.error("Error")
-    st.code(str(error) or type(error).__name__, language=None, wrap_lines=True)
-
-
 # -----------------------------------------------------------------------------
 # the Training tab
 
@@ -269,7 +259,7 @@ def show_runs(folders, x):
     try:
         picture, samples = draw_curves(folders, [last_modified(folder) for folder in folders], x)
     except UserError as error:
-        show_error(error)
+        st.code(str(error), language=None, wrap_lines=True)
         return
     st.image(picture, width="stretch")
     for folder, texts in zip(folders, samples):

@@ -49,23 +49,22 @@ def main(argv=None):
     """Sweep, draw and suggest as the flags (sys.argv, or argv) say. Raises UserError for user mistakes, RunFailed."""
     config = parse_config(FinderConfig, argv, __doc__.split("\n\n")[0])
     folder, finished = Path(config.log_dir), False
-    with start(config) as runtime:
-        if list_checkpoints(folder):
-            raise UserError(f"{folder} already contains a run; use a new --log_dir")
-        with lock_folder(folder, runtime):
-            run, _ = set_up(config, runtime, saves=False)
-            tracker = Tracker(with_changes(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
-            try:
-                warm_up(run, runtime)
-                runtime.setup_done()
-                steps = sweep(run, config, runtime, tracker)
-                if runtime.is_main:
-                    report(steps, config, tracker)
-                finished = True
-            except StopRequested:
-                runtime.print("stopped; nothing was written")
-            finally:
-                tracker.close(finished)
+    if list_checkpoints(folder):
+        raise UserError(f"{folder} already contains a run; use a new --log_dir")
+    with start(config) as runtime, lock_folder(folder, runtime):
+        run, _ = set_up(config, runtime, saves=False)
+        tracker = Tracker(with_changes(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
+        try:
+            warm_up(run, runtime)
+            runtime.setup_done()
+            steps = sweep(run, config, runtime, tracker)
+            if runtime.is_main:
+                report(steps, config, tracker)
+            finished = True
+        except StopRequested:
+            runtime.print("stopped; nothing was written")
+        finally:
+            tracker.close(finished)
 
 
 def sweep(run, config, runtime, tracker):
@@ -76,15 +75,14 @@ def sweep(run, config, runtime, tracker):
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, 0,
                          config.steps + SCALE_STEPS)
     width = 2 * half_window(config.steps) + 1
-    window, done, step = np.ones(width) / width, [], 0
+    window, done = np.ones(width) / width, []
     try:
-        while len(done) < config.steps and step < config.steps + SCALE_STEPS:
+        for step in range(config.steps + SCALE_STEPS):
             rate = config.lr_low * (config.lr_high / config.lr_low) ** (len(done) / (config.steps - 1))
             for group in run.optimizer.param_groups:      # Muon's rate stays in proportion to AdamW's
                 group["lr"] = group["peak_lr"] * rate / config.max_lr
             result = train_step(run, config, runtime, loader.next_step()[0], step)
-            step += 1
-            if step == 1:
+            if step == 0:
                 runtime.first_step_done()
             runtime.raise_if_stopping()
             if not result.finite and run.scaler.is_enabled() and not done:
@@ -95,8 +93,9 @@ def sweep(run, config, runtime, tracker):
             tracker.log(**done[-1])
             runtime.print(f"step {len(done):>{len(str(config.steps))}}/{config.steps} | lr {rate:.2e} | "
                           f"loss {result.loss:.4f} | norm {result.grad_norm:.3f}")
-            means = np.convolve([step["loss"] for step in done], window, mode="valid")     # of the last, too
-            if means[-1] > means.min() + max(RISE[0] * abs(means[0]), RISE[1] * (means[0] - means.min())):
+            means = np.convolve([row["loss"] for row in done], window, mode="valid")
+            rise = means[-1] - means.min()
+            if len(done) == config.steps or rise > max(RISE[0] * abs(means[0]), RISE[1] * (means[0] - means.min())):
                 break
     finally:
         loader.close()

@@ -15,7 +15,6 @@ TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not reco
 TRAINED = ("loss", "lr", "grad_norm", "ms")
 EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before training it
 LOG_TXT_NAMES = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}
-FORMATS = (".png", ".svg")
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}
 
 # What the panels show, how that looks, and the rows of panels by their heights in inches.
@@ -295,7 +294,6 @@ def style_axes(ax, title):
     """Style axes plainly: a light grid, no box, a left-aligned title instead of a rotated y label."""
     ax.set_title(title, loc="left", fontsize=10, color=INK, weight="bold", pad=7)
     ax.grid(color=LIGHT, lw=0.8)
-    ax.set_axisbelow(True)
     ax.tick_params(colors=GREY, labelsize=8.5, length=0, which="both")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.spines["bottom"].set_color("#bbbbbb")
@@ -309,7 +307,7 @@ def shorten(text, length):
 def save_figure(figure, path):
     """Write a figure atomically as .png or .svg, by the suffix of the path. Raises UserError if that fails."""
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"cannot write {path}: the file name must end in {' or '.join(FORMATS)}")
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise UserError(f"cannot write {path}: the file name must end in .png or .svg")
     with atomic_write(path) as f:
         figure.savefig(f, format=path.suffix.lower()[1:])

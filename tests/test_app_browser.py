@@ -104,8 +104,8 @@ def test_a_visitor_types_watches_stops_and_switches_the_model(browser, tmp_path)
         return browser.find_elements("css selector", css)
 
     def text(css):
-        return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map("
-                                      "e => e.innerText || e.textContent).join(' ')", css)     # in one call, because the page keeps changing
+        return browser.execute_script(                       # in one call, because the page keeps changing
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText || e.textContent).join(' ')", css)
 
     def button(name):
         return next(b for b in find("button") if b.text == name)
