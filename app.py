@@ -159,12 +159,13 @@ def load_model(source, config):
     return make_decoder(opened.model, device, DTYPES[dtype]), opened.tokenizer, facts
 
 
-@st.cache_data(max_entries=100, show_spinner="Waiting for the model ...")
+@st.cache_data(max_entries=100, show_spinner="Loading the model, or waiting for another visitor ...")
 def look_up(source, modified, text, _config):
-    """Return a model's facts and its likeliest next tokens after a text, [(token, probability)], likeliest first."""
+    """Return a model's facts and a table of its ten likeliest next tokens after a text, {column: list}."""
     with locked_model(source, _config) as (decoder, tokenizer, facts):
         likeliest = top_next_tokens(decoder.model, tokenizer.encode(text) or [tokenizer.eot], tokenizer.n_vocab)
-        return facts, [(printable_token(tokenizer, token), p) for token, p in likeliest]
+    return facts, {"Token": [printable_token(tokenizer, token) for token, _ in likeliest],
+                   "Probability": [p for _, p in likeliest]}
 
 
 # -----------------------------------------------------------------------------
@@ -193,10 +194,8 @@ def show_write_tab(source, settings, config):
         choices = {"the prompt": prompt, **{f"text {i}": generated.prompt + text
                                             for i, text in enumerate(generated.texts, start=1)}}
         after = st.segmented_control("Likeliest next tokens after", list(choices), default="the prompt", key="after")
-        _, likeliest = look_up(source, modified, choices.get(after, prompt), config)
-        bars = st.column_config.ProgressColumn("Probability", format="percent", max_value=likeliest[0][1])
-        tokens, probabilities = zip(*likeliest)
-        table = {"Token": tokens, "Probability": probabilities}
+        _, table = look_up(source, modified, choices.get(after, prompt), config)
+        bars = st.column_config.ProgressColumn(format="percent", max_value=table["Probability"][0])
         st.dataframe(table, row_height=30, column_config={"Probability": bars})
     if start:
         generate_texts(generated, settings, config, place)

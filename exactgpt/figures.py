@@ -100,10 +100,10 @@ def read_run(folder, tokens_per_step=TOKENS_PER_STEP):
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     is_json = path.suffix == ".jsonl"
     parsed = [_parse_line(line, is_json) for line in lines if line.strip()]
+    skipped = parsed.count(None)
+    if is_json:      # it may lack only its newline; in log.txt it may lack digits, unnoticed
+        parsed.append(_parse_line(partial, is_json))
     entries = [entry for entry in parsed if entry]
-    skipped = len(parsed) - len(entries)
-    if is_json and _parse_line(partial, is_json):   # lacks only its newline; in log.txt it may lack digits, unnoticed
-        entries.append(_parse_line(partial, is_json))
     series = _build_series(entries, None if is_json else tokens_per_step)
     if not series.keys() & {"loss", *EVALUATED}:
         raise UserError(f"{path} holds no losses yet; wait for the run's first step, or name another folder")
@@ -272,7 +272,7 @@ def _set_y_limits(ax, curves, must_show):
     ax.set_ylim(low - room if low else 0, high + room)  # an axis that starts at 0 has no margin below
     start = max(values[0] for values in curves)
     if start > high + room:
-        ax.text(0.085, 0.975, f"\u2191 from {start:.1f}", transform=ax.transAxes, va="top", color=GREY, fontsize=8.5)
+        ax.text(0.12, 0.975, f"\u2191 from {start:.1f}", transform=ax.transAxes, va="top", color=GREY, fontsize=8.5)
 
 
 def _label_ends(ax, ends, form):
