@@ -185,7 +185,7 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
             raise UserError(f"{run.path} does not record {x}; choose another --x")
     logged = {name for run in runs for name in run.series}
     rows = {height: [panel for panel in row if logged & set(PANELS[panel])] for height, row in ROWS.items()}
-    rows = {height: row for height, row in rows.items() if row}
+    rows = {height: row for height, row in rows.items() if row}      # a panel alone in its row is as wide as two
     columns = int(np.clip(100 // (max(len(run.name) for run in runs) + 7), 1, 6))  # of run names above the panels
     top = 0.73 + 0.22 * -(-len(runs) // columns)
     height = top + sum(rows) + 0.6 * len(rows)
