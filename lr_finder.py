@@ -21,7 +21,7 @@ from exactgpt.checkpoint import list_checkpoints
 from exactgpt.config import RunFailed, UserError, atomic_write, flag, human_rate, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
-from exactgpt.figures import COLOURS, GREY, INK, new_figure, save_figure, smooth, style_axes
+from exactgpt.figures import COLOURS, GREY, INK, save_figure, smooth, style_axes
 from exactgpt.metrics import Tracker
 from train import TrainConfig, set_up, train_step, warm_up
 
@@ -43,56 +43,30 @@ class FinderConfig(TrainConfig):
         super().check()
         if self.lr_low >= self.lr_high:
             raise UserError(f"--lr_low {self.lr_low:g} is not below --lr_high {self.lr_high:g}; lower it")
-        if self.resume != "auto":
-            raise UserError("the sweep starts from the initial weights (--init_from); leave --resume out")
-        if self.dry_run:
-            raise UserError("the sweep has no dry run; leave --dry_run out, and use fewer --steps")
+        if self.resume != "auto" or self.dry_run:
+            raise UserError("a sweep is neither resumed nor tried; leave --resume and --dry_run out")
 
 
 def main(argv=None):
-    """Find a learning rate as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
+    """Sweep, draw and suggest as the flags (sys.argv, or argv) say. Raises UserError for user mistakes, RunFailed."""
     config = parse_config(FinderConfig, argv, __doc__.split("\n\n")[0])
-    with start(config) as runtime:
-        find_learning_rate(config, runtime)
-
-
-def find_learning_rate(config, runtime):
-    """Sweep, draw, and return the suggestions {name: learning rate}; None if it was stopped.
-
-    Raises UserError, RunFailed.
-    """
-    folder = Path(config.log_dir)
+    folder, finished = Path(config.log_dir), False
     if list_checkpoints(folder):
         raise UserError(f"{folder} already contains a run; use a new --log_dir")
-    with lock_folder(folder, runtime):
+    with start(config) as runtime, lock_folder(folder, runtime):
         run, _ = set_up(config, runtime, saves=False)
         tracker = Tracker(with_changes(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)
             runtime.setup_done()
             steps = sweep(run, config, runtime, tracker)
-        except RunFailed:
-            tracker.close(finished=False)
-            raise
+            if runtime.is_main:
+                report(steps, config, tracker)
+            finished = True
         except StopRequested:
-            tracker.close(finished=False)
             runtime.print("stopped; nothing was written")
-            return None
-        rates, losses = (np.array([step[name] for step in steps]) for name in ("lr", "loss"))
-        smoothed = smooth(losses, half_window(config.steps))
-        suggested = suggest(rates, smoothed, half_window(config.steps))
-        if runtime.is_main:
-            table, picture = folder / "lr_finder.csv", folder / "lr_finder.png"
-            write_csv(table, steps, smoothed)
-            save_figure(draw_lr_finder(rates, losses, smoothed, suggested), picture)
-            tracker.artifact(table)
-            tracker.artifact(picture)
-            print(f"wrote {picture} and {table}")
-            for name, rate in suggested.items():
-                print(f"{name}: {human_rate(rate)}")
-            print(f"next: {train_command(config, suggested['one tenth of the minimum'])}")
-        tracker.close()
-    return suggested
+        finally:
+            tracker.close(finished)
 
 
 def sweep(run, config, runtime, tracker):
@@ -102,15 +76,15 @@ def sweep(run, config, runtime, tracker):
     """
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, 0,
                          config.steps + SCALE_STEPS)
-    done, step = [], 0
+    width = 2 * half_window(config.steps) + 1
+    window, done = np.ones(width) / width, []
     try:
-        while len(done) < config.steps and step < config.steps + SCALE_STEPS:
+        for step in range(config.steps + SCALE_STEPS):
             rate = config.lr_low * (config.lr_high / config.lr_low) ** (len(done) / (config.steps - 1))
             for group in run.optimizer.param_groups:      # Muon's rate stays in proportion to AdamW's
                 group["lr"] = group["peak_lr"] * rate / config.max_lr
             result = train_step(run, config, runtime, loader.next_step()[0], step)
-            step += 1
-            if step == 1:
+            if step == 0:
                 runtime.first_step_done()
             runtime.raise_if_stopping()
             if not result.finite and run.scaler.is_enabled() and not done:
@@ -121,7 +95,9 @@ def sweep(run, config, runtime, tracker):
             tracker.log(**done[-1])
             runtime.print(f"step {len(done):>{len(str(config.steps))}}/{config.steps} | lr {rate:.2e} | "
                           f"loss {result.loss:.4f} | norm {result.grad_norm:.3f}")
-            if diverged([step["loss"] for step in done], 2 * half_window(config.steps) + 1):
+            means = np.convolve([row["loss"] for row in done], window, mode="valid")
+            rise = means[-1] - means.min()
+            if len(done) == config.steps or rise > max(RISE[0] * abs(means[0]), RISE[1] * (means[0] - means.min())):
                 break
     finally:
         loader.close()
@@ -137,14 +113,6 @@ def half_window(steps):
     return max(1, steps // WINDOW)
 
 
-def diverged(losses, window):
-    """Return True if the mean of the last `window` losses is clearly above the lowest such mean."""
-    means = np.convolve(losses, np.ones(window) / window, mode="valid")
-    if not len(means):
-        return False
-    return means[-1] > means.min() + max(RISE[0] * abs(means[0]), RISE[1] * (means[0] - means.min()))
-
-
 def suggest(rates, smoothed, half):
     """Return {name: learning rate}: where the loss falls fastest over log(rate), and a tenth of where it is lowest.
 
@@ -156,35 +124,45 @@ def suggest(rates, smoothed, half):
     return {"steepest slope": float(rates[np.argmin(slopes)]), "one tenth of the minimum": float(rates[lowest] / 10)}
 
 
+def report(steps, config, tracker):
+    """Write the table and the picture of a sweep, a list of {step, lr, loss, grad_norm}; print the suggestions."""
+    rates, losses = (np.array([step[name] for step in steps]) for name in ("lr", "loss"))
+    smoothed = smooth(losses, half_window(config.steps))
+    suggested = suggest(rates, smoothed, half_window(config.steps))
+    table, picture = (Path(config.log_dir) / name for name in ("lr_finder.csv", "lr_finder.png"))
+    with atomic_write(table, "w") as f:
+        writer = csv.DictWriter(f, [*steps[0], "smoothed"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dict(step, smoothed=float(value)) for step, value in zip(steps, smoothed))
+    save_figure(draw_lr_finder(rates, losses, smoothed, suggested), picture)
+    tracker.artifact(table)
+    tracker.artifact(picture)
+    print(f"wrote {picture} and {table}")
+    for name, rate in suggested.items():
+        print(f"{name}: {human_rate(rate)}")
+    print(f"next: {train_command(config, suggested['one tenth of the minimum'])}")
+
+
 def draw_lr_finder(lrs, losses, smoothed, suggestions):
     """Return a Figure of loss by learning rate, with the suggestions {name: learning rate} marked. Arrays (n,)."""
-    figure, [[ax]] = new_figure([1], [4.2], width=8.5, top=0.5)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8.5, 5.3), dpi=160, facecolor="white")
+    ax = figure.add_axes((0.09, 0.12, 0.83, 0.78))
     style_axes(ax, "loss by learning rate")
-    lrs, losses, smoothed = (np.asarray(a, dtype=float) for a in (lrs, losses, smoothed))
     ax.plot(lrs, losses, ".", color=COLOURS[0], alpha=0.3, ms=4, mew=0, label="each step")
     ax.plot(lrs, smoothed, color=COLOURS[0], lw=2, label="smoothed")
     ax.set_xscale("log")
-    for (name, lr), colour, marker in zip(suggestions.items(), COLOURS[1:], "osD^vP"):
+    for (name, lr), colour, marker in zip(suggestions.items(), COLOURS[1:], "os"):
         ax.axvline(lr, color=colour, lw=1, ls=(0, (4, 3)))
-        ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", ls="", zorder=5,
+        ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", zorder=5,
                 label=f"{name}: {human_rate(lr)}")
     # Show that the loss diverges, not how far: the axis ends a little above the first losses.
-    finite = smoothed[np.isfinite(smoothed)]
-    if len(finite):
-        start, low = finite[:max(1, len(finite) // 20)].mean(), finite.min()
-        room = (start - low) or 1.0
-        ax.set_ylim(low - 0.15 * room, start + 0.35 * room)
+    start, low = np.nanmean(smoothed[:10]), np.nanmin(smoothed)
+    room = (start - low) or 1.0
+    ax.set_ylim(low - 0.15 * room, start + 0.35 * room)
     ax.set_xlabel("learning rate (log scale)", color=GREY, fontsize=9)
-    ax.legend(loc="lower left", fontsize=9, labelcolor=INK, frameon=True, facecolor="white", edgecolor="none")
+    ax.legend(loc="lower left", fontsize=9, labelcolor=INK, facecolor="white", edgecolor="none")
     return figure
-
-
-def write_csv(path, steps, smoothed):
-    """Write step, lr, loss, grad_norm and smoothed loss of each step. Raises UserError if the disk refuses."""
-    with atomic_write(path, "w") as f:
-        table = csv.DictWriter(f, [*steps[0], "smoothed"], lineterminator="\n")
-        table.writeheader()
-        table.writerows(dict(step, smoothed=float(value)) for step, value in zip(steps, smoothed))
 
 
 def train_command(config, rate):

@@ -138,15 +138,15 @@ def test_on_several_nodes_the_command_leaves_the_launcher_open(monkeypatch):
 
 def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "lr_finder.csv").mkdir()
-    rows = [dict(step=1, lr=1e-3, loss=2.0, grad_norm=1.0)]
+    rows = [dict(step=k, lr=1e-3 * 2**k, loss=2.0, grad_norm=1.0) for k in range(10)]
     with pytest.raises(UserError, match=r"cannot write .*lr_finder\.csv"):
-        lr_finder.write_csv(tmp_path / "lr_finder.csv", rows, [2.0])
+        lr_finder.report(rows, FinderConfig(max_lr=1e-3, log_dir=str(tmp_path)), tracker=None)
 
 
 def test_mistakes_are_one_line():
     for flags, message in ((["--lr_low", "1", "--lr_high", "0.1"], "--lr_low 1 is not below --lr_high 0.1"),
-                           (["--steps", "5"], "--steps must be >= 10"), (["--resume", "x.pt"], "leave --resume out"),
-                           (["--dry_run"], "leave --dry_run out"),
+                           (["--steps", "5"], "--steps must be >= 10"), (["--resume", "x.pt"], "leave --resume"),
+                           (["--dry_run"], "leave --resume and --dry_run out"),
                            (["--lr_low", "0"], "--lr_low must be > 0")):
         with pytest.raises(UserError) as caught:
             lr_finder.main(flags)
