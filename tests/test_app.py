@@ -113,7 +113,7 @@ def test_without_a_model_it_says_how_to_get_one_and_does_not_fail(page, tmp_path
     at = page()
     assert not at.exception and "cannot load" in at.code[0].value
     at = page("--checkpoint", tmp_path / "gone.pt")
-    assert not at.exception and "no checkpoint" in at.code[0].value
+    assert not at.exception and "cannot read the checkpoint" in at.code[0].value
     at = page("--nonsense")
     assert not at.exception and "unknown argument --nonsense" in at.code[0].value
 

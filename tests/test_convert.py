@@ -118,7 +118,7 @@ def test_user_errors_change_no_file(trained, tmp_path, monkeypatch, capsys):
                            (["--out", "full", "--checkpoint", "ours.pt"], "full already exists"),
                            (["--out", "ours.pt", "--checkpoint", "ours.pt"], "ours.pt already exists"),
                            (["--out", "new"], "no model_XXXXX.pt below logs/"),
-                           (["--out", "new", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
+                           (["--out", "new", "--checkpoint", "gone.pt"], "cannot read the checkpoint gone.pt"),
                            (["--out", "new", "--checkpoint", "garbage.pt"], "cannot load garbage.pt"),
                            (["--out", "new", "--checkpoint", "full"], "full holds neither a model_XXXXX.pt nor"),
                            (["--out", "garbage.pt/new", "--checkpoint", "ours.pt"], "cannot write"),

@@ -248,7 +248,7 @@ def test_mistakes_in_the_data_are_named_by_item(tmp_path, name, text, message):
 def test_other_mistakes_are_one_line(data, base, tmp_path):
     flags = ("--device", "cpu", "--data", data, "--out", tmp_path / "out")
     for more, message in ((["--init_from", base[0], "--block_size", 8], "leaves no item to"),
-                          (["--init_from", tmp_path / "gone.pt"], "no checkpoint"),
+                          (["--init_from", tmp_path / "gone.pt"], "cannot read the checkpoint"),
                           (["--init_from", base[0], "--min_lr", 1], "--min_lr 1 is above --max_lr 0.0005"),
                           ([], "--init_from is missing")):
         with pytest.raises(UserError) as caught:

@@ -210,7 +210,7 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for flags, message in (([], "no prompt; pass --prompt"), (["--prompt", "x"], "no model_XXXXX.pt below logs/"),
                            (["--prompt", "x", "--checkpoint", "bad.pt"], "cannot load bad.pt"),
-                           (["--prompt", "x", "--checkpoint", "gone.pt"], "no checkpoint gone.pt"),
+                           (["--prompt", "x", "--checkpoint", "gone.pt"], "cannot read the checkpoint gone.pt"),
                            (["--prompt", "x", "--checkpoint", "latin.txt"], "cannot load latin.txt"),
                            (["--prompt", "x", "--checkpoint", "."], ". holds neither a model_XXXXX.pt nor"),
                            (["--prompt", "x", "--checkpoint", str(gpt_nano)], "has no tokenizer for its 3 tokens"),
