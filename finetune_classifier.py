@@ -25,7 +25,7 @@ from exactgpt.classifier import Classifier
 from exactgpt.config import (
     UserError,
     atomic_write,
-    check_new_file,
+    check_new,
     flag,
     parse_config,
     read_text,
@@ -367,7 +367,7 @@ def predict(config, runtime):
     Raises UserError, StopRequested.
     """
     if config.out:
-        runtime.broadcast(lambda: check_new_file(config.out, "--out"))
+        runtime.broadcast(lambda: check_new(config.out))
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is a language model, not a classifier; train one from it with "

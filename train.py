@@ -36,7 +36,7 @@ from exactgpt.checkpoint import (
     save_best,
     training_state,
 )
-from exactgpt.config import RunConfig, UserError, as_user_error, flag, parse_config, run_script, with_changes
+from exactgpt.config import RunConfig, UserError, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.device import (
     CompilationFailed,
@@ -45,7 +45,6 @@ from exactgpt.device import (
     dummy_rows,
     find_micro_batch_size,
     keep_freed_memory,
-    returning_freed_memory,
 )
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
 from exactgpt.generation import write_samples
@@ -305,8 +304,10 @@ def make_model(config, runtime, tokenizer, checkpoint):
     if config.init_from == "scratch":
         seed_everything(config.seed, "initial weights")
         vocab_size = padded_vocab(tokenizer.n_vocab)
-        return as_user_error(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)),
-                             "the model's flags")
+        try:
+            return GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape))
+        except ValueError as error:
+            raise UserError(f"the model's flags: {error}") from error
     stored = runtime.broadcast(lambda: open_weights(config.init_from, tokenizer, config.tokenizer))
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if shape["block_size"] and shape["block_size"] < model.config.block_size:
@@ -430,9 +431,11 @@ def validate(run, config, runtime):
 def score_hellaswag(run, hellaswag, runtime):
     """Return the HellaSwagScore of the model as it is. Raises StopRequested."""
     tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)    # no more than training
-    with returning_freed_memory(runtime.device):      # on a CPU, while the shapes vary
-        # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
-        return evaluate_hellaswag(run.raw_model, hellaswag, runtime, tokens, progress="HellaSwag")
+    keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary
+    # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
+    score = evaluate_hellaswag(run.raw_model, hellaswag, runtime, tokens, progress="HellaSwag")
+    keep_freed_memory(runtime.device)
+    return score
 
 
 def due(step, every, last=False):

@@ -24,12 +24,12 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from exactgpt.config import RunFailed, UserError, atomic_write, fields_kept_on_resume, human_bytes
+from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
@@ -294,7 +294,8 @@ def suggested_init(config, step):
 
 def changed_flags(config, stored):
     """Return the flags that a resumed run must keep but that differ from the stored ones: ["--seed 2 (it has 1)"]."""
-    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in fields_kept_on_resume(type(config))
+    kept = [f.name for f in fields(config) if f.metadata["keep"]]
+    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in kept
             if name in stored and stored[name] != getattr(config, name)]
 
 

@@ -1,7 +1,6 @@
 """Detect the hardware and resolve "auto" for device, dtype, compile, attention and micro-batch size."""
 import contextlib
 import ctypes
-import math
 import os
 import platform
 import re
@@ -49,12 +48,9 @@ def choose_device(requested, local_rank=0, local_world_size=1):
     """Return the torch.device of this process. Raises UserError if this machine does not have it."""
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(requested)
-    except RuntimeError as error:
-        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, but is {requested!r}") from error
-    if device.type not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d|:[1-9]\d)?", requested):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, but is {requested!r}")
+    device = torch.device(requested)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has no Apple GPU; use --device auto")
     if device.type == "cuda":
@@ -108,30 +104,17 @@ def choose_compile(requested, hardware, device):
     """Return (True to use torch.compile, a notice or None). Raises UserError if "on" is requested but fails here."""
     if requested == "off" or (requested == "auto" and hardware.type != "cuda"):
         return False, None
-    if requested == "auto" and hardware.capability < (7, 0):
-        return False, f"torch.compile is off: {hardware.name} is older than compute capability 7.0, which Triton needs"
-    problem = compile_problem(device)
-    if problem is None:
-        return True, None
-    if requested == "on":
-        raise UserError(f"--compile on: torch.compile does not work here ({problem}); install a C compiler, or use "
-                        "--compile off")
-    return False, f"torch.compile is off: it does not work here ({problem})"
-
-
-def compile_problem(device):
-    """Return the error of compiling and calling a small function on the device as one line, None if it works."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.compile(_function_to_compile)(torch.ones(8, device=device))     # compiles at the first call
-    except Exception as error:  # no compiler, no Triton, a broken cache folder: torch raises many kinds
-        return " ".join(str(error).split())[:160] or type(error).__name__
-    return None
-
-
-def _function_to_compile(x):
-    return (x * 2 + 1).sum()
+            torch.compile(lambda x: (x * 2 + 1).sum())(torch.ones(8, device=device))      # compiles at the first call
+        return True, None
+    except Exception as error:  # no compiler, no Triton, an old GPU, a broken cache folder: torch raises many kinds
+        problem = " ".join(str(error).split())[:160] or type(error).__name__
+        if requested == "on":
+            raise UserError(f"--compile on: torch.compile does not work here ({problem}); install a C compiler, or use "
+                            "--compile off") from error
+        return False, f"torch.compile is off: it does not work here ({problem})"
 
 
 def enable_attention(backend):
@@ -182,38 +165,24 @@ def set_deterministic():
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     import torch._inductor.config as inductor
-    if hasattr(inductor, "deterministic"):
-        inductor.deterministic = True
+    inductor.deterministic = True
 
 
-def keep_freed_memory(device):
-    """Make the C library keep freed CPU memory for reuse (glibc only); use it for work of constant shapes.
+def keep_freed_memory(device, keep=True):
+    """Make the C library keep freed CPU memory for reuse, or not (glibc only).
 
     By default large blocks go back to the OS, and the next step faults them in again page by page: a fifth of a
-    training step, and on some virtual machines nine tenths of the time to generate a token.
+    training step, and on some virtual machines nine tenths of the time to generate a token. But while shapes vary, a
+    block freed by one does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
     """
-    _set_malloc_options(device, M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 * 2**20)
-
-
-@contextlib.contextmanager
-def returning_freed_memory(device):
-    """Return freed memory to the OS while shapes vary.
-
-    A block freed by one shape does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
-    """
-    _set_malloc_options(device, M_MMAP_MAX=65536, M_MMAP_THRESHOLD=32 * 2**20)
-    try:
-        yield
-    finally:
-        keep_freed_memory(device)
-
-
-def _set_malloc_options(device, **options):
-    numbers = dict(M_TRIM_THRESHOLD=-1, M_TOP_PAD=-2, M_MMAP_THRESHOLD=-3, M_MMAP_MAX=-4)    # from glibc's malloc.h
+    mmap_max, mmap_threshold, top_pad, trim_threshold = -4, -3, -2, -1       # mallopt's options, from glibc's malloc.h
+    options = {mmap_max: 65536, mmap_threshold: 32 * 2**20}
+    if keep:
+        options = {mmap_max: 0, trim_threshold: -1, top_pad: 64 * 2**20}
     if device.type == "cpu" and sys.platform.startswith("linux"):
         with contextlib.suppress(AttributeError):      # another C library
-            for name, value in options.items():
-                ctypes.CDLL(None).mallopt(numbers[name], value)
+            for option, value in options.items():
+                ctypes.CDLL(None).mallopt(option, value)
 
 
 # -----------------------------------------------------------------------------
@@ -231,8 +200,7 @@ class CompilationFailed(Exception):
 
 def divisors(n):
     """Return the divisors of n, largest first."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)}, reverse=True)
+    return [d for d in range(n, 0, -1) if n % d == 0]
 
 
 def check_micro_batch_size(micro_batch_size, local_windows):
@@ -276,36 +244,28 @@ def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, in
     """
     most = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     sizes = [d for d in divisors(local_windows) if d == 1 or d * block_size <= most]
-    if runtime.device.type != "cuda":
-        return wanted or sizes[0]
-    gpu_bytes = runtime.minimum(torch.cuda.mem_get_info(runtime.device)[1]) if gpt else 0
     size = wanted or sizes[0]
-    while size and ((gpt and min_training_bytes(gpt, size * block_size) > gpu_bytes)
-                    or not fits_on_all_ranks(module, block_size, size, runtime)):
+    if runtime.device.type != "cuda":
+        return size
+    gpu_bytes = torch.cuda.mem_get_info(runtime.device)[1] if gpt else 0
+    while size:
+        fits, problem = False, ""
+        if not gpt or min_training_bytes(gpt, size * block_size) <= gpu_bytes:
+            try:
+                fits = fits_in_memory(module, block_size, size, runtime)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                problem = " ".join(str(error).split())[:160]
+        too_large, failed = runtime.sum(not fits, bool(problem))     # every rank comes here, however its trial ended
+        if failed:
+            raise CompilationFailed(problem or "on another rank")
+        if not too_large:
+            return size
         if wanted and insist:
             smaller = next((d for d in divisors(local_windows) if d < wanted), None)
             advice = f"use --micro_batch_size {smaller}, or 0" if smaller else ADVICE_FOR_LESS_MEMORY
             raise UserError(f"--micro_batch_size {wanted} does not fit in the GPU's memory; {advice}")
         size = next((d for d in sizes if d <= size // 2), 0)
-    if size == 0:
-        raise UserError(f"not even one row fits in the GPU's memory; {ADVICE_FOR_LESS_MEMORY}")
-    return size
-
-
-def fits_on_all_ranks(module, block_size, size, runtime):
-    """Return True if `size` rows fit on every rank. Raises CompilationFailed on all ranks if any cannot compile.
-
-    Each call is one collective, which every rank reaches however its own trial ended.
-    """
-    problem = "on another rank"
-    try:
-        answer = int(fits_in_memory(module, block_size, size, runtime))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        answer, problem = -1, " ".join(str(error).split())[:160]
-    answer = runtime.minimum(answer)
-    if answer < 0:
-        raise CompilationFailed(problem)
-    return answer > 0
+    raise UserError(f"not even one row fits in the GPU's memory; {ADVICE_FOR_LESS_MEMORY}")
 
 
 def fits_in_memory(module, block_size, size, runtime):

@@ -58,7 +58,7 @@ def print_banner(run, config, runtime, checkpoint, saves):
     if saves:
         lines["disk"] = (f"{human_bytes(disk_bytes(config, n_params, plan.max_steps))} in {config.log_dir} for "
                          f"{config.keep_checkpoints} checkpoints")
-    runtime.print_banner(lines)
+    runtime.print("\n".join(f"{title:>8}  {text}" for title, text in lines.items()))
     if checkpoint:
         runtime.print(f"resuming from step {checkpoint['step']}")
         changed = resolved_differences(checkpoint["resolved"], resolved)

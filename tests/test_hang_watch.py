@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch.distributed as dist
+from exactgpt.hang_watch import describe_hang, enable_flight_recorder, main_thread_location, peer_failure
 
 from exactgpt import hang_watch
 from exactgpt.config import as_user_error
-from exactgpt.hang_watch import describe_hang, enable_flight_recorder, main_thread_location, peer_failure
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
 
