@@ -337,7 +337,7 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
         # compiled during DDP's own forward pass.
         ddp = runtime.data_parallel(compiled)
         size = find_micro_batch_size(ddp, model.config.block_size, wanted_rows, plan.local_windows, runtime,
-                                     insist=bool(config.micro_batch_size), gpt=model)
+                                     insist=bool(config.micro_batch_size))
         return compiled, ddp, dict(attention=attention, compile=compile, micro_batch_size=size)
     if compile:
         runtime.print("compiling: a minute or two, unless it is in the cache")

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import errno
 import glob
 import json
 import math
@@ -93,9 +92,8 @@ def parse_config(cls, argv=None, description=None):
     Raises UserError for an unknown or abbreviated flag, a value of the wrong type or out of bounds, and for flags
     that contradict each other according to the dataclass' own `check()`.
     """
-    prog = os.path.basename(sys.argv[0]) or "train.py"
     width = min(110, int(os.environ.get("COLUMNS", 110)))
-    parser = _Parser(prog=prog, usage=f"{prog} [--flag value ...]", description=description, allow_abbrev=False,
+    parser = _Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width))
     groups = {}
     for f in sorted(fields(cls), key=lambda f: f.metadata["group"] == "system"):  # inherited fields last
@@ -124,11 +122,12 @@ def parse_config(cls, argv=None, description=None):
         near = difflib.get_close_matches(name, [f"--{f.name}" for f in fields(cls)], n=1)
         hint = f"; did you mean {near[0]}?" if near and name.startswith("--") else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
-    return check_config(cls(**vars(known)))
+    return with_changes(cls(**vars(known)))      # checks it
 
 
-def check_config(config):
-    """Check every field's bounds, then call `config.check()` if it exists; return the config. Raises UserError."""
+def with_changes(config, **changes):
+    """Return a checked copy of the config with some fields changed. Raises UserError as `parse_config` does."""
+    config = dataclasses.replace(config, **changes)
     for f in fields(config):
         m, values = f.metadata, getattr(config, f.name)
         for value in values if isinstance(values, list) else [] if values is None else [values]:
@@ -142,11 +141,6 @@ def check_config(config):
     if hasattr(config, "check"):
         config.check()
     return config
-
-
-def with_changes(config, **changes):
-    """Return a checked copy of the config with some fields changed."""
-    return check_config(dataclasses.replace(config, **changes))
 
 
 def run_script(main):
@@ -177,40 +171,56 @@ def run_script(main):
 # files
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb"):
-    """Open PATH.tmp for writing; on a clean exit, flush it to disk and rename it to `path`.
+def _whole_or_not_at_all(path):
+    """Yield PATH.tmp, for the block to make a file or a folder there; then rename it, or delete it after an error.
 
-    The order is write, fsync, rename, fsync of the folder: after kill -9 or a power cut `path` is the complete old or
-    the complete new file. The temporary name is fixed, so that the next attempt overwrites a leftover. Raises UserError
-    if the disk refuses; a file at `path` then stays as it was.
+    The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
+    the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover. Raises UserError
+    if the disk refuses; what was at `path` then stays.
     """
-    path = Path(path)
+    def flush(path):
+        if os.name != "posix":           # Windows opens no folders
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
+        yield temporary
+        for made in (*temporary.rglob("*"), temporary):
+            flush(made)
         os.replace(temporary, path)      # after the fsync: a power cut must not leave the name on half of the data
-        sync_folder(path.parent)
+        flush(path.parent)               # it holds the name
     except BaseException as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
                             ) from error
         raise
 
 
-def sync_folder(folder):
-    """Flush a folder to disk, so that a rename survives a power cut (it changes the folder, not the file)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a file that gets its name only when it is complete and flushed to disk. Raises UserError."""
+    with (_whole_or_not_at_all(Path(path)) as temporary,
+          open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f):
+        yield f
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Yield a temporary folder that becomes `path` when it is complete. Raises UserError, also if `path` is in use."""
+    path = Path(path).resolve()
+    check_new(path, folder=True)
+    with _whole_or_not_at_all(path) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)       # left by an export that was killed
+        temporary.mkdir()
+        yield temporary
 
 
 def write_json(path, value):
@@ -266,10 +276,9 @@ def take_lock(folder, wait_s):
     import fcntl  # Unix only
     path = Path(folder) / ".lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
         file = open(path, "w")
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder} cannot be a folder: {error.filename} is a file") from error
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}") from error
     begin, waits = time.monotonic(), False
@@ -277,43 +286,16 @@ def take_lock(folder, wait_s):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):    # the file system has no locks
-                print(f"warning: cannot lock {path} ({error.strerror}); make sure only one run uses {folder}",
-                      flush=True)
-                return file
+        except BlockingIOError:
             if time.monotonic() > begin + wait_s:
                 raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
             if not waits:
                 print(f"another run is using {folder}; waiting up to {wait_s:g} s for it to finish", flush=True)
             waits = True
             time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def new_folder(path):
-    """Yield a temporary folder; rename it to `path` on a clean exit, delete it after an error.
-
-    Raises UserError if `path` exists and is not an empty folder, or if writing fails.
-    """
-    path = Path(path).resolve()
-    check_new(path, folder=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)       # left by an export that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:       # the file system has no locks
+            print(f"warning: cannot lock {path} ({error.strerror}); make sure only one run uses {folder}", flush=True)
+            return file
 
 
 # -----------------------------------------------------------------------------
@@ -329,17 +311,3 @@ def human_count(n, units=("", "k", "M", "B", "T")):
 def human_bytes(n):
     """Format a number of bytes: 1.54 GB."""
     return human_count(n, (" B", " kB", " MB", " GB", " TB"))
-
-
-def human_time(seconds):
-    """Format a duration: 5h31m, 12m05s or 42s."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-def human_rate(rate):
-    """Format a learning rate: 6e-4, 1.5e-3."""
-    digits, power = f"{rate:.1e}".split("e")
-    return f"{float(digits):g}e{int(power)}" if rate else "0"

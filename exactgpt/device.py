@@ -37,11 +37,10 @@ class Hardware:
 
     def peak_flops(self):
         """Return the peak of dense 16-bit floating-point operations per second, or None if it is not known."""
-        if self.type != "cuda":
-            return None
-        known = [tflops for name, tflops in PEAK_TFLOPS.items()
-                 if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", self.name)]
-        return known[0] * 1e12 if known else None
+        for name, tflops in PEAK_TFLOPS.items():
+            if self.type == "cuda" and re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", self.name):
+                return tflops * 1e12
+        return None
 
 
 def choose_device(requested, local_rank=0, local_world_size=1):
@@ -55,15 +54,12 @@ def choose_device(requested, local_rank=0, local_world_size=1):
         raise UserError("--device mps: this machine has no Apple GPU; use --device auto")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise UserError("--device cuda: torch sees no CUDA device here; use --device auto, or check nvidia-smi")
-        if local_world_size > count:
-            raise UserError(f"{local_world_size} processes but {count} CUDA device{'s' * (count > 1)} on this machine; "
-                            f"use --nproc_per_node={count}")
         if device.index is None or local_world_size > 1:
             device = torch.device("cuda", local_rank)
-        if device.index >= count:
-            raise UserError(f"--device {requested}: this machine has the CUDA devices 0 to {count - 1}")
+        needed = max(local_world_size, device.index + 1)
+        if needed > count:
+            raise UserError(f"--device {requested} needs {needed} CUDA devices here (processes: {local_world_size}), but "
+                            f"torch sees {count}; use --device auto or fewer processes, or check nvidia-smi")
     return device
 
 
@@ -73,27 +69,25 @@ def probe_hardware(device):
         return Hardware("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if device.type == "mps":
         return Hardware("mps", "Apple GPU")
-    has_bf16 = [getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile")]
-    return Hardware("cpu", cpu_name(), cpu_bf16=any(has_bf16))
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Hardware("cpu", cpu_name(), cpu_bf16=has_bf16)
 
 
 def cpu_name():
     """Return the CPU's model name, from Linux if possible, else from Python."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
 def choose_dtype(requested, hardware):
     """Return the dtype of matrix products, "bf16", "fp16" or "fp32". Raises UserError if the hardware lacks it."""
-    bf16_card = hardware.type == "cuda" and hardware.capability >= (8, 0)
+    best = "bf16" if hardware.cpu_bf16 else "fp32"
+    if hardware.type == "cuda":
+        best = "bf16" if hardware.capability >= (8, 0) else "fp16"
     if requested == "auto":
-        if hardware.type == "cuda":
-            return "bf16" if bf16_card else "fp16"
-        return "bf16" if hardware.type == "cpu" and hardware.cpu_bf16 else "fp32"
-    if requested == "bf16" and hardware.type == "cuda" and not bf16_card:
+        return best
+    if requested == "bf16" and best == "fp16":
         raise UserError(f"--dtype bf16: {hardware.name} would only emulate it; use --dtype fp16 or auto")
     if requested == "fp16" and hardware.type == "mps":
         raise UserError("--dtype fp16 is not supported on mps; use fp32 (auto) or bf16")
@@ -163,7 +157,6 @@ def set_deterministic():
     """Use deterministic algorithms everywhere: slower, but bitwise repeatable on the same kind of GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
     import torch._inductor.config as inductor
     inductor.deterministic = True
 
@@ -190,7 +183,7 @@ def keep_freed_memory(device, keep=True):
 
 CPU_TOKENS = 4096      # most tokens in a micro-batch on a CPU: memory allows more, but it is not faster
 CUDA_TOKENS = 65536    # the same on a GPU: 64 rows of 1024 already keep it busy
-OUT_OF_MEMORY_PHRASES = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")     # CUDA and Triton; cuBLAS; cuDNN
+OUT_OF_MEMORY = "OutOfMemoryError", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED"    # Triton; cuBLAS; cuDNN
 ADVICE_FOR_LESS_MEMORY = "use a smaller --block_size or model (train.py also has --recompute)"
 
 
@@ -220,41 +213,25 @@ def dummy_rows(size, block_size, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def min_training_bytes(model, n_tokens):
-    """Return a lower bound on the memory of a GPT's training step with micro-batches of n_tokens.
-
-    Per parameter: weight, gradient and two moments in fp32. Per token: logits in 16 bits. Per token, layer and channel:
-    two normalised inputs in fp32 (8 bytes), the LayerNorms' outputs (4), queries, keys, values and attention's output
-    (8), the MLP's hidden units before the GELU (8) and after it (8); with --recompute only the block's input (4).
-    This is within two percent of what the compiled step keeps (bench.memory counts that).
-    """
-    c = model.config
-    layer = 4 if model.recompute else 36 if "gelu" in c.activation else 28
-    return 16 * model.n_params() + n_tokens * (2 * c.vocab_size + layer * c.n_layer * c.n_embd)
-
-
-def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True, gpt=None):
+def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True):
     """Return the rows per micro-batch: `wanted` (0: the maximum) if it fits, else the first divisor found by halving.
 
     Candidates are the divisors of local_windows of at most CUDA_TOKENS tokens (CPU_TOKENS on a CPU, where nothing is
     tried). A CUDA trial uses the module as it will train: compiled, in DDP, on its device; module(x, y) returns a loss.
-    All ranks try the same sizes, and a size fits if it fits on all. gpt: the GPT inside, if all of it is trained; sizes
-    that its min_training_bytes rule out then need no trial, which may mean minutes of compilation. Raises UserError if
-    nothing fits, or with `insist` if `wanted` does not, naming the next smaller valid size; CompilationFailed.
+    All ranks try the same sizes, and a size fits if it fits on all. Raises UserError if nothing fits, or with `insist`
+    if `wanted` does not, naming the next smaller valid size; CompilationFailed.
     """
     most = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     sizes = [d for d in divisors(local_windows) if d == 1 or d * block_size <= most]
     size = wanted or sizes[0]
     if runtime.device.type != "cuda":
         return size
-    gpu_bytes = torch.cuda.mem_get_info(runtime.device)[1] if gpt else 0
     while size:
         fits, problem = False, ""
-        if not gpt or min_training_bytes(gpt, size * block_size) <= gpu_bytes:
-            try:
-                fits = fits_in_memory(module, block_size, size, runtime)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                problem = " ".join(str(error).split())[:160]
+        try:
+            fits = fits_in_memory(module, block_size, size, runtime)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            problem = " ".join(str(error).split())[:160] or type(error).__name__
         too_large, failed = runtime.sum(not fits, bool(problem))     # every rank comes here, however its trial ended
         if failed:
             raise CompilationFailed(problem or "on another rank")
@@ -307,8 +284,5 @@ def fits_in_memory(module, block_size, size, runtime):
 
 def is_out_of_memory(error):
     """Return True if the error, or one that it wraps as the compiler's do, says that memory is full."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in OUT_OF_MEMORY_PHRASES):
-            return True
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    return False
+    text = f"{type(error).__name__}: {error}"        # the compiler quotes the error that it wraps in this form
+    return any(phrase in text for phrase in OUT_OF_MEMORY)

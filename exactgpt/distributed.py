@@ -2,13 +2,11 @@
 
 `start(config)` sets a process up, yields its Runtime, and tears it down.
 
-What happens on SIGTERM, SIGINT or SIGUSR1: the handler notes the signal in runtime.stop_signal, and nothing else. The
-next collective that counts signals tells all ranks: the all-reduce at the end of a step (finish_step in optimizer.py),
-or check_for_stop, which evaluation and slow steps call. Every rank then raises StopRequested at the same place.
-train.py catches it around its loop, saves, and prints the command that continues; `start` closes the process group:
-status 0.
-During set-up, where a rank may compile for minutes, the watch (peers.py) ends all ranks with status 0 instead. A
-SIGINT after any stop signal ends the process at once.
+On SIGTERM, SIGINT or SIGUSR1 the handler notes the signal in runtime.stop_signal, and nothing else. The next collective
+that counts signals tells all ranks: the all-reduce at the end of a step (finish_step in optimizer.py), or
+check_for_stop, which evaluation and slow steps call. Every rank then raises StopRequested at the same place. train.py
+catches it around its loop, saves, and prints the command that continues: status 0. During set-up, where a rank may
+compile for minutes, the watch (peers.py) ends all ranks instead. A SIGINT after any stop signal ends a process at once.
 """
 import contextlib
 import datetime
@@ -29,13 +27,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from exactgpt.config import RunFailed, UserError, take_lock
+from exactgpt.config import RunConfig, RunFailed, UserError, take_lock
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
 from exactgpt.launch import die_with_launcher
 from exactgpt.peers import HANG_GRACE_S, peer_failure, report_error, wait_for_peers, watch_run
 
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
-STEADY_TIMEOUT_S = 600   # afterwards (default of --timeout): more than the longest thing rank 0 does alone, a save
 BUCKET_MB = 100          # of gradients per all-reduce: large messages use a fast network better
 
 
@@ -58,8 +55,8 @@ class Runtime:
     starting: bool = True      # until setup_done(): there is nothing to save yet, and compilation may take minutes
     ended: bool = False        # the work is over, the watch has nothing to watch
     hangs: bool = False        # no progress for patience_s; the watch reports why
-    timeout_s: float = STEADY_TIMEOUT_S     # how long to wait for the other ranks once the first step is done
-    patience_s: float = START_TIMEOUT_S     # how long to wait now
+    timeout_s: float = RunConfig.timeout    # once the first step is done: more than rank 0 does alone, a save
+    patience_s: float = START_TIMEOUT_S     # how long to wait for the other ranks now
     last_progress: float = field(default_factory=time.monotonic)   # when all ranks last met in a sum
 
     @property
@@ -155,14 +152,12 @@ class Runtime:
 
     def require_equal(self, what, value):
         """Raise UserError on all ranks, naming the first one that differs, unless all have rank 0's value."""
-        if not self.alone:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, (value, socket.gethostname()))
-            expected, host_0 = values[0]
-            for rank, (other, host) in enumerate(values):
-                if other != expected:
-                    raise UserError(f"rank {rank} on {host} has different {what} than rank 0 on {host_0}; make them "
-                                    "equal")
+        expected = self.broadcast(lambda: value)
+
+        def compare():
+            if value != expected:
+                raise UserError(f"other {what} than on rank 0; make them equal")
+        self.on_all_ranks(compare)
 
     def broadcast(self, action, on_device=False):
         """Run action() on rank 0 and return its value, plain data and tensors, on every rank.
@@ -209,16 +204,16 @@ def start(config):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     die_with_launcher()
-    meeting = None
+    store = hosts = None
     try:
         device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         hardware = probe_hardware(device)
         runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware),
-                          timeout_s=getattr(config, "timeout", STEADY_TIMEOUT_S))
+                          timeout_s=getattr(config, "timeout", RunConfig.timeout))
         # Slurm can send SIGUSR1 ahead of the time limit (examples/).
         previous = {n: signal.signal(n, runtime.note_stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         if world_size > 1 or getattr(config, "process_group", False):
-            meeting = wait_for_peers(rank, world_size, START_TIMEOUT_S)
+            store, hosts = wait_for_peers(rank, world_size, START_TIMEOUT_S)
     except UserError as error:
         if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own
             report_error(rank, error)
@@ -228,17 +223,18 @@ def start(config):
     torch.set_float32_matmul_precision("high")      # fp32 matrix products in TF32, on cards that have it
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if meeting:
+    if store is not None:
         # torch's time-out is a little longer than the watch's, which can then report before torch aborts.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
-                                store=dist.PrefixStore("group", meeting.store),
+                                store=dist.PrefixStore("group", store),
                                 timeout=datetime.timedelta(seconds=START_TIMEOUT_S + HANG_GRACE_S),
                                 device_id=device if device.type == "cuda" else None)
         runtime.last_progress = time.monotonic()    # waiting for late ranks was no hang
-    threading.Thread(target=watch_run, args=(runtime, meeting), daemon=True, name="watch").start()
+        store = store.clone()       # the main thread may block on its connection, so the watch gets another
+    threading.Thread(target=watch_run, args=(runtime, store, hosts), daemon=True, name="watch").start()
     try:
         yield runtime
-        if meeting:
+        if not runtime.alone:
             gc.unfreeze()
             gc.collect()      # a DDP object that outlives the process group would abort the interpreter's exit
             dist.barrier()    # fails if rank 0 failed in what it does alone at the end
@@ -255,7 +251,7 @@ def start(config):
         runtime.starting, runtime.ended = False, True
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if meeting:
+    if not runtime.alone:
         dist.destroy_process_group()
 
 

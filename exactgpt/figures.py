@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError, atomic_write, human_count, human_rate
+from exactgpt.config import UserError, atomic_write, human_count
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
 EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before training it
@@ -308,7 +308,7 @@ def _draw_lr(ax, runs, styles, x, reference):
             lr = run.series["lr"]
             ax.plot(*_downsample(lr.x_values(x), lr.values), color=style.train, lw=1.5, alpha=style.strength)
     ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(lambda value, _: human_rate(value))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
 
 
 def _draw_grad_norm(ax, runs, styles, x, reference):

@@ -13,8 +13,6 @@ import threading
 import time
 import traceback
 import uuid
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,14 +26,6 @@ NO_ANSWER = "without an answer (its process has died or is stopped, or the netwo
 SOURCE_FOLDERS = (Path(__file__).parents[1], Path(__file__).parent)    # of the scripts and of the package
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """One start of a run on several processes."""
-    store: dist.Store    # shared by the processes of this start only
-    name: str            # unique to this start
-    hosts: dict          # {rank: host}: of all ranks on rank 0, of rank 0 alone on the others
-
-
 def report_error(rank, message):
     """Print an error on any rank; what all ranks know of, run_script prints on rank 0."""
     print(f"error on {socket.gethostname()}, rank {rank}: {message}", file=sys.stderr, flush=True)
@@ -45,8 +35,9 @@ def report_error(rank, message):
 # start
 
 def wait_for_peers(rank, world_size, timeout_s):
-    """Wait for the processes that torchrun (or another launcher) started together; return their Rendezvous.
+    """Wait for the processes that torchrun (or another launcher) started together; return (store, hosts).
 
+    The store is shared by this start's processes only. hosts, {rank: host}: of all ranks on rank 0, else of rank 0.
     The store still holds what dead processes wrote, and a new process that reads a dead peer's address from it hangs.
     TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, because it may differ between nodes. So rank 0 makes up a
     name for the start, and every other rank joins only after rank 0 has answered a nonce that this rank made up: a dead
@@ -55,52 +46,38 @@ def wait_for_peers(rank, world_size, timeout_s):
     if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR or MASTER_PORT is not set; start the processes "
                         "with torchrun, or unset WORLD_SIZE to run a single one")
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     deadline = time.monotonic() + timeout_s
     try:
-        is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = connect_to_store(is_master, timeout_s)
-        return _admit_ranks(store, world_size, deadline) if rank == 0 else _join_rank_0(store, rank, deadline)
-    except dist.DistError as error:
-        raise RunFailed(f"the store of rank 0's node does not answer ({type(error).__name__}); look at its log"
-                        ) from error
-
-
-def connect_to_store(is_master, timeout_s):
-    """Open a new connection to the launcher's store."""
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_master,
-                         multi_tenant=True, timeout=datetime.timedelta(seconds=timeout_s))
-
-
-def _admit_ranks(store, world_size, deadline):
-    """Publish a name for the start and answer each rank's nonce (rank 0's side)."""
-    name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
-    start = dist.PrefixStore(name, store)
-    store.set("start", name)
-    for rank in range(1, world_size):
-        if not wait_for_key(start, f"rank {rank}", deadline - time.monotonic()):
-            missing = [r for r in range(rank, world_size) if not start.check([f"rank {r}"])]
-            more = f" and {len(missing) - 8} more" * (len(missing) > 8)
-            raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes have come; missing: ranks "
-                            f"{', '.join(map(str, missing[:8]))}{more}; look at the logs of their nodes")
-        nonce, hosts[rank] = start.get(f"rank {rank}").decode().split(maxsplit=1)
-        start.set(nonce, hosts[0])
-    return Rendezvous(start, name, hosts)
-
-
-def _join_rank_0(store, rank, deadline):
-    """Send rank 0 a nonce and wait for its answer (the other ranks' side); start over if another start is published."""
-    nonce, name = uuid.uuid4().hex, ""
-    published = wait_for_key(store, "start", deadline - time.monotonic())
-    while published and time.monotonic() < deadline:
-        if name != store.get("start").decode():
-            name = store.get("start").decode()
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), multi_tenant=True,
+                              is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+                              timeout=datetime.timedelta(seconds=timeout_s))
+        if rank == 0:      # publish a name for the start, answer each rank's nonce
+            name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
             start = dist.PrefixStore(name, store)
-            start.set(f"rank {rank}", f"{nonce} {socket.gethostname()}")
-        if start.check([nonce]):
-            return Rendezvous(start, name, {0: start.get(nonce).decode()})
-        time.sleep(0.2)     # not store.wait: it prints a warning at each time-out
-    raise RunFailed(f"rank 0 did not come to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}; look at the log "
-                    "of its node")
+            store.set("start", name)
+            for other in range(1, world_size):
+                if not wait_for_key(start, f"rank {other}", deadline - time.monotonic()):
+                    missing = [r for r in range(other, world_size) if not start.check([f"rank {r}"])]
+                    more = f" and {len(missing) - 8} more" * (len(missing) > 8)
+                    raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {address}; "
+                                    f"missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
+                nonce, hosts[other] = start.get(f"rank {other}").decode().split(maxsplit=1)
+                start.set(nonce, hosts[0])
+            return start, hosts
+        nonce, name = uuid.uuid4().hex, ""
+        published = wait_for_key(store, "start", deadline - time.monotonic())
+        while published and time.monotonic() < deadline:
+            if name != store.get("start").decode():      # also when another rank 0 has started meanwhile
+                name = store.get("start").decode()
+                start = dist.PrefixStore(name, store)
+                start.set(f"rank {rank}", f"{nonce} {socket.gethostname()}")
+            if start.check([nonce]):
+                return start, {0: start.get(nonce).decode()}
+            time.sleep(0.2)     # not store.wait: it prints a warning at each time-out
+        raise RunFailed(f"rank 0 did not reach {address}; look at the log of its node")
+    except dist.DistError as error:
+        raise RunFailed(f"no answer from {address} ({type(error).__name__}); look at rank 0's log") from error
 
 
 def wait_for_key(store, key, seconds):
@@ -115,8 +92,8 @@ def wait_for_key(store, key, seconds):
 # -----------------------------------------------------------------------------
 # stops and hangs
 
-def watch_run(runtime, rendezvous):
-    """Watch one process, in a thread, until runtime.ended; rendezvous is None for a single process.
+def watch_run(runtime, store, hosts):
+    """Watch one process, in a thread, until runtime.ended; store is None for a single process.
 
     During set-up: exit every rank with status 0 a few seconds after any of them was signalled. A main thread may be
     compiling for minutes and cannot enter a collective meanwhile, so the request to stop travels through the store.
@@ -124,11 +101,9 @@ def watch_run(runtime, rendezvous):
     time out, which ends the run.
     """
     stop_time = None
-    if rendezvous:    # a second connection, because the main thread may be blocked on the first
-        store = dist.PrefixStore(rendezvous.name, connect_to_store(False, runtime.patience_s))
     while not runtime.ended:
         time.sleep(0.3)
-        if rendezvous and runtime.starting:
+        if store is not None and runtime.starting:
             with contextlib.suppress(dist.DistError):      # the store is gone: the main thread will report that
                 if runtime.stop_signal:
                     store.set("stop", runtime.stop_signal)
@@ -139,9 +114,9 @@ def watch_run(runtime, rendezvous):
             if time.monotonic() - stop_time > START_GRACE_S:
                 runtime.print("stopped during set-up; there was nothing to save")
                 os._exit(0)
-        if rendezvous and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
+        if store is not None and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
             runtime.hangs = True
-            report_hang(runtime, store, rendezvous.hosts)
+            report_hang(runtime, store, hosts)
             return
 
 
@@ -179,9 +154,9 @@ def describe_hang(locations, hosts):
 
     locations: {rank: location} of the ranks that answered; hosts: {rank: host} of all ranks.
     """
-    ranks_at = defaultdict(list)
+    ranks_at = {}
     for rank in hosts:
-        ranks_at[f"at {locations[rank]}" if rank in locations else NO_ANSWER].append(rank)
+        ranks_at.setdefault(f"at {locations[rank]}" if rank in locations else NO_ANSWER, []).append(rank)
     parts = []
     for place, ranks in sorted(ranks_at.items(), key=lambda item: (item[0] != NO_ANSWER, len(item[1]))):
         names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:8])

@@ -420,5 +420,5 @@ def test_a_dry_run_is_never_the_newest_model_and_is_gone_after_an_error(tmp_path
         assert newest_model(tmp_path) == checkpoint_path(tmp_path, 7)
         raise RunFailed("an accident")
     assert [p.name for p in tmp_path.iterdir()] == ["model_00007.pt"]
-    with pytest.raises(UserError, match="is a file, not a folder"), temporary_folder(runtime, newest_model(tmp_path)):
+    with pytest.raises(UserError, match="Not a directory"), temporary_folder(runtime, newest_model(tmp_path)):
         pass

@@ -175,11 +175,6 @@ def test_human_count(n, text):
     assert config.human_count(n) == text
 
 
-@pytest.mark.parametrize("rate, text", [(0, "0"), (6e-4, "6e-4"), (1.5e-3, "1.5e-3"), (1, "1e0")])
-def test_human_rate(rate, text):
-    assert config.human_rate(rate) == text
-
-
 # -----------------------------------------------------------------------------
 # figures
 
