@@ -298,9 +298,6 @@ def take_lock(folder, wait_s):
             return file
 
 
-# -----------------------------------------------------------------------------
-# number formats
-
 def human_count(n, units=("", "k", "M", "B", "T")):
     """Format a number with three digits and a unit: 950, 2.5k, 10B."""
     while abs(n) >= 1000 and len(units) > 1:

@@ -58,8 +58,8 @@ def choose_device(requested, local_rank=0, local_world_size=1):
             device = torch.device("cuda", local_rank)
         needed = max(local_world_size, device.index + 1)
         if needed > count:
-            raise UserError(f"--device {requested} needs {needed} CUDA devices here (processes: {local_world_size}), but "
-                            f"torch sees {count}; use --device auto or fewer processes, or check nvidia-smi")
+            raise UserError(f"--device {requested} needs {needed} CUDA devices (processes: {local_world_size}), but "
+                            f"torch sees {count} here; use --device auto or fewer processes, or check nvidia-smi")
     return device
 
 
@@ -147,7 +147,6 @@ def attention_backend(requested, device, dtype, shape):
             F.scaled_dot_product_attention(q, q, q, is_causal=True)
             choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
     except RuntimeError as error:
-        enable_attention("auto")
         raise UserError(f"--attention {requested}: {device.type} has no such backend for {str(dtype)[6:]} and heads of "
                         f"{head_size}; use --attention auto") from error
     return {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}.get(choice, "unknown")

@@ -203,8 +203,8 @@ def start(config):
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    grouped = world_size > 1 or getattr(config, "process_group", False)
     die_with_launcher()
-    store = hosts = None
     try:
         device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         hardware = probe_hardware(device)
@@ -212,8 +212,7 @@ def start(config):
                           timeout_s=getattr(config, "timeout", RunConfig.timeout))
         # Slurm can send SIGUSR1 ahead of the time limit (examples/).
         previous = {n: signal.signal(n, runtime.note_stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        if world_size > 1 or getattr(config, "process_group", False):
-            store, hosts = wait_for_peers(rank, world_size, START_TIMEOUT_S)
+        store, hosts = wait_for_peers(rank, world_size, START_TIMEOUT_S) if grouped else (dist.HashStore(), {})
     except UserError as error:
         if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own
             report_error(rank, error)
@@ -223,7 +222,7 @@ def start(config):
     torch.set_float32_matmul_precision("high")      # fp32 matrix products in TF32, on cards that have it
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if store is not None:
+    if grouped:
         # torch's time-out is a little longer than the watch's, which can then report before torch aborts.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
                                 store=dist.PrefixStore("group", store),
@@ -234,7 +233,7 @@ def start(config):
     threading.Thread(target=watch_run, args=(runtime, store, hosts), daemon=True, name="watch").start()
     try:
         yield runtime
-        if not runtime.alone:
+        if grouped:
             gc.unfreeze()
             gc.collect()      # a DDP object that outlives the process group would abort the interpreter's exit
             dist.barrier()    # fails if rank 0 failed in what it does alone at the end
@@ -251,7 +250,7 @@ def start(config):
         runtime.starting, runtime.ended = False, True
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if not runtime.alone:
+    if grouped:
         dist.destroy_process_group()
 
 

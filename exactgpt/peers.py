@@ -31,9 +31,6 @@ def report_error(rank, message):
     print(f"error on {socket.gethostname()}, rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
-# -----------------------------------------------------------------------------
-# start
-
 def wait_for_peers(rank, world_size, timeout_s):
     """Wait for the processes that torchrun (or another launcher) started together; return (store, hosts).
 
@@ -43,15 +40,14 @@ def wait_for_peers(rank, world_size, timeout_s):
     name for the start, and every other rank joins only after rank 0 has answered a nonce that this rank made up: a dead
     rank 0 cannot. Raises RunFailed if processes are missing after timeout_s, UserError if the launcher set no address.
     """
-    if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not (host and port):
         raise UserError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR or MASTER_PORT is not set; start the processes "
                         "with torchrun, or unset WORLD_SIZE to run a single one")
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     deadline = time.monotonic() + timeout_s
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), multi_tenant=True,
-                              is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-                              timeout=datetime.timedelta(seconds=timeout_s))
+        store = dist.TCPStore(host, int(port), multi_tenant=True, timeout=datetime.timedelta(seconds=timeout_s),
+                              is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
         if rank == 0:      # publish a name for the start, answer each rank's nonce
             name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
             start = dist.PrefixStore(name, store)
@@ -60,8 +56,8 @@ def wait_for_peers(rank, world_size, timeout_s):
                 if not wait_for_key(start, f"rank {other}", deadline - time.monotonic()):
                     missing = [r for r in range(other, world_size) if not start.check([f"rank {r}"])]
                     more = f" and {len(missing) - 8} more" * (len(missing) > 8)
-                    raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {address}; "
-                                    f"missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
+                    raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {host}:{port};"
+                                    f" missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
                 nonce, hosts[other] = start.get(f"rank {other}").decode().split(maxsplit=1)
                 start.set(nonce, hosts[0])
             return start, hosts
@@ -75,9 +71,9 @@ def wait_for_peers(rank, world_size, timeout_s):
             if start.check([nonce]):
                 return start, {0: start.get(nonce).decode()}
             time.sleep(0.2)     # not store.wait: it prints a warning at each time-out
-        raise RunFailed(f"rank 0 did not reach {address}; look at the log of its node")
+        raise RunFailed(f"rank 0 did not reach {host}:{port}; look at the log of its node")
     except dist.DistError as error:
-        raise RunFailed(f"no answer from {address} ({type(error).__name__}); look at rank 0's log") from error
+        raise RunFailed(f"no answer from {host}:{port} ({type(error).__name__}); look at rank 0's log") from error
 
 
 def wait_for_key(store, key, seconds):
@@ -89,11 +85,8 @@ def wait_for_key(store, key, seconds):
         return False
 
 
-# -----------------------------------------------------------------------------
-# stops and hangs
-
 def watch_run(runtime, store, hosts):
-    """Watch one process, in a thread, until runtime.ended; store is None for a single process.
+    """Watch one process, in a thread, until runtime.ended.
 
     During set-up: exit every rank with status 0 a few seconds after any of them was signalled. A main thread may be
     compiling for minutes and cannot enter a collective meanwhile, so the request to stop travels through the store.
@@ -103,18 +96,15 @@ def watch_run(runtime, store, hosts):
     stop_time = None
     while not runtime.ended:
         time.sleep(0.3)
-        if store is not None and runtime.starting:
+        if runtime.starting and stop_time is None:
             with contextlib.suppress(dist.DistError):      # the store is gone: the main thread will report that
                 if runtime.stop_signal:
                     store.set("stop", runtime.stop_signal)
-                elif store.check(["stop"]):
-                    runtime.stop_signal = store.get("stop").decode()
-        if runtime.starting and runtime.stop_signal:
-            stop_time = stop_time or time.monotonic()
-            if time.monotonic() - stop_time > START_GRACE_S:
-                runtime.print("stopped during set-up; there was nothing to save")
-                os._exit(0)
-        if store is not None and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
+                stop_time = time.monotonic() if store.check(["stop"]) else None
+        if runtime.starting and stop_time and time.monotonic() - stop_time > START_GRACE_S:
+            runtime.print("stopped during set-up; there was nothing to save")
+            os._exit(0)
+        if not runtime.alone and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
             runtime.hangs = True
             report_hang(runtime, store, hosts)
             return
@@ -139,8 +129,8 @@ def report_hang(runtime, store, hosts):
         say(finding)
         return
     # Without rank 0's answer a timer speaks: if the network is down, torch's store ignores its own time-outs.
-    alone = describe_hang(locations, {**hosts, runtime.rank: socket.gethostname()})
-    timer = threading.Timer(REPORT_S + 3, say, [alone])
+    hosts = {**hosts, runtime.rank: socket.gethostname()}
+    timer = threading.Timer(REPORT_S + 3, say, [describe_hang(locations, hosts)])
     timer.start()
     with contextlib.suppress(dist.DistError):
         store.set(f"location {runtime.rank}", locations[runtime.rank])
@@ -158,7 +148,7 @@ def describe_hang(locations, hosts):
     for rank in hosts:
         ranks_at.setdefault(f"at {locations[rank]}" if rank in locations else NO_ANSWER, []).append(rank)
     parts = []
-    for place, ranks in sorted(ranks_at.items(), key=lambda item: (item[0] != NO_ANSWER, len(item[1]))):
+    for place, ranks in sorted(reversed(ranks_at.items()), key=lambda item: (item[0] != NO_ANSWER, len(item[1]))):
         names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:8])
         parts.append(names + f" and {len(ranks) - 8} more" * (len(ranks) > 8) + f" {place}")
     return "; ".join(parts)
@@ -177,6 +167,6 @@ def peer_failure(error):
     """Return the message for a collective that failed because a peer died, else None."""
     text = str(error)
     if isinstance(error, dist.DistError) or "gloo" in text:
-        return f"lost the connection to another process ({text.splitlines()[0][:200]}); see the log of the process " \
-               "that ended first"
+        return (f"lost the connection to another process ({text.splitlines()[0][:200]}); see the log of the process "
+                "that ended first")
     return None
