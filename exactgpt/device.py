@@ -113,10 +113,8 @@ def choose_compile(requested, hardware, device):
 
 def enable_attention(backend):
     """Let scaled_dot_product_attention use only the given backend, or any of them ("auto")."""
-    switches = dict(flash=torch.backends.cuda.enable_flash_sdp, cudnn=torch.backends.cuda.enable_cudnn_sdp,
-                    efficient=torch.backends.cuda.enable_mem_efficient_sdp, math=torch.backends.cuda.enable_math_sdp)
-    for name, switch in switches.items():
-        switch(backend in ("auto", name))
+    for name in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(backend in ("auto", name.removeprefix("mem_")))
 
 
 def attention_without_cudnn():

@@ -142,9 +142,8 @@ class Runtime:
             result = action()
         except UserError as error:
             problem = str(error) + ("" if self.is_main else f" (on {socket.gethostname()}, rank {self.rank})")
-        problems = [problem]
+        problems = [problem] * self.world_size
         if not self.alone:
-            problems *= self.world_size
             dist.all_gather_object(problems, problem)
         if any(problems):
             raise UserError(next(filter(None, problems)))

@@ -147,8 +147,11 @@ def test_the_optimizers_state_comes_to_the_other_ranks_last_and_onto_their_cards
              str(tmp_path / "logs"), "--max_steps"]
     train.main([*flags, "1"])
     sent, broadcast, find = [], Runtime.broadcast, train.find_micro_batch_size
-    monkeypatch.setattr(Runtime, "broadcast", lambda self, action, **how: (
-        sent.append((broadcast(self, action), how)), sent[-1][0])[1])
+    def note_what_goes_to_the_cards(self, action, **how):
+        value = broadcast(self, action)
+        sent.extend([(value, how)] * bool(how))
+        return value
+    monkeypatch.setattr(Runtime, "broadcast", note_what_goes_to_the_cards)
     monkeypatch.setattr(train, "find_micro_batch_size", lambda *args, **more: (sent.append("sought"),
                                                                                   find(*args, **more))[1])
     train.main([*flags, "20"])
