@@ -130,7 +130,9 @@ def with_changes(config, **changes):
     config = dataclasses.replace(config, **changes)
     for f in fields(config):
         m, values = f.metadata, getattr(config, f.name)
-        for value in values if isinstance(values, list) else [] if values is None else [values]:
+        for value in values if isinstance(values, list) else [values]:
+            if value is None:
+                continue
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{f.name} must be a finite number, but is {value}")
             for bound, (sign, holds) in BOUNDS.items():

@@ -166,9 +166,8 @@ def keep_freed_memory(device, keep=True):
     block freed by one does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
     """
     mmap_max, mmap_threshold, top_pad, trim_threshold = -4, -3, -2, -1       # mallopt's options, from glibc's malloc.h
-    options = {mmap_max: 65536, mmap_threshold: 32 * 2**20}
-    if keep:
-        options = {mmap_max: 0, trim_threshold: -1, top_pad: 64 * 2**20}
+    options = ({mmap_max: 0, trim_threshold: -1, top_pad: 64 * 2**20} if keep else
+               {mmap_max: 65536, mmap_threshold: 32 * 2**20})
     if device.type == "cpu" and sys.platform.startswith("linux"):
         with contextlib.suppress(AttributeError):      # another C library
             for option, value in options.items():
@@ -191,14 +190,6 @@ class CompilationFailed(Exception):
 def divisors(n):
     """Return the divisors of n, largest first."""
     return [d for d in range(n, 0, -1) if n % d == 0]
-
-
-def check_micro_batch_size(micro_batch_size, local_windows):
-    """Raise UserError unless the micro-batch size divides a rank's rows per step."""
-    if local_windows % micro_batch_size:
-        valid = ", ".join(map(str, divisors(local_windows)[:12]))
-        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a "
-                        f"process has per step (total_batch_size / block_size / processes); use one of {valid}, or 0")
 
 
 def dummy_rows(size, block_size, device):

@@ -171,10 +171,12 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
 
         def send(tensor):     # by way of the device, since NCCL sends nothing else
-            sent = (tensor.to(self.device).contiguous() if self.is_main else
-                    torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device))
-            dist.broadcast(sent, src=0)
-            return tensor if self.is_main else sent if on_device else sent.cpu()
+            if self.is_main:
+                dist.broadcast(tensor.to(self.device).contiguous(), src=0)
+                return tensor
+            received = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            dist.broadcast(received, src=0)
+            return received if on_device else received.cpu()
         return tree_map_only(torch.Tensor, send, value if self.is_main else box[0])
 
     def setup_done(self):

@@ -146,7 +146,8 @@ def describe_hang(locations, hosts):
     """
     ranks_at = {}
     for rank in hosts:
-        ranks_at.setdefault(f"at {locations[rank]}" if rank in locations else NO_ANSWER, []).append(rank)
+        place = f"at {locations[rank]}" if rank in locations else NO_ANSWER
+        ranks_at.setdefault(place, []).append(rank)
     parts = []
     for place, ranks in sorted(reversed(ranks_at.items()), key=lambda item: (item[0] != NO_ANSWER, len(item[1]))):
         names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:8])
