@@ -348,8 +348,8 @@ def adopt_resolved(config, runtime, checkpoint, local_windows):
     if size and local_windows % size:
         if config.micro_batch_size:
             valid = ", ".join(map(str, divisors(local_windows)[:12]))
-            raise UserError(f"--micro_batch_size {size} does not divide the {local_windows} rows that a process has per "
-                            f"step (total_batch_size / block_size / processes); use one of {valid}, or 0")
+            raise UserError(f"--micro_batch_size {size} does not divide the {local_windows} rows that a process has "
+                            f"per step (total_batch_size / block_size / processes); use one of {valid}, or 0")
         size = 0
     return size
 
