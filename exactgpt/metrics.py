@@ -24,11 +24,11 @@ import threading
 import time
 from collections import defaultdict, deque
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
 from exactgpt.config import UserError, atomic_write, human_bytes
@@ -174,7 +174,7 @@ class RunLog:
         left = self._progress.last_step - step - 1
         seconds = left * sum(self._recent_ms) / len(self._recent_ms) / 1000
         seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._times.items() if every)
-        return tqdm.format_interval(seconds)
+        return str(timedelta(seconds=round(seconds)))
 
     def forecast(self, config, plan, shares):
         """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run.
@@ -188,7 +188,7 @@ class RunLog:
         total = plan.max_steps * step_s + sum(s * (plan.max_steps // every[kind] + 1 if every[kind] else 1)
                                               for kind, s in besides.items())
         return (f"dry run: {self._tokens_per_step / step_s:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at "
-                f"most; the full run of {plan.max_steps} steps takes about {tqdm.format_interval(total)} and "
+                f"most; the full run of {plan.max_steps} steps takes about {timedelta(seconds=round(total))} and "
                 f"{human_bytes(disk_bytes(config, self._n_params, plan.max_steps))} of disk. Nothing was kept.")
 
 
@@ -274,7 +274,7 @@ class TuneLog:
         eta = (max_steps - step - 1) * sum(recent) / len(recent)
         print(f"step {step:>{len(str(max_steps))}}/{max_steps} | loss {result.loss:.4f} | lr {lr:.2e} | "
               f"norm {result.grad_norm:.3f} | {ms:.0f} ms | {tok_per_sec:,.0f} tok/s | "
-              f"eta {tqdm.format_interval(eta)}{skip_reason and f' | update skipped: {skip_reason}'}", flush=True)
+              f"eta {timedelta(seconds=round(eta))}{skip_reason and f' | update skipped: {skip_reason}'}", flush=True)
 
     def evaluation(self, epoch, metrics, better):
         """Log the metrics of an evaluation, {name: number}; better: than every epoch before."""
@@ -296,7 +296,7 @@ class TuneLog:
         step_s, n_steps, n_evaluations = self._step_s[-1], self._plan.full_steps, self._config.num_epochs + 1
         seconds = n_steps * step_s + n_evaluations * self._evaluation_s[-1]
         return (f"dry run: {1000 * step_s:.0f} ms a step; the full run of {n_steps} steps takes about "
-                f"{tqdm.format_interval(seconds)}. Nothing was kept.")
+                f"{timedelta(seconds=round(seconds))}. Nothing was kept.")
 
     def close(self):
         """Close the files."""
