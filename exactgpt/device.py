@@ -179,7 +179,7 @@ def keep_freed_memory(device, keep=True):
 
 CPU_TOKENS = 4096      # most tokens in a micro-batch on a CPU: memory allows more, but it is not faster
 CUDA_TOKENS = 65536    # the same on a GPU: 64 rows of 1024 already keep it busy
-OUT_OF_MEMORY = "OutOfMemoryError", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED"    # Triton; cuBLAS; cuDNN
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")    # the last: cuBLAS, cuDNN
 ADVICE_FOR_LESS_MEMORY = "use a smaller --block_size or model (train.py also has --recompute)"
 
 
