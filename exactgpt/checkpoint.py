@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
-from exactgpt.device import choose_dtype, divisors
+from exactgpt.device import check_micro_batch_size, choose_dtype
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
 TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
@@ -294,9 +294,8 @@ def suggested_init(config, step):
 
 def changed_flags(config, stored):
     """Return the flags that a resumed run must keep but that differ from the stored ones: ["--seed 2 (it has 1)"]."""
-    kept = [f.name for f in fields(config) if f.metadata["keep"]]
-    return [f"--{name} {getattr(config, name)} (it has {stored[name]})" for name in kept
-            if name in stored and stored[name] != getattr(config, name)]
+    return [f"--{f.name} {getattr(config, f.name)} (it has {stored[f.name]})" for f in fields(config)
+            if f.metadata["keep"] and stored.get(f.name, getattr(config, f.name)) != getattr(config, f.name)]
 
 
 def _check_length(config, checkpoint, plan):
@@ -345,12 +344,13 @@ def adopt_resolved(config, runtime, checkpoint, local_windows):
     if runtime.device.type == "cpu" and same_processes and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(stored.get("threads", torch.get_num_threads()), os.cpu_count()))
     size = config.micro_batch_size or stored.get("micro_batch_size", 0)
-    if size and local_windows % size:
-        if config.micro_batch_size:
-            valid = ", ".join(map(str, divisors(local_windows)[:12]))
-            raise UserError(f"--micro_batch_size {size} does not divide the {local_windows} rows that a process has "
-                            f"per step (total_batch_size / block_size / processes); use one of {valid}, or 0")
-        size = 0
+    if size:
+        try:
+            check_micro_batch_size(size, local_windows)
+        except UserError:
+            if config.micro_batch_size:
+                raise
+            size = 0
     return size
 
 

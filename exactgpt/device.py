@@ -192,6 +192,14 @@ def divisors(n):
     return [d for d in range(n, 0, -1) if n % d == 0]
 
 
+def check_micro_batch_size(micro_batch_size, local_windows):
+    """Raise UserError unless the micro-batch size divides a rank's rows per step."""
+    if local_windows % micro_batch_size:
+        valid = ", ".join(map(str, divisors(local_windows)[:12]))
+        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a "
+                        f"process has per step (total_batch_size / block_size / processes); use one of {valid}, or 0")
+
+
 def dummy_rows(size, block_size, device):
     """Return a batch (x, y) of zeros, (B, T) each, with the strides of training: two views of rows of T + 1 tokens.
 

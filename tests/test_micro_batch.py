@@ -10,13 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from exactgpt import device
-from exactgpt.checkpoint import adopt_resolved
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError
 from exactgpt.finetune import Objective
 from exactgpt.lora import add_adapter
 from model import GPT, GPTConfig
-from tests.common import cpu_runtime
 
 
 def fake_gpu(monkeypatch, rows_that_fit, kind="cuda"):
@@ -210,10 +208,9 @@ def test_divisors_are_complete_and_largest_first():
 
 
 def test_a_micro_batch_size_that_does_not_divide_names_those_that_do():
-    def adopt(size):
-        return adopt_resolved(SimpleNamespace(dtype="fp32", micro_batch_size=size), cpu_runtime(), None, 12)
-    assert [adopt(d) for d in (0, 1, 2, 3, 4, 6, 12)] == [0, 1, 2, 3, 4, 6, 12]
+    for d in (1, 2, 3, 4, 6, 12):
+        device.check_micro_batch_size(d, 12)
     with pytest.raises(UserError, match=r"5 does not divide the 12 rows .* use one of 12, 6, 4, 3, 2, 1, or 0"):
-        adopt(5)
+        device.check_micro_batch_size(5, 12)
     with pytest.raises(UserError, match="--micro_batch_size 24"):
-        adopt(24)
+        device.check_micro_batch_size(24, 12)
