@@ -15,7 +15,7 @@ import torch
 
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.classifier import Classifier
-from exactgpt.config import RunFailed, TokenizerConfig, UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.config import RunFailed, TokenizerConfig, check_new, flag, human_bytes, parse_config, run_script
 from exactgpt.open_model import build_model, newest_model, open_model, read_pretrained, write_pretrained
 
 TEST_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
@@ -34,8 +34,7 @@ def main(argv=None):
     """Convert the checkpoint named by the flags (sys.argv, or argv). Raises UserError for user mistakes."""
     config = parse_config(ConvertConfig, argv, __doc__.splitlines()[0])
     out = Path(config.out)
-    if out.exists() and not (out.is_dir() and out.suffix != ".pt" and not any(out.iterdir())):
-        raise UserError(f"{out} already exists; choose another --out or move it away")
+    check_new(out, folder=out.suffix != ".pt")
     opened = open_model(config.checkpoint or newest_model(), classifiers=True, tokenizer=config.tokenizer)
     opened.model.eval()
     classifies = isinstance(opened.model, Classifier)

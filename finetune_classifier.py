@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from exactgpt import finetune
 from exactgpt.classifier import Classifier
-from exactgpt.config import UserError, atomic_write, check_new_file, flag, parse_config, read_text, run_script
+from exactgpt.config import UserError, atomic_write, check_new, flag, parse_config, read_text, run_script
 from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
 from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
@@ -285,7 +285,7 @@ def predict(config, runtime):
     Raises UserError, StopRequested.
     """
     if config.out:
-        runtime.broadcast(lambda: check_new_file(config.out, "--out"))
+        runtime.broadcast(lambda: check_new(config.out))
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is a language model, not a classifier; train one from it with "

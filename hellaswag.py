@@ -30,7 +30,7 @@ from exactgpt.config import (
     DeviceConfig,
     UserError,
     atomic_write,
-    check_new_file,
+    check_new,
     flag,
     parse_config,
     run_script,
@@ -93,7 +93,7 @@ def main(argv=None):
 def score_checkpoint(config, runtime):
     """Score the model that the flags name; print the result and write it to --json."""
     if config.json:
-        runtime.broadcast(lambda: check_new_file(config.json, "--json"))
+        runtime.broadcast(lambda: check_new(config.json))
     opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint or newest_model(),
                                                  tokenizer=config.tokenizer).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.checkpoint import list_checkpoints
-from exactgpt.config import RunFailed, UserError, atomic_write, flag, human_rate, parse_config, run_script, with_changes
+from exactgpt.config import RunFailed, UserError, atomic_write, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
 from exactgpt.figures import COLOURS, GREY, INK, save_figure, smooth, style_axes
@@ -101,8 +101,8 @@ def sweep(run, config, runtime, tracker):
                 break
     finally:
         loader.close()
-    runtime.print(f"the loss diverged at {human_rate(rate)}" if len(done) < config.steps else
-                  f"the loss did not diverge up to {human_rate(rate)}: try a higher --lr_high")
+    runtime.print(f"the loss diverged at {rate:.2g}" if len(done) < config.steps else
+                  f"the loss did not diverge up to {rate:.2g}: try a higher --lr_high")
     if len(done) < 10:
         raise RunFailed(f"the loss diverged within {len(done)} steps from --lr_low {config.lr_low:g}; try a lower one")
     return done
@@ -139,7 +139,7 @@ def report(steps, config, tracker):
     tracker.artifact(picture)
     print(f"wrote {picture} and {table}")
     for name, rate in suggested.items():
-        print(f"{name}: {human_rate(rate)}")
+        print(f"{name}: {rate:.2g}")
     print(f"next: {train_command(config, suggested['one tenth of the minimum'])}")
 
 
@@ -155,7 +155,7 @@ def draw_lr_finder(lrs, losses, smoothed, suggestions):
     for (name, lr), colour, marker in zip(suggestions.items(), COLOURS[1:], "os"):
         ax.axvline(lr, color=colour, lw=1, ls=(0, (4, 3)))
         ax.plot(lr, np.interp(lr, lrs, smoothed), marker, color=colour, ms=9, mec="white", zorder=5,
-                label=f"{name}: {human_rate(lr)}")
+                label=f"{name}: {lr:.2g}")
     # Show that the loss diverges, not how far: the axis ends a little above the first losses.
     start, low = np.nanmean(smoothed[:10]), np.nanmin(smoothed)
     room = (start - low) or 1.0

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script, take_lock
 from exactgpt.documents import split_into_pieces
 from exactgpt.hub import FORMATS, SourceFile, download_source_file, resolve_dataset
 from exactgpt.shard_writer import (
@@ -269,7 +269,7 @@ def main(argv=None):
     manifest = manifest or wanted
     resolve_source_files(config, manifest)
     n_shards = len(manifest.shards)
-    with FolderLock(folder, wait_s=0), report_write_errors(folder):
+    with take_lock(folder, wait_s=0), report_write_errors(folder):
         now = load_matching_manifest(folder, wanted)
         if now and len(now.shards) != n_shards:
             raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")

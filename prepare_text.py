@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script, take_lock
 from exactgpt.documents import find_files, python_documents, read_documents
 from exactgpt.shard_writer import (
     ShardWriter,
@@ -194,7 +194,7 @@ def main(argv=None):
                             shard_tokens=config.shard_tokens))
     if is_already_prepared(folder, manifest):
         return print_summary(folder)
-    with FolderLock(folder, wait_s=0), report_write_errors(folder):
+    with take_lock(folder, wait_s=0), report_write_errors(folder):
         if is_already_prepared(folder, manifest):    # another process may have finished since the check above
             return print_summary(folder)
         if tokenizer is None:

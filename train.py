@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from exactgpt import checkpoint
-from exactgpt.config import RunConfig, UserError, as_user_error, flag, parse_config, run_script, with_changes
+from exactgpt.config import RunConfig, UserError, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.device import (
     CompilationFailed,
@@ -32,7 +32,6 @@ from exactgpt.device import (
     dummy_rows,
     find_micro_batch_size,
     keep_freed_memory,
-    returning_freed_memory,
 )
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
 from exactgpt.generation import write_samples
@@ -292,8 +291,10 @@ def make_model(config, runtime, tokenizer, stored):
     if config.init_from == "scratch":
         seed_everything(config.seed, "initial weights")
         vocab_size = padded_vocab(tokenizer.n_vocab)
-        return as_user_error(lambda: GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape)),
-                             "the model's flags")
+        try:
+            return GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **shape))
+        except ValueError as error:
+            raise UserError(f"the model's flags: {error}") from error
     initial = runtime.broadcast(lambda: open_weights(config.init_from, tokenizer, config.tokenizer))
     model = build_model({**initial["config"], "dropout": config.dropout}, initial["model"], config.init_from)
     if shape["block_size"] and shape["block_size"] < model.config.block_size:
@@ -323,7 +324,7 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
         # compiled during DDP's own forward pass.
         ddp = runtime.data_parallel(compiled)
         size = find_micro_batch_size(ddp, model.config.block_size, wanted_rows, plan.local_windows, runtime,
-                                     insist=bool(config.micro_batch_size), gpt=model)
+                                     insist=bool(config.micro_batch_size))
         return compiled, ddp, dict(attention=attention, compile=compile, micro_batch_size=size)
     if compile:
         runtime.print("compiling: a minute or two, unless it is in the cache")
@@ -417,9 +418,11 @@ def validate(run, config, runtime):
 def score_hellaswag(run, hellaswag, runtime):
     """Return the HellaSwagScore of the model as it is. Raises StopRequested."""
     tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)    # no more than training
-    with returning_freed_memory(runtime.device):      # on a CPU, while the shapes vary
-        # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
-        return evaluate_hellaswag(run.raw_model, hellaswag, runtime, tokens, progress="HellaSwag")
+    keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary
+    # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
+    score = evaluate_hellaswag(run.raw_model, hellaswag, runtime, tokens, progress="HellaSwag")
+    keep_freed_memory(runtime.device)
+    return score
 
 
 def due(step, every, last=False):

@@ -1,7 +1,6 @@
 """Detect the hardware and resolve "auto" for device, dtype, compile, attention and micro-batch size."""
 import contextlib
 import ctypes
-import math
 import os
 import platform
 import re
@@ -38,36 +37,29 @@ class Hardware:
 
     def peak_flops(self):
         """Return the peak of dense 16-bit floating-point operations per second, or None if it is not known."""
-        if self.type != "cuda":
-            return None
-        known = [tflops for name, tflops in PEAK_TFLOPS.items()
-                 if re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", self.name)]
-        return known[0] * 1e12 if known else None
+        for name, tflops in PEAK_TFLOPS.items():
+            if self.type == "cuda" and re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|D)\b)", self.name):
+                return tflops * 1e12
+        return None
 
 
 def choose_device(requested, local_rank=0, local_world_size=1):
     """Return the torch.device of this process. Raises UserError if this machine does not have it."""
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(requested)
-    except RuntimeError as error:
-        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, but is {requested!r}") from error
-    if device.type not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d|:[1-9]\d)?", requested):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, but is {requested!r}")
+    device = torch.device(requested)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has no Apple GPU; use --device auto")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise UserError("--device cuda: torch sees no CUDA device here; use --device auto, or check nvidia-smi")
-        if local_world_size > count:
-            raise UserError(f"{local_world_size} processes but {count} CUDA device{'s' * (count > 1)} on this machine; "
-                            f"use --nproc_per_node={count}")
         if device.index is None or local_world_size > 1:
             device = torch.device("cuda", local_rank)
-        if device.index >= count:
-            raise UserError(f"--device {requested}: this machine has the CUDA devices 0 to {count - 1}")
+        needed = max(local_world_size, device.index + 1)
+        if needed > count:
+            raise UserError(f"--device {requested} needs {needed} CUDA devices (processes: {local_world_size}), but "
+                            f"torch sees {count} here; use --device auto or fewer processes, or check nvidia-smi")
     return device
 
 
@@ -77,27 +69,25 @@ def probe_hardware(device):
         return Hardware("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if device.type == "mps":
         return Hardware("mps", "Apple GPU")
-    has_bf16 = [getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile")]
-    return Hardware("cpu", cpu_name(), cpu_bf16=any(has_bf16))
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Hardware("cpu", cpu_name(), cpu_bf16=has_bf16)
 
 
 def cpu_name():
     """Return the CPU's model name, from Linux if possible, else from Python."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
 def choose_dtype(requested, hardware):
     """Return the dtype of matrix products, "bf16", "fp16" or "fp32". Raises UserError if the hardware lacks it."""
-    bf16_card = hardware.type == "cuda" and hardware.capability >= (8, 0)
+    best = "bf16" if hardware.cpu_bf16 else "fp32"
+    if hardware.type == "cuda":
+        best = "bf16" if hardware.capability >= (8, 0) else "fp16"
     if requested == "auto":
-        if hardware.type == "cuda":
-            return "bf16" if bf16_card else "fp16"
-        return "bf16" if hardware.type == "cpu" and hardware.cpu_bf16 else "fp32"
-    if requested == "bf16" and hardware.type == "cuda" and not bf16_card:
+        return best
+    if requested == "bf16" and best == "fp16":
         raise UserError(f"--dtype bf16: {hardware.name} would only emulate it; use --dtype fp16 or auto")
     if requested == "fp16" and hardware.type == "mps":
         raise UserError("--dtype fp16 is not supported on mps; use fp32 (auto) or bf16")
@@ -108,38 +98,23 @@ def choose_compile(requested, hardware, device):
     """Return (True to use torch.compile, a notice or None). Raises UserError if "on" is requested but fails here."""
     if requested == "off" or (requested == "auto" and hardware.type != "cuda"):
         return False, None
-    if requested == "auto" and hardware.capability < (7, 0):
-        return False, f"torch.compile is off: {hardware.name} is older than compute capability 7.0, which Triton needs"
-    problem = compile_problem(device)
-    if problem is None:
-        return True, None
-    if requested == "on":
-        raise UserError(f"--compile on: torch.compile does not work here ({problem}); install a C compiler, or use "
-                        "--compile off")
-    return False, f"torch.compile is off: it does not work here ({problem})"
-
-
-def compile_problem(device):
-    """Return the error of compiling and calling a small function on the device as one line, None if it works."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.compile(_function_to_compile)(torch.ones(8, device=device))     # compiles at the first call
-    except Exception as error:  # no compiler, no Triton, a broken cache folder: torch raises many kinds
-        return " ".join(str(error).split())[:160] or type(error).__name__
-    return None
-
-
-def _function_to_compile(x):
-    return (x * 2 + 1).sum()
+            torch.compile(lambda x: (x * 2 + 1).sum())(torch.ones(8, device=device))      # compiles at the first call
+        return True, None
+    except Exception as error:  # no compiler, no Triton, an old GPU, a broken cache folder: torch raises many kinds
+        problem = " ".join(str(error).split())[:160] or type(error).__name__
+        if requested == "on":
+            raise UserError(f"--compile on: torch.compile does not work here ({problem}); install a C compiler, or use "
+                            "--compile off") from error
+        return False, f"torch.compile is off: it does not work here ({problem})"
 
 
 def enable_attention(backend):
     """Let scaled_dot_product_attention use only the given backend, or any of them ("auto")."""
-    switches = dict(flash=torch.backends.cuda.enable_flash_sdp, cudnn=torch.backends.cuda.enable_cudnn_sdp,
-                    efficient=torch.backends.cuda.enable_mem_efficient_sdp, math=torch.backends.cuda.enable_math_sdp)
-    for name, switch in switches.items():
-        switch(backend in ("auto", name))
+    for name in ("flash", "cudnn", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(backend in ("auto", name.removeprefix("mem_")))
 
 
 def attention_without_cudnn():
@@ -170,7 +145,6 @@ def attention_backend(requested, device, dtype, shape):
             F.scaled_dot_product_attention(q, q, q, is_causal=True)
             choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
     except RuntimeError as error:
-        enable_attention("auto")
         raise UserError(f"--attention {requested}: {device.type} has no such backend for {str(dtype)[6:]} and heads of "
                         f"{head_size}; use --attention auto") from error
     return {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}.get(choice, "unknown")
@@ -180,40 +154,24 @@ def set_deterministic():
     """Use deterministic algorithms everywhere: slower, but bitwise repeatable on the same kind of GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
     import torch._inductor.config as inductor
-    if hasattr(inductor, "deterministic"):
-        inductor.deterministic = True
+    inductor.deterministic = True
 
 
-def keep_freed_memory(device):
-    """Make the C library keep freed CPU memory for reuse (glibc only); use it for work of constant shapes.
+def keep_freed_memory(device, keep=True):
+    """Make the C library keep freed CPU memory for reuse, or not (glibc only).
 
     By default large blocks go back to the OS, and the next step faults them in again page by page: a fifth of a
-    training step, and on some virtual machines nine tenths of the time to generate a token.
+    training step, and on some virtual machines nine tenths of the time to generate a token. But while shapes vary, a
+    block freed by one does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
     """
-    _set_malloc_options(device, M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 * 2**20)
-
-
-@contextlib.contextmanager
-def returning_freed_memory(device):
-    """Return freed memory to the OS while shapes vary.
-
-    A block freed by one shape does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
-    """
-    _set_malloc_options(device, M_MMAP_MAX=65536, M_MMAP_THRESHOLD=32 * 2**20)
-    try:
-        yield
-    finally:
-        keep_freed_memory(device)
-
-
-def _set_malloc_options(device, **options):
-    numbers = dict(M_TRIM_THRESHOLD=-1, M_TOP_PAD=-2, M_MMAP_THRESHOLD=-3, M_MMAP_MAX=-4)    # from glibc's malloc.h
+    mmap_max, mmap_threshold, top_pad, trim_threshold = -4, -3, -2, -1       # mallopt's options, from glibc's malloc.h
+    options = ({mmap_max: 0, trim_threshold: -1, top_pad: 64 * 2**20} if keep else
+               {mmap_max: 65536, mmap_threshold: 32 * 2**20})
     if device.type == "cpu" and sys.platform.startswith("linux"):
         with contextlib.suppress(AttributeError):      # another C library
-            for name, value in options.items():
-                ctypes.CDLL(None).mallopt(numbers[name], value)
+            for option, value in options.items():
+                ctypes.CDLL(None).mallopt(option, value)
 
 
 # -----------------------------------------------------------------------------
@@ -221,7 +179,7 @@ def _set_malloc_options(device, **options):
 
 CPU_TOKENS = 4096      # most tokens in a micro-batch on a CPU: memory allows more, but it is not faster
 CUDA_TOKENS = 65536    # the same on a GPU: 64 rows of 1024 already keep it busy
-OUT_OF_MEMORY_PHRASES = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")     # CUDA and Triton; cuBLAS; cuDNN
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")    # the last: cuBLAS, cuDNN
 ADVICE_FOR_LESS_MEMORY = "use a smaller --block_size or model (train.py also has --recompute)"
 
 
@@ -231,8 +189,7 @@ class CompilationFailed(Exception):
 
 def divisors(n):
     """Return the divisors of n, largest first."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)}, reverse=True)
+    return [d for d in range(n, 0, -1) if n % d == 0]
 
 
 def check_micro_batch_size(micro_batch_size, local_windows):
@@ -252,60 +209,36 @@ def dummy_rows(size, block_size, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def min_training_bytes(model, n_tokens):
-    """Return a lower bound on the memory of a GPT's training step with micro-batches of n_tokens.
-
-    Per parameter: weight, gradient and two moments in fp32. Per token: logits in 16 bits. Per token, layer and channel:
-    two normalised inputs in fp32 (8 bytes), the LayerNorms' outputs (4), queries, keys, values and attention's output
-    (8), the MLP's hidden units before the GELU (8) and after it (8); with --recompute only the block's input (4).
-    This is within two percent of what the compiled step keeps (bench.memory counts that).
-    """
-    c = model.config
-    layer = 4 if model.recompute else 36 if "gelu" in c.activation else 28
-    return 16 * model.n_params() + n_tokens * (2 * c.vocab_size + layer * c.n_layer * c.n_embd)
-
-
-def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True, gpt=None):
+def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True):
     """Return the rows per micro-batch: `wanted` (0: the maximum) if it fits, else the first divisor found by halving.
 
     Candidates are the divisors of local_windows of at most CUDA_TOKENS tokens (CPU_TOKENS on a CPU, where nothing is
     tried). A CUDA trial uses the module as it will train: compiled, in DDP, on its device; module(x, y) returns a loss.
-    All ranks try the same sizes, and a size fits if it fits on all. gpt: the GPT inside, if all of it is trained; sizes
-    that its min_training_bytes rule out then need no trial, which may mean minutes of compilation. Raises UserError if
-    nothing fits, or with `insist` if `wanted` does not, naming the next smaller valid size; CompilationFailed.
+    All ranks try the same sizes, and a size fits if it fits on all. Raises UserError if nothing fits, or with `insist`
+    if `wanted` does not, naming the next smaller valid size; CompilationFailed.
     """
     most = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     sizes = [d for d in divisors(local_windows) if d == 1 or d * block_size <= most]
-    if runtime.device.type != "cuda":
-        return wanted or sizes[0]
-    gpu_bytes = runtime.minimum(torch.cuda.mem_get_info(runtime.device)[1]) if gpt else 0
     size = wanted or sizes[0]
-    while size and ((gpt and min_training_bytes(gpt, size * block_size) > gpu_bytes)
-                    or not fits_on_all_ranks(module, block_size, size, runtime)):
+    if runtime.device.type != "cuda":
+        return size
+    while size:
+        fits, problem = False, ""
+        try:
+            fits = fits_in_memory(module, block_size, size, runtime)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            problem = " ".join(str(error).split())[:160] or type(error).__name__
+        too_large, failed = runtime.sum(not fits, bool(problem))     # every rank comes here, however its trial ended
+        if failed:
+            raise CompilationFailed(problem or "on another rank")
+        if not too_large:
+            return size
         if wanted and insist:
             smaller = next((d for d in divisors(local_windows) if d < wanted), None)
             advice = f"use --micro_batch_size {smaller}, or 0" if smaller else ADVICE_FOR_LESS_MEMORY
             raise UserError(f"--micro_batch_size {wanted} does not fit in the GPU's memory; {advice}")
         size = next((d for d in sizes if d <= size // 2), 0)
-    if size == 0:
-        raise UserError(f"not even one row fits in the GPU's memory; {ADVICE_FOR_LESS_MEMORY}")
-    return size
-
-
-def fits_on_all_ranks(module, block_size, size, runtime):
-    """Return True if `size` rows fit on every rank. Raises CompilationFailed on all ranks if any cannot compile.
-
-    Each call is one collective, which every rank reaches however its own trial ended.
-    """
-    problem = "on another rank"
-    try:
-        answer = int(fits_in_memory(module, block_size, size, runtime))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        answer, problem = -1, " ".join(str(error).split())[:160]
-    answer = runtime.minimum(answer)
-    if answer < 0:
-        raise CompilationFailed(problem)
-    return answer > 0
+    raise UserError(f"not even one row fits in the GPU's memory; {ADVICE_FOR_LESS_MEMORY}")
 
 
 def fits_in_memory(module, block_size, size, runtime):
@@ -347,8 +280,5 @@ def fits_in_memory(module, block_size, size, runtime):
 
 def is_out_of_memory(error):
     """Return True if the error, or one that it wraps as the compiler's do, says that memory is full."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in OUT_OF_MEMORY_PHRASES):
-            return True
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    return False
+    text = f"{type(error).__name__}: {error}"        # the compiler quotes the error that it wraps in this form
+    return any(phrase in text for phrase in OUT_OF_MEMORY)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError, atomic_write, human_count, human_rate, human_time
+from exactgpt.config import UserError, atomic_write, human_count, human_time
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
 TRAINED = ("loss", "lr", "grad_norm", "ms")
@@ -244,7 +244,7 @@ def _draw_panel(ax, names, runs, colours, x, references):
         ax.annotate(f"{name}  {value:g}", (0.015, value), xycoords=("axes fraction", "data"), color=GREY, fontsize=8.5,
                     xytext=(0, 3), textcoords="offset points")
     if names == ("lr",):
-        ax.yaxis.set_major_formatter(lambda value, _: human_rate(value))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     if len(names) > 1:
         handles = {line.get_label(): line for line in ax.get_legend_handles_labels()[0]}
         legend = ax.legend(handles.values(), handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False,
@@ -254,7 +254,7 @@ def _draw_panel(ax, names, runs, colours, x, references):
     zero = [0.0] if len(names) == 1 else []      # rates and norms are drawn from zero
     if curves:
         _set_y_limits(ax, curves, [*references.values(), *zero, *[value for value, _, _ in ends]])
-        _label_ends(ax, sorted(ends, key=lambda end: end[0]), human_rate if names == ("lr",) else "{:#.4g}".format)
+        _label_ends(ax, sorted(ends, key=lambda end: end[0]), "{:.2g}".format if names == ("lr",) else "{:#.4g}".format)
 
 
 def _set_y_limits(ax, curves, must_show):

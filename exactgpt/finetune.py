@@ -28,7 +28,7 @@ from exactgpt.checkpoint import (
     save_checkpoint,
     weights_hash,
 )
-from exactgpt.config import RunConfig, RunFailed, UserError, as_user_error, flag, with_changes, write_json
+from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes, write_json
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
 from exactgpt.metrics import RunLog
@@ -165,7 +165,10 @@ def open_base_model(config, runtime):
     stored = runtime.broadcast(read)
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if config.block_size:
-        as_user_error(lambda: model.crop_block_size(config.block_size), config.init_from)
+        try:
+            model.crop_block_size(config.block_size)
+        except ValueError as error:
+            raise UserError(f"{config.init_from}: {error}") from error
     runtime.print(f"{stored['title']}, weights sha256 {stored['sha256'][:12]}")
     return (model.to(runtime.device), from_checkpoint(stored["tokenizer"]),
             dict(source=config.init_from, sha256=stored["sha256"]))

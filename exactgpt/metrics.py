@@ -27,7 +27,6 @@ import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
 from exactgpt.config import UserError, atomic_write, human_bytes, human_time
-from exactgpt.figures import draw_runs, read_run, save_figure
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit
@@ -55,7 +54,7 @@ def print_banner(run, config, runtime, checkpoint, saves):
     if saves:
         lines["disk"] = (f"{human_bytes(disk_bytes(config, n_params, plan.max_steps))} in {config.log_dir} for "
                          f"{config.keep_checkpoints} checkpoints")
-    runtime.print_banner(lines)
+    runtime.print("\n".join(f"{title:>8}  {text}" for title, text in lines.items()))
     if checkpoint:
         runtime.print(f"resuming from step {checkpoint['step']}")
         changed = resolved_differences(checkpoint["resolved"], resolved)
@@ -153,11 +152,14 @@ class RunLog:
             self._text.close()
             best = self._folder / "model_best.pt"
             if finished:
-                self.tracker.artifact(self._folder / "plot.png",
-                                      make=lambda path: save_figure(draw_runs([read_run(self._folder)]), path))
+                self.tracker.artifact(self._folder / "plot.png", make=self._draw)
             if best.exists():
                 self.tracker.text("best_checkpoint.txt", f"{best.resolve()}\n")
         self.tracker.close(finished)
+
+    def _draw(self, path):
+        from exactgpt.figures import draw_runs, read_run, save_figure  # only MLflow needs them here
+        save_figure(draw_runs([read_run(self._folder)]), path)
 
     def eta(self, step):
         """Return the time left after this step, evaluations and saves included: "5h31m"."""

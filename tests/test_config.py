@@ -12,16 +12,16 @@ import pytest
 from exactgpt import config
 from exactgpt.config import (
     DeviceConfig,
-    FolderLock,
     UserError,
     atomic_write,
-    check_new_file,
-    fields_kept_on_resume,
+    check_new,
     find_visible,
     flag,
     human_bytes,
+    new_folder,
     parse_config,
     read_json,
+    take_lock,
     write_json,
 )
 from tests.common import script_env
@@ -124,7 +124,7 @@ def test_an_unknown_or_abbreviated_flag_is_an_error_that_suggests_the_nearest_on
     (["--steps", "1001"], "--steps must be <= 1000, but is 1001"),
     (["--epochs", "0"], "--epochs must be > 0, but is 0.0"),
     (["--dropout", "1"], "--dropout must be < 1.0, but is 1.0"),
-    (["--dropout", "x"], "--dropout: 'x' is not a finite number"), (["--layers", "0"], "--layers must be >= 1"),
+    (["--dropout", "x"], "--dropout: invalid float value: 'x'"), (["--layers", "0"], "--layers must be >= 1"),
     (["--kind", "step"], "--kind must be one of cosine, wsd, but is 'step'"),
     (["--copies", "3"], "--copies must be one of 1, 2, but is 3"),
     (["--verbose=1"], "--verbose: ignored explicit argument '1'"),
@@ -137,7 +137,7 @@ def test_an_invalid_value_is_an_error_that_says_what_is_valid(words, expected):
 @pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf", "infinity", "1e999", "-1e999"])
 @pytest.mark.parametrize("name", ["dropout", "epochs"])
 def test_nan_and_infinity_are_invalid(name, text):
-    assert f"--{name}: '{text}' is not a finite number" in refusal(f"--{name}={text}")
+    assert f"--{name} must be a finite number, but is {float(text)}" in refusal(f"--{name}={text}")
 
 
 def test_a_flag_without_default_is_required():
@@ -152,10 +152,6 @@ def test_replace_checks_what_it_changes():
         config.with_changes(parsed(), steps=1001)
     with pytest.raises(UserError, match="exclude each other"):
         config.with_changes(parsed(), epochs=1.0, layers=1)
-
-
-def test_fields_kept_on_resume_are_those_marked_with_keep():
-    assert fields_kept_on_resume(Flags) == ["steps", "dropout"]
 
 
 def test_help_lists_every_flag_once_in_its_group_with_default_and_choices(monkeypatch, capsys):
@@ -307,28 +303,28 @@ def test_bad_json_is_a_user_error_that_names_the_file(tmp_path, data, message):
 
 
 def test_a_folder_is_locked_until_its_holder_exits(tmp_path):
-    with FolderLock(tmp_path / "logs", wait_s=0):
+    with take_lock(tmp_path / "logs", wait_s=0):
         with pytest.raises(UserError, match=r"another run is using .*logs \(it holds .*\.lock\)"):
-            FolderLock(tmp_path / "logs", wait_s=0)
-        with FolderLock(tmp_path / "other", wait_s=0):
+            take_lock(tmp_path / "logs", wait_s=0)
+        with take_lock(tmp_path / "other", wait_s=0):
             pass
-    with FolderLock(tmp_path / "logs", wait_s=0):
+    with take_lock(tmp_path / "logs", wait_s=0):
         pass
 
 
 def test_kill_9_of_the_holder_releases_the_lock_to_a_waiting_process(tmp_path):
     holder = background(f"""
 import time
-from exactgpt.config import FolderLock
-with FolderLock({str(tmp_path)!r}, wait_s=0):
+from exactgpt.config import take_lock
+with take_lock({str(tmp_path)!r}, wait_s=0):
     print("held", flush=True)
     time.sleep(60)""", tmp_path)
     assert holder.stdout.readline() == "held\n"
     start = time.monotonic()
     with pytest.raises(UserError, match="another run"):
-        FolderLock(tmp_path, wait_s=0.5)
+        take_lock(tmp_path, wait_s=0.5)
     assert 0.5 <= time.monotonic() - start < 5
-    waiting = background(f"from exactgpt.config import FolderLock; FolderLock({str(tmp_path)!r}, 30); "
+    waiting = background(f"from exactgpt.config import take_lock; take_lock({str(tmp_path)!r}, 30); "
                          "print('got it')", tmp_path)
     time.sleep(0.3)
     kill(holder)
@@ -338,18 +334,34 @@ with FolderLock({str(tmp_path)!r}, wait_s=0):
 
 def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file cannot be a folder: .*file is a file"):
-        FolderLock(tmp_path / "file", wait_s=0)
-    with pytest.raises(UserError, match=r"cannot be a folder"):
-        FolderLock(tmp_path / "file" / "below", wait_s=0)
+    with pytest.raises(UserError, match=r"cannot write in .*file: Not a directory"):
+        take_lock(tmp_path / "file", wait_s=0)
+    with pytest.raises(UserError, match=r"cannot write in .*file/below: Not a directory"):
+        take_lock(tmp_path / "file" / "below", wait_s=0)
 
 
 def test_a_new_file_overwrites_nothing(tmp_path):
     (tmp_path / "there").touch()
-    check_new_file(tmp_path / "not" / "yet", "--out")
-    for path, problem in (("there", "already exists"), ("there/below", "cannot write in")):
-        with pytest.raises(UserError, match=f"--out .*{problem}"):
-            check_new_file(tmp_path / path, "--out")
+    (tmp_path / "empty").mkdir()
+    check_new(tmp_path / "not" / "yet")
+    check_new(tmp_path / "empty", folder=True)
+    for path, problem in (("there", "there already exists"), ("empty", "empty already exists"),
+                          ("there/below", "cannot write .*below: .*there is not a folder that you may write in")):
+        with pytest.raises(UserError, match=problem):
+            check_new(tmp_path / path)
+
+
+def test_a_folder_gets_its_name_only_when_it_is_complete(tmp_path):
+    (tmp_path / "new.tmp").mkdir()
+    (tmp_path / "new.tmp" / "rubbish").touch()                      # left by an export that was killed
+    with new_folder(tmp_path / "new") as temporary:
+        (temporary / "file").touch()
+        assert not (tmp_path / "new").exists()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
+    with pytest.raises(ValueError), new_folder(tmp_path / "other") as temporary:
+        (temporary / "file").touch()
+        raise ValueError
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
 def test_hidden_and_vanished_folders_are_skipped(tmp_path, monkeypatch):
@@ -363,8 +375,8 @@ def test_hidden_and_vanished_folders_are_skipped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n, text", [
-    (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1536, "1.5 kB"), (1_500_000_000, "1.5 GB"), (2 * 10**12, "2.0 TB"),
-    (10**15, "1000.0 TB"),
+    (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1536, "1.54 kB"), (1_500_000_000, "1.5 GB"), (2 * 10**12, "2 TB"),
+    (10**15, "1000 TB"),
 ])
 def test_human_bytes(n, text):
     assert human_bytes(n) == text

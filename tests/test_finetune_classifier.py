@@ -111,7 +111,7 @@ def check_export(path, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("text\n" + "\n".join(f'"{t}"' for t in texts) + "\n")
     for name, source in (("ours.csv", path), ("theirs.csv", tmp_path / "hf")):
         main("--checkpoint", source, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / name, *CPU)
-    with pytest.raises(UserError, match=r"--out .*new\.csv already exists and will not be overwritten"):
+    with pytest.raises(UserError, match=r"new\.csv already exists and will not be overwritten"):
         main("--checkpoint", path, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / "new.csv", *CPU)
     ours, theirs = (list(csv.DictReader(open(tmp_path / name))) for name in ("ours.csv", "theirs.csv"))
     assert ours == theirs and [row["text"] for row in ours] == texts

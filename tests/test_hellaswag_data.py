@@ -91,7 +91,8 @@ def test_a_damaged_file_is_reported_with_its_line(tmp_path, data, message):
 def test_a_mistake_is_one_line_and_status_2(run, tmp_path):
     rc, out, err = run("hellaswag.py", "--checkpoint", tmp_path / "none.pt", "--data", HELLASWAG_FILE,
                        "--device", "cpu")
-    assert (rc, out) == (2, "") and err.startswith(f"hellaswag.py: error: cannot read the checkpoint {tmp_path / 'none.pt'}: No")
+    wanted = f"hellaswag.py: error: cannot read the checkpoint {tmp_path / 'none.pt'}: No such file"
+    assert (rc, out) == (2, "") and err.startswith(wanted)
     (tmp_path / "rows.jsonl").write_bytes(HELLASWAG_FILE.read_bytes())
     rc, out, err = run("hellaswag.py", "--data", tmp_path / "rows.jsonl", "--json", tmp_path / "rows.jsonl", "--device",
                        "cpu")

@@ -113,7 +113,7 @@ def test_a_run_survives_a_cut_cable_and_killed_workers_unchanged(make_shards, no
     statuses, outputs = end(nodes.torchrun(*flags, port=29411, ACCIDENT="run:step:6:0",
                                            ACCIDENT_COMMAND=nodes.cable("down")), 90)
     assert all(statuses), outputs
-    assert "rank 1 on node-1 does not answer" in outputs[0] and "rank 0 on node-0 does not answer" in outputs[1]
+    assert "rank 1 on node-1 without an answer" in outputs[0] and "rank 0 on node-0 without an answer" in outputs[1]
     assert "no progress for 3 s" in outputs[0] and "Traceback" not in outputs[0].split("failed (exitcode")[0]
     subprocess.run(shlex.split(nodes.cable("up")), check=True)
     statuses, outputs = end(nodes.torchrun(
@@ -130,6 +130,6 @@ def test_the_rank_that_hangs_is_named(train_ranks, make_shards, tmp_path):
                              "--timeout", 2, ACCIDENT="hang:step:6:1", ACCIDENT_SECONDS=14)
     said = re.search(r"error on (\S+), rank 0: no progress for 2 s: (.*)", out)
     assert codes == [1, 1] and said, out
-    assert re.fullmatch(rf"rank 1 on {re.escape(said[1])} is at train\.py:\d+ in loop; rank 0 on \S+ is at "
+    assert re.fullmatch(rf"rank 1 on {re.escape(said[1])} at train\.py:\d+ in loop; rank 0 on \S+ at "
                         r"train\.py:\d+ in train_step", said[2]), said[0]
     assert "Traceback" not in out

@@ -1,4 +1,4 @@
-"""rendezvous.py: processes find each other through a store full of what dead ones wrote."""
+"""peers.py: processes find each other through a store full of what dead ones wrote."""
 import time
 
 import pytest
@@ -9,13 +9,13 @@ from tests.common import script_env
 
 MEET = """
 import os, time, torch, torch.distributed as dist
-from exactgpt.rendezvous import wait_for_peers
+from exactgpt.peers import wait_for_peers
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-rendezvous = wait_for_peers(rank, world_size, 60)
-dist.init_process_group("gloo", store=dist.PrefixStore("group", rendezvous.store), rank=rank, world_size=world_size)
+store, hosts = wait_for_peers(rank, world_size, 60)
+dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size)
 total = torch.ones(1)
 dist.all_reduce(total)
-print(rendezvous.name, int(total), len(rendezvous.hosts), flush=True)
+print(store.get("rank 1").decode().split()[0], int(total), len(hosts), flush=True)     # the nonce: one for each start
 time.sleep(60)                      # until it is killed
 """
 
@@ -67,33 +67,35 @@ def printed_words(process):
 def test_new_processes_never_join_dead_ones(store, member):
     """Kill all once they are connected, then one on each side while it waits; new ones may then start in any order."""
     first = [member(0), member(1)]
-    names = {printed_words(process)[0] for process in first}
-    assert len(names) == 1
+    nonces = {printed_words(process)[0] for process in first}
+    assert len(nonces) == 1
     for process in first:
         kill(process)
     left = member(1)                                    # finds the name of a dead rank 0, sends a nonce, and is killed
-    until(lambda: dist.PrefixStore(*names, store).check(["arrival 2"]))
+    start = dist.PrefixStore(store.get("start").decode(), store)
+    until(lambda: start.get("rank 1").decode().split()[0] not in nonces)
     kill(left)
     old = store.get("start")
     left = member(0)                                    # names a start that nobody joins
     until(lambda: store.get("start") != old)
     kill(left)
     late = member(1)                                    # starts before its rank 0
-    until(lambda: dist.PrefixStore(store.get("start").decode(), store).check(["arrival 1"]))
+    until(lambda: dist.PrefixStore(store.get("start").decode(), store).check(["rank 1"]))
     second = [printed_words(member(0)), printed_words(late)]
     assert [line[1:] for line in second] == [["2", "2"], ["2", "1"]]       # rank 0 knows all hosts, the others its own
-    assert second[0][0] == second[1][0] not in names
+    assert second[0][0] == second[1][0] not in nonces
 
 
 @pytest.mark.slow
 def test_missing_ranks_are_named(tmp_path, store):
     (tmp_path / "meet.py").write_text(
-        "import os\nfrom exactgpt import config, rendezvous\n"
-        "config.run_script(lambda: rendezvous.wait_for_peers(int(os.environ['RANK']), 4, 1))")
+        "from types import SimpleNamespace\nfrom exactgpt import config, distributed\ndistributed.START_TIMEOUT_S = 1\n"
+        "config.run_script(distributed.start(SimpleNamespace(device='cpu', dtype='fp32')).__enter__)")
     for rank, words in ((0, "meet.py: error: only 1 of 4 processes reached"), (0, "missing: ranks 1, 2, 3"),
                         (1, ", rank 1: rank 0 did not reach 127.0.0.1:")):
         store.delete_key("start")
-        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank)
+        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank,
+                   WORLD_SIZE=4)
         output = tmp_path / f"out{rank}"
         process = forks.start(tmp_path / "meet.py", [], script_env(tmp_path, env), output)
         until(lambda output=output, words=words: output.exists() and words in output.read_text())

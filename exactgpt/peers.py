@@ -1,0 +1,173 @@
+"""The other processes of a run: how they find each other, and which of them hangs.
+
+torchrun keeps one store (a TCPStore) for all its restarts; `wait_for_peers` gives each start its own prefix in it.
+`watch_run`, a thread in each process, ends a run that is stopped during set-up and finds out which rank hangs. It talks
+to the other processes through that store, since it cannot rely on a collective.
+"""
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+from pathlib import Path
+
+import torch.distributed as dist
+
+from exactgpt.config import RunFailed, UserError
+
+START_GRACE_S = 3     # after a stop signal during set-up: the run may still end by itself
+REPORT_S = 5          # for the ranks of a hanging run to report where they are
+HANG_GRACE_S = 10     # from the start of these reports to the time-out of the collectives, which ends the run
+NO_ANSWER = "without an answer (its process has died or is stopped, or the network to it is down)"
+SOURCE_FOLDERS = (Path(__file__).parents[1], Path(__file__).parent)    # of the scripts and of the package
+
+
+def report_error(rank, message):
+    """Print an error on any rank; what all ranks know of, run_script prints on rank 0."""
+    print(f"error on {socket.gethostname()}, rank {rank}: {message}", file=sys.stderr, flush=True)
+
+
+def wait_for_peers(rank, world_size, timeout_s):
+    """Wait for the processes that torchrun (or another launcher) started together; return (store, hosts).
+
+    The store is shared by this start's processes only. hosts, {rank: host}: of all ranks on rank 0, else of rank 0.
+    The store still holds what dead processes wrote, and a new process that reads a dead peer's address from it hangs.
+    TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, because it may differ between nodes. So rank 0 makes up a
+    name for the start, and every other rank joins only after rank 0 has answered a nonce that this rank made up: a dead
+    rank 0 cannot. Raises RunFailed if processes are missing after timeout_s, UserError if the launcher set no address.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not (host and port):
+        raise UserError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR or MASTER_PORT is not set; start the processes "
+                        "with torchrun, or unset WORLD_SIZE to run a single one")
+    deadline = time.monotonic() + timeout_s
+    try:
+        store = dist.TCPStore(host, int(port), multi_tenant=True, timeout=datetime.timedelta(seconds=timeout_s),
+                              is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+        if rank == 0:      # publish a name for the start, answer each rank's nonce
+            name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
+            start = dist.PrefixStore(name, store)
+            store.set("start", name)
+            for other in range(1, world_size):
+                if not wait_for_key(start, f"rank {other}", deadline - time.monotonic()):
+                    missing = [r for r in range(other, world_size) if not start.check([f"rank {r}"])]
+                    more = f" and {len(missing) - 8} more" * (len(missing) > 8)
+                    raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {host}:{port};"
+                                    f" missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
+                nonce, hosts[other] = start.get(f"rank {other}").decode().split(maxsplit=1)
+                start.set(nonce, hosts[0])
+            return start, hosts
+        nonce, name = uuid.uuid4().hex, ""
+        published = wait_for_key(store, "start", deadline - time.monotonic())
+        while published and time.monotonic() < deadline:
+            if name != store.get("start").decode():      # also when another rank 0 has started meanwhile
+                name = store.get("start").decode()
+                start = dist.PrefixStore(name, store)
+                start.set(f"rank {rank}", f"{nonce} {socket.gethostname()}")
+            if start.check([nonce]):
+                return start, {0: start.get(nonce).decode()}
+            time.sleep(0.2)     # not store.wait: it prints a warning at each time-out
+        raise RunFailed(f"rank 0 did not reach {host}:{port}; look at the log of its node")
+    except dist.DistError as error:
+        raise RunFailed(f"no answer from {host}:{port} ({type(error).__name__}); look at rank 0's log") from error
+
+
+def wait_for_key(store, key, seconds):
+    """Return True if the key appears in the store in time; False if it does not or the store cannot be reached."""
+    try:
+        store.wait([key], datetime.timedelta(seconds=max(seconds, 0.01)))
+        return True
+    except dist.DistError:
+        return False
+
+
+def watch_run(runtime, store, hosts):
+    """Watch one process, in a thread, until runtime.ended.
+
+    During set-up: exit every rank with status 0 a few seconds after any of them was signalled. A main thread may be
+    compiling for minutes and cannot enter a collective meanwhile, so the request to stop travels through the store.
+    After runtime.patience_s without progress: find the rank that hangs and print it. HANG_GRACE_S later the collectives
+    time out, which ends the run.
+    """
+    stop_time = None
+    while not runtime.ended:
+        time.sleep(0.3)
+        if runtime.starting and stop_time is None:
+            with contextlib.suppress(dist.DistError):      # the store is gone: the main thread will report that
+                if runtime.stop_signal:
+                    store.set("stop", runtime.stop_signal)
+                stop_time = time.monotonic() if store.check(["stop"]) else None
+        if runtime.starting and stop_time and time.monotonic() - stop_time > START_GRACE_S:
+            runtime.print("stopped during set-up; there was nothing to save")
+            os._exit(0)
+        if not runtime.alone and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
+            runtime.hangs = True
+            report_hang(runtime, store, hosts)
+            return
+
+
+def report_hang(runtime, store, hosts):
+    """Print once per node which rank hangs: each rank reports its location to rank 0, which compares them.
+
+    All ranks call this at about the same time, because the last progress was a collective.
+    """
+    def say(finding):
+        if runtime.local_rank == 0:
+            report_error(runtime.rank, f"no progress for {runtime.patience_s:g} s: {finding}")
+    locations = {runtime.rank: main_thread_location()}
+    if runtime.rank == 0:
+        deadline = time.monotonic() + REPORT_S
+        for rank in range(1, runtime.world_size):
+            if wait_for_key(store, f"location {rank}", deadline - time.monotonic()):
+                locations[rank] = store.get(f"location {rank}").decode()
+        finding = describe_hang(locations, hosts)
+        store.set("finding", finding)
+        say(finding)
+        return
+    # Without rank 0's answer a timer speaks: if the network is down, torch's store ignores its own time-outs.
+    hosts = {**hosts, runtime.rank: socket.gethostname()}
+    timer = threading.Timer(REPORT_S + 3, say, [describe_hang(locations, hosts)])
+    timer.start()
+    with contextlib.suppress(dist.DistError):
+        store.set(f"location {runtime.rank}", locations[runtime.rank])
+        if wait_for_key(store, "finding", REPORT_S + 2):
+            timer.cancel()
+            say(store.get("finding").decode())
+
+
+def describe_hang(locations, hosts):
+    """Return which ranks stand where, in words: those that do not answer first, then the rarest place, the suspect.
+
+    locations: {rank: location} of the ranks that answered; hosts: {rank: host} of all ranks.
+    """
+    ranks_at = {}
+    for rank in hosts:
+        place = f"at {locations[rank]}" if rank in locations else NO_ANSWER
+        ranks_at.setdefault(place, []).append(rank)
+    parts = []
+    for place, ranks in sorted(reversed(ranks_at.items()), key=lambda item: (item[0] != NO_ANSWER, len(item[1]))):
+        names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:8])
+        parts.append(names + f" and {len(ranks) - 8} more" * (len(ranks) > 8) + f" {place}")
+    return "; ".join(parts)
+
+
+def main_thread_location():
+    """Return the main thread's innermost line in this repository, but not in the modules where every rank waits."""
+    for frame, line in traceback.walk_stack(sys._current_frames()[threading.main_thread().ident]):
+        path = Path(frame.f_code.co_filename)
+        if path.parent in SOURCE_FOLDERS and path.name not in ("distributed.py", "peers.py"):
+            return f"{path.name}:{line} in {frame.f_code.co_name}"
+    return "no line of this repository"
+
+
+def peer_failure(error):
+    """Return the message for a collective that failed because a peer died, else None."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return (f"lost the connection to another process ({text.splitlines()[0][:200]}); see the log of the process "
+                "that ended first")
+    return None
