@@ -74,7 +74,7 @@ def test_keep_downloads(corpus, edu, prepare_from, tmp_path):
 
 @pytest.mark.slow
 def test_temporary_network_errors_are_retried(corpus, edu, prepare_from, tmp_path):
-    faults = [("GET", f"/api/datasets/{EDU}", 503), ("GET", f"/api/datasets/{EDU}/tree", 500), ("GET", "000.parquet", 502),
+    faults = [("GET", EDU, 503), ("GET", f"{EDU}/tree", 500), ("GET", "000.parquet", 502),
               ("GET", "001.parquet", "damage"), ("GET", "001.parquet", (500, {"Retry-After": "1"})),
               ("GET", "002.parquet", "cut"), ("GET", "002.parquet", "hang")]
     with serve(edu, faults) as server:
