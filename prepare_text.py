@@ -7,6 +7,7 @@
 All input is read and checked before anything is written. Documents are shuffled by the seed; some go to validation.
 To add an input format see exactgpt/documents.py.
 """
+import contextlib
 import hashlib
 import itertools
 import tempfile
@@ -25,7 +26,6 @@ from exactgpt.shard_writer import (
     encode_tasks,
     load_matching_manifest,
     print_summary,
-    report_write_errors,
 )
 from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, train_tokenizer
@@ -102,21 +102,17 @@ def tokenize_documents(documents, n_bytes, tokenizer, file):
     Returns all tokens, a uint16 memory map of the file, and the index in it where each document starts.
     """
     num_proc = available_cpus() if n_bytes > POOL_BYTES else 0
-    tasks = ((None, read_batch, batch) for batch in batch_documents(documents))
+    tasks = ((sum(len(text.encode()) for text, _ in batch), list, batch) for batch in batch_documents(documents))
     n_tokens, starts = 0, []
-    with tqdm(desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for _, tokens, size in encode_tasks(tasks, tokenizer, num_proc):
+    with contextlib.closing(encode_tasks(tasks, tokenizer, num_proc)) as results, tqdm(
+            desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for size, tokens in results:
             starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
             n_tokens += len(tokens)
             file.write(tokens)
             bar.update(size)
     file.flush()
     return np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
-
-
-def read_batch(batch):
-    """Return the batch itself: the `read` function of tasks that carry their texts with them."""
-    return batch
 
 
 def split_documents(lengths, order, val_fraction):
@@ -169,16 +165,23 @@ def move_tail_first(starts, ends, n_tail):
     return np.array([p for p in pieces if p[0] < p[1]]).T
 
 
-def is_already_prepared(folder, manifest):
-    """Return True, and print a line, if this command has already filled the folder.
-
-    Raises UserError if the folder contains something else.
-    """
-    found = load_matching_manifest(folder, manifest)
-    if found and found.complete:
-        print(f"{folder} is already complete; nothing to do")
-        return True
-    return False
+def make_shards(folder, manifest, documents, n_bytes, tokenizer, config):
+    """Write the shards of the documents and complete the manifest. tokenizer None: train one. Raises UserError."""
+    if tokenizer is None:
+        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
+        tokenizer = train_tokenizer((text for text, _ in documents), config.train_tokenizer)
+        if tokenizer.n_vocab < config.train_tokenizer:
+            print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
+    manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
+    manifest.save(folder)           # still incomplete: after a kill, the same command recognizes it and starts over
+    tokenizer.save(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
+            tokens, starts = tokenize_documents(documents, n_bytes, tokenizer, file)
+            write_shards(folder, manifest, tokens, starts, config)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; fix that and run the same command "
+                        "again") from error
 
 
 def main(argv=None):
@@ -192,24 +195,14 @@ def main(argv=None):
                         tokenizer=tokenizer.name if tokenizer else "", seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
-    if is_already_prepared(folder, manifest):
-        return print_summary(folder)
-    with FolderLock(folder, wait_s=0), report_write_errors(folder):
-        if is_already_prepared(folder, manifest):    # another process may have finished since the check above
-            return print_summary(folder)
-        if tokenizer is None:
-            print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
-            tokenizer = train_tokenizer((text for text, _ in documents), config.train_tokenizer)
-            if tokenizer.n_vocab < config.train_tokenizer:
-                print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
-        manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
-        manifest.save(folder)           # still incomplete: after a kill, the same command recognizes it and starts over
-        tokenizer.save(folder)
-        with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
-            tokens, starts = tokenize_documents(documents, n_bytes, tokenizer, file)
-            write_shards(folder, manifest, tokens, starts, config)
-    print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
-    return print_summary(folder)
+    found = load_matching_manifest(folder, manifest)
+    if not (found and found.complete):
+        with FolderLock(folder, wait_s=0):
+            found = load_matching_manifest(folder, manifest)     # another process may have finished in the meantime
+            if not (found and found.complete):
+                make_shards(folder, manifest, documents, n_bytes, tokenizer, config)
+                print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
+    print_summary(folder)
 
 
 if __name__ == "__main__":

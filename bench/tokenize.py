@@ -86,7 +86,7 @@ def make_corpus(documents, folder, workers, name):
 def ours_one_process(corpus):
     """Tokenize with prepare_fineweb.py's worker function, from parquet to uint16."""
     tasks = ((start, *task) for start, _, *task in split_into_pieces(corpus.parquet, "text"))
-    return [tokens for _, tokens, _ in encode_tasks(tasks, gpt2_tokenizer(), 0)]
+    return [tokens for _, tokens in encode_tasks(tasks, gpt2_tokenizer(), 0)]
 
 
 def ours_pipeline(corpus):

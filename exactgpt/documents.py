@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import re
 import sysconfig
@@ -187,10 +188,10 @@ def _read_csv(path, columns, **dialect):
 _read_tsv = functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read_parquet(path, columns):
-    file = _open_parquet(path, *columns)
+def _read_parquet(path, columns, row_groups=None):
     with _parquet_errors(path):
-        for batch in file.iter_batches(batch_size=1024, columns=columns, use_threads=False):
+        file = _open_parquet(path, *columns)
+        for batch in file.iter_batches(256, row_groups=row_groups, columns=columns, use_threads=False):
             for values in zip(*(column.to_pylist() for column in batch.columns)):
                 yield path, values
 
@@ -264,7 +265,7 @@ def _split_parquet(path, column, start):
     """Split a parquet file at row groups, which the workers read.
 
     The row group that `start` lies in, and those that would take too much memory in a worker, are read here instead,
-    batch by batch, and the piece carries its text.
+    and the pieces carry their texts.
     """
     file = _open_parquet(path, column)
     kind = str(file.schema_arrow.field(column).type)
@@ -276,31 +277,21 @@ def _split_parquet(path, column, start):
         if start <= first and group.total_byte_size <= LARGE_GROUP:
             yield first, first / n_rows, _read_row_group, path, column, i
         elif start < first + group.num_rows:
-            batch_rows = max(1, group.num_rows * PIECE_BYTES // max(group.total_byte_size, 1))
-            for row, texts in _row_group_batches(path, column, i, batch_rows):
-                if start < first + row + len(texts):
-                    begin = max(start, first + row)
-                    yield begin, begin / n_rows, iter_texts, texts[begin - first - row:]
+            rows = itertools.islice(_read_parquet(path, [column], [i]), max(0, start - first), None)
+            row, piece_rows = max(first, start), max(1, group.num_rows * PIECE_BYTES // max(1, group.total_byte_size))
+            while texts := [text for _, (text,) in itertools.islice(rows, piece_rows)]:
+                yield row, row / n_rows, iter_texts, texts
+                row += len(texts)
         first += group.num_rows
 
 
-def _row_group_batches(path, column, group, batch_rows):
-    """Yield (row within the group, texts) for the batches of a row group. Raises UserError."""
-    with _parquet_errors(path):
-        file, row = _open_parquet(path, column), 0
-        for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[column], use_threads=False):
-            yield row, batch.column(0).to_pylist()
-            row += len(batch)
-
-
 def _read_row_group(path, column, group):
-    """Yield (text, True) for the rows of a row group."""
-    for _, texts in _row_group_batches(path, column, group, 256):
-        yield from iter_texts(texts)
+    """Yield (text, True) for the rows of a row group of a parquet file."""
+    return iter_texts(text for _, (text,) in _read_parquet(path, [column], [group]))
 
 
 def iter_texts(texts):
-    """Yield (text, True) for each text of a list; None becomes an empty document."""
+    """Yield (text, True) for each text; None becomes an empty document."""
     return ((text or "", True) for text in texts)
 
 

@@ -9,7 +9,6 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from exactgpt.config import UserError, as_user_error
@@ -20,14 +19,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0       # doubled after each attempt: a
 FORMATS = tuple(SPLITTERS)                       # the file suffixes that prepare_fineweb.py can read
 CONVERTED_REVISION = "refs/convert/parquet"      # the hub converts many data sets to parquet and keeps that here
 CONNECT_TIMEOUT_S = 5                            # huggingface_hub itself needs half a minute to notice a dead network
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of a data set, on the hub or on this disk."""
-    path: str              # path in the hub repository, or on this disk
-    size: int              # bytes
-    sha256: str = ""       # "" if the hub does not give one, and for local files
 
 
 def work_offline():
@@ -48,9 +39,10 @@ def reachable():
 
 
 def resolve_dataset(dataset, name=None):
-    """Return (commit, [SourceFile]) with the train files of a data set, sorted by path. Raises UserError.
+    """Return (commit, files) with the train files of a data set, sorted by path. Raises UserError.
 
-    name: the configuration (None: the default one). The files are those that the data set's card lists. Without such a
+    name: the configuration (None: the default one). Each file is a dict {path, size, sha256}; sha256 is "" if the hub
+    does not give one. The files are those that the data set's card lists. Without such a
     list they are its parquet and jsonl files, below a folder called `name` if one is given. If there are none, they are
     the files of the hub's own parquet conversion.
     """
@@ -71,7 +63,7 @@ def resolve_dataset(dataset, name=None):
 
 
 def _list_files(dataset, revision=None):
-    """Return (commit, the card's configurations [{config_name, data_files}], {path: SourceFile}) of a data set."""
+    """Return (commit, the card's configurations [{config_name, data_files}], {path: file}) of a data set."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
     info = _with_retries(lambda: HfApi().dataset_info(dataset, revision=revision, timeout=20), dataset, attempts=4)
@@ -79,7 +71,7 @@ def _list_files(dataset, revision=None):
     tree = _with_retries(lambda: list(HfApi().list_repo_tree(
         dataset, recursive=True, revision=info.sha, repo_type="dataset")), dataset)
     # Only the formats that we read, and no path that leads out of the folder for downloads.
-    files = {f.path: SourceFile(f.path, f.size, f.lfs.sha256 if f.lfs else "") for f in tree
+    files = {f.path: dict(path=f.path, size=f.size, sha256=f.lfs.sha256 if f.lfs else "") for f in tree
              if isinstance(f, RepoFile) and f.path.endswith(FORMATS)
              and ".." not in Path(f.path).parts and not Path(f.path).is_absolute()}
     return info.sha, [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else [], files
@@ -122,21 +114,21 @@ def _guess_train_files(name, paths):
     return train or [p for p in paths if words[p].isdisjoint({"test", "val", "valid", "validation", "dev", "eval"})]
 
 
-def download_source_file(dataset, commit, file, folder):
-    """Download a SourceFile into `folder`, unless it is already there, and return its path. Raises UserError."""
+def download_source_file(dataset, commit, folder, file):
+    """Download a file {path, size, sha256} into `folder` unless it is there; return its path. Raises UserError."""
     from huggingface_hub import hf_hub_download
 
     def attempt():
-        path = Path(hf_hub_download(dataset, file.path, repo_type="dataset", revision=commit, local_dir=folder))
+        path = Path(hf_hub_download(dataset, file["path"], repo_type="dataset", revision=commit, local_dir=folder))
         digest = hashlib.sha256()
         with open(path, "rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
-        if path.stat().st_size != file.size or file.sha256 not in ("", digest.hexdigest()):
+        if path.stat().st_size != file["size"] or file["sha256"] not in ("", digest.hexdigest()):
             path.unlink()
             raise ConnectionError("the downloaded file is damaged")
         return path
-    return _with_retries(attempt, f"{dataset}/{file.path}")
+    return _with_retries(attempt, f"{dataset}/{file['path']}")
 
 
 def _with_retries(function, what, attempts=ATTEMPTS):

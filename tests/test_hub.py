@@ -152,8 +152,8 @@ def test_layouts_of_data_sets(layout, use_hub):
     with serve({"someone/corpus": dataset}) as server:
         use_hub(server)
         commit, files = hub.resolve_dataset("someone/corpus", name)
-    assert commit == COMMIT and [f.path for f in files] == expected
-    assert all((f.size, f.sha256) == (4, hashlib.sha256(b"data").hexdigest()) for f in files)
+    assert commit == COMMIT and [f["path"] for f in files] == expected
+    assert all((f["size"], f["sha256"]) == (4, hashlib.sha256(b"data").hexdigest()) for f in files)
 
 
 def test_other_formats_use_the_hubs_parquet_conversion(use_hub):
@@ -162,7 +162,7 @@ def test_other_formats_use_the_hubs_parquet_conversion(use_hub):
         use_hub(server)
         for name, folder in ((None, "default"), ("b", "b")):
             commit, files = hub.resolve_dataset("someone/corpus", name)
-            assert commit == CONVERTED and [f.path for f in files] == [f"{folder}/train/0000.parquet"]
+            assert commit == CONVERTED and [f["path"] for f in files] == [f"{folder}/train/0000.parquet"]
 
 
 HUB_ERRORS = {

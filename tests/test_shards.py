@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exactgpt.config import UserError
-from exactgpt.shard_writer import ShardWriter, report_write_errors, save_shard
+from exactgpt.shard_writer import ShardWriter, save_shard
 from exactgpt.shards import Manifest, ShardFolder, load_manifest, open_shard, permutation
 from exactgpt.tokenizer import train_tokenizer
 from tests.common import permuted
@@ -337,6 +337,6 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr("exactgpt.config.os.fsync", full)
-    with pytest.raises(UserError, match="No space left on device; free some"), report_write_errors(tmp_path):
+    with pytest.raises(UserError, match="No space left on device; free some"):
         save_shard(tmp_path, "x", "val", 0, np.zeros(10))
     assert list(tmp_path.iterdir()) == []
