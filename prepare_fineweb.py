@@ -23,9 +23,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
-from exactgpt.documents import split_into_pieces
-from exactgpt.hub import FORMATS, download_source_file, resolve_dataset
-from exactgpt.shard_writer import ShardWriter, available_cpus, encode_tasks, load_matching_manifest, print_summary
+from exactgpt.documents import RESUMABLE, read_texts
+from exactgpt.hub import download_source_file, resolve_dataset
+from exactgpt.shard_writer import (
+    ShardWriter,
+    available_cpus,
+    batch_documents,
+    encode_batches,
+    load_matching_manifest,
+    print_summary,
+)
 from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer
 
@@ -47,7 +54,7 @@ class PrepareFinewebConfig:
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
     tokenizer: str = flag("", "folder with the vocab.bpe and encoder.json to use, such as a folder of shards "
                           "(default: GPT-2's vocabulary)", group="shards")
-    num_proc: int | None = flag(None, "tokenizer processes (default: one per core, 0: tokenize in the main process)",
+    num_proc: int | None = flag(None, "tokenizer threads (default: one per core)",
                                 group="system", low=0, high=1024)
     keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads", group="system")
     verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids", group="system")
@@ -90,7 +97,7 @@ def resolve_source_files(config, manifest):
         manifest.files = files
         for f in files:
             # Fail now, not hours later, if a parquet file is damaged or lacks the column.
-            next(split_into_pieces(f["path"], config.text_column), None)
+            next(read_texts(f["path"], config.text_column), None)
     elif not manifest.files:
         manifest.revision, manifest.files = resolve_dataset(config.dataset, config.name)
     if set(manifest.position) != {"file", "start", "skip"} or manifest.position["file"] >= len(manifest.files):
@@ -103,8 +110,8 @@ def local_source_files(pattern):
     if not paths:
         raise UserError(f"--data_files {pattern}: no file matches")
     for path in paths:
-        if not path.endswith(FORMATS):
-            raise UserError(f"--data_files {pattern}: cannot read {path}: it must end in one of {', '.join(FORMATS)}")
+        if not path.endswith(RESUMABLE):
+            raise UserError(f"--data_files {pattern}: cannot read {path}: it must end in one of {', '.join(RESUMABLE)}")
     return [dict(path=path, size=Path(path).stat().st_size, sha256="") for path in paths]
 
 
@@ -119,8 +126,8 @@ def iter_fetched(fetch, files, prefetch):
     pool.close()
 
 
-def iter_tasks(config, manifest):
-    """Yield tasks for `encode_tasks` from the manifest's position on, labeled (position, source bytes before it)."""
+def iter_documents(config, manifest):
+    """Yield ((position, source bytes before it), text, True) for the documents from the manifest's position on."""
     at, done = manifest.position, 0
     if config.data_files:
         fetch = lambda file: file["path"]
@@ -130,9 +137,8 @@ def iter_tasks(config, manifest):
     paths = iter_fetched(fetch, manifest.files[at["file"]:], not config.data_files and config.max_tokens is None)
     for i, file in enumerate(manifest.files):
         if i >= at["file"]:
-            start = at["start"] if i == at["file"] else 0
-            for begin, share, read, *args in split_into_pieces(next(paths), config.text_column, start):
-                yield ({"file": i, "start": begin}, done + int(share * file["size"])), read, *args
+            for start, share, text in read_texts(next(paths), config.text_column, at["start"] * (i == at["file"])):
+                yield ({"file": i, "start": start}, done + int(share * file["size"])), text, True
         done += file["size"]
 
 
@@ -146,7 +152,7 @@ def tokenize_to_shards(config, manifest, tokenizer):
     done, source_size = sum(entry["tokens"] for entry in manifest.shards), sum(f["size"] for f in manifest.files)
     writer = ShardWriter(config.out, config.prefix(), manifest, config.val_tokens(), config.shard_tokens)
     skip, first = manifest.position["skip"], manifest.position["file"]
-    results = encode_tasks(iter_tasks(config, manifest), tokenizer, config.num_proc)
+    results = encode_batches(batch_documents(iter_documents(config, manifest)), tokenizer, config.num_proc or 1)
     with contextlib.closing(results), tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok",
                                            unit_scale=True, disable=None, smoothing=0.05) as bar:
         for (position, source_bytes), tokens in results:
@@ -176,7 +182,7 @@ def tokenize_to_shards(config, manifest, tokenizer):
 
 
 def print_plan(config, manifest):
-    """Print the source, the number of workers and an estimate of the disk space needed."""
+    """Print the source and an estimate of the disk space needed."""
     sizes = [f["size"] for f in manifest.files]
     at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
     resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
@@ -188,8 +194,7 @@ def print_plan(config, manifest):
         needed += sum(sorted(sizes)[-2:])
     free = shutil.disk_usage(config.out).free
     warning = ", probably not enough" if needed > free else ""
-    print(f"{config.num_proc or 'no'} worker process{'es' * (config.num_proc != 1)}; {config.out} will need about "
-          f"{human_bytes(max(needed, 0))} ({human_bytes(free)} free{warning})", flush=True)
+    print(f"{config.out} will need about {human_bytes(max(needed, 0))} ({human_bytes(free)} free{warning})", flush=True)
 
 
 def verify_shards(folder, tokenizer=""):

@@ -7,7 +7,6 @@
 All input is read and checked before anything is written. Documents are shuffled by the seed; some go to validation.
 To add an input format see exactgpt/documents.py.
 """
-import contextlib
 import hashlib
 import itertools
 import tempfile
@@ -23,14 +22,12 @@ from exactgpt.shard_writer import (
     ShardWriter,
     available_cpus,
     batch_documents,
-    encode_tasks,
+    encode_batches,
     load_matching_manifest,
     print_summary,
 )
 from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, train_tokenizer
-
-POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save
 
 
 @dataclass(kw_only=True)
@@ -96,21 +93,19 @@ class DocumentReader:
         return n_documents, n_bytes, digest.hexdigest()
 
 
-def tokenize_documents(documents, n_bytes, tokenizer, file):
+def tokenize_documents(documents, n_documents, tokenizer, file):
     """Tokenize (text, starts) pairs into an open file.
 
     Returns all tokens, a uint16 memory map of the file, and the index in it where each document starts.
     """
-    num_proc = available_cpus() if n_bytes > POOL_BYTES else 0
-    tasks = ((sum(len(text.encode()) for text, _ in batch), list, batch) for batch in batch_documents(documents))
+    batches = batch_documents((None, *document) for document in documents)
     n_tokens, starts = 0, []
-    with contextlib.closing(encode_tasks(tasks, tokenizer, num_proc)) as results, tqdm(
-            desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for size, tokens in results:
+    with tqdm(desc="tokenizing", total=n_documents, unit="doc", unit_scale=True, disable=None, leave=False) as bar:
+        for _, tokens in encode_batches(batches, tokenizer, available_cpus()):
             starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
             n_tokens += len(tokens)
             file.write(tokens)
-            bar.update(size)
+            bar.update(len(starts[-1]))
     file.flush()
     return np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
 
@@ -165,10 +160,10 @@ def move_tail_first(starts, ends, n_tail):
     return np.array([p for p in pieces if p[0] < p[1]]).T
 
 
-def make_shards(folder, manifest, documents, n_bytes, tokenizer, config):
+def make_shards(folder, manifest, documents, n_documents, tokenizer, config):
     """Write the shards of the documents and complete the manifest. tokenizer None: train one. Raises UserError."""
     if tokenizer is None:
-        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
+        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {n_documents:,} documents", flush=True)
         tokenizer = train_tokenizer((text for text, _ in documents), config.train_tokenizer)
         if tokenizer.n_vocab < config.train_tokenizer:
             print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
@@ -177,7 +172,7 @@ def make_shards(folder, manifest, documents, n_bytes, tokenizer, config):
     tokenizer.save(folder)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
-            tokens, starts = tokenize_documents(documents, n_bytes, tokenizer, file)
+            tokens, starts = tokenize_documents(documents, n_documents, tokenizer, file)
             write_shards(folder, manifest, tokens, starts, config)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; fix that and run the same command "
@@ -200,7 +195,7 @@ def main(argv=None):
         with FolderLock(folder, wait_s=0):
             found = load_matching_manifest(folder, manifest)     # another process may have finished in the meantime
             if not (found and found.complete):
-                make_shards(folder, manifest, documents, n_bytes, tokenizer, config)
+                make_shards(folder, manifest, documents, n_documents, tokenizer, config)
                 print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
     print_summary(folder)
 

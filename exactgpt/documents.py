@@ -3,15 +3,13 @@
 `read_documents` yields the texts of a file, `read_rows` the values of some columns. Nothing in a file is trusted: a bad
 file raises a UserError that names the file and, if possible, the line.
 
-To add an input format to prepare_text.py, write a function like `_read_csv` and add its suffix to the table READERS.
-To add one to prepare_fineweb.py, write a function like `_split_jsonl` and add its suffix to the table SPLITTERS.
+To add an input format, write a function like `_read_csv` and add its suffix to the table READERS.
 """
 import ast
 import codecs
 import contextlib
 import csv
 import functools
-import itertools
 import json
 import re
 import sysconfig
@@ -21,8 +19,7 @@ from pathlib import Path
 from exactgpt.config import UserError, read_json
 
 PART_CHARS = 1 << 20       # a longer .txt or .md document is yielded in parts of about this many characters
-PIECE_BYTES = 1 << 21      # size of the pieces that split_into_pieces makes
-LARGE_GROUP = 1 << 25      # bytes; a larger parquet row group would take too much memory in a worker
+RESUMABLE = (".parquet", ".jsonl")      # the formats that read_texts can continue in the middle
 _SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -188,16 +185,15 @@ def _read_csv(path, columns, **dialect):
 _read_tsv = functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read_parquet(path, columns, row_groups=None):
+def _read_parquet(path, columns):
+    file = _open_parquet(path, columns)
     with _parquet_errors(path):
-        file = _open_parquet(path, *columns)
-        for batch in file.iter_batches(256, row_groups=row_groups, columns=columns, use_threads=False):
+        for batch in file.iter_batches(256, columns=columns, use_threads=False):
             for values in zip(*(column.to_pylist() for column in batch.columns)):
                 yield path, values
 
 
-@functools.lru_cache(maxsize=1)     # a footer with thousands of row groups takes a while to parse
-def _open_parquet(path, *columns):
+def _open_parquet(path, columns):
     """Return a pyarrow ParquetFile that has the columns, opened to use little memory. Raises UserError."""
     import pyarrow.parquet
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory: 30 MB per worker
@@ -223,80 +219,33 @@ READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json,
 
 
 # -----------------------------------------------------------------------------
-# large files in pieces: one process splits a file, other processes read the pieces
+# files that are continued in the middle
 
-def split_into_pieces(path, column, start=0):
-    """Yield (start, share, read, *args) for the pieces of a .parquet or .jsonl file from `start` on. Raises UserError.
+def read_texts(path, column, start=0):
+    """Yield (start, share, text) for each row of a .parquet or .jsonl file from `start` on. Raises UserError.
 
-    start: position of the piece (a row of a parquet file, a byte of a .jsonl file); pass it to a later call to continue
-    there. share: fraction of the file before the piece, 0 to 1. read(*args) yields the piece's documents (text, True)
-    in any process.
+    start: position of the row (its number in a parquet file, its first byte in a .jsonl file); pass it to a later call
+    to continue there. share: fraction of the file before the row, 0 to 1.
     """
-    split = next(function for suffix, function in SPLITTERS.items() if str(path).endswith(suffix))
-    return split(str(path), column, start)
-
-
-def _split_jsonl(path, column, start):
+    if str(path).endswith(".parquet"):
+        file = _open_parquet(path, [column])
+        kind = str(file.schema_arrow.field(column).type)
+        if "string" not in kind or kind.startswith(("list", "struct", "map")):
+            raise UserError(f"{path}: column {column!r} contains {kind}, not text")
+        for row, (_, (text,)) in enumerate(_read_parquet(path, [column])):
+            if row >= start:
+                yield row, row / file.metadata.num_rows, text or ""
+        return
     with _open(path, "rb") as f:
         size = Path(path).stat().st_size
-        while start < size:
-            f.seek(start + PIECE_BYTES)
-            f.readline()
-            stop = min(f.tell(), size)
-            yield start, start / size, _read_jsonl_lines, path, column, start, stop
-            start = stop
-
-
-def _read_jsonl_lines(path, column, start, stop):
-    """Yield (text, True) for the lines of a .jsonl file from byte `start` to byte `stop`. Raises UserError."""
-    with _open(path, "rb") as f:
         f.seek(start)
-        data = f.read(stop - start)
-    for line in data.removeprefix(codecs.BOM_UTF8 if start == 0 else b"").split(b"\n"):
-        where = f"{path}, byte {start:,}"
-        start += len(line) + 1
-        if line.strip():
-            value = _parse_object(line, where)
-            _check_columns([column], value, where)
-            yield _to_text(value[column], where, column), True
-
-
-def _split_parquet(path, column, start):
-    """Split a parquet file at row groups, which the workers read.
-
-    The row group that `start` lies in, and those that would take too much memory in a worker, are read here instead,
-    and the pieces carry their texts.
-    """
-    file = _open_parquet(path, column)
-    kind = str(file.schema_arrow.field(column).type)
-    if "string" not in kind or kind.startswith(("list", "struct", "map")):
-        raise UserError(f"{path}: column {column!r} contains {kind}, not text")
-    n_rows, first = max(1, file.metadata.num_rows), 0
-    for i in range(file.num_row_groups):
-        group = file.metadata.row_group(i)
-        if start <= first and group.total_byte_size <= LARGE_GROUP:
-            yield first, first / n_rows, _read_row_group, path, column, i
-        elif start < first + group.num_rows:
-            rows = itertools.islice(_read_parquet(path, [column], [i]), max(0, start - first), None)
-            row, piece_rows = max(first, start), max(1, group.num_rows * PIECE_BYTES // max(1, group.total_byte_size))
-            while texts := [text for _, (text,) in itertools.islice(rows, piece_rows)]:
-                yield row, row / n_rows, iter_texts, texts
-                row += len(texts)
-        first += group.num_rows
-
-
-def _read_row_group(path, column, group):
-    """Yield (text, True) for the rows of a row group of a parquet file."""
-    return iter_texts(text for _, (text,) in _read_parquet(path, [column], [group]))
-
-
-def iter_texts(texts):
-    """Yield (text, True) for each text; None becomes an empty document."""
-    return ((text or "", True) for text in texts)
-
-
-# File suffix -> function(path, column, start) that yields the pieces; see split_into_pieces.
-SPLITTERS = {".parquet": _split_parquet, ".jsonl": _split_jsonl}
+        for line in f:
+            where, data = f"{path}, byte {start:,}", line.removeprefix(codecs.BOM_UTF8 if start == 0 else b"")
+            if data.strip():
+                value = _parse_object(data, where)
+                _check_columns([column], value, where)
+                yield start, start / size, _to_text(value[column], where, column)
+            start += len(line)
 
 
 # -----------------------------------------------------------------------------

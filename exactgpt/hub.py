@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 from exactgpt.config import UserError, as_user_error
-from exactgpt.documents import SPLITTERS
+from exactgpt.documents import RESUMABLE
 
 ATTEMPTS = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0       # doubled after each attempt: about two minutes in total
-FORMATS = tuple(SPLITTERS)                       # the file suffixes that prepare_fineweb.py can read
 CONVERTED_REVISION = "refs/convert/parquet"      # the hub converts many data sets to parquet and keeps that here
 CONNECT_TIMEOUT_S = 5                            # huggingface_hub itself needs half a minute to notice a dead network
 
@@ -72,7 +71,7 @@ def _list_files(dataset, revision=None):
         dataset, recursive=True, revision=info.sha, repo_type="dataset")), dataset)
     # Only the formats that we read, and no path that leads out of the folder for downloads.
     files = {f.path: dict(path=f.path, size=f.size, sha256=f.lfs.sha256 if f.lfs else "") for f in tree
-             if isinstance(f, RepoFile) and f.path.endswith(FORMATS)
+             if isinstance(f, RepoFile) and f.path.endswith(RESUMABLE)
              and ".." not in Path(f.path).parts and not Path(f.path).is_absolute()}
     return info.sha, [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else [], files
 

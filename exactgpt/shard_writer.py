@@ -1,19 +1,12 @@
 """Tokenize documents on all cores and write them to shards; each finished shard gets an entry in the manifest.
 
-The order of the documents is kept, memory is bounded, and the output is the same for any number of workers. A task is a
-function that returns some documents, and its arguments. For prepare_fineweb.py that function reads a piece of a file,
-so workers do the reading and the parent only joins uint16 arrays. Workers never import torch.
+The order of the documents is kept, memory is bounded, and the output is the same for any number of threads. Threads
+are enough, because tiktoken encodes without Python's global lock.
 """
 import collections
-import contextlib
 import hashlib
 import io
-import multiprocessing
-import multiprocessing.resource_tracker
 import os
-import queue
-import signal
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,111 +18,47 @@ from exactgpt.shards import ShardFolder, load_manifest
 TASK_CHARS = 1 << 20       # text per task: enough to outweigh the overhead, little enough for memory
 
 
+def batch_documents(documents):
+    """Yield (label of the first, [(text, starts), ...]) for each TASK_CHARS characters of (label, text, starts)."""
+    batch, size = [], 0
+    for label, text, starts in documents:
+        if not batch:
+            first = label
+        batch.append((text, starts))
+        size += len(text)
+        if size >= TASK_CHARS:
+            yield first, batch
+            batch, size = [], 0
+    if batch:
+        yield first, batch
+
+
 def encode_documents(tokenizer, documents):
     """Return the tokens of (text, starts) pairs as one uint16 array.
 
     Each document begins with end-of-text. starts is False if the text continues the previous document.
     """
-    parts = [np.empty(0, dtype="<u2")]
-    eot = np.array([tokenizer.eot], dtype="<u2")
+    parts = []
     for text, starts in documents:
-        if starts:
-            parts.append(eot)
+        parts += [[tokenizer.eot]] if starts else []
         parts.append(tokenizer.encode_array(text))
-    return np.concatenate(parts)
+    return np.concatenate(parts, dtype="<u2", casting="unsafe")
 
 
-def batch_documents(documents):
-    """Yield lists of (text, starts) pairs with about TASK_CHARS characters each."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[0])
-        if size >= TASK_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def encode_batches(batches, tokenizer, n_threads):
+    """Yield (label, tokens) for each (label, documents), in order.
 
-
-def encode_tasks(tasks, tokenizer, num_proc):
-    """Yield (label, tokens) for each task (label, read, *args), in order.
-
-    Workers call read(*args), which returns (text, starts) pairs. num_proc 0: do everything in this process. At most
-    three tasks per worker are pending, even if the consumer is slow. An error in `read` is raised when the results
-    reach that task. Raises UserError if a worker dies.
+    At most three batches per thread are pending, even if the consumer is slow.
     """
-    if num_proc == 0:
-        for label, read, *args in tasks:
-            yield label, encode_documents(tokenizer, read(*args))
-        return
     pending = collections.deque()
-    with ThreadPoolExecutor(num_proc) as threads, _start_workers(num_proc, tokenizer) as idle:
-        for label, read, *args in tasks:
-            pending.append((label, threads.submit(_encode_in_worker, idle, read, args)))
-            if len(pending) == 3 * num_proc:
+    with ThreadPoolExecutor(n_threads) as threads:
+        for label, documents in batches:
+            pending.append((label, threads.submit(encode_documents, tokenizer, documents)))
+            if len(pending) == 3 * n_threads:
                 label, future = pending.popleft()
                 yield label, future.result()
         for label, future in pending:
             yield label, future.result()
-
-
-@contextlib.contextmanager
-def _start_workers(n, tokenizer):
-    """Yield a queue of (pipe to an idle worker, what to send first). At the end the workers are killed."""
-    # Spawn, because the parent has threads (downloads, pyarrow) and forking with threads can deadlock. SIGINT is
-    # blocked and workers inherit that: Ctrl-C is for the parent, and a worker that is still importing would print
-    # a traceback.
-    context, processes, idle = multiprocessing.get_context("spawn"), [], queue.SimpleQueue()
-    multiprocessing.resource_tracker.ensure_running()       # spawning would start it, and that unblocks SIGINT
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        for _ in range(n):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker_main, args=(theirs,), daemon=True)
-            process.start()
-            processes.append(process)
-            theirs.close()
-            idle.put((ours, [tokenizer]))       # not as an argument of Process: start() would hang if the worker died
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield idle
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-
-
-def _encode_in_worker(idle, read, args):
-    """Have an idle worker encode read(*args) and return the tokens. Each worker has a thread that does this."""
-    pipe, first = idle.get()
-    try:
-        for message in (*first, (read, args)):
-            pipe.send(message)
-        result = pipe.recv()
-    except (EOFError, OSError) as error:
-        raise UserError("a tokenizer process was killed (out of memory?); run the same command again, with a smaller "
-                        "--num_proc if it has that flag") from error
-    finally:
-        idle.put((pipe, []))
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def _worker_main(pipe):
-    """Encode tasks from the pipe until it closes. It closes whenever the parent ends, even after kill -9."""
-    with contextlib.suppress(EOFError, OSError):
-        tokenizer = pipe.recv()
-        while True:
-            read, args = pipe.recv()
-            try:
-                result = encode_documents(tokenizer, read(*args))
-            except UserError as error:
-                result = error
-            except Exception:
-                result = RuntimeError(traceback.format_exc())
-            pipe.send(result)
 
 
 def available_cpus():

@@ -84,10 +84,6 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                            special_tokens={EOT_TEXT: self.eot})
 
-    def __reduce__(self):
-        """Pickle only the merges, to send the tokenizer to worker processes."""
-        return Tokenizer, (self.merges, self.name)
-
     def encode(self, text):
         """Return the ids of a text as a list."""
         return self.encode_array(text).tolist()

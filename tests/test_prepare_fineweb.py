@@ -9,10 +9,9 @@ import time
 
 import pytest
 
-from exactgpt import documents
 from exactgpt.config import UserError
-from exactgpt.documents import split_into_pieces
-from exactgpt.shard_writer import encode_tasks
+from exactgpt.documents import read_texts
+from exactgpt.shard_writer import encode_batches
 from exactgpt.shards import ShardFolder, load_manifest
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from prepare_fineweb import PrepareFinewebConfig, iter_fetched, main
@@ -87,39 +86,21 @@ def test_tokenizer_flag_uses_the_vocabulary_in_that_folder(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2, 5])
-def test_any_number_of_workers_writes_the_same_bytes(corpus, tmp_path, num_proc):
+def test_any_number_of_threads_writes_the_same_bytes(corpus, tmp_path, num_proc):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000]
     prepare(tmp_path / "0", *flags, "--num_proc", 0)
     prepare(tmp_path / "n", *flags, "--num_proc", num_proc)
     assert read_files(tmp_path / "0") == read_files(tmp_path / "n")
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
-def test_any_start_method_gives_the_same_tokens(run, start_method):
-    code = f"""if True:
-        import multiprocessing
-        from exactgpt.shard_writer import encode_tasks
-        from exactgpt.documents import iter_texts
-        from exactgpt.tokenizer import gpt2_tokenizer
-        multiprocessing.set_start_method({start_method!r})
-        tasks = [(i, iter_texts, [f"text {{i}} {{j}}" for j in range(i)]) for i in range(20)]
-        def results(n):
-            return [(i, tokens.tolist()) for i, tokens in encode_tasks(tasks, gpt2_tokenizer(), n)]
-        assert results(2) == results(0)
-        print(len(results(2)))"""
-    rc, out, err = run("-c", code)
-    assert (rc, out) == (0, "20\n"), err
-
-
-@pytest.mark.slow
-def test_pending_tasks_are_bounded_with_a_slow_consumer():
+def test_pending_batches_are_bounded_with_a_slow_consumer():
     planned = []
 
-    def tasks():
+    def batches():
         for i in range(100):
             planned.append(i)
-            yield i, documents.iter_texts, ["text"] * 10
-    results = encode_tasks(tasks(), gpt2_tokenizer(), 2)
+            yield i, [("text", True)] * 10
+    results = encode_batches(batches(), gpt2_tokenizer(), 2)
     for i, _ in enumerate(results):
         assert len(planned) <= i + 1 + 3 * 2
         if i == 30:
@@ -127,44 +108,33 @@ def test_pending_tasks_are_bounded_with_a_slow_consumer():
     assert len(planned) < 40
 
 
-def test_workers_do_not_import_torch(run):
+def test_they_import_nothing_large(run):
     code = ("import prepare_fineweb, prepare_text, sys\n"
             "print({'torch', 'datasets', 'pyarrow', 'huggingface_hub', 'tokenizers'} & set(sys.modules))")
     assert run("-c", code)[1] == "set()\n"
 
 
-# --- reading in pieces
+# --- reading from the middle
 
 
 @pytest.mark.parametrize("row_group_size", [1, 7, 100])
-@pytest.mark.parametrize("limits", [(1, 1 << 30), (2000, 0), (500, 3000)])
-def test_parquet_pieces_cover_the_file_from_any_row(tmp_path, monkeypatch, row_group_size, limits):
-    monkeypatch.setattr(documents, "PIECE_BYTES", limits[0])
-    monkeypatch.setattr(documents, "LARGE_GROUP", limits[1])
+def test_parquet_files_are_read_from_any_row(tmp_path, row_group_size):
     texts = [*random_texts(40, 3), None, ""]
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(texts, row_group_size))
     for start in (0, 1, 6, 7, 8, 41, 42):
-        pieces = [(begin, share, list(read(*args)))
-                  for begin, share, read, *args in split_into_pieces(path, "text", start)]
-        assert [t for *_, piece in pieces for t in piece] == [(t or "", True) for t in texts[start:]]
-        at = start
-        for begin, share, piece in pieces:
-            assert begin == at and share == begin / 42
-            at += len(piece)
+        expected = [(row, row / 42, texts[row] or "") for row in range(start, 42)]
+        assert list(read_texts(path, "text", start)) == expected
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 100, 5000, 1 << 20])
-def test_jsonl_pieces_cover_the_file_from_any_piece(tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+def test_jsonl_files_are_read_from_any_line(tmp_path):
     texts = random_texts(30, 4)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps({"text": t}) for t in texts).encode() + b"\n\n")
-    pieces = [(begin, list(read(*args))) for begin, _, read, *args in split_into_pieces(path, "text")]
-    assert [t for _, piece in pieces for t in piece] == [(t, True) for t in texts]
-    for i, (begin, _) in enumerate(pieces):
-        again = [t for _, _, read, *args in split_into_pieces(path, "text", begin) for t in read(*args)]
-        assert again == [t for _, piece in pieces[i:] for t in piece]
+    rows = list(read_texts(path, "text"))
+    assert [text for *_, text in rows] == texts
+    for i, (start, share, _) in enumerate(rows):
+        assert list(read_texts(path, "text", start)) == rows[i:] and share == start / path.stat().st_size
 
 
 # --- kills and restarts
@@ -199,11 +169,11 @@ def test_ctrl_c_stops_it_without_a_traceback(corpus, tmp_path, delay):
         while process.poll() is None and not list(out.glob("*.npy")):
             time.sleep(0.002)
     else:
-        time.sleep(delay)       # during startup, or while the workers start
+        time.sleep(delay)       # during startup, or soon after
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=20)[1].decode()
     # Before main() starts, Python itself prints a traceback.
-    assert process.returncode in (130, -signal.SIGINT, 0) and "SpawnProcess" not in error
+    assert process.returncode in (130, -signal.SIGINT, 0)
     assert "Traceback" not in error or not out.exists()
     assert not list(out.glob("*.tmp"))
 
@@ -308,9 +278,3 @@ def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path):
     path.write_bytes(good)
     prepare(tmp_path / "out", *flags, "--num_proc", 2)
     assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 1000)
-
-
-def test_a_killed_worker_is_a_user_error(tmp_path):
-    read = os._exit
-    with pytest.raises(UserError, match="a tokenizer process was killed"):
-        list(encode_tasks([(0, read, 9)], gpt2_tokenizer(), 1))

@@ -2,7 +2,6 @@
 import ast
 import itertools
 import json
-import pickle
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -257,10 +256,9 @@ def test_training_is_deterministic(trained, run):
     assert run("-c", code, env={"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"})[1] == trained.name + "\n"
 
 
-def test_a_trained_vocabulary_can_be_saved_and_pickled(trained, tmp_path):
+def test_a_trained_vocabulary_can_be_saved(trained, tmp_path):
     trained.save(tmp_path)
-    copies = [load_tokenizer(tmp_path), from_checkpoint(json.loads(json.dumps(trained.to_checkpoint()))),
-              pickle.loads(pickle.dumps(trained))]
+    copies = [load_tokenizer(tmp_path), from_checkpoint(json.loads(json.dumps(trained.to_checkpoint())))]
     for copy in copies:
         assert (copy.name, copy.n_vocab, copy.eot, copy.merges) == (trained.name, 1024, 1023, trained.merges)
         assert copy.encode("a language model") == trained.encode("a language model")
