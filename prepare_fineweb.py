@@ -11,7 +11,6 @@ command again: the manifest records where in the source the next shard begins.
 """
 import contextlib
 import dataclasses
-import functools
 import glob
 import os
 import re
@@ -90,29 +89,23 @@ def resolve_source_files(config, manifest):
     Raises UserError.
     """
     if config.data_files:
-        files = local_source_files(config.data_files)
+        paths = sorted(p for p in glob.glob(config.data_files, recursive=True) if Path(p).is_file())
+        if not paths:
+            raise UserError(f"--data_files {config.data_files}: no file matches")
+        for path in paths:
+            if not path.endswith(RESUMABLE):
+                raise UserError(f"--data_files: cannot read {path}: it must end in one of {', '.join(RESUMABLE)}")
+            # Fail now, not hours later, if a parquet file is damaged or lacks the column.
+            next(read_texts(path, config.text_column), None)
+        files = [dict(path=path, size=Path(path).stat().st_size, sha256="") for path in paths]
         if manifest.files not in ([], files):
             raise UserError(f"the files of --data_files {config.data_files} changed since {config.out} was started; "
                             "restore them or choose another --out")
         manifest.files = files
-        for f in files:
-            # Fail now, not hours later, if a parquet file is damaged or lacks the column.
-            next(read_texts(f["path"], config.text_column), None)
     elif not manifest.files:
         manifest.revision, manifest.files = resolve_dataset(config.dataset, config.name)
     if set(manifest.position) != {"file", "start", "skip"} or manifest.position["file"] >= len(manifest.files):
         raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out} and start over")
-
-
-def local_source_files(pattern):
-    """Return the manifest's entries for the files that match a pattern, sorted by path. Raises UserError."""
-    paths = sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    if not paths:
-        raise UserError(f"--data_files {pattern}: no file matches")
-    for path in paths:
-        if not path.endswith(RESUMABLE):
-            raise UserError(f"--data_files {pattern}: cannot read {path}: it must end in one of {', '.join(RESUMABLE)}")
-    return [dict(path=path, size=Path(path).stat().st_size, sha256="") for path in paths]
 
 
 def iter_fetched(fetch, files, prefetch):
@@ -128,23 +121,18 @@ def iter_fetched(fetch, files, prefetch):
 
 def iter_documents(config, manifest):
     """Yield ((position, source bytes before it), text, True) for the documents from the manifest's position on."""
+    def fetch(file):
+        return file["path"] if config.data_files else download_source_file(
+            config.dataset, manifest.revision, file, Path(config.out, "downloads"))
+
     at, done = manifest.position, 0
-    if config.data_files:
-        fetch = lambda file: file["path"]
-    else:
-        fetch = functools.partial(download_source_file, config.dataset, manifest.revision, downloads(config))
     # No prefetch with --max_tokens: the next file may never be needed.
-    paths = iter_fetched(fetch, manifest.files[at["file"]:], not config.data_files and config.max_tokens is None)
+    paths = iter_fetched(fetch, manifest.files[at["file"]:], prefetch=config.max_tokens is None)
     for i, file in enumerate(manifest.files):
         if i >= at["file"]:
             for start, share, text in read_texts(next(paths), config.text_column, at["start"] * (i == at["file"])):
                 yield ({"file": i, "start": start}, done + int(share * file["size"])), text, True
         done += file["size"]
-
-
-def downloads(config):
-    """Return the folder for downloaded source files."""
-    return Path(config.out) / "downloads"
 
 
 def tokenize_to_shards(config, manifest, tokenizer):
@@ -158,7 +146,7 @@ def tokenize_to_shards(config, manifest, tokenizer):
         for (position, source_bytes), tokens in results:
             if not (config.data_files or config.keep_downloads):
                 for file in manifest.files[first:position["file"]]:      # all their tokens have arrived
-                    (downloads(config) / file["path"]).unlink(missing_ok=True)
+                    Path(config.out, "downloads", file["path"]).unlink(missing_ok=True)
                 first = position["file"]
             dropped = min(skip, len(tokens))        # these are already in finished shards
             skip -= dropped
@@ -179,22 +167,6 @@ def tokenize_to_shards(config, manifest, tokenizer):
                         f"{config.val_tokens():,}; use a smaller --shard_tokens, or set --max_tokens (a tenth of it "
                         "becomes validation)")
     writer.finish()
-
-
-def print_plan(config, manifest):
-    """Print the source and an estimate of the disk space needed."""
-    sizes = [f["size"] for f in manifest.files]
-    at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
-    resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
-    print(f"{manifest.source}{at}: {len(sizes)} files, {human_bytes(sum(sizes))}{resumed}")
-    # FineWeb-Edu gives 0.35 tokens per byte of parquet, and a token takes two bytes.
-    needed = min(2 * (config.max_tokens or 10**15), int(0.7 * sum(sizes)))
-    needed -= sum(2 * entry["tokens"] for entry in manifest.shards)
-    if not config.data_files:
-        needed += sum(sorted(sizes)[-2:])
-    free = shutil.disk_usage(config.out).free
-    warning = ", probably not enough" if needed > free else ""
-    print(f"{config.out} will need about {human_bytes(max(needed, 0))} ({human_bytes(free)} free{warning})", flush=True)
 
 
 def verify_shards(folder, tokenizer=""):
@@ -235,12 +207,15 @@ def main(argv=None):
             tokenizer.save(folder)
             if manifest.shards:
                 ShardFolder(folder, need_complete=False)        # raises if the shards to continue from are damaged
-            for leftover in downloads(config).rglob("*.incomplete"):
+            for leftover in Path(folder, "downloads").rglob("*.incomplete"):
                 leftover.unlink()
-            print_plan(config, manifest)
+            at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
+            resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
+            size = human_bytes(sum(f["size"] for f in manifest.files))
+            print(f"{manifest.source}{at}: {len(manifest.files)} files, {size}{resumed}", flush=True)
             tokenize_to_shards(config, manifest, tokenizer)
             if not config.keep_downloads:
-                shutil.rmtree(downloads(config), ignore_errors=True)
+                shutil.rmtree(Path(folder, "downloads"), ignore_errors=True)
     print_summary(folder)
 
 

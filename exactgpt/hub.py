@@ -16,7 +16,6 @@ from exactgpt.documents import RESUMABLE
 
 ATTEMPTS = 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0       # doubled after each attempt: about two minutes in total
-CONVERTED_REVISION = "refs/convert/parquet"      # the hub converts many data sets to parquet and keeps that here
 CONNECT_TIMEOUT_S = 5                            # huggingface_hub itself needs half a minute to notice a dead network
 
 
@@ -38,42 +37,27 @@ def reachable():
 
 
 def resolve_dataset(dataset, name=None):
-    """Return (commit, files) with the train files of a data set, sorted by path. Raises UserError.
+    """Return (commit, [{path, size, sha256}, ...]) for the train files of a data set, sorted by path. Raises UserError.
 
-    name: the configuration (None: the default one). Each file is a dict {path, size, sha256}; sha256 is "" if the hub
-    does not give one. The files are those that the data set's card lists. Without such a
-    list they are its parquet and jsonl files, below a folder called `name` if one is given. If there are none, they are
-    the files of the hub's own parquet conversion.
+    name: the configuration (None: the default one). The files are those that the data set's card lists. Without such a
+    list they are its parquet and jsonl files, below a folder called `name` if one is given.
     """
     from huggingface_hub import HfApi
-    commit, card, files = _list_files(dataset)
-    chosen = _train_files_in_card(dataset, name, card, files) if card else _guess_train_files(name, files)
-    if not chosen and _with_retries(
-            lambda: HfApi().revision_exists(dataset, CONVERTED_REVISION, repo_type="dataset"), dataset):
-        commit, _, files = _list_files(dataset, CONVERTED_REVISION)
-        # CONFIGURATION/train/0000.parquet; "partial-train", the beginning of a large data set, is left out.
-        names = {path.split("/")[0] for path in files}
-        card = [{"config_name": folder, "data_files": f"{folder}/train/*"} for folder in names]
-        chosen = _train_files_in_card(dataset, name, card, files) if card else []
-    if not chosen:
-        raise UserError(f"{dataset} has no parquet or jsonl files for the train split of {name or 'its default'}; look "
-                        f"at https://huggingface.co/datasets/{dataset}/tree/main, or use local files with --data_files")
-    return commit, [files[path] for path in sorted(chosen)]
-
-
-def _list_files(dataset, revision=None):
-    """Return (commit, the card's configurations [{config_name, data_files}], {path: file}) of a data set."""
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
-    info = _with_retries(lambda: HfApi().dataset_info(dataset, revision=revision, timeout=20), dataset, attempts=4)
-    configs = info.card_data.to_dict().get("configs") if info.card_data else None
+    info = _with_retries(lambda: HfApi().dataset_info(dataset, timeout=20), dataset, attempts=4)
     tree = _with_retries(lambda: list(HfApi().list_repo_tree(
         dataset, recursive=True, revision=info.sha, repo_type="dataset")), dataset)
     # Only the formats that we read, and no path that leads out of the folder for downloads.
     files = {f.path: dict(path=f.path, size=f.size, sha256=f.lfs.sha256 if f.lfs else "") for f in tree
              if isinstance(f, RepoFile) and f.path.endswith(RESUMABLE)
              and ".." not in Path(f.path).parts and not Path(f.path).is_absolute()}
-    return info.sha, [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else [], files
+    configs = info.card_data.to_dict().get("configs") if info.card_data else None
+    configs = [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
+    chosen = _train_files_in_card(dataset, name, configs, files) if configs else _guess_train_files(name, files)
+    if not chosen:
+        raise UserError(f"{dataset} has no parquet or jsonl files for the train split of {name or 'its default'}; look "
+                        f"at https://huggingface.co/datasets/{dataset}/tree/main, or use local files with --data_files")
+    return info.sha, [files[path] for path in sorted(chosen)]
 
 
 def _train_files_in_card(dataset, name, configs, paths):
@@ -83,16 +67,14 @@ def _train_files_in_card(dataset, name, configs, paths):
     of {split, path}.
     """
     from fsspec.utils import glob_translate
-    by_name = {c.get("config_name", "default"): c.get("data_files") for c in configs}
-    default = next((c.get("config_name") for c in configs if c.get("default")), None)
-    only = next(iter(by_name)) if len(by_name) == 1 else "default"
-    wanted = name or default or only
+    by_name = {c.get("config_name", "default"): c for c in configs}
+    wanted = name or next((n for n, c in by_name.items() if c.get("default") or len(by_name) == 1), "default")
     if wanted not in by_name:
         known = ", ".join(sorted(by_name)[:12]) + (", ..." if len(by_name) > 12 else "")
         raise UserError(f"{dataset} has " + (f"no configuration {name!r}" if name else "several configurations")
                         + f"; choose one with --name: {known}")
-    patterns = []
-    for entry in by_name[wanted] if isinstance(by_name[wanted], list) else [by_name[wanted]]:
+    patterns, entries = [], by_name[wanted].get("data_files")
+    for entry in entries if isinstance(entries, list) else [entries]:
         if isinstance(entry, dict) and entry.get("split", "train") == "train":
             entry = entry.get("path")
         patterns += entry if isinstance(entry, list) else [entry] if isinstance(entry, str) else []
@@ -103,9 +85,9 @@ def _train_files_in_card(dataset, name, configs, paths):
 
 
 def _guess_train_files(name, paths):
-    """Guess the train files from the paths alone, below a folder called `name` if one is given.
+    """Return the paths that contain "train", or else those that do not look like another split.
 
-    If some paths contain "train", return those; else return all but the paths that look like another split.
+    Only paths below a folder called `name` count, if one is given.
     """
     paths = [p for p in paths if name in (None, "default") or name in Path(p).parts[:-1]]
     words = {p: set(re.split(r"[^a-z]+", p.lower())) for p in paths}
@@ -113,7 +95,7 @@ def _guess_train_files(name, paths):
     return train or [p for p in paths if words[p].isdisjoint({"test", "val", "valid", "validation", "dev", "eval"})]
 
 
-def download_source_file(dataset, commit, folder, file):
+def download_source_file(dataset, commit, file, folder):
     """Download a file {path, size, sha256} into `folder` unless it is there; return its path. Raises UserError."""
     from huggingface_hub import hf_hub_download
 

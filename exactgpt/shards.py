@@ -153,9 +153,8 @@ class ShardFolder:
         """Check the folder. Raises UserError that says what is missing or damaged."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            problem = "is a file, not a folder" if self.folder.exists() else "does not exist"
-            raise UserError(f"no shards: {folder} {problem}; make them with prepare_fineweb.py or prepare_text.py, or "
-                            "name another folder")
+            raise UserError(f"no shards: there is no folder {folder}; make them with prepare_fineweb.py or "
+                            "prepare_text.py, or name another folder")
         self.manifest = load_manifest(folder)
         names = {p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name)}
         if self.manifest:

@@ -8,11 +8,10 @@ import time
 import urllib.parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONVERTED = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
-    """datasets: {id: {"files": {path: bytes}, "configs": [...], "converted": {path: bytes}, "error": (status, code)}}.
+    """datasets: {id: {"files": {path: bytes}, "configs": [...], "error": (status, code)}}.
 
     faults: [(method, part of the path, fault)], each used once. A fault is a status, (status, headers), "hang", "cut",
     "damage", or the bytes of another response.
@@ -80,11 +79,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif "error" in dataset:
             self._send(dataset["error"][0], b"{}", **{"X-Error-Code": dataset["error"][1]})
         elif not is_api:
-            self._file(dataset, rest[1], "/".join(rest[2:]), fault)
+            self._file(dataset["files"], rest[1], "/".join(rest[2:]), fault)
         elif rest[:1] == ["tree"]:
-            self._tree(self._files(dataset, rest[1]))
+            self._tree(dataset["files"])
         else:
-            self._info(name, dataset, "/".join(rest[1:]) or "main")
+            self._info(name, dataset)
 
     def _next_fault(self, method, path):
         with self.server.lock:
@@ -95,18 +94,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     return fault[2]
         return None
 
-    def _files(self, dataset, revision):
-        if revision in ("refs/convert/parquet", CONVERTED):
-            return dataset.get("converted")
-        return dataset["files"] if revision in ("main", COMMIT) else None
-
-    def _info(self, name, dataset, revision):
-        files = self._files(dataset, revision)
-        if files is None:
-            self._send(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
-            return
-        info = {"id": name, "sha": COMMIT if files is dataset["files"] else CONVERTED,
-                "siblings": []}
+    def _info(self, name, dataset):
+        info = {"id": name, "sha": COMMIT, "siblings": []}
         if "configs" in dataset:
             info["cardData"] = {"license": "odc-by", "configs": dataset["configs"]}
         self._send(200, json.dumps(info).encode())
@@ -119,8 +108,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                  for p, data in {"README.md": b"", **files}.items()]
         self._send(200, json.dumps(folders + infos).encode())
 
-    def _file(self, dataset, revision, path, fault):
-        data = self._files(dataset, revision)[path]
+    def _file(self, files, revision, path, fault):
+        data = files[path]
         headers = {"X-Repo-Commit": revision, "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         start = 0
         if "Range" in self.headers:

@@ -11,7 +11,7 @@ from exactgpt.config import UserError
 from exactgpt.shards import load_manifest
 from tests.common import ROOT, script_env
 from tests.corpora import build_nanogpt_shards, kill_when, load_shards, parquet_bytes, write_corpus
-from tests.fake_hub import COMMIT, CONVERTED, serve
+from tests.fake_hub import COMMIT, serve
 
 EDU = "HuggingFaceFW/fineweb-edu"
 FAST_RETRIES = ("import prepare_fineweb; from exactgpt import config, hub; hub.FIRST_PAUSE_S = 0.1; "
@@ -154,15 +154,6 @@ def test_layouts_of_data_sets(layout, use_hub):
         commit, files = hub.resolve_dataset("someone/corpus", name)
     assert commit == COMMIT and [f["path"] for f in files] == expected
     assert all((f["size"], f["sha256"]) == (4, hashlib.sha256(b"data").hexdigest()) for f in files)
-
-
-def test_other_formats_use_the_hubs_parquet_conversion(use_hub):
-    converted = {f"{config}/{split}/0000.parquet": b"" for config in ("default", "b") for split in ("train", "test")}
-    with serve({"someone/corpus": {"files": {"train.csv.gz": b""}, "converted": converted}}) as server:
-        use_hub(server)
-        for name, folder in ((None, "default"), ("b", "b")):
-            commit, files = hub.resolve_dataset("someone/corpus", name)
-            assert commit == CONVERTED and [f["path"] for f in files] == [f"{folder}/train/0000.parquet"]
 
 
 HUB_ERRORS = {

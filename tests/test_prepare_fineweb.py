@@ -253,7 +253,7 @@ def test_default_folder_and_shard_names():
     (["--data_files", "bad.jsonl"], "bad.jsonl, byte 14: not valid JSON"),
     (["--max_tokens", "5"], "--max_tokens must be >= 20"),
     (["--num_proc", "-1"], "--num_proc must be >= 0"),
-    (["--verify", "--out", "none"], "no shards: none does not exist"),
+    (["--verify", "--out", "none"], "no shards: there is no folder none"),
     (["--max_token", "100"], "unknown argument --max_token; did you mean --max_tokens?"),
 ])
 def test_wrong_commands_print_one_line(tmp_path, run, flags, message):

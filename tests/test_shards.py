@@ -201,7 +201,7 @@ def test_gaps_duplicates_and_mixtures_are_refused(tmp_path, names, message):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"does not exist; make them with prepare_fineweb\.py"):
+    with pytest.raises(UserError, match=r"there is no folder .*none; make them with prepare_fineweb\.py"):
         ShardFolder(tmp_path / "none")
 
 
