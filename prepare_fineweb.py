@@ -108,42 +108,34 @@ def resolve_source_files(config, manifest):
         raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out} and start over")
 
 
-def iter_fetched(fetch, files, prefetch):
-    """Yield fetch(file) for each file. With prefetch, fetch the next file in the background."""
+def iter_documents(config, manifest):
+    """Yield (position, text, True) for the documents from the manifest's position on, downloading what is needed."""
     # Not a ThreadPoolExecutor: Python waits for its threads at exit, so Ctrl-C would hang until the download ends.
     pool, following = ThreadPool(1), None
-    for i in range(len(files)):
-        path = (following or pool.apply_async(fetch, files[i:i + 1])).get()
-        following = pool.apply_async(fetch, files[i + 1:i + 2]) if prefetch and i + 1 < len(files) else None
-        yield path
-    pool.close()
 
-
-def iter_documents(config, manifest):
-    """Yield ((position, source bytes before it), text, True) for the documents from the manifest's position on."""
-    def fetch(file):
-        return file["path"] if config.data_files else download_source_file(
-            config.dataset, manifest.revision, file, Path(config.out, "downloads"))
-
-    at, done = manifest.position, 0
-    # No prefetch with --max_tokens: the next file may never be needed.
-    paths = iter_fetched(fetch, manifest.files[at["file"]:], prefetch=config.max_tokens is None)
-    for i, file in enumerate(manifest.files):
-        if i >= at["file"]:
-            for start, share, text in read_texts(next(paths), config.text_column, at["start"] * (i == at["file"])):
-                yield ({"file": i, "start": start}, done + int(share * file["size"])), text, True
-        done += file["size"]
+    def start_download(i):
+        return pool.apply_async(download_source_file, (config.dataset, manifest.revision, manifest.files[i],
+                                                       Path(config.out, "downloads")))
+    first = manifest.position["file"]
+    for i, file in enumerate(manifest.files[first:], first):
+        path = file["path"] if config.data_files else (following or start_download(i)).get()
+        # No prefetch with --max_tokens: the next file may never be needed.
+        if not config.data_files and config.max_tokens is None and i + 1 < len(manifest.files):
+            following = start_download(i + 1)
+        begin = manifest.position["start"] if i == first else 0
+        for start, text in read_texts(path, config.text_column, begin):
+            yield {"file": i, "start": start}, text, True
 
 
 def tokenize_to_shards(config, manifest, tokenizer):
     """Tokenize and write shards from the manifest's position to the end of the source or --max_tokens."""
-    done, source_size = sum(entry["tokens"] for entry in manifest.shards), sum(f["size"] for f in manifest.files)
+    done = sum(entry["tokens"] for entry in manifest.shards)
     writer = ShardWriter(config.out, config.prefix(), manifest, config.val_tokens(), config.shard_tokens)
     skip, first = manifest.position["skip"], manifest.position["file"]
     results = encode_batches(batch_documents(iter_documents(config, manifest)), tokenizer, config.num_proc or 1)
     with contextlib.closing(results), tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok",
                                            unit_scale=True, disable=None, smoothing=0.05) as bar:
-        for (position, source_bytes), tokens in results:
+        for position, tokens in results:
             if not (config.data_files or config.keep_downloads):
                 for file in manifest.files[first:position["file"]]:      # all their tokens have arrived
                     Path(config.out, "downloads", file["path"]).unlink(missing_ok=True)
@@ -154,14 +146,11 @@ def tokenize_to_shards(config, manifest, tokenizer):
             n_shards = len(manifest.shards)
             writer.append(tokens, {**position, "skip": dropped})
             done += len(tokens)
-            if source_bytes and not config.max_tokens:
-                bar.total = int(done * source_size / source_bytes)
             bar.update(len(tokens))
             for entry in manifest.shards[n_shards:]:
-                bar.write(f"wrote {entry['file']}")
+                bar.write(f"wrote {entry['file']} (at source file {position['file'] + 1} of {len(manifest.files)})")
             if done == config.max_tokens:
                 break
-        bar.total = done
     if done <= config.val_tokens():
         raise UserError(f"the source ends after {done:,} tokens, inside the validation shard of "
                         f"{config.val_tokens():,}; use a smaller --shard_tokens, or set --max_tokens (a tenth of it "
@@ -200,15 +189,10 @@ def main(argv=None):
     if not manifest.complete:
         resolve_source_files(config, manifest)
         with FolderLock(folder, wait_s=0):
-            now = load_matching_manifest(folder, wanted)
-            if now and len(now.shards) != len(manifest.shards):
-                raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
             manifest.save(folder)
             tokenizer.save(folder)
             if manifest.shards:
                 ShardFolder(folder, need_complete=False)        # raises if the shards to continue from are damaged
-            for leftover in Path(folder, "downloads").rglob("*.incomplete"):
-                leftover.unlink()
             at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
             resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
             size = human_bytes(sum(f["size"] for f in manifest.files))

@@ -58,39 +58,32 @@ class PrepareTextConfig:
             raise UserError("--tokenizer and --train_tokenizer cannot be combined; use one of them")
 
 
-class DocumentReader:
-    """All documents of a command. Each iteration reads them again, as (text, starts) pairs; blank ones are skipped."""
+def iter_documents(config, files):
+    """Yield (text, starts) for the documents of the command; blank ones are skipped."""
+    separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")      # as it can be typed in any shell
+    sources = [read_documents(path, config.text_column, separator) for path in files]
+    if config.demo:
+        sources = [((text, True) for text in python_documents())]
+    for text, starts in itertools.chain(*sources):
+        if not starts or (text and not text.isspace()):
+            yield text, starts
 
-    def __init__(self, config):
-        self._config = config
-        self.files = [] if config.demo else find_files(config.paths)
-        self._demo = list(python_documents()) if config.demo else []
 
-    def __iter__(self):
-        c = self._config
-        separator = c.separator.replace("\\n", "\n").replace("\\t", "\t")      # as it can be typed in any shell
-        files = (read_documents(path, c.text_column, separator) for path in self.files)
-        for text, starts in itertools.chain(((text, True) for text in self._demo), *files):
-            if not starts or (text and not text.isspace()):
-                yield text, starts
+def scan_documents(documents):
+    """Return (number of documents, bytes, sha256 of all text). Raises UserError for unreadable input.
 
-    def scan(self):
-        """Return (number of documents, bytes, sha256 of all text). Raises UserError for unreadable or empty input.
-
-        This reads everything once, so that errors show before anything is written.
-        """
-        n_documents, n_bytes, digest = 0, 0, hashlib.sha256()
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            for text, starts in self:
-                data = text.encode("utf-8")
-                digest.update(b"\xff" if starts else b"")      # UTF-8 never contains this byte, so it marks a start
-                digest.update(data)
-                n_documents += starts
-                n_bytes += len(data)
-                bar.update(len(data))
-        if not n_documents:
-            raise UserError(f"no text in {', '.join(map(str, self.files[:3]))}")
-        return n_documents, n_bytes, digest.hexdigest()
+    This reads everything once, so that errors show before anything is written.
+    """
+    n_documents, n_bytes, digest = 0, 0, hashlib.sha256()
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for text, starts in documents:
+            data = text.encode("utf-8")
+            digest.update(b"\xff" if starts else b"")      # UTF-8 never contains this byte, so it marks a start
+            digest.update(data)
+            n_documents += starts
+            n_bytes += len(data)
+            bar.update(len(data))
+    return n_documents, n_bytes, digest.hexdigest()
 
 
 def tokenize_documents(documents, n_documents, tokenizer, file):
@@ -160,19 +153,21 @@ def move_tail_first(starts, ends, n_tail):
     return np.array([p for p in pieces if p[0] < p[1]]).T
 
 
-def make_shards(folder, manifest, documents, n_documents, tokenizer, config):
-    """Write the shards of the documents and complete the manifest. tokenizer None: train one. Raises UserError."""
-    if tokenizer is None:
+def make_shards(folder, manifest, files, n_documents, config):
+    """Write the vocabulary and the shards of all documents, and complete the manifest. Raises UserError."""
+    if config.train_tokenizer:
         print(f"training a vocabulary of {config.train_tokenizer:,} entries on {n_documents:,} documents", flush=True)
-        tokenizer = train_tokenizer((text for text, _ in documents), config.train_tokenizer)
+        tokenizer = train_tokenizer((text for text, _ in iter_documents(config, files)), config.train_tokenizer)
         if tokenizer.n_vocab < config.train_tokenizer:
             print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
+    else:
+        tokenizer = default_tokenizer(config.tokenizer)
     manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
     manifest.save(folder)           # still incomplete: after a kill, the same command recognizes it and starts over
     tokenizer.save(folder)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
-            tokens, starts = tokenize_documents(documents, n_documents, tokenizer, file)
+            tokens, starts = tokenize_documents(iter_documents(config, files), n_documents, tokenizer, file)
             write_shards(folder, manifest, tokens, starts, config)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; fix that and run the same command "
@@ -183,20 +178,20 @@ def main(argv=None):
     """Make shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
     config = parse_config(PrepareTextConfig, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
-    tokenizer = None if config.train_tokenizer else default_tokenizer(config.tokenizer)
-    documents = DocumentReader(config)
-    n_documents, n_bytes, digest = documents.scan()
+    tokenizer_name = "" if config.train_tokenizer else default_tokenizer(config.tokenizer).name
+    files = find_files(config.paths)
+    n_documents, n_bytes, digest = scan_documents(iter_documents(config, files))
+    if not n_documents:
+        raise UserError(f"no text in {', '.join(map(str, files[:3]))}")
     manifest = Manifest(source="CPython documentation" if config.demo else "text", vocab_size=0, eot=0,
-                        tokenizer=tokenizer.name if tokenizer else "", seed=config.seed, settings=dict(
+                        tokenizer=tokenizer_name, seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
     found = load_matching_manifest(folder, manifest)
     if not (found and found.complete):
         with FolderLock(folder, wait_s=0):
-            found = load_matching_manifest(folder, manifest)     # another process may have finished in the meantime
-            if not (found and found.complete):
-                make_shards(folder, manifest, documents, n_documents, tokenizer, config)
-                print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
+            make_shards(folder, manifest, files, n_documents, config)
+        print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
     print_summary(folder)
 
 

@@ -85,7 +85,7 @@ def make_corpus(documents, folder, workers, name):
 
 def ours_one_process(corpus):
     """Tokenize with one thread of prepare_fineweb.py, from parquet to uint16."""
-    documents = ((row, text, True) for row, _, text in read_texts(corpus.parquet, "text"))
+    documents = ((row, text, True) for row, text in read_texts(corpus.parquet, "text"))
     return [tokens for _, tokens in encode_batches(batch_documents(documents), gpt2_tokenizer(), 1)]
 
 

@@ -222,29 +222,27 @@ READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json,
 # files that are continued in the middle
 
 def read_texts(path, column, start=0):
-    """Yield (start, share, text) for each row of a .parquet or .jsonl file from `start` on. Raises UserError.
+    """Yield (start, text) for each row of a .parquet or .jsonl file from `start` on. Raises UserError.
 
     start: position of the row (its number in a parquet file, its first byte in a .jsonl file); pass it to a later call
-    to continue there. share: fraction of the file before the row, 0 to 1.
+    to continue there.
     """
     if str(path).endswith(".parquet"):
-        file = _open_parquet(path, [column])
-        kind = str(file.schema_arrow.field(column).type)
+        kind = str(_open_parquet(path, [column]).schema_arrow.field(column).type)
         if "string" not in kind or kind.startswith(("list", "struct", "map")):
             raise UserError(f"{path}: column {column!r} contains {kind}, not text")
         for row, (_, (text,)) in enumerate(_read_parquet(path, [column])):
             if row >= start:
-                yield row, row / file.metadata.num_rows, text or ""
+                yield row, text or ""
         return
     with _open(path, "rb") as f:
-        size = Path(path).stat().st_size
         f.seek(start)
         for line in f:
             where, data = f"{path}, byte {start:,}", line.removeprefix(codecs.BOM_UTF8 if start == 0 else b"")
             if data.strip():
                 value = _parse_object(data, where)
                 _check_columns([column], value, where)
-                yield start, start / size, _to_text(value[column], where, column)
+                yield start, _to_text(value[column], where, column)
             start += len(line)
 
 
@@ -256,8 +254,9 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtled
                     "pydoc_data", "encodings", "__pycache__", "__phello__", "_pyrepl"}
 
 
+@functools.cache
 def python_documents():
-    """Yield Python's own documentation: one text per language topic, then one per module, in a fixed order.
+    """Return Python's own documentation: one text per language topic, then one per module, in a fixed order.
 
     Every machine with Python already has it, so the demo needs no download. Raises UserError if it is not installed.
     """
@@ -267,8 +266,7 @@ def python_documents():
         raise UserError(f"this Python has no documentation ({topics} is missing); use a Python from python.org, "
                         "or your own text: prepare_text.py FILE_OR_DIR... --out data/NAME")
     dictionary = next(node.value for node in _parse_module(topics).body if isinstance(node, ast.Assign))
-    for _, text in sorted(ast.literal_eval(dictionary).items()):
-        yield text.strip() + "\n"
+    texts = [text.strip() + "\n" for _, text in sorted(ast.literal_eval(dictionary).items())]
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if _SKIPPED_FOLDERS.isdisjoint(parts) and not parts[0].startswith("config-"):
@@ -276,8 +274,8 @@ def python_documents():
             text = ast.get_docstring(module)
             sections = [f"Help on module {name}:\n\n{text}"] if text else []
             sections += _docstring_sections(module, name + ".", "")
-            if sections:
-                yield "\n\n".join(sections) + "\n"
+            texts += ["\n\n".join(sections) + "\n"] if sections else []
+    return texts
 
 
 def _parse_module(path):

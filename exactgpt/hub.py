@@ -141,17 +141,10 @@ def _raise_if_permanent(chain, response, what, reason):
     """Raise UserError for a permanent error. chain: the error, its cause, the cause of that and so on."""
     from huggingface_hub import errors
     error, status = chain[0], response.status_code if response is not None else 0
-    if isinstance(error, errors.GatedRepoError):
-        advice = (f"{what} is gated: accept its terms on https://huggingface.co/datasets, then log in with "
-                  "`hf auth login` or set HF_TOKEN")
-    elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        advice = f"there is no data set {what} on the hub, or it is private (then run `hf auth login` or set HF_TOKEN)"
-    elif any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
-        advice = f"cannot get {what}: HF_HUB_OFFLINE is set; unset it, or use local files with --data_files"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        advice = f"cannot store {what}: {error.strerror}; fix that and run the same command again to continue"
-    elif 400 <= status < 500 and status not in (408, 425, 429):
-        advice = f"the hub refuses {what} ({reason}); check that you can open it on https://huggingface.co/datasets"
-    else:
-        return
-    raise UserError(advice) from error
+    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
+        raise UserError(f"cannot get {what}: HF_HUB_OFFLINE is set; unset it, or use local files with --data_files")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        raise UserError(f"cannot store {what}: {error.strerror}; fix that and run the same command again to continue")
+    if isinstance(error, errors.HFValidationError) or (400 <= status < 500 and status not in (408, 425, 429)):
+        raise UserError(f"the hub refuses {what} ({reason}); look for it on https://huggingface.co/datasets; if it is "
+                        "private or gated, accept its terms there and log in with `hf auth login` or set HF_TOKEN")

@@ -157,12 +157,12 @@ def test_layouts_of_data_sets(layout, use_hub):
 
 
 HUB_ERRORS = {
-    "missing": ("no/such", None, "there is no data set no/such on the hub, or it is private"),
-    "gated": ("some/gated", None, "some/gated is gated: accept its terms"),
+    "missing": ("no/such", None, r"the hub refuses no/such \(HTTP 404\); look for it on"),
+    "gated": ("some/gated", None, r"refuses some/gated \(HTTP 403\).*accept its terms there and log in"),
     "configuration": (EDU, "sample-1BT", "no configuration 'sample-1BT'; choose one with --name: default, sample-10BT"),
     "configurations": ("some/several", None, "several configurations; choose one with --name: de, en"),
     "formats": ("some/images", None, "some/images has no parquet or jsonl files"),
-    "identifier": ("a b", None, "there is no data set a b"),
+    "identifier": ("a b", None, "the hub refuses a b"),
     "disabled": ("some/disabled", None, r"the hub refuses some/disabled \(HTTP 403\)"),
 }
 

@@ -9,12 +9,13 @@ import time
 
 import pytest
 
+import prepare_fineweb
 from exactgpt.config import UserError
 from exactgpt.documents import read_texts
 from exactgpt.shard_writer import encode_batches
-from exactgpt.shards import ShardFolder, load_manifest
+from exactgpt.shards import Manifest, ShardFolder, load_manifest
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
-from prepare_fineweb import PrepareFinewebConfig, iter_fetched, main
+from prepare_fineweb import PrepareFinewebConfig, main
 from tests.common import ROOT, SHARED_DATA, script_env
 from tests.corpora import (
     build_nanogpt_shards,
@@ -123,7 +124,7 @@ def test_parquet_files_are_read_from_any_row(tmp_path, row_group_size):
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(texts, row_group_size))
     for start in (0, 1, 6, 7, 8, 41, 42):
-        expected = [(row, row / 42, texts[row] or "") for row in range(start, 42)]
+        expected = [(row, texts[row] or "") for row in range(start, 42)]
         assert list(read_texts(path, "text", start)) == expected
 
 
@@ -132,9 +133,9 @@ def test_jsonl_files_are_read_from_any_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps({"text": t}) for t in texts).encode() + b"\n\n")
     rows = list(read_texts(path, "text"))
-    assert [text for *_, text in rows] == texts
-    for i, (start, share, _) in enumerate(rows):
-        assert list(read_texts(path, "text", start)) == rows[i:] and share == start / path.stat().st_size
+    assert [text for _, text in rows] == texts
+    for i, (start, _) in enumerate(rows):
+        assert list(read_texts(path, "text", start)) == rows[i:]
 
 
 # --- kills and restarts
@@ -224,16 +225,20 @@ def test_verify(corpus, tmp_path, capsys):
 # --- other behavior
 
 
-def test_at_most_one_file_is_prefetched():
+@pytest.mark.parametrize("max_tokens, n_ahead", [(None, 1), (10**9, 0)])
+def test_at_most_one_file_is_prefetched(corpus, monkeypatch, max_tokens, n_ahead):
     fetched = []
-    paths = iter_fetched(lambda f: fetched.append(f) or f, list("abcd"), prefetch=True)
-    for i, path in enumerate(paths):
-        time.sleep(0.05)
-        assert path == "abcd"[i] and fetched == list("abcd"[:i + 2])
-    fetched.clear()
-    for i, _ in enumerate(iter_fetched(lambda f: fetched.append(f) or f, list("abcd"), prefetch=False)):
-        time.sleep(0.05)
-        assert fetched == list("abcd"[:i + 1])
+    monkeypatch.setattr(prepare_fineweb, "download_source_file",
+                        lambda _dataset, _commit, file, _folder: fetched.append(file) or corpus[0] / file)
+    manifest = Manifest("", "", 0, 0, files=["000.parquet", "001.parquet", "002.parquet"],
+                        position={"file": 0, "start": 98, "skip": 0})
+    config = PrepareFinewebConfig(out="", max_tokens=max_tokens)
+    for position, text, _ in prepare_fineweb.iter_documents(config, manifest):
+        time.sleep(0.001)
+        assert manifest.files[:position["file"] + 1] == fetched[:position["file"] + 1]
+        assert len(fetched) <= position["file"] + 1 + n_ahead
+        assert text == corpus[1][(0, 100, 101)[position["file"]] + position["start"]]
+    assert fetched == manifest.files
 
 
 def test_default_folder_and_shard_names():
