@@ -24,14 +24,7 @@ from tqdm import tqdm
 from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import RESUMABLE, read_texts
 from exactgpt.hub import download_source_file, resolve_dataset
-from exactgpt.shard_writer import (
-    ShardWriter,
-    available_cpus,
-    batch_documents,
-    encode_batches,
-    load_matching_manifest,
-    print_summary,
-)
+from exactgpt.shard_writer import ShardWriter, available_cpus, encode_in_order, load_matching_manifest, print_summary
 from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer
 
@@ -53,8 +46,7 @@ class PrepareFinewebConfig:
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
     tokenizer: str = flag("", "folder with the vocab.bpe and encoder.json to use, such as a folder of shards "
                           "(default: GPT-2's vocabulary)", group="shards")
-    num_proc: int | None = flag(None, "tokenizer threads (default: one per core)",
-                                group="system", low=0, high=1024)
+    num_proc: int | None = flag(None, "tokenizer threads (default: one per core)", group="system", low=0, high=1024)
     keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads", group="system")
     verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids", group="system")
 
@@ -132,7 +124,7 @@ def tokenize_to_shards(config, manifest, tokenizer):
     done = sum(entry["tokens"] for entry in manifest.shards)
     writer = ShardWriter(config.out, config.prefix(), manifest, config.val_tokens(), config.shard_tokens)
     skip, first = manifest.position["skip"], manifest.position["file"]
-    results = encode_batches(batch_documents(iter_documents(config, manifest)), tokenizer, config.num_proc or 1)
+    results = encode_in_order(iter_documents(config, manifest), tokenizer, config.num_proc or 1)
     with contextlib.closing(results), tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok",
                                            unit_scale=True, disable=None, smoothing=0.05) as bar:
         for position, tokens in results:

@@ -18,14 +18,7 @@ from tqdm import tqdm
 
 from exactgpt.config import FolderLock, UserError, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import find_files, python_documents, read_documents
-from exactgpt.shard_writer import (
-    ShardWriter,
-    available_cpus,
-    batch_documents,
-    encode_batches,
-    load_matching_manifest,
-    print_summary,
-)
+from exactgpt.shard_writer import ShardWriter, available_cpus, encode_in_order, load_matching_manifest, print_summary
 from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, train_tokenizer
 
@@ -91,10 +84,9 @@ def tokenize_documents(documents, n_documents, tokenizer, file):
 
     Returns all tokens, a uint16 memory map of the file, and the index in it where each document starts.
     """
-    batches = batch_documents((None, *document) for document in documents)
-    n_tokens, starts = 0, []
+    n_tokens, starts, documents = 0, [], ((None, *document) for document in documents)
     with tqdm(desc="tokenizing", total=n_documents, unit="doc", unit_scale=True, disable=None, leave=False) as bar:
-        for _, tokens in encode_batches(batches, tokenizer, available_cpus()):
+        for _, tokens in encode_in_order(documents, tokenizer, available_cpus()):
             starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
             n_tokens += len(tokens)
             file.write(tokens)
@@ -127,30 +119,26 @@ def write_shards(folder, manifest, tokens, starts, config):
     ends = np.append(starts[1:], len(tokens))
     order = permutation(len(starts), config.seed, "documents")
     val, train = split_documents(ends - starts, order, config.val_fraction)
-    documents = np.concatenate([val, train])
-    if len(val):
-        n_val = int((ends - starts)[val].sum())
-    else:       # no document fits: cut the end off the documents, in their seeded order, for validation
+    n_val = int((ends - starts)[val].sum())
+    documents = (tokens[starts[d]:ends[d]] for d in np.concatenate([val, train]))
+    if not len(val):       # no document fits: cut the end off the documents, in their seeded order, for validation
         n_val = max(1, int(config.val_fraction * len(tokens)))
-        starts, ends = move_tail_first(starts[train], ends[train], n_val)
-        documents = np.arange(len(starts))
+        documents = move_tail_first(documents, len(tokens) - n_val)
     writer = ShardWriter(folder, folder.resolve().name, manifest, n_val, config.shard_tokens)
-    for d in tqdm(documents, desc="writing", unit="doc", unit_scale=True, disable=None, leave=False):
-        writer.append(tokens[starts[d]:ends[d]], {})
+    for document in tqdm(documents, total=len(starts), desc="writing", unit="doc", unit_scale=True, disable=None,
+                         leave=False):
+        writer.append(document, {})
     writer.finish()
 
 
-def move_tail_first(starts, ends, n_tail):
-    """Return (starts, ends) of the same pieces with the last n_tail tokens moved to the front.
-
-    The piece at the border is cut in two. Shape: (2, pieces).
-    """
-    before = np.cumsum(ends - starts) - (ends - starts)         # tokens before each piece
-    border = before[-1] + ends[-1] - starts[-1] - n_tail
-    i = int(np.searchsorted(before, border, side="right")) - 1  # the piece that holds the border
-    cut = starts[i] + border - before[i]
-    pieces = [(cut, ends[i]), *zip(starts[i + 1:], ends[i + 1:]), *zip(starts[:i], ends[:i]), (starts[i], cut)]
-    return np.array([p for p in pieces if p[0] < p[1]]).T
+def move_tail_first(arrays, n_head):
+    """Return the arrays with the first n_head of all their elements moved to the end. One of them may be cut in two."""
+    head, tail = [], []
+    for array in arrays:
+        head.append(array[:n_head])
+        tail.append(array[n_head:])
+        n_head = max(0, n_head - len(array))
+    return tail + head
 
 
 def make_shards(folder, manifest, files, n_documents, config):

@@ -29,7 +29,7 @@ import prepare_fineweb
 from bench.common import comparison_row, describe_machine, write_results
 from exactgpt.config import UserError, flag, parse_config, run_script
 from exactgpt.documents import find_files, python_documents, read_documents, read_texts
-from exactgpt.shard_writer import batch_documents, encode_batches
+from exactgpt.shard_writer import encode_in_order
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import EOT_TEXT, gpt2_tokenizer
 
@@ -86,7 +86,7 @@ def make_corpus(documents, folder, workers, name):
 def ours_one_process(corpus):
     """Tokenize with one thread of prepare_fineweb.py, from parquet to uint16."""
     documents = ((row, text, True) for row, text in read_texts(corpus.parquet, "text"))
-    return [tokens for _, tokens in encode_batches(batch_documents(documents), gpt2_tokenizer(), 1)]
+    return [tokens for _, tokens in encode_in_order(documents, gpt2_tokenizer(), 1)]
 
 
 def ours_pipeline(corpus):

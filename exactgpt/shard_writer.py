@@ -18,21 +18,6 @@ from exactgpt.shards import ShardFolder, load_manifest
 TASK_CHARS = 1 << 20       # text per task: enough to outweigh the overhead, little enough for memory
 
 
-def batch_documents(documents):
-    """Yield (label of the first, [(text, starts), ...]) for each TASK_CHARS characters of (label, text, starts)."""
-    batch, size = [], 0
-    for label, text, starts in documents:
-        if not batch:
-            first = label
-        batch.append((text, starts))
-        size += len(text)
-        if size >= TASK_CHARS:
-            yield first, batch
-            batch, size = [], 0
-    if batch:
-        yield first, batch
-
-
 def encode_documents(tokenizer, documents):
     """Return the tokens of (text, starts) pairs as one uint16 array.
 
@@ -45,20 +30,34 @@ def encode_documents(tokenizer, documents):
     return np.concatenate(parts, dtype="<u2", casting="unsafe")
 
 
-def encode_batches(batches, tokenizer, n_threads):
-    """Yield (label, tokens) for each (label, documents), in order.
+def encode_in_order(documents, tokenizer, n_threads):
+    """Yield (label of the first document, tokens) for batches of consecutive documents (label, text, starts).
 
     At most three batches per thread are pending, even if the consumer is slow.
     """
     pending = collections.deque()
     with ThreadPoolExecutor(n_threads) as threads:
-        for label, documents in batches:
-            pending.append((label, threads.submit(encode_documents, tokenizer, documents)))
+        for label, batch in _batches(documents):
+            pending.append((label, threads.submit(encode_documents, tokenizer, batch)))
             if len(pending) == 3 * n_threads:
                 label, future = pending.popleft()
                 yield label, future.result()
         for label, future in pending:
             yield label, future.result()
+
+
+def _batches(documents):
+    """Yield (label of the first, [(text, starts), ...]) for each TASK_CHARS characters of the documents."""
+    batch, size = [], 0
+    for label, text, starts in documents:
+        first = label if not batch else first
+        batch.append((text, starts))
+        size += len(text)
+        if size >= TASK_CHARS:
+            yield first, batch
+            batch, size = [], 0
+    if batch:
+        yield first, batch
 
 
 def available_cpus():

@@ -10,9 +10,10 @@ import time
 import pytest
 
 import prepare_fineweb
+from exactgpt import shard_writer
 from exactgpt.config import UserError
 from exactgpt.documents import read_texts
-from exactgpt.shard_writer import encode_batches
+from exactgpt.shard_writer import encode_in_order
 from exactgpt.shards import Manifest, ShardFolder, load_manifest
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from prepare_fineweb import PrepareFinewebConfig, main
@@ -94,14 +95,15 @@ def test_any_number_of_threads_writes_the_same_bytes(corpus, tmp_path, num_proc)
     assert read_files(tmp_path / "0") == read_files(tmp_path / "n")
 
 
-def test_pending_batches_are_bounded_with_a_slow_consumer():
+def test_pending_batches_are_bounded_with_a_slow_consumer(monkeypatch):
+    monkeypatch.setattr(shard_writer, "TASK_CHARS", 1)
     planned = []
 
-    def batches():
+    def documents():
         for i in range(100):
             planned.append(i)
-            yield i, [("text", True)] * 10
-    results = encode_batches(batches(), gpt2_tokenizer(), 2)
+            yield i, "text", True
+    results = encode_in_order(documents(), gpt2_tokenizer(), 2)
     for i, _ in enumerate(results):
         assert len(planned) <= i + 1 + 3 * 2
         if i == 30:

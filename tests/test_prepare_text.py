@@ -98,9 +98,9 @@ def test_val_never_takes_all_documents(tmp_path):
 
 @pytest.mark.parametrize("n", range(1, 14))
 def test_the_tail_may_contain_several_documents(n):
-    starts, ends = np.array([10, 0, 5]), np.array([14, 5, 10])      # three pieces of 4, 5 and 5 tokens
-    original = [t for a, b in zip(starts, ends) for t in range(a, b)]
-    cut = [t for a, b in zip(*prepare_text.move_tail_first(starts, ends, n)) for t in range(a, b)]
+    arrays = [np.arange(10, 14), np.arange(5), np.arange(5, 10)]
+    original = np.concatenate(arrays).tolist()
+    cut = np.concatenate(prepare_text.move_tail_first(arrays, 14 - n)).tolist()
     assert cut == original[-n:] + original[:-n]
 
 
