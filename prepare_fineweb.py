@@ -15,8 +15,9 @@ import glob
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -102,21 +103,32 @@ def resolve_source_files(config, manifest):
 
 def iter_documents(config, manifest):
     """Yield (position, text, True) for the documents from the manifest's position on, downloading what is needed."""
-    # Not a ThreadPoolExecutor: Python waits for its threads at exit, so Ctrl-C would hang until the download ends.
-    pool, following = ThreadPool(1), None
+    def download(file):
+        return download_source_file(config.dataset, manifest.revision, file, Path(config.out, "downloads"))
 
-    def start_download(i):
-        return pool.apply_async(download_source_file, (config.dataset, manifest.revision, manifest.files[i],
-                                                       Path(config.out, "downloads")))
-    first = manifest.position["file"]
+    first, following = manifest.position["file"], None
     for i, file in enumerate(manifest.files[first:], first):
-        path = file["path"] if config.data_files else (following or start_download(i)).get()
-        # No prefetch with --max_tokens: the next file may never be needed.
-        if not config.data_files and config.max_tokens is None and i + 1 < len(manifest.files):
-            following = start_download(i + 1)
-        begin = manifest.position["start"] if i == first else 0
+        path = file["path"] if config.data_files else (following or _run_in_thread(download, file)).result()
+        begin, following = manifest.position["start"] if i == first else 0, None
         for start, text in read_texts(path, config.text_column, begin):
+            # No prefetch with --max_tokens: the next file may never be needed.
+            if not (following or config.data_files or config.max_tokens) and i + 1 < len(manifest.files):
+                following = _run_in_thread(download, manifest.files[i + 1])
             yield {"file": i, "start": start}, text, True
+
+
+def _run_in_thread(function, argument):
+    """Return a Future of function(argument), computed in a daemon thread."""
+    # Not a ThreadPoolExecutor: Python waits for its threads at exit, so Ctrl-C would hang until the download ends.
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(argument))
+        except BaseException as error:
+            future.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def tokenize_to_shards(config, manifest, tokenizer):

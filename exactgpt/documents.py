@@ -28,14 +28,14 @@ def find_files(paths):
 
     Raises UserError for a missing or unsupported file and for a directory without text.
     """
-    suffixes = [suffix for suffix in READERS if suffix != ".json"]     # stray .json files are settings, not text
+    suffixes = set(READERS) - {".json"}     # stray .json files are settings, not text
     found = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()
                             and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not inside:
-                raise UserError(f"no text files in {path} (looked for {', '.join(suffixes)})")
+                raise UserError(f"no text files in {path} (looked for {', '.join(sorted(suffixes))})")
             found += inside
         elif not path.exists():
             raise UserError(f"{path} does not exist")
@@ -129,10 +129,7 @@ def _check_columns(columns, present, where):
 
 
 def read_objects(path):
-    """Yield (place for messages, object) for each object in a .json list, or in any other file one a line.
-
-    Raises UserError that names the place.
-    """
+    """Yield (place, object) for each object in a .json list, or in any other file one a line. Raises UserError."""
     if Path(path).suffix.lower() == ".json":
         for i, value in enumerate(read_json(path, list), 1):
             yield f"{path}, item {i}", _require_object(value, f"{path}, item {i}")
@@ -224,8 +221,7 @@ READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json,
 def read_texts(path, column, start=0):
     """Yield (start, text) for each row of a .parquet or .jsonl file from `start` on. Raises UserError.
 
-    start: position of the row (its number in a parquet file, its first byte in a .jsonl file); pass it to a later call
-    to continue there.
+    start: the number of the row in a parquet file, its first byte in a .jsonl file.
     """
     if str(path).endswith(".parquet"):
         kind = str(_open_parquet(path, [column]).schema_arrow.field(column).type)

@@ -61,10 +61,9 @@ def resolve_dataset(dataset, name=None):
 
 
 def _train_files_in_card(dataset, name, configs, paths):
-    """Return the paths that the data set's card lists for the train split.
+    """Return the paths that the card's configurations [{config_name, data_files}] list for the train split.
 
-    configs: the card's list of {config_name, data_files}, where data_files is a pattern, a list of patterns, or a list
-    of {split, path}.
+    data_files is a pattern, a list of patterns, or a list of {split, path}.
     """
     from fsspec.utils import glob_translate
     by_name = {c.get("config_name", "default"): c for c in configs}

@@ -15,16 +15,16 @@ import numpy as np
 from exactgpt.config import UserError, atomic_write
 from exactgpt.shards import ShardFolder, load_manifest
 
-TASK_CHARS = 1 << 20       # text per task: enough to outweigh the overhead, little enough for memory
+BATCH_CHARS = 1 << 20      # text per batch: enough to outweigh the overhead, little enough for memory
 
 
 def encode_documents(tokenizer, documents):
-    """Return the tokens of (text, starts) pairs as one uint16 array.
+    """Return the tokens of documents (label, text, starts) as one uint16 array.
 
     Each document begins with end-of-text. starts is False if the text continues the previous document.
     """
     parts = []
-    for text, starts in documents:
+    for _, text, starts in documents:
         parts += [[tokenizer.eot]] if starts else []
         parts.append(tokenizer.encode_array(text))
     return np.concatenate(parts, dtype="<u2", casting="unsafe")
@@ -37,8 +37,8 @@ def encode_in_order(documents, tokenizer, n_threads):
     """
     pending = collections.deque()
     with ThreadPoolExecutor(n_threads) as threads:
-        for label, batch in _batches(documents):
-            pending.append((label, threads.submit(encode_documents, tokenizer, batch)))
+        for batch in _batches(documents):
+            pending.append((batch[0][0], threads.submit(encode_documents, tokenizer, batch)))
             if len(pending) == 3 * n_threads:
                 label, future = pending.popleft()
                 yield label, future.result()
@@ -47,17 +47,16 @@ def encode_in_order(documents, tokenizer, n_threads):
 
 
 def _batches(documents):
-    """Yield (label of the first, [(text, starts), ...]) for each TASK_CHARS characters of the documents."""
+    """Yield lists of documents (label, text, starts) with about BATCH_CHARS characters each."""
     batch, size = [], 0
-    for label, text, starts in documents:
-        first = label if not batch else first
-        batch.append((text, starts))
-        size += len(text)
-        if size >= TASK_CHARS:
-            yield first, batch
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= BATCH_CHARS:
+            yield batch
             batch, size = [], 0
     if batch:
-        yield first, batch
+        yield batch
 
 
 def available_cpus():
@@ -106,7 +105,7 @@ def print_summary(folder):
 
 
 def save_shard(folder, name, split, index, tokens):
-    """Write one shard atomically and return its manifest entry {file, split, tokens, sha256}."""
+    """Write one shard and return its manifest entry {file, split, tokens, sha256}."""
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))

@@ -136,7 +136,7 @@ def from_checkpoint(stored, folder=""):
     if stored is None:
         return default_tokenizer(folder)
     if stored == {"name": "gpt2"}:
-        return _require_name("gpt2", default_tokenizer(folder), folder, "the checkpoint")
+        return default_tokenizer(folder, "gpt2", "the checkpoint")
     merges = stored.get("merges") if isinstance(stored, dict) else None
     lines = merges.split("\n") if isinstance(merges, str) else merges
     if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
@@ -158,24 +158,24 @@ def load_tokenizer(folder, fallback_folder=""):
     return require_same_vocabulary(tokenizer, fallback_folder, folder)
 
 
-def default_tokenizer(folder=""):
-    """Return the tokenizer in the folder given with --tokenizer, or GPT-2's without one. Raises UserError."""
+def default_tokenizer(folder="", name="", source=""):
+    """Return the tokenizer in the folder given with --tokenizer, or GPT-2's without one.
+
+    Raises UserError if the folder has none, or not the vocabulary called `name`, which `source` needs.
+    """
     if folder and not (Path(folder) / "vocab.bpe").exists():
         raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder with vocab.bpe and "
                         "encoder.json, such as a folder of shards")
-    return load_tokenizer(folder) if folder else gpt2_tokenizer()
+    tokenizer = load_tokenizer(folder) if folder else gpt2_tokenizer()
+    if name and tokenizer.name != name:
+        raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
+                        "--tokenizer or name the right folder")
+    return tokenizer
 
 
 def require_same_vocabulary(tokenizer, folder, source):
     """Return the tokenizer, which came from `source`. Raises UserError if the --tokenizer folder has another one."""
-    return _require_name(tokenizer.name, default_tokenizer(folder), folder, source) if folder else tokenizer
-
-
-def _require_name(name, tokenizer, folder, source):
-    if tokenizer.name != name:
-        raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
-                        "--tokenizer or name the right folder")
-    return tokenizer
+    return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
 
 
 def from_merges(lines, source):
@@ -220,10 +220,7 @@ def gpt2_tokenizer():
 
 
 def train_tokenizer(texts, n_vocab):
-    """Train a byte-level BPE vocabulary of `n_vocab` entries (end-of-text included) on an iterable of texts.
-
-    It uses the tokenizers library and GPT-2's split pattern. A small text may give fewer entries.
-    """
+    """Train a byte-level BPE vocabulary of at most `n_vocab` entries (end-of-text included) on an iterable of texts."""
     from tokenizers import Tokenizer as Trainable, models, pre_tokenizers, trainers
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -96,7 +96,7 @@ def test_any_number_of_threads_writes_the_same_bytes(corpus, tmp_path, num_proc)
 
 
 def test_pending_batches_are_bounded_with_a_slow_consumer(monkeypatch):
-    monkeypatch.setattr(shard_writer, "TASK_CHARS", 1)
+    monkeypatch.setattr(shard_writer, "BATCH_CHARS", 1)
     planned = []
 
     def documents():

@@ -184,7 +184,7 @@ def test_unusual_rows_are_read_as_text(tmp_path):
 def test_threads_write_the_same_bytes(jsonl, tmp_path, monkeypatch):
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x")])
     monkeypatch.setattr(prepare_text, "available_cpus", lambda: 5)
-    monkeypatch.setattr(shard_writer, "TASK_CHARS", 300)
+    monkeypatch.setattr(shard_writer, "BATCH_CHARS", 300)
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x")])
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
 
