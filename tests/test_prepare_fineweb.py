@@ -274,7 +274,8 @@ def test_wrong_commands_print_one_line(tmp_path, run, flags, message):
 
 
 @pytest.mark.slow
-def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path):
+def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "BATCH_CHARS", 1000)
     shutil.copytree(corpus[0], tmp_path / "files")
     path, flags = tmp_path / "files" / "002.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]
     good = path.read_bytes()
