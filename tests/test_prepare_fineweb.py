@@ -277,12 +277,13 @@ def test_wrong_commands_print_one_line(tmp_path, run, flags, message):
 def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_writer, "BATCH_CHARS", 1000)
     shutil.copytree(corpus[0], tmp_path / "files")
-    path, flags = tmp_path / "files" / "002.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]
-    good = path.read_bytes()
-    path.write_bytes(good[:len(good) // 3] + bytes(2000) + good[len(good) // 3 + 2000:])
-    with pytest.raises(UserError, match=r"002\.parquet is not a readable parquet file"):
+    path, flags = tmp_path / "files" / "003.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]
+    texts = random_texts(600, 9)
+    good = parquet_bytes(texts)
+    path.write_bytes(good[:2 * len(good) // 3] + bytes(2000) + good[2 * len(good) // 3 + 2000:])
+    with pytest.raises(UserError, match=r"003\.parquet is not a readable parquet file"):
         prepare(tmp_path / "out", *flags, "--num_proc", 2)
     assert len(list((tmp_path / "out").glob("*.npy"))) > 3
     path.write_bytes(good)
     prepare(tmp_path / "out", *flags, "--num_proc", 2)
-    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 1000)
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1] + texts, 1000)
