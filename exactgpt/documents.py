@@ -193,7 +193,7 @@ def _read_parquet(path, columns):
 def _open_parquet(path, columns):
     """Return a pyarrow ParquetFile that has the columns, opened to use little memory. Raises UserError."""
     import pyarrow.parquet
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory: 30 MB per worker
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory
     with _parquet_errors(path):
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     _check_columns(columns, file.schema_arrow.names, path)
