@@ -9,7 +9,6 @@
 Source files are downloaded one at a time, and only their text column is read. If the script is killed, run the same
 command again: the manifest records where in the source the next shard begins.
 """
-import concurrent.futures
 import contextlib
 import dataclasses
 import glob
@@ -17,22 +16,22 @@ import os
 import re
 import shutil
 import threading
-import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script, take_lock
-from exactgpt.documents import split_into_pieces
-from exactgpt.hub import FORMATS, SourceFile, download_source_file, resolve_dataset
+from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.documents import RESUMABLE, read_texts
+from exactgpt.hub import download_source_file, resolve_dataset
 from exactgpt.shard_writer import (
     ShardWriter,
     available_cpus,
-    encode_tasks,
+    encode_in_order,
     load_matching_manifest,
+    locked_folder,
     print_summary,
-    report_write_errors,
 )
 from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer
@@ -55,8 +54,7 @@ class PrepareFinewebConfig:
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
     tokenizer: str = flag("", "folder with the vocab.bpe and encoder.json to use, such as a folder of shards "
                           "(default: GPT-2's vocabulary)", group="shards")
-    num_proc: int | None = flag(None, "tokenizer processes (default: one per core, 0: tokenize in the main process)",
-                                group="system", low=0, high=1024)
+    num_proc: int | None = flag(None, "tokenizer threads (default: one per core)", group="system", low=0, high=1024)
     keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads", group="system")
     verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids", group="system")
 
@@ -84,15 +82,6 @@ def _slug(text):
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_.-") or "data"
 
 
-def new_manifest(config, tokenizer):
-    """Return an empty manifest for this command. `load_matching_manifest` compares its settings with a stored one."""
-    compared = ("dataset", "name", "text_column", "data_files", "shard_tokens", "max_tokens")
-    settings = {k: getattr(config, k) for k in compared}
-    source = f"files {config.data_files}" if config.data_files else f"{config.dataset} {config.name or ''}".strip()
-    return Manifest(source=source, tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, eot=tokenizer.eot,
-                    settings=settings, position={"file": 0, "start": 0, "skip": 0})
-
-
 def resolve_source_files(config, manifest):
     """List the source files in a new manifest, or check that those of an existing one are unchanged.
 
@@ -100,142 +89,84 @@ def resolve_source_files(config, manifest):
     Raises UserError.
     """
     if config.data_files:
-        files = [dataclasses.asdict(f) for f in local_source_files(config.data_files)]
+        paths = sorted(p for p in glob.glob(config.data_files, recursive=True) if Path(p).is_file())
+        if not paths:
+            raise UserError(f"--data_files {config.data_files}: no file matches")
+        for path in paths:
+            if not path.endswith(RESUMABLE):
+                raise UserError(f"--data_files: cannot read {path}: it must end in one of {', '.join(RESUMABLE)}")
+            # Fail now, not hours later, if a parquet file is damaged or lacks the column.
+            next(read_texts(path, config.text_column), None)
+        files = [dict(path=path, size=Path(path).stat().st_size, sha256="") for path in paths]
         if manifest.files not in ([], files):
             raise UserError(f"the files of --data_files {config.data_files} changed since {config.out} was started; "
                             "restore them or choose another --out")
         manifest.files = files
-        for f in files:
-            # Fail now, not hours later, if a parquet file is damaged or lacks the column.
-            next(split_into_pieces(f["path"], config.text_column), None)
     elif not manifest.files:
-        manifest.revision, files = resolve_dataset(config.dataset, config.name)
-        manifest.files = [dataclasses.asdict(f) for f in files]
+        manifest.revision, manifest.files = resolve_dataset(config.dataset, config.name)
     if set(manifest.position) != {"file", "start", "skip"} or manifest.position["file"] >= len(manifest.files):
         raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out} and start over")
 
 
-def local_source_files(pattern):
-    """Return the SourceFiles that match a pattern, sorted by path. Raises UserError."""
-    paths = sorted(p for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    if not paths:
-        raise UserError(f"--data_files {pattern}: no file matches")
-    for path in paths:
-        if not path.endswith(FORMATS):
-            raise UserError(f"--data_files {pattern}: cannot read {path}: it must end in one of {', '.join(FORMATS)}")
-    return [SourceFile(p, Path(p).stat().st_size) for p in paths]
+def iter_documents(config, manifest):
+    """Yield (position, text, True) for the documents from the manifest's position on, downloading what is needed."""
+    def download(file):
+        return download_source_file(config.dataset, manifest.revision, file, Path(config.out, "downloads"))
 
-
-def iter_fetched(fetch, files, prefetch):
-    """Yield fetch(file) for each file. With prefetch, fetch the next file in the background."""
-    following = _run_in_thread(fetch, files[0])
-    for i, file in enumerate(files):
-        path = (following or _run_in_thread(fetch, file)).result()
-        following = _run_in_thread(fetch, files[i + 1]) if prefetch and i + 1 < len(files) else None
-        yield path
+    first, following = manifest.position["file"], None
+    for i, file in enumerate(manifest.files[first:], first):
+        path = file["path"] if config.data_files else (following or _run_in_thread(download, file)).result()
+        begin, following = manifest.position["start"] if i == first else 0, None
+        for start, text in read_texts(path, config.text_column, begin):
+            # No prefetch with --max_tokens: the next file may never be needed.
+            if not (following or config.data_files or config.max_tokens) and i + 1 < len(manifest.files):
+                following = _run_in_thread(download, manifest.files[i + 1])
+            yield {"file": i, "start": start}, text, True
 
 
 def _run_in_thread(function, argument):
     """Return a Future of function(argument), computed in a daemon thread."""
     # Not a ThreadPoolExecutor: Python waits for its threads at exit, so Ctrl-C would hang until the download ends.
-    future = concurrent.futures.Future()
+    future = Future()
 
     def work():
         try:
             future.set_result(function(argument))
         except BaseException as error:
             future.set_exception(error)
-    threading.Thread(target=work, daemon=True, name="download").start()
+    threading.Thread(target=work, daemon=True).start()
     return future
 
 
-class SourceReader:
-    """The source files from the manifest's position on, downloaded as needed and deleted after use."""
-
-    def __init__(self, config, manifest):
-        self.folder = Path(config.out) / "downloads"
-        self._config, self._manifest = config, manifest
-        self._files = [SourceFile(**f) for f in manifest.files]
-        self._downloaded = {}                # file number -> path
-        self.size = sum(f.size for f in self._files)
-        self.largest = max(f.size for f in self._files)
-
-    def tasks(self):
-        """Yield tasks for `encode_tasks`, labeled (position, source bytes before that position)."""
-        c, at = self._config, self._manifest.position
-        first = at["file"]
-        fetch = self._fetch if not c.data_files else lambda f: Path(f.path)
-        # No prefetch with --max_tokens: the next file may never be needed.
-        paths = iter_fetched(fetch, self._files[first:], prefetch=not c.data_files and c.max_tokens is None)
-        done = sum(f.size for f in self._files[:first])
-        for i, path in enumerate(paths, first):
-            if not c.data_files:
-                self._downloaded[i] = path
-            start = at["start"] if i == first else 0
-            for begin, share, read, *args in split_into_pieces(path, c.text_column, start):
-                yield ({"file": i, "start": begin}, done + int(share * self._files[i].size)), read, *args
-            done += self._files[i].size
-
-    def _fetch(self, file):
-        return download_source_file(self._config.dataset, self._manifest.revision, file, self.folder)
-
-    def delete_downloads_before(self, number):
-        """Delete the downloaded files before file `number`. Call it once all their tokens have arrived."""
-        for i in [i for i in self._downloaded if i < number]:
-            path = self._downloaded.pop(i)
-            if not self._config.keep_downloads:
-                path.unlink()
-
-
-def tokenize_to_shards(config, manifest, sources, tokenizer):
+def tokenize_to_shards(config, manifest, tokenizer):
     """Tokenize and write shards from the manifest's position to the end of the source or --max_tokens."""
-    done, n_bytes, started = sum(entry["tokens"] for entry in manifest.shards), 0, time.monotonic()
+    done = sum(entry["tokens"] for entry in manifest.shards)
     writer = ShardWriter(config.out, config.prefix(), manifest, config.val_tokens(), config.shard_tokens)
-    skip = manifest.position["skip"]
-    bar = tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok", unit_scale=True, disable=None,
-               smoothing=0.05)
-    results = encode_tasks(sources.tasks(), tokenizer, config.num_proc)
-    with bar, contextlib.closing(results):
-        for (position, source_bytes), tokens, size in results:
-            sources.delete_downloads_before(position["file"])
+    skip, first = manifest.position["skip"], manifest.position["file"]
+    results = encode_in_order(iter_documents(config, manifest), tokenizer, config.num_proc or 1)
+    with contextlib.closing(results), tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok",
+                                           unit_scale=True, disable=None, smoothing=0.05) as bar:
+        for position, tokens in results:
+            if not (config.data_files or config.keep_downloads):
+                for file in manifest.files[first:position["file"]]:      # all their tokens have arrived
+                    Path(config.out, "downloads", file["path"]).unlink(missing_ok=True)
+                first = position["file"]
             dropped = min(skip, len(tokens))        # these are already in finished shards
             skip -= dropped
             tokens = tokens[dropped:][:config.max_tokens and config.max_tokens - done]
             n_shards = len(manifest.shards)
             writer.append(tokens, {**position, "skip": dropped})
             done += len(tokens)
-            n_bytes += size
-            if source_bytes and not config.max_tokens:
-                bar.total = int(done * sources.size / source_bytes)
-            speed = f"{n_bytes / 1e6 / (time.monotonic() - started):.1f} MB/s"
-            bar.set_postfix_str(speed, refresh=False)
             bar.update(len(tokens))
             for entry in manifest.shards[n_shards:]:
-                bar.write(f"wrote {entry['file']} ({speed} of text)")
+                bar.write(f"wrote {entry['file']} (at source file {position['file'] + 1} of {len(manifest.files)})")
             if done == config.max_tokens:
                 break
-        bar.total = done
     if done <= config.val_tokens():
         raise UserError(f"the source ends after {done:,} tokens, inside the validation shard of "
                         f"{config.val_tokens():,}; use a smaller --shard_tokens, or set --max_tokens (a tenth of it "
                         "becomes validation)")
     writer.finish()
-
-
-def print_plan(config, manifest, sources):
-    """Print the source, the number of workers and an estimate of the disk space needed."""
-    resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
-    at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
-    print(f"{manifest.source}{at}: {len(manifest.files)} files, {human_bytes(sources.size)}{resumed}")
-    # FineWeb-Edu gives 0.35 tokens per byte of parquet, and a token takes two bytes.
-    needed = min(2 * (config.max_tokens or 10**15), int(0.7 * sources.size))
-    needed -= sum(2 * entry["tokens"] for entry in manifest.shards)
-    if not config.data_files:
-        needed += min(2, len(manifest.files)) * sources.largest
-    free = shutil.disk_usage(config.out).free
-    warning = ", probably not enough" if needed > free else ""
-    print(f"{config.num_proc or 'no'} worker process{'es' * (config.num_proc != 1)}; {config.out} will need about "
-          f"{human_bytes(max(needed, 0))} ({human_bytes(free)} free{warning})", flush=True)
 
 
 def verify_shards(folder, tokenizer=""):
@@ -261,30 +192,27 @@ def main(argv=None):
     # Every file is downloaded once, so Xet's chunk cache would only double the disk space.
     os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
     tokenizer = default_tokenizer(config.tokenizer)
-    wanted = new_manifest(config, tokenizer)
-    manifest = load_matching_manifest(folder, wanted)
-    if manifest and manifest.complete:
-        print(f"{folder} is already complete; nothing to do")
-        return print_summary(folder)
-    manifest = manifest or wanted
-    resolve_source_files(config, manifest)
-    n_shards = len(manifest.shards)
-    with take_lock(folder, wait_s=0), report_write_errors(folder):
-        now = load_matching_manifest(folder, wanted)
-        if now and len(now.shards) != n_shards:
-            raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
-        manifest.save(folder)
-        tokenizer.save(folder)
-        if manifest.shards:
-            ShardFolder(folder, need_complete=False)        # raises if the shards to continue from are damaged
-        sources = SourceReader(config, manifest)
-        for leftover in sources.folder.rglob("*.incomplete"):
-            leftover.unlink()
-        print_plan(config, manifest, sources)
-        tokenize_to_shards(config, manifest, sources, tokenizer)
-        if not config.keep_downloads:
-            shutil.rmtree(sources.folder, ignore_errors=True)
-    return print_summary(folder)
+    compared = ("dataset", "name", "text_column", "data_files", "shard_tokens", "max_tokens")
+    source = f"files {config.data_files}" if config.data_files else f"{config.dataset} {config.name or ''}".strip()
+    wanted = Manifest(source=source, tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, eot=tokenizer.eot,
+                      settings={k: getattr(config, k) for k in compared}, position={"file": 0, "start": 0, "skip": 0})
+    found = load_matching_manifest(folder, wanted)
+    manifest = found or wanted
+    if not manifest.complete:
+        resolve_source_files(config, manifest)
+        with locked_folder(folder, wanted, found):
+            manifest.save(folder)
+            tokenizer.save(folder)
+            if manifest.shards:
+                ShardFolder(folder, need_complete=False)        # raises if the shards to continue from are damaged
+            at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
+            resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
+            size = human_bytes(sum(f["size"] for f in manifest.files))
+            print(f"{manifest.source}{at}: {len(manifest.files)} files, {size}{resumed}", flush=True)
+            tokenize_to_shards(config, manifest, tokenizer)
+            if not config.keep_downloads:
+                shutil.rmtree(Path(folder, "downloads"), ignore_errors=True)
+    print_summary(folder)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script, take_lock
+from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import find_files, python_documents, read_documents
 from exactgpt.shard_writer import (
     ShardWriter,
     available_cpus,
-    batch_documents,
-    encode_tasks,
+    encode_in_order,
     load_matching_manifest,
+    locked_folder,
     print_summary,
-    report_write_errors,
 )
 from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, train_tokenizer
-
-POOL_BYTES = 10_000_000    # below this, starting worker processes takes longer than they save
 
 
 @dataclass(kw_only=True)
@@ -61,62 +58,48 @@ class PrepareTextConfig:
             raise UserError("--tokenizer and --train_tokenizer cannot be combined; use one of them")
 
 
-class DocumentReader:
-    """All documents of a command. Each iteration reads them again, as (text, starts) pairs; blank ones are skipped."""
-
-    def __init__(self, config):
-        self._config = config
-        self.files = [] if config.demo else find_files(config.paths)
-        self._demo = list(python_documents()) if config.demo else []
-
-    def __iter__(self):
-        c = self._config
-        separator = c.separator.replace("\\n", "\n").replace("\\t", "\t")      # as it can be typed in any shell
-        files = (read_documents(path, c.text_column, separator) for path in self.files)
-        for text, starts in itertools.chain(((text, True) for text in self._demo), *files):
-            if not starts or (text and not text.isspace()):
-                yield text, starts
-
-    def scan(self):
-        """Return (number of documents, bytes, sha256 of all text). Raises UserError for unreadable or empty input.
-
-        This reads everything once, so that errors show before anything is written.
-        """
-        n_documents, n_bytes, digest = 0, 0, hashlib.sha256()
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            for text, starts in self:
-                data = text.encode("utf-8")
-                digest.update(b"\xff" if starts else b"")      # UTF-8 never contains this byte, so it marks a start
-                digest.update(data)
-                n_documents += starts
-                n_bytes += len(data)
-                bar.update(len(data))
-        if not n_documents:
-            raise UserError(f"no text in {', '.join(map(str, self.files[:3]))}")
-        return n_documents, n_bytes, digest.hexdigest()
+def iter_documents(config, files):
+    """Yield (text, starts) for the documents of the command; blank ones are skipped."""
+    separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")      # as it can be typed in any shell
+    sources = [read_documents(path, config.text_column, separator) for path in files]
+    if config.demo:
+        sources = [((text, True) for text in python_documents())]
+    for text, starts in itertools.chain(*sources):
+        if not starts or (text and not text.isspace()):
+            yield text, starts
 
 
-def tokenize_documents(documents, n_bytes, tokenizer, file):
+def scan_documents(documents):
+    """Return (number of documents, bytes, sha256 of all text). Raises UserError for unreadable input.
+
+    This reads everything once, so that errors show before anything is written.
+    """
+    n_documents, n_bytes, digest = 0, 0, hashlib.sha256()
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for text, starts in documents:
+            data = text.encode("utf-8")
+            digest.update(b"\xff" if starts else b"")      # UTF-8 never contains this byte, so it marks a start
+            digest.update(data)
+            n_documents += starts
+            n_bytes += len(data)
+            bar.update(len(data))
+    return n_documents, n_bytes, digest.hexdigest()
+
+
+def tokenize_documents(documents, n_documents, tokenizer, file):
     """Tokenize (text, starts) pairs into an open file.
 
     Returns all tokens, a uint16 memory map of the file, and the index in it where each document starts.
     """
-    num_proc = available_cpus() if n_bytes > POOL_BYTES else 0
-    tasks = ((None, read_batch, batch) for batch in batch_documents(documents))
-    n_tokens, starts = 0, []
-    with tqdm(desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for _, tokens, size in encode_tasks(tasks, tokenizer, num_proc):
+    n_tokens, starts, documents = 0, [], ((None, *document) for document in documents)
+    with tqdm(desc="tokenizing", total=n_documents, unit="doc", unit_scale=True, disable=None, leave=False) as bar:
+        for _, tokens in encode_in_order(documents, tokenizer, available_cpus()):
             starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
             n_tokens += len(tokens)
             file.write(tokens)
-            bar.update(size)
+            bar.update(len(starts[-1]))
     file.flush()
     return np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
-
-
-def read_batch(batch):
-    """Return the batch itself: the `read` function of tasks that carry their texts with them."""
-    return batch
 
 
 def split_documents(lengths, order, val_fraction):
@@ -143,73 +126,68 @@ def write_shards(folder, manifest, tokens, starts, config):
     ends = np.append(starts[1:], len(tokens))
     order = permutation(len(starts), config.seed, "documents")
     val, train = split_documents(ends - starts, order, config.val_fraction)
-    documents = np.concatenate([val, train])
-    if len(val):
-        n_val = int((ends - starts)[val].sum())
-    else:       # no document fits: cut the end off the documents, in their seeded order, for validation
+    n_val = int((ends - starts)[val].sum())
+    documents = (tokens[starts[d]:ends[d]] for d in np.concatenate([val, train]))
+    if not len(val):       # no document fits: cut the end off the documents, in their seeded order, for validation
         n_val = max(1, int(config.val_fraction * len(tokens)))
-        starts, ends = move_tail_first(starts[train], ends[train], n_val)
-        documents = np.arange(len(starts))
+        documents = move_tail_first(documents, len(tokens) - n_val)
     writer = ShardWriter(folder, folder.resolve().name, manifest, n_val, config.shard_tokens)
-    for d in tqdm(documents, desc="writing", unit="doc", unit_scale=True, disable=None, leave=False):
-        writer.append(tokens[starts[d]:ends[d]], {})
+    for document in tqdm(documents, total=len(starts), desc="writing", unit="doc", unit_scale=True, disable=None,
+                         leave=False):
+        writer.append(document, {})
     writer.finish()
 
 
-def move_tail_first(starts, ends, n_tail):
-    """Return (starts, ends) of the same pieces with the last n_tail tokens moved to the front.
-
-    The piece at the border is cut in two. Shape: (2, pieces).
-    """
-    before = np.cumsum(ends - starts) - (ends - starts)         # tokens before each piece
-    border = before[-1] + ends[-1] - starts[-1] - n_tail
-    i = int(np.searchsorted(before, border, side="right")) - 1  # the piece that holds the border
-    cut = starts[i] + border - before[i]
-    pieces = [(cut, ends[i]), *zip(starts[i + 1:], ends[i + 1:]), *zip(starts[:i], ends[:i]), (starts[i], cut)]
-    return np.array([p for p in pieces if p[0] < p[1]]).T
+def move_tail_first(arrays, n_head):
+    """Return the arrays with the first n_head of all their elements moved to the end. One of them may be cut in two."""
+    head, tail = [], []
+    for array in arrays:
+        head.append(array[:n_head])
+        tail.append(array[n_head:])
+        n_head = max(0, n_head - len(array))
+    return tail + head
 
 
-def is_already_prepared(folder, manifest):
-    """Return True, and print a line, if this command has already filled the folder.
-
-    Raises UserError if the folder contains something else.
-    """
-    found = load_matching_manifest(folder, manifest)
-    if found and found.complete:
-        print(f"{folder} is already complete; nothing to do")
-        return True
-    return False
+def make_shards(folder, manifest, files, n_documents, config):
+    """Write the vocabulary and the shards of all documents, and complete the manifest. Raises UserError."""
+    if config.train_tokenizer:
+        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {n_documents:,} documents", flush=True)
+        tokenizer = train_tokenizer((text for text, _ in iter_documents(config, files)), config.train_tokenizer)
+        if tokenizer.n_vocab < config.train_tokenizer:
+            print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
+    else:
+        tokenizer = default_tokenizer(config.tokenizer)
+    manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
+    manifest.save(folder)           # still incomplete: after a kill, the same command recognizes it and starts over
+    tokenizer.save(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
+            tokens, starts = tokenize_documents(iter_documents(config, files), n_documents, tokenizer, file)
+            write_shards(folder, manifest, tokens, starts, config)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; fix that and run the same command "
+                        "again") from error
 
 
 def main(argv=None):
     """Make shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
     config = parse_config(PrepareTextConfig, argv, description=__doc__.split("\n\n")[0])
     folder = Path(config.out)
-    tokenizer = None if config.train_tokenizer else default_tokenizer(config.tokenizer)
-    documents = DocumentReader(config)
-    n_documents, n_bytes, digest = documents.scan()
+    tokenizer_name = "" if config.train_tokenizer else default_tokenizer(config.tokenizer).name
+    files = find_files(config.paths)
+    n_documents, n_bytes, digest = scan_documents(iter_documents(config, files))
+    if not n_documents:
+        raise UserError(f"no text in {', '.join(map(str, files[:3]))}")
     manifest = Manifest(source="CPython documentation" if config.demo else "text", vocab_size=0, eot=0,
-                        tokenizer=tokenizer.name if tokenizer else "", seed=config.seed, settings=dict(
+                        tokenizer=tokenizer_name, seed=config.seed, settings=dict(
                             text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
                             shard_tokens=config.shard_tokens))
-    if is_already_prepared(folder, manifest):
-        return print_summary(folder)
-    with take_lock(folder, wait_s=0), report_write_errors(folder):
-        if is_already_prepared(folder, manifest):    # another process may have finished since the check above
-            return print_summary(folder)
-        if tokenizer is None:
-            print(f"training a vocabulary of {config.train_tokenizer:,} entries on {human_bytes(n_bytes)}", flush=True)
-            tokenizer = train_tokenizer((text for text, _ in documents), config.train_tokenizer)
-            if tokenizer.n_vocab < config.train_tokenizer:
-                print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
-        manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
-        manifest.save(folder)           # still incomplete: after a kill, the same command recognizes it and starts over
-        tokenizer.save(folder)
-        with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
-            tokens, starts = tokenize_documents(documents, n_bytes, tokenizer, file)
-            write_shards(folder, manifest, tokens, starts, config)
-    print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
-    return print_summary(folder)
+    found = load_matching_manifest(folder, manifest)
+    if not (found and found.complete):
+        with locked_folder(folder, manifest, found):
+            make_shards(folder, manifest, files, n_documents, config)
+        print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
+    print_summary(folder)
 
 
 if __name__ == "__main__":

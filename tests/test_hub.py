@@ -1,6 +1,5 @@
 """Test hub.py and prepare_fineweb.py against a local server that imitates the hub and its failures."""
 import hashlib
-import socket
 import subprocess
 import sys
 import time
@@ -75,7 +74,7 @@ def test_keep_downloads(corpus, edu, prepare_from, tmp_path):
 
 @pytest.mark.slow
 def test_temporary_network_errors_are_retried(corpus, edu, prepare_from, tmp_path):
-    faults = [("GET", f"/api/datasets/{EDU}", 503), ("POST", "paths-info", 500), ("GET", "000.parquet", 502),
+    faults = [("GET", EDU, 503), ("GET", f"{EDU}/tree", 500), ("GET", "000.parquet", 502),
               ("GET", "001.parquet", "damage"), ("GET", "001.parquet", (500, {"Retry-After": "1"})),
               ("GET", "002.parquet", "cut"), ("GET", "002.parquet", "hang")]
     with serve(edu, faults) as server:
@@ -153,8 +152,8 @@ def test_layouts_of_data_sets(layout, use_hub):
     with serve({"someone/corpus": dataset}) as server:
         use_hub(server)
         commit, files = hub.resolve_dataset("someone/corpus", name)
-    assert commit == COMMIT and [f.path for f in files] == expected
-    assert all((f.size, f.sha256) == (4, hashlib.sha256(b"data").hexdigest()) for f in files)
+    assert commit == COMMIT and [f["path"] for f in files] == expected
+    assert all((f["size"], f["sha256"]) == (4, hashlib.sha256(b"data").hexdigest()) for f in files)
 
 
 def test_other_formats_use_the_hubs_parquet_conversion(use_hub):
@@ -163,16 +162,16 @@ def test_other_formats_use_the_hubs_parquet_conversion(use_hub):
         use_hub(server)
         for name, folder in ((None, "default"), ("b", "b")):
             commit, files = hub.resolve_dataset("someone/corpus", name)
-            assert commit == CONVERTED and [f.path for f in files] == [f"{folder}/train/0000.parquet"]
+            assert commit == CONVERTED and [f["path"] for f in files] == [f"{folder}/train/0000.parquet"]
 
 
 HUB_ERRORS = {
-    "missing": ("no/such", None, "there is no data set no/such on the hub, or it is private"),
-    "gated": ("some/gated", None, "some/gated is gated: accept its terms"),
+    "missing": ("no/such", None, r"the hub refuses no/such \(HTTP 404\); look for it on"),
+    "gated": ("some/gated", None, r"refuses some/gated \(HTTP 403\).*accept its terms there and log in"),
     "configuration": (EDU, "sample-1BT", "no configuration 'sample-1BT'; choose one with --name: default, sample-10BT"),
     "configurations": ("some/several", None, "several configurations; choose one with --name: de, en"),
     "formats": ("some/images", None, "some/images has no parquet or jsonl files"),
-    "identifier": ("a b", None, "there is no data set a b"),
+    "identifier": ("a b", None, "the hub refuses a b"),
     "disabled": ("some/disabled", None, r"the hub refuses some/disabled \(HTTP 403\)"),
 }
 
@@ -238,22 +237,25 @@ def test_without_a_network_it_prints_one_line(run, tmp_path):
 def test_card_patterns(pattern):
     paths = {"a/b": ["a/*"], "a/b/c": [], "sub/x.jsonl": ["**/sub/*.jsonl"], "y/z/sub/x.jsonl": ["**/sub/*.jsonl"],
              "data-1.parquet": ["data-?.parquet"], "data-12.parquet": [], "x/y/z": ["./x/**"], "data-/.parquet": []}
-    assert [p for p in paths if hub._glob_regex(pattern).fullmatch(p)] == [p for p in paths if pattern in paths[p]]
+    found = hub._train_files_in_card("a/b", None, [{"data_files": pattern}], paths)
+    assert found == [p for p in paths if pattern in paths[p]]
+
+
+def test_a_pattern_that_makes_no_sense_is_a_user_error():
+    with pytest.raises(UserError, match="the card of a/b: Invalid pattern"):
+        hub._train_files_in_card("a/b", None, [{"data_files": "a**b"}], ["a"])
 
 
 @pytest.mark.parametrize("form", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
 @pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
-def test_behind_a_proxy_the_hub_is_reachable_if_the_proxy_is(monkeypatch, variable, form):
+def test_behind_a_proxy_the_hub_is_reachable_if_the_proxy_is(run, variable, form):
     """Otherwise each file would be retried for a minute through a dead proxy before the cache is used."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        monkeypatch.setenv(variable, form.format(port=proxy.getsockname()[1]))
-        assert hub.reachable()
-        monkeypatch.setenv("no_proxy", "hub.invalid")
-        assert not hub.reachable()
-        monkeypatch.delenv("no_proxy")
-    assert not hub.reachable()
+    names = {name: "" for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")}
+    env = {**names, **{name.upper(): "" for name in names}, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://hub.invalid"}
+    ask = lambda **more: run("-c", "from exactgpt import hub; print(hub.reachable())", env={**env, **more})[1].strip()
+    with serve({}) as proxy:
+        address = form.format(port=proxy.server_address[1])
+        assert ask(**{variable: address}) == "True"
+        assert ask(**{variable: address, "no_proxy": "hub.invalid"}) == "False"
+        assert ask(**{variable: address, "HF_HUB_OFFLINE": "1"}) == "False"
+    assert ask() == "False"

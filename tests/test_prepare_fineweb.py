@@ -9,13 +9,14 @@ import time
 
 import pytest
 
-from exactgpt import documents
+import prepare_fineweb
+from exactgpt import shard_writer
 from exactgpt.config import UserError
-from exactgpt.documents import split_into_pieces
-from exactgpt.shard_writer import encode_tasks
-from exactgpt.shards import ShardFolder, load_manifest
+from exactgpt.documents import read_texts
+from exactgpt.shard_writer import encode_in_order
+from exactgpt.shards import Manifest, ShardFolder, load_manifest
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
-from prepare_fineweb import PrepareFinewebConfig, iter_fetched, main
+from prepare_fineweb import PrepareFinewebConfig, main
 from tests.common import ROOT, SHARED_DATA, script_env
 from tests.corpora import (
     build_nanogpt_shards,
@@ -87,39 +88,22 @@ def test_tokenizer_flag_uses_the_vocabulary_in_that_folder(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2, 5])
-def test_any_number_of_workers_writes_the_same_bytes(corpus, tmp_path, num_proc):
+def test_any_number_of_threads_writes_the_same_bytes(corpus, tmp_path, num_proc):
     flags = ["--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 3000]
     prepare(tmp_path / "0", *flags, "--num_proc", 0)
     prepare(tmp_path / "n", *flags, "--num_proc", num_proc)
     assert read_files(tmp_path / "0") == read_files(tmp_path / "n")
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
-def test_any_start_method_gives_the_same_tokens(run, start_method):
-    code = f"""if True:
-        import multiprocessing
-        from exactgpt.shard_writer import encode_tasks
-        from exactgpt.documents import iter_texts
-        from exactgpt.tokenizer import gpt2_tokenizer
-        multiprocessing.set_start_method({start_method!r})
-        tasks = [(i, iter_texts, [f"text {{i}} {{j}}" for j in range(i)]) for i in range(20)]
-        def results(n):
-            return [(i, tokens.tolist(), size) for i, tokens, size in encode_tasks(tasks, gpt2_tokenizer(), n)]
-        assert results(2) == results(0)
-        print(len(results(2)))"""
-    rc, out, err = run("-c", code)
-    assert (rc, out) == (0, "20\n"), err
-
-
-@pytest.mark.slow
-def test_pending_tasks_are_bounded_with_a_slow_consumer():
+def test_pending_batches_are_bounded_with_a_slow_consumer(monkeypatch):
+    monkeypatch.setattr(shard_writer, "BATCH_CHARS", 1)
     planned = []
 
-    def tasks():
+    def documents():
         for i in range(100):
             planned.append(i)
-            yield i, documents.iter_texts, ["text"] * 10
-    results = encode_tasks(tasks(), gpt2_tokenizer(), 2)
+            yield i, "text", True
+    results = encode_in_order(documents(), gpt2_tokenizer(), 2)
     for i, _ in enumerate(results):
         assert len(planned) <= i + 1 + 3 * 2
         if i == 30:
@@ -127,44 +111,33 @@ def test_pending_tasks_are_bounded_with_a_slow_consumer():
     assert len(planned) < 40
 
 
-def test_workers_do_not_import_torch(run):
+def test_they_import_nothing_large(run):
     code = ("import prepare_fineweb, prepare_text, sys\n"
             "print({'torch', 'datasets', 'pyarrow', 'huggingface_hub', 'tokenizers'} & set(sys.modules))")
     assert run("-c", code)[1] == "set()\n"
 
 
-# --- reading in pieces
+# --- reading from the middle
 
 
 @pytest.mark.parametrize("row_group_size", [1, 7, 100])
-@pytest.mark.parametrize("limits", [(1, 1 << 30), (3000, 1 << 30), (1 << 30, 1 << 30), (2000, 0), (500, 3000)])
-def test_parquet_pieces_cover_the_file_from_any_row(tmp_path, monkeypatch, row_group_size, limits):
-    monkeypatch.setattr(documents, "PIECE_BYTES", limits[0])
-    monkeypatch.setattr(documents, "LARGE_GROUP", limits[1])
+def test_parquet_files_are_read_from_any_row(tmp_path, row_group_size):
     texts = [*random_texts(40, 3), None, ""]
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(texts, row_group_size))
     for start in (0, 1, 6, 7, 8, 41, 42):
-        pieces = [(begin, share, list(read(*args)))
-                  for begin, share, read, *args in split_into_pieces(path, "text", start)]
-        assert [t for *_, piece in pieces for t in piece] == [(t or "", True) for t in texts[start:]]
-        at = start
-        for begin, share, piece in pieces:
-            assert begin == at and share == begin / 42
-            at += len(piece)
+        expected = [(row, texts[row] or "") for row in range(start, 42)]
+        assert list(read_texts(path, "text", start)) == expected
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 100, 5000, 1 << 20])
-def test_jsonl_pieces_cover_the_file_from_any_piece(tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
+def test_jsonl_files_are_read_from_any_line(tmp_path):
     texts = random_texts(30, 4)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps({"text": t}) for t in texts).encode() + b"\n\n")
-    pieces = [(begin, list(read(*args))) for begin, _, read, *args in split_into_pieces(path, "text")]
-    assert [t for _, piece in pieces for t in piece] == [(t, True) for t in texts]
-    for i, (begin, _) in enumerate(pieces):
-        again = [t for _, _, read, *args in split_into_pieces(path, "text", begin) for t in read(*args)]
-        assert again == [t for _, piece in pieces[i:] for t in piece]
+    rows = list(read_texts(path, "text"))
+    assert [text for _, text in rows] == texts
+    for i, (start, _) in enumerate(rows):
+        assert list(read_texts(path, "text", start)) == rows[i:]
 
 
 # --- kills and restarts
@@ -199,11 +172,11 @@ def test_ctrl_c_stops_it_without_a_traceback(corpus, tmp_path, delay):
         while process.poll() is None and not list(out.glob("*.npy")):
             time.sleep(0.002)
     else:
-        time.sleep(delay)       # during startup, or while the workers start
+        time.sleep(delay)       # during startup, or soon after
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=20)[1].decode()
     # Before main() starts, Python itself prints a traceback.
-    assert process.returncode in (130, -signal.SIGINT, 0) and "SpawnProcess" not in error
+    assert process.returncode in (130, -signal.SIGINT, 0)
     assert "Traceback" not in error or not out.exists()
     assert not list(out.glob("*.tmp"))
 
@@ -254,16 +227,20 @@ def test_verify(corpus, tmp_path, capsys):
 # --- other behavior
 
 
-def test_at_most_one_file_is_prefetched():
+@pytest.mark.parametrize("max_tokens, n_ahead", [(None, 1), (10**9, 0)])
+def test_at_most_one_file_is_prefetched(corpus, monkeypatch, max_tokens, n_ahead):
     fetched = []
-    paths = iter_fetched(lambda f: fetched.append(f) or f, list("abcd"), prefetch=True)
-    for i, path in enumerate(paths):
-        time.sleep(0.05)
-        assert path == "abcd"[i] and fetched == list("abcd"[:i + 2])
-    fetched.clear()
-    for i, _ in enumerate(iter_fetched(lambda f: fetched.append(f) or f, list("abcd"), prefetch=False)):
-        time.sleep(0.05)
-        assert fetched == list("abcd"[:i + 1])
+    monkeypatch.setattr(prepare_fineweb, "download_source_file",
+                        lambda _dataset, _commit, file, _folder: fetched.append(file) or corpus[0] / file)
+    manifest = Manifest("", "", 0, 0, files=["000.parquet", "001.parquet", "002.parquet"],
+                        position={"file": 0, "start": 98, "skip": 0})
+    config = PrepareFinewebConfig(out="", max_tokens=max_tokens)
+    for position, text, _ in prepare_fineweb.iter_documents(config, manifest):
+        time.sleep(0.001)
+        assert manifest.files[:position["file"] + 1] == fetched[:position["file"] + 1]
+        assert len(fetched) <= position["file"] + 1 + n_ahead
+        assert text == corpus[1][(0, 100, 101)[position["file"]] + position["start"]]
+    assert fetched == manifest.files
 
 
 def test_default_folder_and_shard_names():
@@ -283,7 +260,7 @@ def test_default_folder_and_shard_names():
     (["--data_files", "bad.jsonl"], "bad.jsonl, byte 14: not valid JSON"),
     (["--max_tokens", "5"], "--max_tokens must be >= 20"),
     (["--num_proc", "-1"], "--num_proc must be >= 0"),
-    (["--verify", "--out", "none"], "no shards: none does not exist"),
+    (["--verify", "--out", "none"], "no shards: there is no folder none"),
     (["--max_token", "100"], "unknown argument --max_token; did you mean --max_tokens?"),
 ])
 def test_wrong_commands_print_one_line(tmp_path, run, flags, message):
@@ -297,20 +274,16 @@ def test_wrong_commands_print_one_line(tmp_path, run, flags, message):
 
 
 @pytest.mark.slow
-def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path):
+def test_finished_shards_survive_a_damaged_row_group(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "BATCH_CHARS", 1000)
     shutil.copytree(corpus[0], tmp_path / "files")
-    path, flags = tmp_path / "files" / "002.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]
-    good = path.read_bytes()
-    path.write_bytes(good[:len(good) // 3] + bytes(2000) + good[len(good) // 3 + 2000:])
-    with pytest.raises(UserError, match=r"002\.parquet is not a readable parquet file"):
+    path, flags = tmp_path / "files" / "003.parquet", ["--data_files", f"{tmp_path}/files/*", "--shard_tokens", 1000]
+    texts = random_texts(600, 9)
+    good = parquet_bytes(texts)
+    path.write_bytes(good[:2 * len(good) // 3] + bytes(2000) + good[2 * len(good) // 3 + 2000:])
+    with pytest.raises(UserError, match=r"003\.parquet is not a readable parquet file"):
         prepare(tmp_path / "out", *flags, "--num_proc", 2)
     assert len(list((tmp_path / "out").glob("*.npy"))) > 3
     path.write_bytes(good)
     prepare(tmp_path / "out", *flags, "--num_proc", 2)
-    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1], 1000)
-
-
-def test_a_killed_worker_is_a_user_error(tmp_path):
-    read = os._exit
-    with pytest.raises(UserError, match="a tokenizer process was killed"):
-        list(encode_tasks([(0, read, 9)], gpt2_tokenizer(), 1))
+    assert load_shards(tmp_path / "out") == build_nanogpt_shards(corpus[1] + texts, 1000)

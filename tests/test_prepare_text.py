@@ -98,9 +98,9 @@ def test_val_never_takes_all_documents(tmp_path):
 
 @pytest.mark.parametrize("n", range(1, 14))
 def test_the_tail_may_contain_several_documents(n):
-    starts, ends = np.array([10, 0, 5]), np.array([14, 5, 10])      # three pieces of 4, 5 and 5 tokens
-    original = [t for a, b in zip(starts, ends) for t in range(a, b)]
-    cut = [t for a, b in zip(*prepare_text.move_tail_first(starts, ends, n)) for t in range(a, b)]
+    arrays = [np.arange(10, 14), np.arange(5), np.arange(5, 10)]
+    original = np.concatenate(arrays).tolist()
+    cut = np.concatenate(prepare_text.move_tail_first(arrays, 14 - n)).tolist()
     assert cut == original[-n:] + original[:-n]
 
 
@@ -181,11 +181,10 @@ def test_unusual_rows_are_read_as_text(tmp_path):
 # --- reproducibility
 
 
-def test_worker_processes_write_the_same_bytes(jsonl, tmp_path, monkeypatch):
+def test_threads_write_the_same_bytes(jsonl, tmp_path, monkeypatch):
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x")])
-    monkeypatch.setattr(prepare_text, "POOL_BYTES", 0)
-    monkeypatch.setattr(prepare_text, "available_cpus", lambda: 2)
-    monkeypatch.setattr(shard_writer, "TASK_CHARS", 300)
+    monkeypatch.setattr(prepare_text, "available_cpus", lambda: 5)
+    monkeypatch.setattr(shard_writer, "BATCH_CHARS", 300)
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x")])
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exactgpt.config import UserError
-from exactgpt.shard_writer import ShardWriter, report_write_errors, save_shard
+from exactgpt.shard_writer import ShardWriter, save_shard
 from exactgpt.shards import Manifest, ShardFolder, load_manifest, open_shard, permutation
 from exactgpt.tokenizer import train_tokenizer
 from tests.common import permuted
@@ -192,7 +192,6 @@ def test_a_short_bin_file_is_refused(tmp_path):
     ([], "no shards in"), (["x_train_000001.npy", "x_train_000003.npy"], "shard 000002 is missing before 000003"),
     (["x_val_000000.npy", "x_train_000002.npy"], "shard 000001 is missing before 000002"),
     (["x_train_000001.npy", "y_train_000002.npy"], "mixes the data sets 'x' and 'y'"),
-    (["x_train_000001.npy", "x_train_000002.bin"], "mixes .npy and .bin"),
     (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 exists twice")])
 def test_gaps_duplicates_and_mixtures_are_refused(tmp_path, names, message):
     for name in names:
@@ -202,7 +201,7 @@ def test_gaps_duplicates_and_mixtures_are_refused(tmp_path, names, message):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"does not exist; make them with prepare_fineweb\.py"):
+    with pytest.raises(UserError, match=r"there is no folder .*none; make them with prepare_fineweb\.py"):
         ShardFolder(tmp_path / "none")
 
 
@@ -218,8 +217,6 @@ def test_an_incomplete_folder_is_refused_unless_allowed(make_shards):
 @pytest.mark.parametrize("changes, message", [
     (dict(format=2), "format 2"), (dict(vocab_size="257"), "vocab_size"), (dict(shards=[3]), "shards"),
     (dict(surprise=1), "surprise"),
-    (dict(shards=[dict(file="../x_train_000001.npy", split="train", tokens=1, sha256="")]), "shards"),
-    (dict(shards=[dict(file="/etc/passwd", split="train", tokens=1, sha256="")]), "shards"),
     (dict(shards=[dict(file="x_train_000001.npy", split="train", tokens=True, sha256="")]), "shards"),
     (dict(complete=1), "complete"), (dict(position=[]), "position")])
 def test_damaged_manifests_are_refused(make_shards, changes, message):
@@ -227,6 +224,14 @@ def test_damaged_manifests_are_refused(make_shards, changes, message):
     rewrite(folder, **changes)
     with pytest.raises(UserError, match=f"manifest.json.*{message}"):
         load_manifest(folder)
+
+
+@pytest.mark.parametrize("file", ["../x_train_000001.npy", "/etc/passwd", "/etc/x_train_000001.npy"])
+def test_a_manifest_cannot_name_files_elsewhere(make_shards, file):
+    folder = make_shards([100])
+    rewrite(folder, shards=[dict(file=file, split="train", tokens=1, sha256="")])
+    with pytest.raises(UserError, match=f"shard {file} is missing"):
+        ShardFolder(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")])
@@ -337,6 +342,6 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr("exactgpt.config.os.fsync", full)
-    with pytest.raises(UserError, match="No space left on device; free some"), report_write_errors(tmp_path):
+    with pytest.raises(UserError, match="No space left on device; free some"):
         save_shard(tmp_path, "x", "val", 0, np.zeros(10))
     assert list(tmp_path.iterdir()) == []
