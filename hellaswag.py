@@ -172,48 +172,32 @@ def load_hellaswag(path, style="karpathy", limit=0):
 
 
 def parse_example(item, style, where):
-    """Make an Example of an item (a dict of the file's fields). Raises UserError that begins with `where`."""
-    context = render_context(item, style, where)
-    if not context.strip():
-        raise UserError(f"{where}: the context is empty")
-    endings, label = item.get("endings"), item.get("label")
-    if not (isinstance(endings, list) and len(endings) == N_ENDINGS and all(isinstance(e, str) for e in endings)):
-        raise UserError(f"{where}: 'endings' must be a list of {N_ENDINGS} strings")
-    endings = [strip_markup(e) for e in endings] if style == "lm_eval" else endings
-    for k, ending in enumerate(endings):
-        if not ending.strip():
-            raise UserError(f"{where}: ending {k} is empty")
-    if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
-        raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
-    return Example(context, tuple(endings), int(label))
+    """Make an Example of an item (a dict of the file's fields). Raises UserError that begins with `where`.
 
-
-def render_context(item, style, where):
-    """Return the context of an item (a dict) in a style. Raises UserError if a field is missing or not a string."""
+    In lm_eval style texts are cleaned exactly as preprocess() in lm_eval/tasks/hellaswag/utils.py does.
+    """
     def text(key):
         if not isinstance(item.get(key), str):
             raise UserError(f"{where}: {key!r} is missing or not a string")
         return item[key]
 
+    def without_markup(text):      # WikiHow's
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    endings, label = item.get("endings"), item.get("label")
+    if not (isinstance(endings, list) and len(endings) == N_ENDINGS and all(isinstance(e, str) for e in endings)):
+        raise UserError(f"{where}: 'endings' must be a list of {N_ENDINGS} strings")
     if style == "karpathy":
-        return text("ctx")
-    has_parts = "ctx_a" in item and "ctx_b" in item
-    ctx_a, ctx_b = (text("ctx_a"), text("ctx_b")) if has_parts else split_context(text("ctx"))
-    return strip_markup(text("activity_label") + ": " + ctx_a + " " + ctx_b.capitalize())
-
-
-def split_context(ctx):
-    """Split a context into (ctx_a, ctx_b): ctx_b is the text after the last sentence end if it starts in lower case."""
-    ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*\s+", ctx)]
-    if ends and ctx[ends[-1]:][:1].islower():
-        return ctx[:ends[-1]].rstrip(), ctx[ends[-1]:]
-    return ctx, ""
-
-
-def strip_markup(text):
-    """Remove WikiHow's markup exactly as preprocess() in lm_eval/tasks/hellaswag/utils.py does."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+        context = text("ctx")
+    else:
+        context = without_markup(f"{text('activity_label')}: {text('ctx_a')} {text('ctx_b').capitalize()}")
+        endings = [without_markup(e) for e in endings]
+    for name, value in [("the context", context), *((f"ending {k}", ending) for k, ending in enumerate(endings))]:
+        if not value.strip():
+            raise UserError(f"{where}: {name} is empty")
+    if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
+        raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
+    return Example(context, tuple(endings), int(label))
 
 
 # -----------------------------------------------------------------------------
@@ -239,29 +223,24 @@ def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="",
 
 
 def tokenize_examples(examples, tokenizer, block_size, style):
-    """Tokenize and pack Examples that were rendered in a style; return a PreparedHellaSwag."""
-    questions, lengths, n_cut = [], [], 0
-    for example in examples:
-        context, endings = encode_example(example, tokenizer, style)
-        questions.append(pack_question(context, endings, block_size))
-        n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
-        n_scored = [min(len(ending), block_size) for ending in endings]
-        lengths.append([len(text) for text in example.endings] if style == "lm_eval" else n_scored)
-    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), style, n_cut)
-
-
-def encode_example(example, tokenizer, style):
-    """Return (ids of the context, [ids of each ending]).
+    """Tokenize and pack Examples that were rendered in a style; return a PreparedHellaSwag.
 
     lm_eval encodes context and ending together and cuts after as many ids as the context alone has. Spaces at the end
     of the context move to the endings (lm_eval/api/model.py, TemplateLM._encode_pair).
     """
-    if style == "karpathy":
-        return tokenizer.encode(example.context), [tokenizer.encode(" " + e) for e in example.endings]
-    context = example.context.rstrip()
-    space = example.context[len(context):] + " "
-    ids = tokenizer.encode(context)
-    return ids, [tokenizer.encode(context + space + e)[len(ids):] for e in example.endings]
+    questions, lengths, n_cut = [], [], 0
+    for example in examples:
+        if style == "karpathy":
+            context = tokenizer.encode(example.context)
+            endings = [tokenizer.encode(f" {ending}") for ending in example.endings]
+            lengths.append([min(len(ending), block_size) for ending in endings])
+        else:
+            context = tokenizer.encode(example.context.rstrip())
+            endings = [tokenizer.encode(f"{example.context} {e}")[len(context):] for e in example.endings]
+            lengths.append([len(ending) for ending in example.endings])
+        questions.append(pack_question(context, endings, block_size))
+        n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
+    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), style, n_cut)
 
 
 @dataclass(frozen=True)
