@@ -44,13 +44,13 @@ DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
 STYLES = ("karpathy", "lm_eval")
 N_ENDINGS = 4
 
-# Published (model, acc, acc_norm) over all examples; None: not published in this style.
+# Published (model, acc, acc_norm) over all examples; "-": not published in this style.
 REFERENCES = {
     # 124M and 1558M: build-nanogpt's hellaswag.py; 350M and 774M: its play.ipynb; GPT-3: its paper, table H.1
-    "karpathy": [("GPT-2 124M", 0.2859, 0.2955), ("GPT-2 350M", None, 0.3752), ("GPT-2 774M", None, 0.4320),
-                 ("GPT-2 1558M", 0.3842, 0.4893), ("GPT-3 124M", None, 0.3370)],
+    "karpathy": [("GPT-2 124M", "0.2859", "0.2955"), ("GPT-2 350M", "-", "0.3752"), ("GPT-2 774M", "-", "0.4320"),
+                 ("GPT-2 1558M", "0.3842", "0.4893"), ("GPT-3 124M", "-", "0.3370")],
     # lm-evaluation-harness' scores, as build-nanogpt's hellaswag.py quotes them
-    "lm_eval": [("GPT-2 124M", 0.2892, 0.3114), ("GPT-2 1558M", 0.4004, 0.5089)],
+    "lm_eval": [("GPT-2 124M", "0.2892", "0.3114"), ("GPT-2 1558M", "0.4004", "0.5089")],
 }
 
 
@@ -102,28 +102,21 @@ def score_checkpoint(config, runtime):
     begin = time.perf_counter()
     score = evaluate_hellaswag(model, hellaswag, runtime, config.batch_tokens, progress="HellaSwag")
     seconds = time.perf_counter() - begin
-    runtime.print(format_score(score, seconds))
+    stderr, stderr_norm = (math.sqrt(p * (1 - p) / max(1, score.n - 1)) for p in (score.acc, score.acc_norm))
+    runtime.print(f"HellaSwag, {score.style} style, {score.n:,} examples"
+                  + ("" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})"))
+    ours = "this model", f"{score.acc:.4f} ± {stderr:.4f}", f"{score.acc_norm:.4f} ± {stderr_norm:.4f}"
+    rows = [("", "acc", "acc_norm"), ours, *REFERENCES[score.style], ("guessing", "0.2500", "0.2500")]
+    runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
+    if score.n_cut:
+        runtime.print(f"{score.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
+    runtime.print(f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s")
     if config.json and runtime.is_main:
         write_json(config.json, dict(
-            acc=score.acc, acc_norm=score.acc_norm, n=score.n, style=score.style, acc_stderr=score.stderr(score.acc),
-            acc_norm_stderr=score.stderr(score.acc_norm), n_cut=score.n_cut, checkpoint=opened.source,
+            vars(score), acc_stderr=stderr, acc_norm_stderr=stderr_norm, checkpoint=opened.source,
             data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name,
             seconds=round(seconds, 3)))
         print(f"wrote {config.json}")
-
-
-def format_score(score, seconds):
-    """Return a table of this model's scores and the published ones in the same style."""
-    rows = [("", "acc", "acc_norm"),
-            ("this model", *(f"{p:.4f} ± {score.stderr(p):.4f}" for p in (score.acc, score.acc_norm)))]
-    for name, *published in [*REFERENCES[score.style], ("guessing", 0.25, 0.25)]:
-        rows.append((name, *("-" if p is None else f"{p:.4f}" for p in published)))
-    lines = [f"HellaSwag, {score.style} style, {score.n:,} examples"
-             + ("" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})")]
-    lines += [f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows]
-    if score.n_cut:
-        lines.append(f"{score.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
-    return "\n".join([*lines, f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s"])
 
 
 # -----------------------------------------------------------------------------
@@ -251,10 +244,6 @@ class HellaSwagScore:
     n: int
     style: str
     n_cut: int
-
-    def stderr(self, accuracy):
-        """Return the standard error of an accuracy over the n examples, as lm-evaluation-harness computes it."""
-        return math.sqrt(accuracy * (1 - accuracy) / max(1, self.n - 1))
 
 
 def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0, progress=None):

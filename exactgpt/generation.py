@@ -51,10 +51,10 @@ class Continuation:
 
 
 def stream(model, tokenizer, prompts, *, stop=(), **options):
-    """Continue texts; yield the same list of Continuations after each step, until all have ended.
+    """Continue texts; yield the same list of Continuations, one a prompt, after each step, until all have ended.
 
-    model: a GPT in eval mode, or a Decoder. prompts: one Continuation each; an empty prompt begins a new document.
-    stop: texts; a continuation ends before the first of them. options: those of generate_ids.
+    An empty prompt begins a new document. stop: texts; a continuation ends before the first of them. model and
+    options: those of generate_ids.
     """
     continuations = [Continuation(tokenizer, stop) for _ in prompts]
     ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
@@ -130,9 +130,11 @@ def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, seed=42, t
         decoder.noise.exponential_(generator=generator)        # outside the graph, which would use torch's generator
         if n == 0:
             decoder.sample(logits)
+        elif decoder.graph:
+            decoder.graph.replay()
         else:
             decoder.decode_one_token()
-            n_cached = [length + 1 for length in n_cached]
+        n_cached = [length + (n > 0) for length in n_cached]   # the first token is not read before the second step
         full = [i for i, length in enumerate(n_cached) if length == block_size]
         pending.append(copy_to_cpu(decoder.tokens))
         while len(pending) > (0 if full or n == max_tokens - 1 else decoder.n_ahead):
@@ -173,7 +175,7 @@ class Decoder:
         self.tokens = torch.zeros(batch_size, dtype=torch.long, device=self.device)    # the last token of each row
         self.noise = torch.ones(batch_size, n_candidates, device=self.device)
         self._sampling = n_vocab, temperature, top_p
-        for part, try_out in (("compile", self._run_on_empty_cache), ("cuda_graph", self._capture_graph)):
+        for part, try_out in (("compile", self.decode_one_token), ("cuda_graph", self._capture_graph)):
             try:
                 if getattr(self, part):
                     try_out()
@@ -185,25 +187,15 @@ class Decoder:
 
     def decode_one_token(self):
         """Read the last token of each row and sample the next one."""
-        if self.graph:
-            self.graph.replay()
-        else:
-            self._run()
-
-    def sample(self, logits):
-        """Sample the next token of each row from logits (B, V) and the noise."""
-        n_vocab, temperature, top_p = self._sampling
-        self.tokens.copy_(sample(logits[:, :n_vocab].float(), self.noise, temperature, top_p))
-
-    def _run(self):
         model = self._compiled_model if self.compile else self.model
         logits = model(self.tokens[:, None], cache=self.cache)[:, 0]                   # (B, V)
         self.cache.lengths += 1    # in place, like the tokens: a CUDA graph needs the same addresses each time
         self.sample(logits)
 
-    def _run_on_empty_cache(self):
-        self._run()
-        self.cache.lengths.zero_()
+    def sample(self, logits):
+        """Sample the next token of each row from logits (B, V) and the noise."""
+        n_vocab, temperature, top_p = self._sampling
+        self.tokens.copy_(sample(logits[:, :n_vocab].float(), self.noise, temperature, top_p))
 
     def _capture_graph(self):
         """Capture the step as a CUDA graph, after runs that load kernels and allocate workspaces."""
@@ -212,11 +204,12 @@ class Decoder:
             side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side_stream):
                 for _ in range(3):
-                    self._run_on_empty_cache()
+                    self.cache.lengths.zero_()
+                    self.decode_one_token()
             torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._run()
+                self.decode_one_token()
         self.graph = graph
 
 
@@ -299,10 +292,7 @@ def sample(logits, noise, temperature=1.0, top_p=1.0):
 
 
 class PackedLinear(nn.Module):
-    """A bf16 nn.Linear on a CPU whose weight is packed for the kernel once, not at each call: 2.5 times as fast.
-
-    The operators are those that torch.compile emits with freezing.
-    """
+    """A bf16 nn.Linear on a CPU whose weight is packed once, as torch.compile's freezing does: 2.5 times as fast."""
 
     def __init__(self, linear):
         super().__init__()
@@ -315,10 +305,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model):
-    """Replace the linear layers of a bf16 model on a CPU by PackedLinears, if this build of torch supports them.
-
-    Afterwards the model can only be run, not trained or saved.
-    """
+    """Replace the linear layers of a bf16 model on a CPU, if torch supports it; it can then only be run, not saved."""
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
     for module in list(model.modules()):

@@ -16,7 +16,7 @@ import torch
 from exactgpt import lora
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
 from exactgpt.classifier import Classifier
-from exactgpt.config import UserError, atomic_write, find_visible, new_folder, read_json, read_text, write_json
+from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, require_same_vocabulary
 from model import GPT, GPTConfig
 
@@ -290,8 +290,7 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
             write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
         files = tokenizer_files(tokenizer, config["block_size"], pads="labels" in config) if tokenizer else {}
         for name, text in files.items():
-            with atomic_write(temporary / name, "w") as f:
-                f.write(text)
+            (temporary / name).write_text(text, encoding="utf-8")
         try:
             weights = temporary / "model.safetensors"
             save_file(state_to_huggingface(config, state, n_vocab), weights, metadata={"format": "pt"})
@@ -303,10 +302,7 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
 
 
 def config_to_huggingface(config, n_vocab, eot):
-    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json.
-
-    eot: id of the end-of-text token, or None.
-    """
+    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json; eot: end-of-text's id or None."""
     names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
     if "labels" in config:     # transformers reads the label at the last token that is not padding
@@ -339,10 +335,7 @@ def state_to_huggingface(config, state, n_vocab):
 
 
 def tokenizer_files(tokenizer, block_size, pads=False):
-    """Return {name: text} of the files that AutoTokenizer reads: vocab.json, merges.txt (slow), tokenizer.json (fast).
-
-    pads: use end-of-text as the padding token.
-    """
+    """Return {name: text} of the files that AutoTokenizer reads. pads: use end-of-text as the padding token."""
     from tokenizers import ByteLevelBPETokenizer
     vocabulary = json.loads(tokenizer.encoder_json())
     text = next(token for token, i in vocabulary.items() if i == tokenizer.eot)
