@@ -79,14 +79,22 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
             # Every rank loops over every batch, even with an empty share, so that all check for a stop equally often.
             indices = indices[runtime.rank::runtime.world_size]
             if indices:
-                inputs, targets = (torch.from_numpy(a) for a in collate(questions, indices, T, n_endings))
-                losses.append(target_losses(model, inputs.to(runtime.device), targets[:2].to(runtime.device)))
+                batch = [(i, sequence) for i in indices for sequence in questions[i]]
+                inputs = np.zeros((3, len(batch), T), dtype=np.int64)                     # (3, B, T)
+                inputs[2] = PADDING
+                for b, (_, sequence) in enumerate(batch):
+                    inputs[:, b, :sequence.inputs.shape[1]] = sequence.inputs
+                # of the batch: the index in (B T) and question * n_endings + ending, instead of those of one sequence
+                targets = np.concatenate([sequence.targets + np.array([[b * T], [0], [i * n_endings]])
+                                          for b, (i, sequence) in enumerate(batch)], axis=1)      # (3, S)
+                losses.append(target_losses(model, *(torch.from_numpy(a).to(runtime.device)
+                                                     for a in (*inputs, *targets[:2]))))
                 ending_ids.append(targets[2])
                 scored += indices
             runtime.check_for_stop()
     sums = np.zeros(len(questions) * n_endings)
     if scored:  # on the CPU: not every GPU has float64, and few sum in a fixed order
-        sums = np.bincount(torch.cat(ending_ids).numpy(), torch.cat(losses).cpu().numpy(), minlength=sums.size)
+        sums = np.bincount(np.concatenate(ending_ids), torch.cat(losses).cpu().numpy(), minlength=sums.size)
     return sums.reshape(-1, n_endings), np.array(scored, dtype=np.int64)
 
 
@@ -106,23 +114,11 @@ def batch_by_length(questions, block_size, batch_tokens, world_size):
             yield T, indices[first:first + size]
 
 
-def collate(questions, indices, T, n_endings):
-    """Collate some questions; return their inputs (3, B, T) and targets (3, S) as in a PackedSequence.
+def target_losses(model, tokens, positions, segments, predict_at, targets):
+    """Return the cross-entropy of each target, (S,) in nats and fp32.
 
-    The index of a target is that in the flattened batch (B T), its ending is question index * n_endings + ending.
+    tokens, positions, segments: (B, T). predict_at, targets: (S,), where predict_at counts in the flattened batch.
     """
-    batch = [(i, sequence) for i in indices for sequence in questions[i]]
-    inputs = np.zeros((3, len(batch), T), dtype=np.int64)
-    inputs[2] = PADDING
-    for b, (_, sequence) in enumerate(batch):
-        inputs[:, b, :sequence.inputs.shape[1]] = sequence.inputs
-    targets = [sequence.targets + np.array([[b * T], [0], [i * n_endings]]) for b, (i, sequence) in enumerate(batch)]
-    return inputs, np.concatenate(targets, axis=1)
-
-
-def target_losses(model, inputs, targets):
-    """Return the cross-entropy of each target, (S,) in nats and fp32, from collate()'s inputs and targets[:2]."""
-    (tokens, positions, segments), (predict_at, targets) = inputs, targets
     T = tokens.size(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     keys = segments[:, None, :]

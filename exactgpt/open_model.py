@@ -302,7 +302,7 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
 
 
 def config_to_huggingface(config, n_vocab, eot):
-    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json; eot: end-of-text's id or None."""
+    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json; eot: end-of-text or None."""
     names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
     if "labels" in config:     # transformers reads the label at the last token that is not padding

@@ -265,10 +265,11 @@ def test_tokens_read_one_step_late_are_the_same(model, monkeypatch):
     expected, decoder, events = generated_ids(model, RAGGED), Decoder(model), []
     decoder.n_ahead = 1
     assert generated_ids(decoder, RAGGED) == expected
-    monkeypatch.setattr(decoder, "decode_one_token", lambda: events.append("step") or Decoder.decode_one_token(decoder))
+    monkeypatch.setattr(decoder, "decode_one_token", lambda *logits: (
+        events.append("step") or Decoder.decode_one_token(decoder, *logits)))
     for _ in generate_ids(decoder, [[5]], n_vocab=65, max_tokens=4, temperature=0):
         events.append("shown")
-    assert events == ["step", "shown", "step", "shown", "step", "shown", "shown"]
+    assert events == ["step", "step", "shown", "step", "shown", "step", "shown", "shown"]
 
 
 @pytest.mark.slow
@@ -315,13 +316,13 @@ def test_packed_linears_give_the_same_logits():
                 parameter.normal_(std=0.1)
     packed, ids = copy.deepcopy(plain), torch.randint(128, (2, 32))
     pack_linears(packed)
-    if not any(isinstance(module, generation.PackedLinear) for module in packed.modules()):
+    if packed.lm_head.weight is not None:
         pytest.skip("this build of torch has no packed bf16 linear layers")
     with torch.no_grad():
         torch.testing.assert_close(packed(ids), plain(ids), atol=0.02, rtol=0.02)
         cache = generation.KVCache(packed, 2, 32)
         first = prefill(packed, cache, [0, 1], ids[:, :20].tolist())
         torch.testing.assert_close(first, plain(ids[:, :20])[:, -1], atol=0.02, rtol=0.02)
-    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    assert not any(isinstance(module, torch.nn.Linear) and module.weight is not None for module in packed.modules())
     rows = generated_ids(packed, RAGGED, n_vocab=128, max_tokens=20)
     assert all(len(row) == 20 for row in rows)
