@@ -114,19 +114,15 @@ def score_checkpoint(config, runtime):
     if config.json and runtime.is_main:
         write_json(config.json, dict(
             vars(score), acc_stderr=stderr, acc_norm_stderr=stderr_norm, checkpoint=opened.source,
-            data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name,
-            seconds=round(seconds, 3)))
+            data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name, seconds=round(seconds, 3)))
         print(f"wrote {config.json}")
 
 
-# -----------------------------------------------------------------------------
-# the data: a file of examples, rendered in one of the styles
-
-def fetch_hellaswag(path=DATA_FILE):
+def fetch_hellaswag():
     """Return the path of the data set, after downloading it if it is missing. Raises UserError if that fails."""
-    if Path(path).exists():
-        return str(path)
-    print(f"downloading {DATASET} to {path}", flush=True)
+    if Path(DATA_FILE).exists():
+        return DATA_FILE
+    print(f"downloading {DATASET} to {DATA_FILE}", flush=True)
     from exactgpt import hub
     if not hub.reachable():     # use the hub's cache or fail at once, without retries
         hub.work_offline()
@@ -135,13 +131,13 @@ def fetch_hellaswag(path=DATA_FILE):
         rows = load_dataset(DATASET, split="validation")
         if len(rows) != N_EXAMPLES:
             raise ValueError(f"got {len(rows)} examples, expected {N_EXAMPLES}")
-        with atomic_write(path, "w") as f:
+        with atomic_write(DATA_FILE, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     except Exception as error:  # no network, no `datasets`, a full disk: each library raises its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(f"{path} is missing and cannot be downloaded ({reason}); run python hellaswag.py --download on "
-                        "a machine with a network and copy the file, or train with --hellaswag_every 0") from error
-    return str(path)
+        raise UserError(f"{DATA_FILE} is missing and cannot be downloaded ({reason}); run python hellaswag.py "
+                        "--download on a machine with a network and copy the file, or train with --hellaswag_every 0") from error
+    return DATA_FILE
 
 
 @dataclass(frozen=True)
@@ -153,10 +149,7 @@ class Example:
 
 
 def load_hellaswag(path, style="karpathy", limit=0):
-    """Load the first `limit` Examples (0: all) of a JSON-lines file, rendered in a style.
-
-    Raises UserError for an empty file, and with the line number for an invalid example.
-    """
+    """Load the first `limit` Examples (0: all) of a JSON-lines file, rendered in a style. Raises UserError."""
     examples = [parse_example(item, style, where)
                 for where, item in itertools.islice(read_objects(path), limit or None)]
     if not examples:
@@ -192,9 +185,6 @@ def parse_example(item, style, where):
         raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
     return Example(context, tuple(endings), int(label))
 
-
-# -----------------------------------------------------------------------------
-# tokens and scores
 
 @dataclass(frozen=True)
 class PreparedHellaSwag:
@@ -249,9 +239,8 @@ class HellaSwagScore:
 def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0, progress=None):
     """Score a model on a PreparedHellaSwag; return a HellaSwagScore. model: the raw GPT, neither compiled nor wrapped.
 
-    A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens (per
-    rank and forward pass, 0: by device) nor the number of ranks. Raises StopRequested on all ranks after the batch
-    during which any of them got a signal. The model keeps its training or eval mode. progress: see ending_losses.
+    A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens nor the
+    number of ranks. The model keeps its training or eval mode. The rest is as in ending_losses.
     """
     was_training = model.training
     model.eval()

@@ -59,7 +59,7 @@ def main(argv=None):
     config = parse_config(InferenceConfig, argv, __doc__.splitlines()[0])
     with contextlib.suppress(AttributeError):              # sys.stdout of a test or notebook has no reconfigure()
         sys.stdout.reconfigure(errors="replace")           # "?" for what the terminal's encoding lacks
-    prompts = collect_prompts(config)
+    prompts = collect_prompts(config)      # none: read them from the terminal
     opened = open_model(config.checkpoint or newest_model(), tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
     hardware = probe_hardware(device)

@@ -169,8 +169,9 @@ class Decoder:
 
     def prepare(self, batch_size, n_tokens, n_candidates, n_vocab, temperature, top_p):
         """Make the buffers for a batch, compile the step and capture its graph, unless the last call's fit."""
-        block_size = self.model.config.block_size
-        max_len = min(block_size, max(CACHE_MULTIPLE, 1 << (n_tokens - 1).bit_length()))   # few shapes to compile
+        if self.compile or self.cuda_graph:
+            n_tokens = max(CACHE_MULTIPLE, 1 << (n_tokens - 1).bit_length())           # few shapes to compile
+        max_len = min(n_tokens, self.model.config.block_size)
         settings = batch_size, max_len, n_candidates, n_vocab, temperature, top_p
         if self._settings == settings:
             return
@@ -324,14 +325,11 @@ class KVCache:
     def begin(self, T):
         """Return (positions, attention bias) for the next T tokens.
 
-        T > 1: (T,) and None, for causal attention. T = 1: (B, 1) and (B, 1, 1, keys), added to the scores.
+        T > 1: (T,) and None, for causal attention. T = 1: (B, 1) and (B, 1, 1, max_len), added to the scores.
         """
         if T > 1:
             return self.slots[:T], None
-        slots = self.slots
-        if slots.device.type == "cpu" and not torch.compiler.is_compiling():   # elsewhere reading a length is slow
-            slots = slots[:(int(self.lengths.max()) // CACHE_MULTIPLE + 1) * CACHE_MULTIPLE]
-        seen = slots <= self.lengths[:, None, None, None]                              # (B, 1, 1, keys)
+        seen = self.slots <= self.lengths[:, None, None, None]                         # (B, 1, 1, max_len)
         return self.lengths[:, None], torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -math.inf)
 
 
@@ -354,9 +352,8 @@ class LayerCache:
             T = k.size(2)
             self.k[:, :, :T], self.v[:, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        n = bias.size(-1)                                                              # keys that some row has seen
         self.k[self.rows, :, self.lengths] = k[:, :, 0].to(self.k.dtype)               # (B, nh, hs)
         self.v[self.rows, :, self.lengths] = v[:, :, 0].to(self.v.dtype)
-        scores = q.contiguous() @ self.k[:, :, :n].transpose(2, 3)                     # (B, nh, 1, keys)
+        scores = q.contiguous() @ self.k.transpose(2, 3)                               # (B, nh, 1, max_len)
         scores = torch.add(bias, scores, alpha=q.size(-1) ** -0.5)
-        return torch.softmax(scores, dim=-1) @ self.v[:, :, :n]                        # (B, nh, 1, hs)
+        return torch.softmax(scores, dim=-1) @ self.v                                  # (B, nh, 1, hs)

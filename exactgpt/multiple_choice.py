@@ -35,9 +35,8 @@ class PackedSequence:
 def pack_question(context, endings, block_size):
     """Return the PackedSequences of a question: one if it fits block_size, else one per ending.
 
-    context: at least one id; endings: lists of ids. A context that is too long even for one ending is cut from the
-    left, only as far as that ending needs, as lm-evaluation-harness does. An ending longer than the window is scored
-    on its last block_size tokens.
+    context: at least one id; endings: lists of ids. What is too long even for one ending is cut from the left, only as
+    far as that ending needs, as lm-evaluation-harness does.
     """
     if len(context) + sum(len(e) - 1 for e in endings) <= block_size:
         return [pack_endings(context, dict(enumerate(endings)))]

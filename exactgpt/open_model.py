@@ -23,7 +23,6 @@ from model import GPT, GPTConfig
 PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more extra rows it has another vocabulary
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-VOCABULARY_FILES = ("merges.txt", "vocab.json", "tokenizer.json")
 HF_CLASSIFIER = "GPT2ForSequenceClassification"       # transformers' equivalent of classifier.py
 # Settings of transformers' GPT2Config that change the result, with the only values that our model supports.
 FIXED_SETTINGS = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -180,7 +179,8 @@ def _download_model(name):
     print(f"{name} is not a local folder; looking on the Hugging Face hub", file=sys.stderr)
     fetch = functools.partial(snapshot_download, name, local_files_only=not hub.reachable())
     try:
-        folder = Path(fetch(allow_patterns=["config.json", "model.safetensors", *VOCABULARY_FILES]))
+        vocabulary = "merges.txt", "vocab.json", "tokenizer.json"
+        folder = Path(fetch(allow_patterns=["config.json", "model.safetensors", *vocabulary]))
         if not (folder / "model.safetensors").exists():
             fetch(allow_patterns="pytorch_model.bin")
         return folder
@@ -276,9 +276,8 @@ def _folder_tokenizer(folder, vocab_size, fallback):
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
     """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and any Tokenizer's files.
 
-    Embedding rows beyond the vocabulary are omitted. config: GPTConfig's fields; state: our state dict. The folder
-    gets its name only when it is complete and check(temporary folder) has not raised. Raises UserError if the folder
-    is not empty or writing fails.
+    config: GPTConfig's fields; state: our state dict. The folder gets its name only when it is complete and
+    check(temporary folder) has not raised. Raises UserError if the folder is not empty or writing fails.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
