@@ -114,7 +114,8 @@ def score_checkpoint(config, runtime):
     if config.json and runtime.is_main:
         write_json(config.json, dict(
             vars(score), acc_stderr=stderr, acc_norm_stderr=stderr_norm, checkpoint=opened.source,
-            data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name, seconds=round(seconds, 3)))
+            data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name,
+            seconds=round(seconds, 3)))
         print(f"wrote {config.json}")
 
 
@@ -135,8 +136,9 @@ def fetch_hellaswag():
             f.writelines(json.dumps(row) + "\n" for row in rows)
     except Exception as error:  # no network, no `datasets`, a full disk: each library raises its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(f"{DATA_FILE} is missing and cannot be downloaded ({reason}); run python hellaswag.py "
-                        "--download on a machine with a network and copy the file, or train with --hellaswag_every 0") from error
+        raise UserError(f"{DATA_FILE} is missing and cannot be downloaded ({reason}); run python "
+                        "hellaswag.py --download on a machine with a network and copy the file, or train with "
+                        "--hellaswag_every 0") from error
     return DATA_FILE
 
 
