@@ -290,13 +290,10 @@ def pack_linears(model):
         return
     for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        layer.forward = functools.partial(_packed_linear, packed, layer.bias)
+        layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=packed, B=layer.bias, attr="none",
+                                          scalars=[], algorithm="")
         layer.weight = None
     model.requires_grad_(False)    # with autograd the operator is a thousand times slower
-
-
-def _packed_linear(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 # -----------------------------------------------------------------------------
