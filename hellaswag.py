@@ -178,7 +178,9 @@ def parse_example(item, style, where):
     if style == "karpathy":
         context = text("ctx")
     else:
-        context = without_markup(f"{text('activity_label')}: {text('ctx_a')} {text('ctx_b').capitalize()}")
+        has_parts = "ctx_a" in item and "ctx_b" in item
+        ctx_a, ctx_b = (text("ctx_a"), text("ctx_b")) if has_parts else split_context(text("ctx"))
+        context = without_markup(f"{text('activity_label')}: {ctx_a} {ctx_b.capitalize()}")
         endings = [without_markup(e) for e in endings]
     for name, value in [("the context", context), *((f"ending {k}", ending) for k, ending in enumerate(endings))]:
         if not value.strip():
@@ -186,6 +188,14 @@ def parse_example(item, style, where):
     if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
         raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
     return Example(context, tuple(endings), int(label))
+
+
+def split_context(ctx):
+    """Split a context into (ctx_a, ctx_b): ctx_b is the text after the last sentence end if it starts in lower case."""
+    ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*\s+", ctx)]
+    if ends and ctx[ends[-1]:][:1].islower():
+        return ctx[:ends[-1]].rstrip(), ctx[ends[-1]:]
+    return ctx, ""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,31 @@ import pytest
 import hellaswag
 from exactgpt.config import UserError
 from exactgpt.tokenizer import Tokenizer
-from hellaswag import fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag
+from hellaswag import fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag, split_context
 from tests.common import HELLASWAG_EXAMPLE, HELLASWAG_FILE, cpu_runtime
+
+
+@pytest.mark.parametrize("ctx, ctx_a, ctx_b", [
+    ("A man is sitting on a roof. he", "A man is sitting on a roof.", "he"),
+    ("He waits! Then it rains. the Dog", "He waits! Then it rains.", "the Dog"),
+    ('"Stop!" the man', '"Stop!"', "the man"),
+    ("A man is sitting on a roof. He", "A man is sitting on a roof. He", ""),
+    ("Two sentences. That end here.", "Two sentences. That end here.", ""),
+    ("no sentence end at all", "no sentence end at all", ""),
+    ("It costs 3.50 a piece", "It costs 3.50 a piece", ""),
+    ("", "", ""),
+])
+def test_a_context_splits_into_its_two_parts(ctx, ctx_a, ctx_b):
+    assert split_context(ctx) == (ctx_a, ctx_b)
+
+
+def test_an_example_without_the_two_parts_renders_as_one_with_them():
+    for line in HELLASWAG_FILE.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        if item["ctx_b"][:1].islower():
+            whole = parse_example(dict(item), "lm_eval", "")
+            del item["ctx_a"], item["ctx_b"]
+            assert parse_example(item, "lm_eval", "") == whole
 
 
 def test_the_two_styles_render_as_their_originals():
