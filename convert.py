@@ -36,97 +36,73 @@ def main(argv=None):
     out = Path(config.out)
     check_new(out, folder=out.suffix != ".pt")
     opened = open_model(config.checkpoint or newest_model(), classifiers=True, tokenizer=config.tokenizer)
-    opened.model.eval()
-    classifies = isinstance(opened.model, Classifier)
+    model, tokenizer = opened.model.eval(), opened.tokenizer
     print(opened.summary())
     if out.suffix == ".pt":
-        write_pt_file(out, opened)
+        base = {k: v for k, v in opened.extra.items() if k == "base"}      # the model that it was fine-tuned from
+        save_checkpoint(out, dict(model=model.state_dict(), config=model.config_dict(), step=opened.step,
+                                  val_loss=opened.val_loss, tokenizer=tokenizer and tokenizer.to_checkpoint(), **base))
+        print(f"wrote {out} ({human_bytes(out.stat().st_size)})")
     else:
-        write_pretrained(out, opened.model.config_dict(), opened.model.state_dict(), opened.tokenizer,
-                         check=lambda folder: verify_export(folder, opened))
+        write_pretrained(out, model.config_dict(), model.state_dict(), tokenizer,
+                         check=lambda folder: verify_export(folder, model, tokenizer))
         files = sorted(out.iterdir())
         size = human_bytes(sum(f.stat().st_size for f in files))
         print(f"wrote {out} ({size}): {', '.join(f.name for f in files)}")
-    if opened.tokenizer is None:
+    if tokenizer is None:
         print("note: the checkpoint has no tokenizer, so the converted model reads and writes only token ids")
-    else:
-        script, text = ("finetune_classifier.py", "--predict") if classifies else ("inference.py", "--prompt")
-        print(f'next: python {script} --checkpoint {out} {text} "..."')
-        if out.suffix != ".pt":
-            print(f'or in Python: transformers.pipeline("text-{"classification" if classifies else "generation"}", '
-                  f'"{out}")')
-
-
-def write_pt_file(path, opened):
-    """Write an opened model as a checkpoint in our format."""
-    entries = dict(model=opened.model.state_dict(), config=opened.model.config_dict(), step=opened.step,
-                   val_loss=opened.val_loss, tokenizer=opened.tokenizer.to_checkpoint() if opened.tokenizer else None)
-    if "base" in opened.extra:      # the model that it was fine-tuned from
-        entries["base"] = opened.extra["base"]
-    save_checkpoint(path, entries)
-    print(f"wrote {path} ({human_bytes(path.stat().st_size)})")
+        return
+    script, text, task = (("finetune_classifier.py", "--predict", "classification") if isinstance(model, Classifier)
+                          else ("inference.py", "--prompt", "generation"))
+    print(f'next: python {script} --checkpoint {out} {text} "..."')
+    if out.suffix != ".pt":
+        print(f'or in Python: transformers.pipeline("text-{task}", "{out}")')
 
 
 @torch.no_grad()
-def verify_export(folder, opened):
+def verify_export(folder, model, tokenizer):
     """Read an export back with our reader and, if installed, transformers; compare it and print the result.
 
     Raises RunFailed if weights differ at all, logits by more than rounding, or a text's token ids at all.
     """
     print("written; comparing it with the original ...", flush=True)
-    model, tokenizer = opened.model, opened.tokenizer
     n_vocab = tokenizer.n_vocab if tokenizer else model.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(n_vocab, (2, min(64, model.config.block_size)), generator=generator)
+    ids = torch.randint(n_vocab, (2, min(64, model.config.block_size)), generator=torch.Generator().manual_seed(0))
     ids[:, -1] = 0      # because transformers' classifier would take end-of-text there for padding
-    logits = model(ids)[..., :n_vocab]                  # (2, T, n_vocab), of a classifier (2, labels)
-    reread = build_model(*read_pretrained(folder), folder).eval()
-    check_weights(model, reread, n_vocab)
-    results = [f"{max_logit_difference(logits, reread(ids), 'our reader'):.1e} with our reader"]
-    del reread
-    if importlib.util.find_spec("transformers"):
-        results.append(verify_with_transformers(folder, ids, logits, tokenizer))
-    else:
-        results.append("transformers is not installed")
-    print(f"verified: the weights are bitwise equal; largest difference of logits: {', '.join(results)}")
+    expected = model(ids)[..., :n_vocab]                # (2, T, n_vocab), of a classifier (2, labels)
 
+    def check_logits(logits, reader):
+        rounding = 1e-5 + 1e-4 * expected.abs().nan_to_num().max().item()
+        largest = (expected - logits).abs().max().item()
+        if not torch.allclose(expected, logits, rtol=0, atol=rounding, equal_nan=True):
+            raise RunFailed(f"the export is wrong and was deleted: the logits of {reader} differ by {largest:.1e}")
+        return f"{largest:.1e} with {reader}"
 
-def check_weights(model, reread, n_vocab):
-    """Raise RunFailed unless the reread weights equal the model's bit by bit; absent biases count as zeros."""
-    expected = model.state_dict()
+    reread, weights = build_model(*read_pretrained(folder), folder).eval(), model.state_dict()
     for name, tensor in reread.state_dict().items():
-        wanted = expected[name] if name in expected else torch.zeros_like(tensor)
+        wanted = weights.get(name, torch.zeros_like(tensor))            # absent biases count as zeros
         if name in ("transformer.wte.weight", "lm_head.weight"):
             wanted = wanted[:n_vocab]
         if not torch.equal(wanted.float().view(torch.int32), tensor.view(torch.int32)):   # as bits, because NaN != NaN
             raise RunFailed(f"the export is wrong and was deleted: {name} reads back differently; check the disk")
-
-
-def max_logit_difference(expected, logits, reader):
-    """Return the largest difference of two tensors of logits. Raises RunFailed if it is more than rounding."""
-    rounding = 1e-5 + 1e-4 * expected.abs().nan_to_num().max().item()
-    largest = (expected - logits).abs().max().item()
-    if not torch.allclose(expected, logits, rtol=0, atol=rounding, equal_nan=True):
-        raise RunFailed(f"the export is wrong and was deleted: the logits of {reader} differ by {largest:.1e}")
-    return largest
-
-
-def verify_with_transformers(folder, ids, logits, tokenizer):
-    """Compare an export as transformers reads it; return the result in words. Raises RunFailed if it differs."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    kind = transformers.AutoModelForCausalLM if logits.dim() == 3 else transformers.AutoModelForSequenceClassification
-    theirs = kind.from_pretrained(folder).eval()
-    largest = max_logit_difference(logits, theirs(ids).logits, "transformers")
-    result = f"{largest:.1e} with transformers {transformers.__version__}"
-    if tokenizer:
-        their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        ids_differ = their_tokenizer(TEST_TEXT)["input_ids"] != tokenizer.encode(TEST_TEXT)
-        if ids_differ or their_tokenizer.eos_token_id != tokenizer.eot:
-            raise RunFailed("the export is wrong and was deleted: transformers' tokenizer gives other token ids")
-        result += " (same token ids)"
-    return result
+    results = [check_logits(reread(ids), "our reader")]
+    del reread, weights
+    if importlib.util.find_spec("transformers"):
+        import transformers
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        classifies = isinstance(model, Classifier)
+        kind = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+        theirs = kind.from_pretrained(folder).eval()
+        results.append(check_logits(theirs(ids).logits, f"transformers {transformers.__version__}"))
+        if tokenizer:
+            reader = transformers.AutoTokenizer.from_pretrained(folder)
+            if (reader(TEST_TEXT)["input_ids"], reader.eos_token_id) != (tokenizer.encode(TEST_TEXT), tokenizer.eot):
+                raise RunFailed("the export is wrong and was deleted: transformers' tokenizer gives other token ids")
+            results[-1] += " (same token ids)"
+    else:
+        results.append("transformers is not installed")
+    print(f"verified: the weights are bitwise equal; largest difference of logits: {', '.join(results)}")
 
 
 if __name__ == "__main__":

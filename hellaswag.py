@@ -46,13 +46,13 @@ DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
 STYLES = ("karpathy", "lm_eval")
 N_ENDINGS = 4
 
-# Published (model, acc, acc_norm) over all examples; None: not published in this style.
+# Published (model, acc, acc_norm) over all examples; "-": not published in this style.
 REFERENCES = {
     # 124M and 1558M: build-nanogpt's hellaswag.py; 350M and 774M: its play.ipynb; GPT-3: its paper, table H.1
-    "karpathy": [("GPT-2 124M", 0.2859, 0.2955), ("GPT-2 350M", None, 0.3752), ("GPT-2 774M", None, 0.4320),
-                 ("GPT-2 1558M", 0.3842, 0.4893), ("GPT-3 124M", None, 0.3370)],
+    "karpathy": [("GPT-2 124M", "0.2859", "0.2955"), ("GPT-2 350M", "-", "0.3752"), ("GPT-2 774M", "-", "0.4320"),
+                 ("GPT-2 1558M", "0.3842", "0.4893"), ("GPT-3 124M", "-", "0.3370")],
     # lm-evaluation-harness' scores, as build-nanogpt's hellaswag.py quotes them
-    "lm_eval": [("GPT-2 124M", 0.2892, 0.3114), ("GPT-2 1558M", 0.4004, 0.5089)],
+    "lm_eval": [("GPT-2 124M", "0.2892", "0.3114"), ("GPT-2 1558M", "0.4004", "0.5089")],
 }
 
 
@@ -104,38 +104,28 @@ def score_checkpoint(config, runtime):
     begin = time.perf_counter()
     score = evaluate_hellaswag(model, hellaswag, runtime, config.batch_tokens, progress="HellaSwag")
     seconds = time.perf_counter() - begin
-    runtime.print(format_score(score, seconds))
+    stderr, stderr_norm = (math.sqrt(p * (1 - p) / max(1, score.n - 1)) for p in (score.acc, score.acc_norm))
+    runtime.print(f"HellaSwag, {score.style} style, {score.n:,} examples"
+                  + ("" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})"))
+    ours = "this model", f"{score.acc:.4f} ± {stderr:.4f}", f"{score.acc_norm:.4f} ± {stderr_norm:.4f}"
+    rows = [("", "acc", "acc_norm"), ours, *REFERENCES[score.style], ("guessing", "0.2500", "0.2500")]
+    runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
+    if score.n_cut:
+        runtime.print(f"{score.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
+    runtime.print(f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s")
     if config.json and runtime.is_main:
         write_json(config.json, dict(
-            acc=score.acc, acc_norm=score.acc_norm, n=score.n, style=score.style, acc_stderr=score.stderr(score.acc),
-            acc_norm_stderr=score.stderr(score.acc_norm), n_cut=score.n_cut, checkpoint=opened.source,
+            vars(score), acc_stderr=stderr, acc_norm_stderr=stderr_norm, checkpoint=opened.source,
             data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name,
             seconds=round(seconds, 3)))
         print(f"wrote {config.json}")
 
 
-def format_score(score, seconds):
-    """Return a table of this model's scores and the published ones in the same style."""
-    rows = [("", "acc", "acc_norm"),
-            ("this model", *(f"{p:.4f} ± {score.stderr(p):.4f}" for p in (score.acc, score.acc_norm)))]
-    for name, *published in [*REFERENCES[score.style], ("guessing", 0.25, 0.25)]:
-        rows.append((name, *("-" if p is None else f"{p:.4f}" for p in published)))
-    lines = [f"HellaSwag, {score.style} style, {score.n:,} examples"
-             + ("" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})")]
-    lines += [f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows]
-    if score.n_cut:
-        lines.append(f"{score.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
-    return "\n".join([*lines, f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s"])
-
-
-# -----------------------------------------------------------------------------
-# the data: a file of examples, rendered in one of the styles
-
-def fetch_hellaswag(path=DATA_FILE):
+def fetch_hellaswag():
     """Return the path of the data set, after downloading it if it is missing. Raises UserError if that fails."""
-    if Path(path).exists():
-        return str(path)
-    print(f"downloading {DATASET} to {path}", flush=True)
+    if Path(DATA_FILE).exists():
+        return DATA_FILE
+    print(f"downloading {DATASET} to {DATA_FILE}", flush=True)
     from exactgpt import hub
     if not hub.reachable():     # use the hub's cache or fail at once, without retries
         hub.work_offline()
@@ -144,13 +134,14 @@ def fetch_hellaswag(path=DATA_FILE):
         rows = load_dataset(DATASET, split="validation")
         if len(rows) != N_EXAMPLES:
             raise ValueError(f"got {len(rows)} examples, expected {N_EXAMPLES}")
-        with atomic_write(path, "w") as f:
+        with atomic_write(DATA_FILE, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     except Exception as error:  # no network, no `datasets`, a full disk: each library raises its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(f"{path} is missing and cannot be downloaded ({reason}); run python hellaswag.py --download on "
-                        "a machine with a network and copy the file, or train with --hellaswag_every 0") from error
-    return str(path)
+        raise UserError(f"{DATA_FILE} is missing and cannot be downloaded ({reason}); run python "
+                        "hellaswag.py --download on a machine with a network and copy the file, or train with "
+                        "--hellaswag_every 0") from error
+    return DATA_FILE
 
 
 @dataclass(frozen=True)
@@ -162,10 +153,7 @@ class Example:
 
 
 def load_hellaswag(path, style="karpathy", limit=0):
-    """Load the first `limit` Examples (0: all) of a JSON-lines file, rendered in a style.
-
-    Raises UserError for an empty file, and with the line number for an invalid example.
-    """
+    """Load the first `limit` Examples (0: all) of a JSON-lines file, rendered in a style. Raises UserError."""
     examples = [parse_example(item, style, where)
                 for where, item in itertools.islice(read_objects(path), limit or None)]
     if not examples:
@@ -174,34 +162,34 @@ def load_hellaswag(path, style="karpathy", limit=0):
 
 
 def parse_example(item, style, where):
-    """Make an Example of an item (a dict of the file's fields). Raises UserError that begins with `where`."""
-    context = render_context(item, style, where)
-    if not context.strip():
-        raise UserError(f"{where}: the context is empty")
-    endings, label = item.get("endings"), item.get("label")
-    if not (isinstance(endings, list) and len(endings) == N_ENDINGS and all(isinstance(e, str) for e in endings)):
-        raise UserError(f"{where}: 'endings' must be a list of {N_ENDINGS} strings")
-    endings = [strip_markup(e) for e in endings] if style == "lm_eval" else endings
-    for k, ending in enumerate(endings):
-        if not ending.strip():
-            raise UserError(f"{where}: ending {k} is empty")
-    if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
-        raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
-    return Example(context, tuple(endings), int(label))
+    """Make an Example of an item (a dict of the file's fields). Raises UserError that begins with `where`.
 
-
-def render_context(item, style, where):
-    """Return the context of an item (a dict) in a style. Raises UserError if a field is missing or not a string."""
+    In lm_eval style texts are cleaned exactly as preprocess() in lm_eval/tasks/hellaswag/utils.py does.
+    """
     def text(key):
         if not isinstance(item.get(key), str):
             raise UserError(f"{where}: {key!r} is missing or not a string")
         return item[key]
 
+    def without_markup(text):      # WikiHow's
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    endings, label = item.get("endings"), item.get("label")
+    if not (isinstance(endings, list) and len(endings) == N_ENDINGS and all(isinstance(e, str) for e in endings)):
+        raise UserError(f"{where}: 'endings' must be a list of {N_ENDINGS} strings")
     if style == "karpathy":
-        return text("ctx")
-    has_parts = "ctx_a" in item and "ctx_b" in item
-    ctx_a, ctx_b = (text("ctx_a"), text("ctx_b")) if has_parts else split_context(text("ctx"))
-    return strip_markup(text("activity_label") + ": " + ctx_a + " " + ctx_b.capitalize())
+        context = text("ctx")
+    else:
+        has_parts = "ctx_a" in item and "ctx_b" in item
+        ctx_a, ctx_b = (text("ctx_a"), text("ctx_b")) if has_parts else split_context(text("ctx"))
+        context = without_markup(f"{text('activity_label')}: {ctx_a} {ctx_b.capitalize()}")
+        endings = [without_markup(e) for e in endings]
+    for name, value in [("the context", context), *((f"ending {k}", ending) for k, ending in enumerate(endings))]:
+        if not value.strip():
+            raise UserError(f"{where}: {name} is empty")
+    if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
+        raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
+    return Example(context, tuple(endings), int(label))
 
 
 def split_context(ctx):
@@ -211,15 +199,6 @@ def split_context(ctx):
         return ctx[:ends[-1]].rstrip(), ctx[ends[-1]:]
     return ctx, ""
 
-
-def strip_markup(text):
-    """Remove WikiHow's markup exactly as preprocess() in lm_eval/tasks/hellaswag/utils.py does."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-# -----------------------------------------------------------------------------
-# tokens and scores
 
 @dataclass(frozen=True)
 class PreparedHellaSwag:
@@ -241,29 +220,24 @@ def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="",
 
 
 def tokenize_examples(examples, tokenizer, block_size, style):
-    """Tokenize and pack Examples that were rendered in a style; return a PreparedHellaSwag."""
-    questions, lengths, n_cut = [], [], 0
-    for example in examples:
-        context, endings = encode_example(example, tokenizer, style)
-        questions.append(pack_question(context, endings, block_size))
-        n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
-        n_scored = [min(len(ending), block_size) for ending in endings]
-        lengths.append([len(text) for text in example.endings] if style == "lm_eval" else n_scored)
-    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), style, n_cut)
-
-
-def encode_example(example, tokenizer, style):
-    """Return (ids of the context, [ids of each ending]).
+    """Tokenize and pack Examples that were rendered in a style; return a PreparedHellaSwag.
 
     lm_eval encodes context and ending together and cuts after as many ids as the context alone has. Spaces at the end
     of the context move to the endings (lm_eval/api/model.py, TemplateLM._encode_pair).
     """
-    if style == "karpathy":
-        return tokenizer.encode(example.context), [tokenizer.encode(" " + e) for e in example.endings]
-    context = example.context.rstrip()
-    space = example.context[len(context):] + " "
-    ids = tokenizer.encode(context)
-    return ids, [tokenizer.encode(context + space + e)[len(ids):] for e in example.endings]
+    questions, lengths, n_cut = [], [], 0
+    for example in examples:
+        if style == "karpathy":
+            context = tokenizer.encode(example.context)
+            endings = [tokenizer.encode(f" {ending}") for ending in example.endings]
+            lengths.append([min(len(ending), block_size) for ending in endings])
+        else:
+            context = tokenizer.encode(example.context.rstrip())
+            endings = [tokenizer.encode(f"{example.context} {e}")[len(context):] for e in example.endings]
+            lengths.append([len(ending) for ending in example.endings])
+        questions.append(pack_question(context, endings, block_size))
+        n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
+    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), style, n_cut)
 
 
 @dataclass(frozen=True)
@@ -275,17 +249,12 @@ class HellaSwagScore:
     style: str
     n_cut: int
 
-    def stderr(self, accuracy):
-        """Return the standard error of an accuracy over the n examples, as lm-evaluation-harness computes it."""
-        return math.sqrt(accuracy * (1 - accuracy) / max(1, self.n - 1))
-
 
 def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0, progress=None):
     """Score a model on a PreparedHellaSwag; return a HellaSwagScore. model: the raw GPT, neither compiled nor wrapped.
 
-    A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens (per
-    rank and forward pass, 0: by device) nor the number of ranks. Raises StopRequested on all ranks after the batch
-    during which any of them got a signal. The model keeps its training or eval mode. progress: see ending_losses.
+    A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens nor the
+    number of ranks. The model keeps its training or eval mode. The rest is as in ending_losses.
     """
     was_training = model.training
     model.eval()

@@ -41,7 +41,7 @@ class InferenceConfig(DeviceConfig):
     top_k: int = flag(50, "sample from the k likeliest tokens (0: all)", group="sampling", low=0)
     top_p: float = flag(1.0, "nucleus sampling: probability mass to keep (1.0: off)", group="sampling", above=0, high=1)
     seed: int = flag(42, "random seed; the same seed gives the same text", group="sampling", low=0)
-    compile: str = flag("auto", "auto: CUDA graphs on a GPU, packed weights on a CPU; on: torch.compile, which takes "
+    compile: str = flag("auto", "auto: CUDA graphs on a GPU, packed weights on a CPU; on: on a GPU torch.compile too, "
                                 "up to a minute to start; off: neither", group="system", choices=("auto", "on", "off"))
 
     def check(self):
@@ -59,14 +59,20 @@ def main(argv=None):
     config = parse_config(InferenceConfig, argv, __doc__.splitlines()[0])
     with contextlib.suppress(AttributeError):              # sys.stdout of a test or notebook has no reconfigure()
         sys.stdout.reconfigure(errors="replace")           # "?" for what the terminal's encoding lacks
-    prompts = collect_prompts(config)
+    prompts = collect_prompts(config)      # none: read them from the terminal
     opened = open_model(config.checkpoint or newest_model(), tokenizer=config.tokenizer).with_tokenizer()
-    decoder = prepare_decoder(opened, config)
+    device = choose_device(config.device)
+    hardware = probe_hardware(device)
+    dtype = choose_dtype(config.dtype, hardware)
+    if config.compile == "on" and device.type == "cuda":
+        choose_compile("on", hardware, device)             # raises UserError if there is no compiler
+    print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
+    decoder = make_decoder(opened.model, device, DTYPES[dtype], config.compile)
     try:
-        if prompts is None:
-            run_interactively(decoder, opened.tokenizer, config)
-        else:
+        if prompts:
             print_continuations(decoder, opened.tokenizer, prompts, config, config.seed)
+        else:
+            run_interactively(decoder, opened.tokenizer, config)
     except (RuntimeError, MemoryError) as error:
         phrases = "out of memory", "can't allocate memory"      # CUDA's, the CPU allocator's
         if isinstance(error, RuntimeError) and not any(phrase in str(error) for phrase in phrases):
@@ -75,34 +81,19 @@ def main(argv=None):
 
 
 def collect_prompts(config):
-    """Return the prompts from flags, files or a pipe, or None to read them from a terminal. Raises UserError."""
+    """Return the prompts from flags, files or a pipe, [] to read them from a terminal. Raises UserError."""
     if config.instruction:
         return [alpaca_prompt(config.instruction, config.input)]
-    prompts = [*config.prompt, *map(read_prompt, config.prompt_file)]
-    if prompts:
-        return prompts
-    if sys.stdin is not None and sys.stdin.isatty():
-        return None
-    text = read_prompt(None)
-    if not text:
-        raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
-    return [text]
 
+    def read(path):
+        return read_text(path).replace("\r\n", "\n").removesuffix("\n")
 
-def read_prompt(path):
-    """Read a file (None: standard input) without its last newline. Raises UserError."""
-    return read_text(path).replace("\r\n", "\n").removesuffix("\n") if path or sys.stdin else ""
-
-
-def prepare_decoder(opened, config):
-    """Return a Decoder for an opened model, on the device and in the dtype of the flags. Raises UserError."""
-    device = choose_device(config.device)
-    hardware = probe_hardware(device)
-    dtype = choose_dtype(config.dtype, hardware)
-    if config.compile == "on":
-        choose_compile("on", hardware, device)             # raises UserError if there is no compiler
-    print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
-    return make_decoder(opened.model, device, DTYPES[dtype], config.compile)
+    prompts = [*config.prompt, *map(read, config.prompt_file)]
+    if not prompts and not (sys.stdin and sys.stdin.isatty()):
+        prompts = [read(None) if sys.stdin else ""]        # None: standard input
+        if prompts == [""]:
+            raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
+    return prompts
 
 
 def run_interactively(decoder, tokenizer, config):
@@ -137,35 +128,21 @@ def print_continuations(decoder, tokenizer, prompts, config, seed):
     steps = stream(decoder, tokenizer, repeated, max_tokens=config.max_tokens, stop=config.stop, seed=seed,
                    temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     shown = [""] * len(repeated) if config.instruction else repeated
-    if config.stream:
-        continuations = print_live(shown, steps)
-    else:
-        *_, continuations = tqdm(steps, "generating", config.max_tokens, unit="step", leave=False, disable=None)
+    if not config.stream:
+        *_, last = tqdm(steps, "generating", config.max_tokens, unit="step", leave=False, disable=None)
+        steps = [last]
+    n_shown = 0
+    for continuations in steps:
+        text = ""       # all grow at once, but a terminal can only append: each appears when those before have ended
         for prompt, continuation in zip(shown, continuations):
-            print(f"> {prompt}{continuation.text}")
-    sys.stdout.flush()
+            text += f"> {prompt}{continuation.text}"
+            if not continuation.ended:
+                break
+            text += "\n"
+        print(text[n_shown:], end="", flush=True)
+        n_shown = len(text)
     n_tokens, seconds = sum(c.n_tokens for c in continuations), time.perf_counter() - begin
     print(f"{n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
-
-
-def print_live(prompts, steps):
-    """Print the continuations one below the other while they grow, and return them.
-
-    All grow at once, but a terminal can only append: the first is printed live, each later one when its turn comes.
-    """
-    turn, n_shown = 0, None
-    for continuations in steps:
-        while turn < len(continuations):
-            if n_shown is None:
-                print(f"> {prompts[turn]}", end="")
-                n_shown = 0
-            print(continuations[turn].text[n_shown:], end="", flush=True)
-            n_shown = len(continuations[turn].text)
-            if not continuations[turn].ended:
-                break
-            print()
-            turn, n_shown = turn + 1, None
-    return continuations
 
 
 if __name__ == "__main__":

@@ -396,8 +396,8 @@ def writing(runtime, sizes, tokenizer):
     for name, options in ways.items():
         decoder = Decoder(model, **options)
         same = sum(a == b for x, y in zip(eager, generate(decoder)) for a, b in zip(x, y))
-        facts[name] = dict(same=same, of=2 * len(eager), graph=bool(decoder._step.graph), compile=decoder.compile)
-        if same < 2 * len(eager) or not decoder._step.graph or decoder.compile != options.get("compile", False):
+        facts[name] = dict(same=same, of=2 * len(eager), graph=bool(decoder.graph), compile=decoder.compile)
+        if same < 2 * len(eager) or not decoder.graph or decoder.compile != options.get("compile", False):
             wrong.append(name)
     if wrong:
         raise CheckFailed(f"decoding with {' and '.join(wrong)} differs from eager decoding, or fell back to it", facts,

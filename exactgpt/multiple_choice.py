@@ -28,20 +28,15 @@ CPU_BATCH_TOKENS = 2048
 @dataclass(frozen=True)
 class PackedSequence:
     """A context with endings as the model reads it, and the tokens to score."""
-    tokens: np.ndarray       # (T,) the context, then endings without their last token
-    positions: np.ndarray    # (T,)
-    segments: np.ndarray     # (T,) 0 in the context, k + 1 in ending k
-    predict_at: np.ndarray   # (S,) index in `tokens` whose logits predict the target
-    targets: np.ndarray      # (S,) token id
-    ending_ids: np.ndarray   # (S,) the ending that the target belongs to
+    inputs: np.ndarray     # (3, T): token ids, positions and segments, which are 0 in the context, k + 1 in ending k
+    targets: np.ndarray    # (3, S): index in T whose logits predict the target, its token id, the ending it is from
 
 
 def pack_question(context, endings, block_size):
     """Return the PackedSequences of a question: one if it fits block_size, else one per ending.
 
-    context: at least one id; endings: lists of ids. A context that is too long even for one ending is cut from the
-    left, only as far as that ending needs, as lm-evaluation-harness does. An ending longer than the window is scored
-    on its last block_size tokens.
+    context: at least one id; endings: lists of ids. What is too long even for one ending is cut from the left, only as
+    far as that ending needs, as lm-evaluation-harness does.
     """
     if len(context) + sum(len(e) - 1 for e in endings) <= block_size:
         return [pack_endings(context, dict(enumerate(endings)))]
@@ -56,16 +51,12 @@ def pack_question(context, endings, block_size):
 def pack_endings(context, endings):
     """Pack a context (at least one id) and some of its endings, {number: ids}, into a PackedSequence."""
     n = len(context)
-    tokens, positions, segments, predict_at, targets, ending_ids = list(context), list(range(n)), [0] * n, [], [], []
+    inputs, targets = [(token, i, 0) for i, token in enumerate(context)], []
     for k, ending in endings.items():
-        predict_at += [n - 1, *range(len(tokens), len(tokens) + len(ending) - 1)]  # n - 1: the context's last token
-        targets += ending
-        ending_ids += [k] * len(ending)
-        tokens += ending[:-1]
-        positions += range(n, n + len(ending) - 1)
-        segments += [k + 1] * (len(ending) - 1)
-    arrays = (np.array(v, dtype=np.int32) for v in (tokens, positions, segments, predict_at, targets, ending_ids))
-    return PackedSequence(*arrays)
+        predict_at = [n - 1, *range(len(inputs), len(inputs) + len(ending) - 1)]   # n - 1: the context's last token
+        targets += [(i, token, k) for i, token in zip(predict_at, ending)]
+        inputs += [(token, i, k + 1) for i, token in enumerate(ending[:-1], n)]
+    return PackedSequence(np.array(inputs, dtype=np.int32).T, np.array(targets, dtype=np.int32).T)
 
 
 @torch.no_grad()
@@ -87,9 +78,17 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
             # Every rank loops over every batch, even with an empty share, so that all check for a stop equally often.
             indices = indices[runtime.rank::runtime.world_size]
             if indices:
-                arrays, batch_ending_ids = collate(questions, indices, T, n_endings)
-                losses.append(target_losses(model, *(torch.from_numpy(a).to(runtime.device) for a in arrays)))
-                ending_ids.append(batch_ending_ids)
+                batch = [(i, sequence) for i in indices for sequence in questions[i]]
+                inputs = np.zeros((3, len(batch), T), dtype=np.int64)                     # (3, B, T)
+                inputs[2] = PADDING
+                for b, (_, sequence) in enumerate(batch):
+                    inputs[:, b, :sequence.inputs.shape[1]] = sequence.inputs
+                # of the batch: the index in (B T) and question * n_endings + ending, instead of those of one sequence
+                targets = np.concatenate([sequence.targets + np.array([[b * T], [0], [i * n_endings]])
+                                          for b, (i, sequence) in enumerate(batch)], axis=1)      # (3, S)
+                losses.append(target_losses(model, *(torch.from_numpy(a).to(runtime.device)
+                                                     for a in (*inputs, *targets[:2]))))
+                ending_ids.append(targets[2])
                 scored += indices
             runtime.check_for_stop()
     sums = np.zeros(len(questions) * n_endings)
@@ -106,7 +105,7 @@ def batch_by_length(questions, block_size, batch_tokens, world_size):
     """
     groups = {}
     for i, sequences in enumerate(questions):
-        T = -(-max(len(sequence.tokens) for sequence in sequences) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        T = -(-max(sequence.inputs.shape[1] for sequence in sequences) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         groups.setdefault((min(T, block_size), len(sequences)), []).append(i)
     for (T, n_sequences), indices in sorted(groups.items(), reverse=True):
         size = max(1, batch_tokens // (T * n_sequences)) * world_size
@@ -114,26 +113,11 @@ def batch_by_length(questions, block_size, batch_tokens, world_size):
             yield T, indices[first:first + size]
 
 
-def collate(questions, indices, T, n_endings):
-    """Collate some questions; return ((tokens, positions, segments, predict_at, targets), ending_ids).
-
-    The first three are (B, T), the others (S,). predict_at indexes the flattened batch (B T); ending_ids are question
-    index * n_endings + ending.
-    """
-    batch = [(i, sequence) for i in indices for sequence in questions[i]]
-    tokens, positions = np.zeros((2, len(batch), T), dtype=np.int64)
-    segments = np.full((len(batch), T), PADDING, dtype=np.int64)
-    for b, (_, sequence) in enumerate(batch):
-        n = len(sequence.tokens)
-        tokens[b, :n], positions[b, :n], segments[b, :n] = sequence.tokens, sequence.positions, sequence.segments
-    predict_at = np.concatenate([b * T + sequence.predict_at.astype(np.int64) for b, (_, sequence) in enumerate(batch)])
-    targets = np.concatenate([sequence.targets for _, sequence in batch]).astype(np.int64)
-    ending_ids = np.concatenate([i * n_endings + sequence.ending_ids.astype(np.int64) for i, sequence in batch])
-    return (tokens, positions, segments, predict_at, targets), ending_ids
-
-
 def target_losses(model, tokens, positions, segments, predict_at, targets):
-    """Return the cross-entropy of each target: (S,) in nats and fp32. Arguments: tensors as collate() returns them."""
+    """Return the cross-entropy of each target, (S,) in nats and fp32.
+
+    tokens, positions, segments: (B, T). predict_at, targets: (S,), where predict_at counts in the flattened batch.
+    """
     T = tokens.size(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     keys = segments[:, None, :]

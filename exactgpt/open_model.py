@@ -16,15 +16,8 @@ import torch
 from exactgpt import lora
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
 from exactgpt.classifier import Classifier
-from exactgpt.config import UserError, atomic_write, find_visible, new_folder, read_json, write_json
-from exactgpt.tokenizer import (
-    GPT2_ENTRIES,
-    Tokenizer,
-    from_checkpoint,
-    from_merges,
-    load_tokenizer,
-    require_same_vocabulary,
-)
+from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
+from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, require_same_vocabulary
 from model import GPT, GPTConfig
 
 PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more extra rows it has another vocabulary
@@ -78,7 +71,7 @@ def open_model(source, classifiers=False, tokenizer=""):
                             "of a model in Hugging Face format")
         opened = _open_file(newest_model(path), tokenizer)
     else:
-        folder = local_folder(source)
+        folder = path if path.is_dir() else _download_model(str(source))
         model = build_model(*read_pretrained(folder), source)
         opened = OpenedModel(model, _folder_tokenizer(folder, model.config.vocab_size, tokenizer), str(source))
     n_rows = opened.model.config.vocab_size
@@ -117,37 +110,26 @@ def _open_adapter(folder, tokenizer):
     return OpenedModel(merged, opened.tokenizer, str(folder))
 
 
-def _folder_tokenizer(folder, vocab_size, fallback):
-    """Return a folder's Tokenizer, else that of the folder `fallback`, else GPT-2's; None if it is not the model's."""
-    stored = read_vocabulary(folder)
-    if stored is None:
-        is_known = fallback or (folder / "vocab.bpe").exists()
-        return load_tokenizer(folder, fallback) if is_known or _has_gpt2_size(vocab_size) else None
-    merges, ids = stored
-    tokenizer = require_same_vocabulary(from_merges(merges, folder), fallback, folder)
-    ours = json.loads(tokenizer.encoder_json())
-    is_ours = all(ids.get(token) == i for token, i in ours.items())     # false if special tokens come first, say
-    return tokenizer if is_ours else None
-
-
-def _has_gpt2_size(vocab_size):
-    """Return True if an embedding of this many rows fits GPT-2's vocabulary, with or without padding."""
-    return 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
-
-
 def _open_file(path, folder):
     checkpoint = read_checkpoint(path)
-    if "model_args" in checkpoint:
-        config = _nanogpt_config(checkpoint)
+    config, step, val_loss = (checkpoint.get(name) for name in ("config", "step", "val_loss"))
+    if "model_args" in checkpoint:      # nanoGPT's, which uses the exact GELU
+        args, names = checkpoint["model_args"], GPTConfig.__dataclass_fields__
+        config = {k: args[k] for k in args if k in names} | {"activation": "gelu"} if isinstance(args, dict) else None
         step, val_loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
-    else:
-        config, step, val_loss = checkpoint.get("config"), checkpoint.get("step"), checkpoint.get("val_loss")
+    if isinstance(val_loss, torch.Tensor) and val_loss.numel() == 1:
+        val_loss = val_loss.item()
+    val_loss = val_loss if isinstance(val_loss, (int, float)) else None
     model = build_model(config, checkpoint.get("model"), path)
-    stored = checkpoint.get("tokenizer")
-    is_known = stored is not None or folder
-    tokenizer = from_checkpoint(stored, folder) if is_known or _has_gpt2_size(model.config.vocab_size) else None
+    tokenizer = _stored_tokenizer(checkpoint.get("tokenizer"), model.config.vocab_size, folder)
     extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
-    return OpenedModel(model, tokenizer, str(path), step, _to_float(val_loss), extra)
+    return OpenedModel(model, tokenizer, str(path), step, val_loss, extra)
+
+
+def _stored_tokenizer(entry, vocab_size, folder):
+    """Return the Tokenizer of a checkpoint's entry, else that in --tokenizer's folder, else GPT-2's if it may fit."""
+    has_gpt2_size = 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
+    return from_checkpoint(entry, folder) if entry is not None or folder or has_gpt2_size else None
 
 
 def build_model(config, state, source):
@@ -172,18 +154,6 @@ def normalize_state_dict(state):
     return cleaned
 
 
-def _nanogpt_config(checkpoint):
-    """Convert nanoGPT's model_args to our config; nanoGPT uses the exact GELU."""
-    args = checkpoint["model_args"]
-    names = GPTConfig.__dataclass_fields__
-    return {**{k: v for k, v in args.items() if k in names}, "activation": "gelu"} if isinstance(args, dict) else None
-
-
-def _to_float(value):
-    is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-    return float(value) if is_number else None
-
-
 def newest_model(log_dir="logs"):
     """Return the newest model_XXXXX.pt anywhere below `log_dir`. Raises UserError if there is none."""
     files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
@@ -196,88 +166,78 @@ def newest_model(log_dir="logs"):
 # -----------------------------------------------------------------------------
 # reading Hugging Face format
 
-def read_pretrained(name_or_folder):
-    """Read (config, state) from a Hugging Face folder or hub name: GPTConfig's fields as a dict, our state dict.
-
-    Raises UserError.
-    """
-    folder = local_folder(name_or_folder)
-    config = config_from_huggingface(folder / "config.json")
-    state = state_from_huggingface(_read_weights(folder))
-    tied = config["tie_word_embeddings"] and not _has_own_head(state) and "labels" not in config
-    config["tie_word_embeddings"] = tied
-    if config["tie_word_embeddings"]:
-        state.pop("lm_head.weight", None)
-    return config, state
-
-
-def local_folder(name_or_folder):
-    """Return the local folder of a folder or a hub name, downloading the latter on first use. Raises UserError."""
-    folder = Path(name_or_folder)
-    return folder if folder.is_dir() else _download_model(str(name_or_folder))
-
-
-def _has_own_head(state):
-    """Return True if the file stores an output layer that differs from the token embedding."""
-    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
-    return head is not None and (embedding is None or not torch.equal(head, embedding))
-
-
 def _download_model(name):
     """Download config, weights and vocabulary of a model on the hub; return the local folder. Raises UserError.
 
     If the hub cannot be reached, use an earlier download, if any.
     """
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, logging, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import logging, snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     from exactgpt import hub
     logging.set_verbosity_error()      # it would print a line per retry
     print(f"{name} is not a local folder; looking on the Hugging Face hub", file=sys.stderr)
-    online = hub.reachable()
-    fetch = functools.partial(hf_hub_download, name, local_files_only=not online)
+    fetch = functools.partial(snapshot_download, name, local_files_only=not hub.reachable())
     try:
-        path = fetch("config.json")
-        try:
-            fetch("model.safetensors")
-        except EntryNotFoundError:
-            fetch("pytorch_model.bin")
-        for vocabulary in (("merges.txt", "vocab.json"), ("tokenizer.json",)):      # a model may have neither
-            try:
-                for file in vocabulary:
-                    fetch(file)
-                break
-            except EntryNotFoundError as error:
-                known_absent = try_to_load_from_cache(name, file) is _CACHED_NO_EXIST
-                if isinstance(error, LocalEntryNotFoundError) and online and not known_absent:
-                    raise                                                           # the network went down
-        return Path(path).parent
-    except (HFValidationError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        unreached = isinstance(error, LocalEntryNotFoundError)  # an EntryNotFoundError too: no network, no cache
-        if isinstance(error, (HFValidationError, EntryNotFoundError)) and not unreached:
-            raise UserError(f"{name} is neither a folder nor a model with weights on the Hugging Face hub") from error
+        vocabulary = "merges.txt", "vocab.json", "tokenizer.json"
+        folder = Path(fetch(allow_patterns=["config.json", "model.safetensors", *vocabulary]))
+        if not (folder / "model.safetensors").exists():
+            fetch(allow_patterns="pytorch_model.bin")
+        return folder
+    except HFValidationError as error:
+        raise UserError(f"{name} is neither a folder nor a model on the Hugging Face hub") from error
+    except Exception as error:      # each version raises its own mix of exceptions
         raise UserError(f"cannot download {name} from the Hugging Face hub ({type(error).__name__}); check the name "
                         "and the network, or use a folder with config.json and model.safetensors") from error
+
+
+def read_pretrained(folder):
+    """Read (config, state) from a Hugging Face folder: GPTConfig's fields as a dict, our state dict in fp32.
+
+    Raises UserError.
+    """
+    config, state = config_from_huggingface(folder / "config.json"), {}
+    safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if not safetensors.exists() and not pickled.exists():
+        raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    try:
+        from safetensors.torch import load_file
+        theirs = (load_file(safetensors) if safetensors.exists()
+                  else torch.load(pickled, map_location="cpu", weights_only=True))
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
+    if not isinstance(theirs, dict):
+        raise UserError(f"{pickled} holds a {type(theirs).__name__}, not a dict of weights")
+    for key, tensor in theirs.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"the weights' entry {key!r} is not a tensor")
+        if not key.startswith(("transformer.", "lm_head.", "score.")):
+            key = f"transformer.{key}"
+        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.t()
+        state[key] = tensor.to(torch.float32).contiguous()
+    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    has_own_head = head is not None and (embedding is None or not torch.equal(head, embedding))
+    config["tie_word_embeddings"] = config["tie_word_embeddings"] and not has_own_head and "labels" not in config
+    if config["tie_word_embeddings"]:
+        state.pop("lm_head.weight", None)
+    return config, state
 
 
 def config_from_huggingface(path):
     """Read GPTConfig's fields, as a dict, from a Hugging Face config.json. Raises UserError if it is not a GPT-2."""
     stored = read_json(path)
-    if stored.get("model_type", "gpt2") != "gpt2":
-        raise UserError(f"{path} describes a {stored['model_type']!r} model; only gpt2 is supported")
-    for name, value in FIXED_SETTINGS.items():
-        if stored.get(name, value) != value:
-            raise UserError(f"{path}: {name} = {stored[name]} is not supported")
     try:
-        n_embd, activation = stored["n_embd"], stored.get("activation_function", "gelu_new")
-        if stored.get("n_inner") not in (None, 4 * n_embd):
-            raise UserError(f"{path}: n_inner = {stored['n_inner']} is not supported (only 4 n_embd)")
-        if activation not in ACTIVATION_NAMES:
-            raise UserError(f"{path}: activation_function {activation!r} is not supported")
+        supported = {"model_type": ["gpt2"], "activation_function": list(ACTIVATION_NAMES),
+                     "n_inner": [None, 4 * stored.get("n_embd", 0)], **{k: [v] for k, v in FIXED_SETTINGS.items()}}
+        for name, values in supported.items():
+            if stored.setdefault(name, values[0]) not in values:
+                raise UserError(f"{path}: {name} = {stored[name]!r} is not supported; only {values}")
         config = dict(block_size=stored.get("n_positions", stored.get("n_ctx", 1024)), vocab_size=stored["vocab_size"],
-                      n_layer=stored["n_layer"], n_head=stored["n_head"], n_embd=n_embd, dropout=0.0, bias=True,
-                      tie_word_embeddings=stored.get("tie_word_embeddings", True),
-                      activation=ACTIVATION_NAMES[activation], layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5))
+                      n_layer=stored["n_layer"], n_head=stored["n_head"], n_embd=stored["n_embd"], dropout=0.0,
+                      bias=True, tie_word_embeddings=stored.get("tie_word_embeddings", True),
+                      activation=ACTIVATION_NAMES[stored["activation_function"]],
+                      layer_norm_eps=stored.get("layer_norm_epsilon", 1e-5))
         if stored.get("architectures") == [HF_CLASSIFIER]:
             names = stored.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})       # transformers' defaults
             config["labels"] = [names[str(i)] for i in range(len(names))]
@@ -286,57 +246,28 @@ def config_from_huggingface(path):
         raise UserError(f"{path} is not the config of a GPT-2 model ({error})") from error
 
 
-def _read_weights(folder):
-    """Read the tensors of model.safetensors or pytorch_model.bin as stored."""
-    safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    try:
-        if safetensors.exists():
-            from safetensors.torch import load_file
-            return load_file(safetensors)
-        if pickled.exists():
-            weights = torch.load(pickled, map_location="cpu", weights_only=True)
-            if not isinstance(weights, dict):
-                raise TypeError(f"pytorch_model.bin holds a {type(weights).__name__}, not a dict of weights")
-            return weights
-    except Exception as error:  # safetensors and torch raise many kinds for damaged files
-        raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
-    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def state_from_huggingface(theirs):
-    """Convert a Hugging Face state dict to our names and layout in fp32. Raises UserError for damaged entries."""
-    state = {}
-    for key, tensor in theirs.items():
-        if key.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask, not a weight
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"the weights' entry {key!r} is not a tensor")
-        if not key.startswith(("transformer.", "lm_head.", "score.")):
-            key = f"transformer.{key}"
-        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
-            tensor = tensor.t()
-        state[key] = tensor.to(torch.float32).contiguous()
-    return state
-
-
-def read_vocabulary(folder):
-    """Read a folder's byte-pair vocabulary as (merges "a b" in order, {token: id}); return None if it has none.
+def _folder_tokenizer(folder, vocab_size, fallback):
+    """Return a folder's Tokenizer, else that of the folder `fallback`, else GPT-2's; None if it is not the model's.
 
     Reads merges.txt and vocab.json, or else tokenizer.json. Raises UserError if they are damaged.
     """
-    merges, whole = Path(folder) / "merges.txt", Path(folder) / "tokenizer.json"
+    merges, whole = folder / "merges.txt", folder / "tokenizer.json"
     try:
         if merges.exists():
-            return merges.read_text(encoding="utf-8").split("\n"), read_json(Path(folder) / "vocab.json")
-        if whole.exists():
+            lines, ids = read_text(merges).split("\n"), read_json(folder / "vocab.json")
+        elif whole.exists():
             stored = read_json(whole)
             model = stored["model"]
             if model.get("type") not in (None, "BPE") or '"ByteLevel"' not in json.dumps(stored.get("pre_tokenizer")):
-                return [], {}       # not byte-level BPE: our tokenizer cannot produce these ids
-            return [m if isinstance(m, str) else " ".join(m) for m in model["merges"]], dict(model["vocab"])
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+                return None         # not byte-level BPE: our tokenizer cannot produce these ids
+            lines, ids = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]], dict(model["vocab"])
+        else:
+            return _stored_tokenizer(None, vocab_size, fallback)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}") from error
-    return None
+    tokenizer = require_same_vocabulary(from_merges(lines, folder), fallback, folder)
+    ours = json.loads(tokenizer.encoder_json())
+    return tokenizer if all(ids.get(token) == i for token, i in ours.items()) else None   # special tokens first, say
 
 
 # -----------------------------------------------------------------------------
@@ -345,9 +276,8 @@ def read_vocabulary(folder):
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
     """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and any Tokenizer's files.
 
-    Embedding rows beyond the vocabulary are omitted. config: GPTConfig's fields; state: our state dict. The folder
-    gets its name only when it is complete and check(temporary folder) has not raised. Raises UserError if the folder
-    is not empty or writing fails.
+    config: GPTConfig's fields; state: our state dict. The folder gets its name only when it is complete and
+    check(temporary folder) has not raised. Raises UserError if the folder is not empty or writing fails.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -359,8 +289,7 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
             write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
         files = tokenizer_files(tokenizer, config["block_size"], pads="labels" in config) if tokenizer else {}
         for name, text in files.items():
-            with atomic_write(temporary / name, "w") as f:
-                f.write(text)
+            (temporary / name).write_text(text, encoding="utf-8")
         try:
             weights = temporary / "model.safetensors"
             save_file(state_to_huggingface(config, state, n_vocab), weights, metadata={"format": "pt"})
@@ -372,10 +301,7 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
 
 
 def config_to_huggingface(config, n_vocab, eot):
-    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json.
-
-    eot: id of the end-of-text token, or None.
-    """
+    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json; eot: end-of-text or None."""
     names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
     if "labels" in config:     # transformers reads the label at the last token that is not padding
@@ -408,24 +334,14 @@ def state_to_huggingface(config, state, n_vocab):
 
 
 def tokenizer_files(tokenizer, block_size, pads=False):
-    """Return {name: text} of the files that AutoTokenizer reads: vocab.json, merges.txt (slow), tokenizer.json (fast).
-
-    pads: use end-of-text as the padding token.
-    """
+    """Return {name: text} of the files that AutoTokenizer reads. pads: use end-of-text as the padding token."""
+    from tokenizers import ByteLevelBPETokenizer
     vocabulary = json.loads(tokenizer.encoder_json())
     text = next(token for token, i in vocabulary.items() if i == tokenizer.eot)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    added = dict(id=tokenizer.eot, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                 special=True)
-    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="",
-                 fuse_unk=False, byte_fallback=False, vocab=vocabulary,
-                 merges=[f"{a} {b}" for a, b in tokenizer.merges])
-    fast = dict(version="1.0", truncation=None, padding=None, added_tokens=[added], normalizer=None,
-                pre_tokenizer=byte_level, post_processor={**byte_level, "trim_offsets": False}, decoder=byte_level,
-                model=model)
+    fast = ByteLevelBPETokenizer(vocabulary, tokenizer.merges)
+    fast.add_special_tokens([text])
     special = dict(bos_token=text, eos_token=text, unk_token=text) | (dict(pad_token=text) if pads else {})
     settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size, add_prefix_space=False,
                     clean_up_tokenization_spaces=False, **special)
-    texts = {"vocab.json": vocabulary, "tokenizer.json": fast, "tokenizer_config.json": settings,
-             "special_tokens_map.json": special}
-    return {"merges.txt": tokenizer.vocab_bpe(), **{name: json.dumps(value) for name, value in texts.items()}}
+    return {"merges.txt": tokenizer.vocab_bpe(), "vocab.json": json.dumps(vocabulary), "tokenizer.json": fast.to_str(),
+            "tokenizer_config.json": json.dumps(settings), "special_tokens_map.json": json.dumps(special)}

@@ -71,8 +71,8 @@ class Unigram(torch.nn.Module):
 def test_scores_of_a_stub_model_equal_those_computed_by_hand(bytes_tokenizer):
     def score(label, style):
         endings = ["ccc", "aaaaaaa", "aaaa aaaa", "b b"]
-        line = json.dumps({**HELLASWAG_EXAMPLE, "endings": endings, "label": label}).encode()
-        prepared = tokenize_examples([parse_example(line, style, "here")], bytes_tokenizer, 32, style)
+        item = {**HELLASWAG_EXAMPLE, "endings": endings, "label": label}
+        prepared = tokenize_examples([parse_example(item, style, "here")], bytes_tokenizer, 32, style)
         losses, scored = ending_losses(Unigram(), prepared.questions, 4, cpu_runtime())
         assert scored.tolist() == [0]
         # in bits, the space before the ending included
@@ -87,11 +87,10 @@ def test_scores_of_a_stub_model_equal_those_computed_by_hand(bytes_tokenizer):
 
 def test_the_styles_normalise_by_tokens_and_by_characters(bytes_tokenizer):
     """"é" is one character and two bytes."""
-    example = {**HELLASWAG_EXAMPLE, "endings": ["éé", "cccc", "cc", "c"], "label": 0}
-    line = json.dumps(example, ensure_ascii=False).encode()
+    item = {**HELLASWAG_EXAMPLE, "endings": ["éé", "cccc", "cc", "c"], "label": 0}
     scores = []
     for style in hellaswag.STYLES:
-        prepared = tokenize_examples([parse_example(line, style, "here")], bytes_tokenizer, 32, style)
+        prepared = tokenize_examples([parse_example(item, style, "here")], bytes_tokenizer, 32, style)
         scores.append(prepared.lengths.tolist())
     assert scores == [[[5, 5, 3, 2]], [[2, 4, 2, 1]]]
 
@@ -134,14 +133,14 @@ def test_packed_sequences_score_as_one_ending_at_a_time(gpt, bytes_tokenizer, st
 def test_a_long_context_is_cut_from_the_left_only_as_far_as_each_ending_needs():
     context, endings = list(range(100, 110)), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
     sequences = pack_question(context, endings, 6)
-    assert [s.tokens.tolist() for s in sequences] == [
+    assert [s.inputs[0].tolist() for s in sequences] == [
         [106, 107, 108, 109, 1, 2], [104, 105, 106, 107, 108, 109], [5, 6, 7, 8, 9, 10], [105, 106, 107, 108, 109, 12]]
-    assert [s.targets.tolist() for s in sequences] == [[1, 2, 3], [4], [6, 7, 8, 9, 10, 11], [12, 13]]
-    assert [s.predict_at.tolist() for s in sequences] == [[3, 4, 5], [5], [0, 1, 2, 3, 4, 5], [4, 5]]
-    assert [s.ending_ids.tolist() for s in sequences] == [[k] * n for k, n in enumerate([3, 1, 6, 2])]
+    assert [s.targets[1].tolist() for s in sequences] == [[1, 2, 3], [4], [6, 7, 8, 9, 10, 11], [12, 13]]
+    assert [s.targets[0].tolist() for s in sequences] == [[3, 4, 5], [5], [0, 1, 2, 3, 4, 5], [4, 5]]
+    assert [s.targets[2].tolist() for s in sequences] == [[k] * n for k, n in enumerate([3, 1, 6, 2])]
     packed, = pack_question(context[:4], endings, 14)
-    assert packed.tokens.tolist() == [100, 101, 102, 103, 1, 2, 5, 6, 7, 8, 9, 10, 12]
-    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 4]
+    assert packed.inputs[0].tolist() == [100, 101, 102, 103, 1, 2, 5, 6, 7, 8, 9, 10, 12]
+    assert packed.inputs[1].tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 4]
     assert len(pack_question(context[:4], endings, 12)) == 4
 
 

@@ -184,7 +184,7 @@ def test_recomputing_blocks_gives_the_same_gradients(dropout):
 def test_ragged_rows_read_through_a_kv_cache_give_the_uncached_logits():
     model = random_model()
     rows, lengths = random_ids(3, 32), torch.tensor([9, 1, 4])
-    cache = KVCache(model.config, 3, 32, "cpu", torch.float32)
+    cache = KVCache(model, 3, 32)
     prompts = torch.full((3, 9), 64)                                # right-padded with rubbish
     for i, n in enumerate(lengths):
         prompts[i, :n] = rows[i, :n]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from exactgpt.config import UserError
-from exactgpt.open_model import open_model, read_pretrained, read_vocabulary
+from exactgpt.open_model import open_model, read_pretrained
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 from tests.common import in_our_layout, write_model
@@ -102,12 +102,12 @@ def test_the_trained_gpt_nano_gives_transformers_logits(gpt_nano):
 
 
 @pytest.mark.parametrize("entries, message", [
-    (dict(model_type="llama"), "describes a 'llama' model; only gpt2 is supported"),
+    (dict(model_type="llama"), "model_type = 'llama' is not supported; only ['gpt2']"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
     (dict(scale_attn_weights=False), "scale_attn_weights = False is not supported"),
     (dict(add_cross_attention=True), "add_cross_attention = True is not supported"),
     (dict(n_inner=100), "n_inner = 100 is not supported"),
-    (dict(activation_function="silu"), "activation_function 'silu' is not supported"),
+    (dict(activation_function="silu"), "activation_function = 'silu' is not supported; only ['gelu_new', "),
     (dict(n_embd="absent"), "is not the config of a GPT-2 model ('n_embd')"),
     (dict(n_head=5), "n_embd (24) must be a multiple of n_head (5)"),
     (dict(n_layer=3), "missing weight transformer.h.2."),
@@ -190,36 +190,47 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        name = self.path.split("/resolve/main/")[-1]
         self.asked.append(self.path)
-        data = self.files.get(name)
-        self.send_response(404 if data is None else 200)
-        if data is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        name, commit = self.path.split("/")[-1], "0123456789abcdef0123456789abcdef01234567"
+        if self.path.startswith("/api/models/gpt2/revision/"):
+            data = json.dumps({"id": "gpt2", "sha": commit, "siblings": []}).encode()
+        elif self.path.startswith("/api/models/gpt2/tree/"):
+            data = json.dumps([{"type": "file", "path": path, "size": len(data), "oid": path}
+                               for path, data in self.files.items()]).encode()
+        else:
+            data = self.files[name]
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("ETag", f'"{name}"')
-        self.send_header("Content-Length", str(len(data or b"")))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         return data
 
     def do_GET(self):
-        self.wfile.write(self.do_HEAD() or b"")
+        self.wfile.write(self.do_HEAD())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocabulary", [["merges.txt", "vocab.json"], ["tokenizer.json"], []], ids=str)
-def test_a_hub_name_downloads_config_weights_and_vocabulary_only(run, tmp_path, vocabulary):
+@pytest.mark.parametrize("vocabulary, weights", [
+    (["merges.txt", "vocab.json"], "model.safetensors"), (["tokenizer.json"], "model.safetensors"),
+    ([], "pytorch_model.bin")], ids=str)
+def test_a_hub_name_downloads_config_weights_and_vocabulary_only(run, tmp_path, vocabulary, weights):
     torch.manual_seed(0)
     tokenizer = Tokenizer([("a", "b"), ("Ġ", "ab")], "") if vocabulary else None
     model = GPT(GPTConfig(8, 50257 if tokenizer is None else tokenizer.n_vocab, 1, 2, 8))
     write_model(model, tmp_path / "model", tokenizer)
     others = {"merges.txt", "vocab.json", "tokenizer.json"} - set(vocabulary)
     Hub.files = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir() if f.name not in others}
+    Hub.files |= {"README.md": b"", "onnx/model.onnx": b""}
+    if weights == "pytorch_model.bin":
+        torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / weights)
+        Hub.files[weights] = (tmp_path / weights).read_bytes()
+        del Hub.files["model.safetensors"]
     Hub.asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = """
-from exactgpt.open_model import open_model, read_pretrained, read_vocabulary
+from exactgpt.open_model import open_model
 opened = open_model("gpt2")
 print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), opened.tokenizer.encode(" ab"))
 """
@@ -232,8 +243,8 @@ print(opened.source, opened.model.transformer.wte.weight.double().sum().item(), 
     assert out == f"gpt2 {model.transformer.wte.weight.double().sum().item()} {ids}\n"
     for gone in ({}, dict(http_proxy="http://127.0.0.1:9")):     # the hub is gone: the download still works
         assert run("-c", code, env={**env, **gone})[:2] == (0, out)
-    files = {path.split("/resolve/main/")[1] for path in Hub.asked if "/resolve/main/" in path}
-    assert files == {"config.json", "model.safetensors", "merges.txt", *(vocabulary or ["tokenizer.json"])}
+    files = {path.split("/")[-1] for path in Hub.asked if "/resolve/" in path}
+    assert files == {"config.json", weights, *vocabulary}
 
 
 @pytest.mark.parametrize("options", [
@@ -352,6 +363,7 @@ def test_a_vocabulary_that_is_not_byte_level_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("model", [None, [], "BPE", {"type": "BPE"}, {"merges": [1], "vocab": {}}])
 def test_a_damaged_tokenizer_json_is_one_line(tmp_path, model):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}))
-    with pytest.raises(UserError, match="cannot read the tokenizer in"):
-        read_vocabulary(tmp_path)
+    write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(
+        json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel"}}))
+    assert f"cannot read the tokenizer in {tmp_path / 'hf'}" in refusal(tmp_path / "hf")
