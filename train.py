@@ -22,17 +22,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from exactgpt import checkpoint
+from exactgpt import checkpoint, device
 from exactgpt.config import RunConfig, UserError, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
-from exactgpt.device import (
-    CompilationFailed,
-    attention_backend,
-    choose_compile,
-    dummy_rows,
-    find_micro_batch_size,
-    keep_freed_memory,
-)
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
 from exactgpt.generation import write_samples
 from exactgpt.metrics import RunLog, print_banner, require_mlflow
@@ -219,8 +211,13 @@ def set_up(config, runtime, saves=True):
 
     Raises UserError for data, flags, weights or checkpoints that do not fit together, AlreadyFinished.
     """
-    # data
-    shards, tokenizer = open_data(config, runtime)
+    # data, flags and code, the same on all ranks
+    shards = runtime.on_all_ranks(lambda: ShardFolder(config.data_dir))
+    tokenizer = runtime.on_all_ranks(lambda: shards.tokenizer(config.tokenizer))
+    runtime.on_all_ranks(lambda: shards.check_vocabulary(tokenizer.n_vocab))
+    for what, value in (("flags", asdict(config)), ("code", checkpoint.code_hash()),
+                        ("token shards", shards.fingerprint())):
+        runtime.require_equal(what, value)
 
     # weights. Rank 0 alone reads the checkpoint, since other machines may not see its disk (full_checkpoint is None on
     # other ranks). Every rank gets it without the optimizer's state, which follows at the end.
@@ -263,17 +260,6 @@ def set_up(config, runtime, saves=True):
     return run, progress
 
 
-def open_data(config, runtime):
-    """Return (ShardFolder, Tokenizer); check that all ranks have the same data, flags and code."""
-    shards = runtime.on_all_ranks(lambda: ShardFolder(config.data_dir))
-    tokenizer = runtime.on_all_ranks(lambda: shards.tokenizer(config.tokenizer))
-    runtime.on_all_ranks(lambda: shards.check_vocabulary(tokenizer.n_vocab))
-    runtime.require_equal("flags", asdict(config))
-    runtime.require_equal("code", checkpoint.code_hash())
-    runtime.require_equal("token shards", shards.fingerprint())
-    return shards, tokenizer
-
-
 def requested_shape(config):
     """Return the model shape that the flags ask for; None stands for what --init_from decides."""
     named = GPT2_SIZES.get(config.model) or {n: getattr(config, n) for n in ("n_layer", "n_head", "n_embd")}
@@ -312,8 +298,9 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
     --compile on or --attention asks for.
     """
     attention = runtime.on_all_ranks(
-        lambda: attention_backend(config.attention, runtime.device, runtime.dtype, model.config))
-    compile, notice = runtime.on_all_ranks(lambda: choose_compile(config.compile, runtime.hardware, runtime.device))
+        lambda: device.attention_backend(config.attention, runtime.device, runtime.dtype, model.config))
+    compile, notice = runtime.on_all_ranks(
+        lambda: device.choose_compile(config.compile, runtime.hardware, runtime.device))
     if notice:
         runtime.print(notice)
 
@@ -323,8 +310,8 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
         # are reduced while earlier layers are still in their backward pass, but it can split only a graph that is
         # compiled during DDP's own forward pass.
         ddp = runtime.data_parallel(compiled)
-        size = find_micro_batch_size(ddp, model.config.block_size, wanted_rows, plan.local_windows, runtime,
-                                     insist=bool(config.micro_batch_size))
+        size = device.find_micro_batch_size(ddp, model.config.block_size, wanted_rows, plan.local_windows, runtime,
+                                            insist=bool(config.micro_batch_size))
         return compiled, ddp, dict(attention=attention, compile=compile, micro_batch_size=size)
     if compile:
         runtime.print("compiling: a minute or two, unless it is in the cache")
@@ -332,7 +319,7 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
         model.transformer.wte.forward = torch.compiler.disable(model.transformer.wte.forward)
     try:
         return wrap(compile)
-    except CompilationFailed as error:
+    except device.CompilationFailed as error:
         if config.compile == "on":
             raise UserError(f"--compile on: the model cannot be compiled here ({error}); use --compile off") from error
         runtime.print(f"torch.compile is off: the model cannot be compiled here ({error})")
@@ -349,8 +336,8 @@ def warm_up(run, runtime):
     pass runs with the new buckets. It is timed, since it does not compile, and reduces nothing, so that its time does
     not include waiting for other ranks.
     """
-    keep_freed_memory(runtime.device)
-    x, y = dummy_rows(run.micro_batch_size, run.raw_model.config.block_size, runtime.device)    # (B, T) each
+    device.keep_freed_memory(runtime.device)
+    x, y = device.dummy_rows(run.micro_batch_size, run.raw_model.config.block_size, runtime.device)    # (B, T) each
     for reduced in (True, False):
         start_time = time.perf_counter()
         with nullcontext() if reduced or runtime.alone else run.ddp.no_sync():
@@ -418,10 +405,10 @@ def validate(run, config, runtime):
 def score_hellaswag(run, hellaswag, runtime):
     """Return the HellaSwagScore of the model as it is. Raises StopRequested."""
     tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)    # no more than training
-    keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary
+    device.keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary
     # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
     score = evaluate_hellaswag(run.raw_model, hellaswag, runtime, tokens, progress="HellaSwag")
-    keep_freed_memory(runtime.device)
+    device.keep_freed_memory(runtime.device)
     return score
 
 
@@ -504,7 +491,7 @@ def prepare(run, progress, config, runtime, limit=0):
         hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
     warm_up(run, runtime)
     runtime.setup_done()
-    tokens = progress.step * run.plan.tokens_per_step      # the log, opened last, cuts its files back to this step
+    tokens = progress.step * run.plan.tokens_per_step    # the log, opened last, cuts its files back to this step
     log = RunLog(progress, config, runtime, config.log_dir, "train", tokens, run.raw_model.flops_per_token())
     return hellaswag, log
 

@@ -89,8 +89,7 @@ def model_entries(run, progress):
 def save(run, progress, config, runtime, finished=False):
     """Write model_XXXXX.pt with everything that resuming needs, and keep the newest few.
 
-    A full disk does not end the run: train.py tries again a few steps later. Raises RunFailed if the run's last
-    checkpoint cannot be written.
+    Raises RunFailed if the run's last one cannot be written; train.py tries the others again a few steps later.
     """
     progress.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, progress.step), dict(
         model_entries(run, progress), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
@@ -104,16 +103,12 @@ def save(run, progress, config, runtime, finished=False):
 
 
 def save_best(run, progress, config, runtime):
-    """Write model_best.pt if the model has just had its lowest validation loss.
-
-    After a failed write best_val_loss stays as it was, so the next validation below it tries again.
-    """
-    if not progress.val_loss < progress.best_val_loss:      # NaN is never the best
-        return
-    path = Path(config.log_dir) / "model_best.pt"
-    initial = progress.step == 0                            # random weights, or those of another file
-    if initial or write_checkpoint(runtime, path, model_entries(run, progress)):
-        progress.best_val_loss = progress.val_loss
+    """Write model_best.pt if the model has just had its lowest validation loss."""
+    if progress.val_loss < progress.best_val_loss:          # NaN is never the best
+        path = Path(config.log_dir) / "model_best.pt"
+        initial = progress.step == 0                        # random weights, or those of another file
+        if initial or write_checkpoint(runtime, path, model_entries(run, progress)):
+            progress.best_val_loss = progress.val_loss      # else the next validation below it tries again
 
 
 def disk_bytes(config, n_params, max_steps):
@@ -132,38 +127,34 @@ def disk_bytes(config, n_params, max_steps):
 def check_disk(config, n_params, max_steps, runtime):
     """Raise UserError on every rank if the checkpoints of the run will not fit on the disk."""
     def check():
-        free = shutil.disk_usage(config.log_dir).free
-        needed = disk_bytes(config, n_params, max_steps)
-        needed -= sum(p.stat().st_size for p in Path(config.log_dir).glob("model_*.pt"))
+        free, present = shutil.disk_usage(config.log_dir).free, Path(config.log_dir).glob("model_*.pt")
+        needed = disk_bytes(config, n_params, max_steps) - sum(path.stat().st_size for path in present)
         if free < needed:
             raise UserError(f"the checkpoints need {human_bytes(needed)} more, but the disk that holds "
                             f"{config.log_dir} has {human_bytes(free)} free; free some space, use another --log_dir, "
                             "or a smaller --keep_checkpoints")
-    runtime.on_all_ranks(check if runtime.is_main else lambda: None)
+    runtime.broadcast(check)
 
 
 def read_checkpoint(path):
     """Load the dict in a checkpoint file to the CPU. Raises CheckpointError, in one line, if anything is wrong."""
     try:
         open(path, "rb").close()
-    except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    try:
         with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
             if archive and archive.testzip():      # torch.load does not compare a part with its checksum
                 raise ValueError("a part differs from its checksum")
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
             warnings.simplefilter("ignore")      # about a pickle protocol; what matters becomes an error below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(dict(checkpoint).get("config"), _ForeignConfig):
+            checkpoint["config"] = vars(checkpoint["config"])
+        return checkpoint
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except Exception as error:      # a damaged zip, a pickle that asks for code: torch raises many types
         why = "it would run code" if "GLOBAL" in str(error) else "it is damaged"
         raise CheckpointError(
             f"cannot load {path}: {why}, or it is not a checkpoint ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
-    if isinstance(checkpoint.get("config"), _ForeignConfig):
-        checkpoint["config"] = vars(checkpoint["config"])
-    return checkpoint
 
 
 def list_checkpoints(log_dir):
@@ -201,11 +192,8 @@ def newest_valid(log_dir, notice=print):
 
 
 def delete_old_checkpoints(log_dir, keep, step):
-    """Delete all numbered checkpoints up to `step` but the `keep` newest, and what a killed save left half-written.
-
-    Files of later steps do not count: they were damaged, and this run resumed from an earlier one. They must not push
-    out what it has saved since.
-    """
+    """Delete all numbered checkpoints up to `step` but the `keep` newest, and what a killed save left half-written."""
+    # Files of later steps do not count: they were damaged, and must not push out what has been saved since.
     until_now = [path for number, path in list_checkpoints(log_dir) if number <= step]
     for path in [*until_now[keep:], *Path(log_dir).glob("model_*.pt.tmp")]:
         path.unlink(missing_ok=True)
@@ -329,10 +317,7 @@ def adopt_resolved(config, runtime, checkpoint, local_windows):
 
 
 def restore_optimizer(run, state):
-    """Load the states of a run's optimizer and scaler; the caller has loaded the weights.
-
-    There is no random state to restore, see train_step. Raises UserError if a state does not fit the model.
-    """
+    """Load the states of a run's optimizer and scaler. Raises UserError if one does not fit the model."""
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         if run.scaler.is_enabled() and state["scaler"]:
@@ -361,12 +346,10 @@ def code_hash():
 
 def provenance():
     """Return the commit, versions, machine and command of this process, as plain values."""
-    here = Path(__file__).parent
-
     def git(*words):
         try:
-            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True,
-                                  timeout=10).stdout.strip()
+            command = ["git", "-C", str(Path(__file__).parent), *words]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
     return dict(git_commit=git("rev-parse", "HEAD"),

@@ -23,9 +23,12 @@ def counting_backend(graph, inputs):
     return graph.forward
 
 
+find_micro_batch_size = device.find_micro_batch_size      # before it is patched below
+
+
 def find_micro_batch_size_by_trial(module, block_size, wanted, local_windows, runtime, **options):
     """Find the micro-batch size and try it out, which on a CPU find_micro_batch_size does not do."""
-    size = device.find_micro_batch_size(module, block_size, wanted, local_windows, runtime, **options)
+    size = find_micro_batch_size(module, block_size, wanted, local_windows, runtime, **options)
     assert device.fits_in_memory(module, block_size, size, runtime)
     if os.environ.pop("COMPILATION", "") == "fails":
         raise device.CompilationFailed("no compiler")
@@ -36,8 +39,8 @@ if __name__ == "__main__":
     sys.argv[0] = "train.py"
     torch.compile = functools.partial(torch.compile, backend=counting_backend)
     torch.compiler.disable = lambda function: function
-    train.choose_compile = lambda *_: (True, None)
-    train.find_micro_batch_size = find_micro_batch_size_by_trial
+    device.choose_compile = lambda *_: (True, None)
+    device.find_micro_batch_size = find_micro_batch_size_by_trial
     distributed.BUCKET_MB = 1
     config.run_script(train.main)
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())

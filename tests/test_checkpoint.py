@@ -127,7 +127,7 @@ def test_the_disk_needs_room_for_the_files_that_a_run_will_write(flags, files, b
 
 def test_a_disk_of_64_gb_has_room_for_a_large_model_that_is_saved_once(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(64 * 10**9, 0, 60 * 10**9))
-    runtime = SimpleNamespace(is_main=True, on_all_ranks=lambda action: action())
+    runtime = SimpleNamespace(is_main=True, broadcast=lambda action: action())
     once = dict(model="gpt2-xl", log_dir=str(tmp_path), checkpoint_every=0)
     run = 1_557_611_200, 1000       # parameters, steps
     check_disk(train.TrainConfig(**once), *run, runtime)                          # 18.7 GB, and twice 6.2 of the best
@@ -143,13 +143,13 @@ def test_the_optimizers_state_comes_to_the_other_ranks_last_and_onto_their_cards
              "--schedule", "wsd", "--warmup_steps", "0", "--data_dir", str(make_shards([900])), "--log_dir",
              str(tmp_path / "logs"), "--max_steps"]
     train.main([*flags, "1"])
-    sent, broadcast, find = [], Runtime.broadcast, train.find_micro_batch_size
+    sent, broadcast, find = [], Runtime.broadcast, train.device.find_micro_batch_size
     def note_what_goes_to_the_cards(self, action, **how):
         value = broadcast(self, action)
         sent.extend([(value, how)] * bool(how))
         return value
     monkeypatch.setattr(Runtime, "broadcast", note_what_goes_to_the_cards)
-    monkeypatch.setattr(train, "find_micro_batch_size", lambda *args, **more: (sent.append("sought"),
+    monkeypatch.setattr(train.device, "find_micro_batch_size", lambda *args, **more: (sent.append("sought"),
                                                                                   find(*args, **more))[1])
     train.main([*flags, "20"])
     (checkpoint, first), sought, (state, last) = sent
@@ -268,7 +268,7 @@ def test_a_pickle_bomb_does_nothing_and_is_one_line(tmp_path, place, zipped, cap
 
 
 @pytest.mark.parametrize("stored, message", [
-    ([1], "holds a list, not a checkpoint"), ({"a": 1}, "holds no model: the entries 'config' and 'model' are missing"),
+    ([1], "is damaged, or it is not a checkpoint (TypeError)"), ({"a": 1}, "holds no model: the entries 'config' and 'model' are missing"),
     (dict(entries(), config="gpt2"), "holds no model"), (dict(entries(), config={"n_layer": 1}), "weight"),
     (dict(entries(), config={"width": 1}), "not a GPT-2 config"), (dict(entries(), model=[1]), "holds no model"),
     (dict(entries(), config=dict(entries()["config"], n_head=3)), "n_embd (8) must be a multiple of n_head (3)"),

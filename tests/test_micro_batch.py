@@ -168,8 +168,8 @@ def test_without_compilation_the_micro_batch_size_is_searched_again(monkeypatch,
         if len(tried) == 1:
             raise device.CompilationFailed("no ptxas")
         return 2
-    monkeypatch.setattr(train, "find_micro_batch_size", find)
-    monkeypatch.setattr(train, "choose_compile", lambda *_: (True, None))
+    monkeypatch.setattr(train.device, "find_micro_batch_size", find)
+    monkeypatch.setattr(train.device, "choose_compile", lambda *_: (True, None))
     flags = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8", "--device", "cpu",
              "--total_batch_size", "32", "--max_steps", "1", "--hellaswag_every", "0", "--sample_every", "0",
              "--eval_every", "0", "--data_dir", str(make_shards([900])), "--log_dir", str(tmp_path / "logs")]
