@@ -70,13 +70,13 @@ def main(argv=None):
 
 
 def sweep(run, config, runtime, tracker):
-    """Train with rates from lr_low to lr_high, each larger by the same factor, until the loss diverges.
+    """Train with rates that grow by the same factor until the loss diverges; return [{step, lr, loss, grad_norm}, ...].
 
-    Returns a list of {step, lr, loss, grad_norm}. Raises RunFailed if the loss diverged at once, and StopRequested.
+    Raises RunFailed if the loss diverged at once, and StopRequested.
     """
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, 0,
                          config.steps + SCALE_STEPS)
-    width = 2 * half_window(config.steps) + 1
+    width = 2 * max(1, config.steps // WINDOW) + 1
     window, done = np.ones(width) / width, []
     try:
         for step in range(config.steps + SCALE_STEPS):
@@ -108,16 +108,10 @@ def sweep(run, config, runtime, tracker):
     return done
 
 
-def half_window(steps):
-    """Return how many neighbours on either side a loss is averaged with."""
-    return max(1, steps // WINDOW)
-
-
 def suggest(rates, smoothed, half):
     """Return {name: learning rate}: where the loss falls fastest over log(rate), and a tenth of where it is lowest.
 
-    rates, smoothed: arrays (n,), of which only the part up to the minimum counts. half: neighbours on either side that
-    a slope is averaged with.
+    rates, smoothed: arrays (n,). half: neighbours on either side that a slope is averaged with.
     """
     lowest = int(np.argmin(smoothed))
     slopes = smooth(np.gradient(smoothed, np.log(rates)), half)[:lowest + 1]
@@ -127,8 +121,9 @@ def suggest(rates, smoothed, half):
 def report(steps, config, tracker):
     """Write the table and the picture of a sweep, a list of {step, lr, loss, grad_norm}; print the suggestions."""
     rates, losses = (np.array([step[name] for step in steps]) for name in ("lr", "loss"))
-    smoothed = smooth(losses, half_window(config.steps))
-    suggested = suggest(rates, smoothed, half_window(config.steps))
+    half = max(1, config.steps // WINDOW)
+    smoothed = smooth(losses, half)
+    suggested = suggest(rates, smoothed, half)
     table, picture = (Path(config.log_dir) / name for name in ("lr_finder.csv", "lr_finder.png"))
     with atomic_write(table, "w") as f:
         writer = csv.DictWriter(f, [*steps[0], "smoothed"], lineterminator="\n")

@@ -195,11 +195,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Return the floating-point operations of training on one token (PaLM paper, appendix B).
-
-        6 for each parameter (2 forward, 4 backward), and 12 n_layer n_embd block_size for attention.
-        """
-        c = self.config
+        """Return the floating-point operations of training on one token (PaLM paper, appendix B)."""
+        c = self.config      # for each parameter 2 forward and 4 backward; the rest is attention
         return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def crop_block_size(self, block_size):

@@ -383,10 +383,7 @@ def train_step(run, config, runtime, tokens, step):
 
 @torch.no_grad()
 def validate(run, config, runtime):
-    """Return (mean loss in nats, tokens) over the first val_tokens of the val split, on every rank.
-
-    Raises StopRequested.
-    """
+    """Return (mean loss in nats, tokens) over the first val_tokens of the val split. Raises StopRequested."""
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
     loss, count = torch.zeros((), device=runtime.device), 0
     run.raw_model.eval()
@@ -482,10 +479,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
 # ---- main --------------------------------------------------------------------
 
 def prepare(run, progress, config, runtime, limit=0):
-    """Warm up; return HellaSwag prepared for the model, `limit` items of it (0: all), and the RunLog of this start.
-
-    HellaSwag is None if it is never due.
-    """
+    """Warm up; return (HellaSwag, `limit` items of it, 0: all, or None if it is never due; the RunLog of this start)."""
     hellaswag = None
     if config.hellaswag_every:
         hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)

@@ -55,11 +55,7 @@ def checkpoint_path(log_dir, step):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of plain data to a file. Raises UserError if the disk refuses; an older file stays.
-
-    It is written beside `path` and renamed when it is complete: a kill halfway through must not leave a file that
-    looks like the newest checkpoint.
-    """
+    """Write a dict of plain data to a file, whole or not at all. Raises UserError if the disk refuses."""
     try:
         with atomic_write(path) as f:
             torch.save(checkpoint, f)
@@ -87,10 +83,7 @@ def model_entries(run, progress):
 
 
 def save(run, progress, config, runtime, finished=False):
-    """Write model_XXXXX.pt with everything that resuming needs, and keep the newest few.
-
-    Raises RunFailed if the run's last one cannot be written; train.py tries the others again a few steps later.
-    """
+    """Write model_XXXXX.pt, to resume from; keep the newest few. Raises RunFailed if the last one cannot be written."""
     progress.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, progress.step), dict(
         model_entries(run, progress), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
         best_val_loss=progress.best_val_loss, last_step=progress.last_step, train_config=asdict(config),
@@ -174,10 +167,7 @@ def read_training_checkpoint(path):
 
 
 def newest_valid(log_dir, notice=print):
-    """Return the checkpoint of the newest step that a run can resume from, None if the folder has no checkpoint.
-
-    Skips damaged files with a notice. Raises CheckpointError if none is good.
-    """
+    """Return the newest checkpoint that is not damaged, None if there is none. Raises CheckpointError if all are."""
     problem = None
     for _, path in list_checkpoints(log_dir):
         try:
@@ -280,10 +270,7 @@ def changed_flags(config, stored):
 
 
 def final_step(config, checkpoint, plan):
-    """Return the step at which a resumed run ends: max_steps, or the checkpoint's if it reached --stop_loss there.
-
-    Raises AlreadyFinished if the checkpoint is the run's last.
-    """
+    """Return the step at which a resumed run ends: max_steps, or where it met --stop_loss. Raises AlreadyFinished."""
     step = checkpoint["step"]
     # True if --stop_loss ended the run here, before max_steps, and has not been lowered since.
     at_end = checkpoint["finished"] or checkpoint.get("last_step") == step

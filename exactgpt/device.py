@@ -128,10 +128,7 @@ def attention_without_cudnn():
 
 
 def attention_backend(requested, device, dtype, shape):
-    """Enable the requested attention backend and return the one that torch picks for a model's shape (a GPTConfig).
-
-    Raises UserError if this device does not have the backend.
-    """
+    """Enable an attention backend; return the one that torch picks for a shape (a GPTConfig). Raises UserError."""
     enable_attention(requested)
     if device.type == "mps":
         if requested not in ("auto", "math"):

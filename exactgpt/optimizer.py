@@ -116,13 +116,11 @@ class SkippedSteps:
     scale_found: bool = False    # fp16: there was an update, so the loss scale is about right
 
     def record(self, result, scaler):
-        """Record a StepResult; return why its update was skipped, "" if it was not.
-
-        In fp16 the first skips do not count: the GradScaler is still searching for its scale.
-        """
+        """Record a StepResult; return why its update was skipped, "" if it was not."""
         if result.finite:
             self.in_a_row, self.scale_found = 0, True
             return ""
+        # In fp16 the first skips do not count: the GradScaler is still searching for its scale.
         if scaler.is_enabled() and not self.scale_found and scaler.get_scale() >= 1:
             return "the loss scale was too high and is halved"
         self.in_a_row += 1

@@ -268,7 +268,8 @@ def test_a_pickle_bomb_does_nothing_and_is_one_line(tmp_path, place, zipped, cap
 
 
 @pytest.mark.parametrize("stored, message", [
-    ([1], "is damaged, or it is not a checkpoint (TypeError)"), ({"a": 1}, "holds no model: the entries 'config' and 'model' are missing"),
+    ([1], "is damaged, or it is not a checkpoint (TypeError)"),
+    ({"a": 1}, "holds no model: the entries 'config' and 'model' are missing"),
     (dict(entries(), config="gpt2"), "holds no model"), (dict(entries(), config={"n_layer": 1}), "weight"),
     (dict(entries(), config={"width": 1}), "not a GPT-2 config"), (dict(entries(), model=[1]), "holds no model"),
     (dict(entries(), config=dict(entries()["config"], n_head=3)), "n_embd (8) must be a multiple of n_head (3)"),
