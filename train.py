@@ -479,7 +479,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
 # ---- main --------------------------------------------------------------------
 
 def prepare(run, progress, config, runtime, limit=0):
-    """Warm up; return (HellaSwag, `limit` items of it, 0: all, or None if it is never due; the RunLog of this start)."""
+    """Warm up; return (HellaSwag or None if it is never due, the RunLog of this start). limit: HellaSwag items."""
     hellaswag = None
     if config.hellaswag_every:
         hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)

@@ -49,7 +49,7 @@ def test_on_a_parabola_it_finds_the_known_rates(make_shards, tmp_path, steps):
     run, config, runtime = toy_run(make_shards([20000]), steps)
     rows = sweep(run, config, runtime, Tracker(config, tmp_path, "lr_finder"))
     rates, values = (np.array([row[name] for row in rows]) for name in ("lr", "loss"))
-    half = lr_finder.half_window(steps)
+    half = max(1, steps // lr_finder.WINDOW)
     found = suggest(rates, lr_finder.smooth(values, half), half)
     # loss ~ exp(-2 c sum of rates), and the sum of a geometric series is about rate / log(ratio): as a function of
     # log(rate) it falls fastest where 2 c rate / log(ratio) = 1.
