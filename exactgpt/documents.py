@@ -183,27 +183,14 @@ _read_tsv = functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _read_parquet(path, columns):
-    file = _open_parquet(path, columns)
-    with _parquet_errors(path):
+    import pyarrow.parquet
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory
+    try:
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)     # for little memory
+        _check_columns(columns, file.schema_arrow.names, path)
         for batch in file.iter_batches(256, columns=columns, use_threads=False):
             for values in zip(*(column.to_pylist() for column in batch.columns)):
                 yield path, values
-
-
-def _open_parquet(path, columns):
-    """Return a pyarrow ParquetFile that has the columns, opened to use little memory. Raises UserError."""
-    import pyarrow.parquet
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory
-    with _parquet_errors(path):
-        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    _check_columns(columns, file.schema_arrow.names, path)
-    return file
-
-
-@contextlib.contextmanager
-def _parquet_errors(path):
-    try:
-        yield
     except (OSError, ValueError) as error:      # every pyarrow error is one of these
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(f"{path} is not a readable parquet file ({reason})") from error
@@ -224,10 +211,9 @@ def read_texts(path, column, start=0):
     start: the number of the row in a parquet file, its first byte in a .jsonl file.
     """
     if str(path).endswith(".parquet"):
-        kind = str(_open_parquet(path, [column]).schema_arrow.field(column).type)
-        if "string" not in kind or kind.startswith(("list", "struct", "map")):
-            raise UserError(f"{path}: column {column!r} contains {kind}, not text")
         for row, (_, (text,)) in enumerate(_read_parquet(path, [column])):
+            if not isinstance(text, (str, type(None))):
+                raise UserError(f"{path}: column {column!r} contains {type(text).__name__} values, not text")
             if row >= start:
                 yield row, text or ""
         return
