@@ -77,22 +77,6 @@ def scan_documents(documents):
     return n_documents, n_bytes, digest.hexdigest()
 
 
-def tokenize_documents(documents, n_documents, tokenizer, file):
-    """Tokenize (text, starts) pairs into an open file.
-
-    Returns all tokens, a uint16 memory map of the file, and the index in it where each document starts.
-    """
-    n_tokens, starts, documents = 0, [], ((None, *document) for document in documents)
-    with tqdm(desc="tokenizing", total=n_documents, unit="doc", unit_scale=True, disable=None, leave=False) as bar:
-        for _, tokens in encode_in_order(documents, tokenizer):
-            starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
-            n_tokens += len(tokens)
-            file.write(tokens)
-            bar.update(len(starts[-1]))
-    file.flush()
-    return np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
-
-
 def split_documents(lengths, order, val_fraction):
     """Return (val, train), the document numbers of each split in seeded order; val is empty if no document fits.
 
@@ -126,7 +110,16 @@ def make_shards(config, manifest, files, n_documents):
     tokenizer.save(config.out)
     try:
         with tempfile.TemporaryFile(dir=config.out) as file:    # without a name, so a killed run leaves nothing behind
-            tokens, starts = tokenize_documents(iter_documents(config, files), n_documents, tokenizer, file)
+            documents = ((None, *document) for document in iter_documents(config, files))
+            n_tokens, starts = 0, []        # starts: where each document starts in the file
+            with tqdm(desc="tokenizing", total=n_documents, unit="doc", disable=None, leave=False) as bar:
+                for _, tokens in encode_in_order(documents, tokenizer):
+                    starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
+                    n_tokens += len(tokens)
+                    file.write(tokens)
+                    bar.update(len(starts[-1]))
+            file.flush()
+            tokens, starts = np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
             ends = np.append(starts[1:], len(tokens))
             order = permutation(len(starts), config.seed, "documents")
             val, train = split_documents(ends - starts, order, config.val_fraction)
@@ -136,10 +129,9 @@ def make_shards(config, manifest, files, n_documents):
                 n_val = max(1, int(config.val_fraction * len(tokens)))
                 *others, last = documents
                 documents = [last[-n_val:], *others, last[:-n_val]]
-            bar = tqdm(documents, total=len(starts), desc="writing", unit="doc", unit_scale=True, disable=None,
-                       leave=False)
-            write_shards(config.out, Path(config.out).resolve().name, manifest, (({}, tokens) for tokens in bar),
-                         n_val, config.shard_tokens)
+            bar = tqdm(documents, total=n_documents, desc="writing", unit="doc", disable=None, leave=False)
+            pieces = (({}, document) for document in bar)
+            write_shards(config.out, Path(config.out).resolve().name, manifest, pieces, n_val, config.shard_tokens)
     except OSError as error:
         raise UserError(f"cannot write to {config.out}: {error.strerror or error}; fix that and run the same command "
                         "again") from error
@@ -158,7 +150,8 @@ def main(argv=None):
     wanted = Manifest(source="CPython documentation" if config.demo else "text", tokenizer=tokenizer_name,
                       vocab_size=0, eot=0, seed=config.seed, settings=settings)
     print(f"{n_documents:,} documents, {human_bytes(n_bytes)}", flush=True)
-    prepare_folder(config.out, wanted, lambda manifest: make_shards(config, manifest, files, n_documents))
+    # Not the folder's manifest: after a kill all shards are written again.
+    prepare_folder(config.out, wanted, lambda _: make_shards(config, wanted, files, n_documents))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,7 @@ _SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def find_files(paths):
-    """Return the files in a list of files and directories. Directories are searched recursively, in sorted order.
-
-    Raises UserError for a missing or unsupported file and for a directory without text.
-    """
+    """Return the files in a list of files and directories, which are searched in sorted order. Raises UserError."""
     suffixes = set(READERS) - {".json"}     # stray .json files are settings, not text
     found = []
     for path in map(Path, paths):
@@ -54,14 +51,9 @@ def read_documents(path, text_column="text", separator=None):
     Parts end between a character and the whitespace after it. No match of GPT-2's split pattern spans such a place, so
     the parts together have the token ids of the whole.
     """
-    if READERS[Path(path).suffix.lower()] is None:
-        yield from _read_text(path, separator)
-    else:
-        for (text,) in read_rows(path, [text_column]):
-            yield text, True
-
-
-def _read_text(path, separator):
+    if READERS[Path(path).suffix.lower()]:
+        yield from ((text, True) for (text,) in read_rows(path, [text_column]))
+        return
     rest, starts = "", True
     overlap = len(separator) - 1 if separator else 0    # a separator may begin here and end in the next chunk
     with _open(path) as f:
@@ -197,7 +189,7 @@ def _read_parquet(path, columns):
 
 
 # File suffix -> function(path, columns) that yields (place for messages, values of the columns) for each row. None:
-# plain text without columns, read by _read_text.
+# plain text without columns.
 READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
            ".parquet": _read_parquet}
 

@@ -170,7 +170,17 @@ class ShardFolder:
             raise UserError(f"no shards in {folder} (NAME_train_000001{' or '.join(HEADER_READERS)}); make them with "
                             "prepare_fineweb.py or prepare_text.py")
         matches = sorted(map(_SHARD_NAME.fullmatch, names), key=lambda m: (m["split"], int(m["index"] or 0), m.string))
-        self._check_names(matches)
+        prefixes = sorted({m["name"] for m in matches})
+        if len(prefixes) > 1:
+            raise UserError(f"{folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each a folder")
+        # We and most other tools number both splits in one sequence; a few restart at 0 for train.
+        val, train = ([int(m["index"]) for m in matches if m["split"] == split and m["index"]]
+                      for split in ("val", "train"))
+        for indices in (val, train) if set(val) & set(train) else (sorted(val + train),):
+            for index, following in itertools.pairwise(indices):
+                if following != index + 1:
+                    raise UserError(f"{folder}: shard {following:06d} follows {index:06d}; recreate what is missing, "
+                                    "or delete what is there twice")
         self.shards = [open_shard(self.folder / m.string) for m in matches]
         for shard in self.shards:
             if self.manifest and (shard.split, shard.n_tokens) != listed[shard.path.name]:
@@ -178,23 +188,6 @@ class ShardFolder:
                                 f"{listed[shard.path.name][1]:,}; recreate the shards")
         self.train = [s for s in self.shards if s.split == "train"]
         self.val = [s for s in self.shards if s.split == "val"]
-
-    def _check_names(self, matches):
-        prefixes = sorted({m["name"] for m in matches})
-        if len(prefixes) > 1:
-            raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each its own "
-                            "folder")
-        numbers = {split: [int(m["index"]) for m in matches if m["split"] == split and m["index"]]
-                   for split in ("train", "val")}
-        # We and most other tools number both splits in one sequence; a few restart at 0 for train.
-        if not set(numbers["train"]) & set(numbers["val"]):
-            numbers = {"train or val": sorted(numbers["train"] + numbers["val"])}
-        for split, indices in numbers.items():
-            for index, following in itertools.pairwise(indices):
-                if following != index + 1:
-                    problem = f"is missing before {following:06d}; recreate the shards" if following > index else \
-                        "exists twice; delete one of them"
-                    raise UserError(f"{self.folder}: {split} shard {min(index + 1, following):06d} {problem}")
 
     def tokenizer(self, fallback_folder=""):
         """Return the tokenizer in this folder, else the one in `fallback_folder`, else GPT-2's.

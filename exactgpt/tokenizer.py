@@ -133,15 +133,16 @@ def from_checkpoint(stored, folder=""):
     Raises UserError if the entry is damaged or the folder has another vocabulary.
     """
     # Our older checkpoints have the merges as a list, or only the name "gpt2".
+    source = "the checkpoint's tokenizer"
     if stored is None:
         return default_tokenizer(folder)
     if stored == {"name": "gpt2"}:
-        return default_tokenizer(folder, "gpt2", "the checkpoint")
+        return default_tokenizer(folder, "gpt2", source)
     merges = stored.get("merges") if isinstance(stored, dict) else None
     lines = merges.split("\n") if isinstance(merges, str) else merges
     if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
-        raise UserError("the checkpoint's tokenizer entry is damaged; use another checkpoint")
-    return require_same_vocabulary(from_merges(lines, "the checkpoint's tokenizer"), folder, "the checkpoint")
+        raise UserError(f"{source} is damaged; use another checkpoint")
+    return from_merges(lines, source, folder)
 
 
 def load_tokenizer(folder, fallback_folder=""):
@@ -152,10 +153,10 @@ def load_tokenizer(folder, fallback_folder=""):
     path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
     if not path.exists():
         return default_tokenizer(fallback_folder)
-    tokenizer = from_merges(read_text(path).splitlines(), path)
+    tokenizer = from_merges(read_text(path).splitlines(), path, fallback_folder)
     if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
         raise UserError(f"{ids_path} does not have the ids of {path}; restore both, or recreate the shards")
-    return require_same_vocabulary(tokenizer, fallback_folder, folder)
+    return tokenizer
 
 
 def default_tokenizer(folder="", name="", source=""):
@@ -168,26 +169,22 @@ def default_tokenizer(folder="", name="", source=""):
                         "encoder.json, such as a folder of shards")
     tokenizer = load_tokenizer(folder) if folder else gpt2_tokenizer()
     if name and tokenizer.name != name:
-        raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
+        raise UserError(f"{source} has the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
                         "--tokenizer or name the right folder")
     return tokenizer
 
 
-def require_same_vocabulary(tokenizer, folder, source):
-    """Return the tokenizer, which came from `source`. Raises UserError if the --tokenizer folder has another one."""
-    return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
-
-
-def from_merges(lines, source):
+def from_merges(lines, source, folder=""):
     """Return the Tokenizer for lines of merges, "a b" each. Empty lines and a first line "#version: ..." are skipped.
 
-    Raises UserError that names the source if they are invalid.
+    Raises UserError that names the source if they are invalid, or not those of the folder given with --tokenizer.
     """
     merges = tuple(line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version")))
     try:
-        return _cached_tokenizer(merges)
+        tokenizer = _cached_tokenizer(merges)
     except ValueError as error:
         raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
+    return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
 
 
 @functools.lru_cache(maxsize=4)

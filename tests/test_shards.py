@@ -189,10 +189,10 @@ def test_a_short_bin_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("names, message", [
-    ([], "no shards in"), (["x_train_000001.npy", "x_train_000003.npy"], "shard 000002 is missing before 000003"),
-    (["x_val_000000.npy", "x_train_000002.npy"], "shard 000001 is missing before 000002"),
+    ([], "no shards in"), (["x_train_000001.npy", "x_train_000003.npy"], "shard 000003 follows 000001"),
+    (["x_val_000000.npy", "x_train_000002.npy"], "shard 000002 follows 000000"),
     (["x_train_000001.npy", "y_train_000002.npy"], "mixes the data sets 'x' and 'y'"),
-    (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 exists twice")])
+    (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 follows 000001")])
 def test_gaps_duplicates_and_mixtures_are_refused(tmp_path, names, message):
     for name in names:
         np.save(open(tmp_path / name, "wb"), np.arange(10, dtype=np.uint16))
