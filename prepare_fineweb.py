@@ -71,11 +71,7 @@ def _slug(text):
 
 
 def resolve_source_files(config, manifest):
-    """List the source files in a new manifest, or check that those of an existing one are unchanged.
-
-    Hub files are pinned to a commit when the folder is created, so a continued run does not ask the hub again.
-    Raises UserError.
-    """
+    """List the source files in a new manifest, or check that those of an existing one are unchanged."""
     if config.data_files:
         paths = sorted(p for p in glob.glob(config.data_files, recursive=True) if Path(p).is_file())
         if not paths:
@@ -90,7 +86,7 @@ def resolve_source_files(config, manifest):
             raise UserError(f"the files of --data_files {config.data_files} changed since {config.out} was started; "
                             "restore them or choose another --out")
         manifest.files = files
-    elif not manifest.files:
+    elif not manifest.files:        # pinned to a commit, so a continued run does not ask the hub again
         manifest.revision, manifest.files = resolve_dataset(config.dataset, config.name)
     if set(manifest.position) != {"file", "start", "skip"} or manifest.position["file"] >= len(manifest.files):
         raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out} and start over")
@@ -127,10 +123,7 @@ def _run_in_thread(function, argument):
 
 
 def tokenize(config, manifest, tokenizer):
-    """Yield (position, tokens) from the manifest's position to the end of the source or --max_tokens.
-
-    Raises UserError if that is not more than the validation shard.
-    """
+    """Yield (position, tokens) from the manifest's position to the end of the source or --max_tokens."""
     done = sum(entry["tokens"] for entry in manifest.shards)
     skip, first = manifest.position["skip"], manifest.position["file"]
     n_threads = 1 if config.num_proc == 0 else config.num_proc

@@ -1,7 +1,6 @@
 """Read documents, or some columns of a table, from .txt, .md, .jsonl, .json, .csv, .tsv and .parquet files.
 
-`read_documents` yields the texts of a file, `read_rows` the values of some columns. Nothing in a file is trusted: a bad
-file raises a UserError that names the file and, if possible, the line.
+Nothing in a file is trusted: a bad file raises a UserError that names the file and, if possible, the line.
 
 To add an input format, write a function like `_read_csv` and add its suffix to the table READERS.
 """
@@ -171,9 +170,6 @@ def _read_csv(path, columns, **dialect):
             raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
 
 
-_read_tsv = functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
 def _read_parquet(path, columns):
     import pyarrow.parquet
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory
@@ -190,18 +186,15 @@ def _read_parquet(path, columns):
 
 # File suffix -> function(path, columns) that yields (place for messages, values of the columns) for each row. None:
 # plain text without columns.
-READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
-           ".parquet": _read_parquet}
+READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv,
+           ".tsv": functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE), ".parquet": _read_parquet}
 
 
 # -----------------------------------------------------------------------------
 # files that are continued in the middle
 
 def read_texts(path, column, start=0):
-    """Yield (start, text) for each row of a .parquet or .jsonl file from `start` on. Raises UserError.
-
-    start: the number of the row in a parquet file, its first byte in a .jsonl file.
-    """
+    """Yield (start, text) from `start` on: a row's number in a .parquet file, its first byte in a .jsonl file."""
     if str(path).endswith(".parquet"):
         for row, (_, (text,)) in enumerate(_read_parquet(path, [column])):
             if not isinstance(text, (str, type(None))):
@@ -221,7 +214,7 @@ def read_texts(path, column, start=0):
 
 
 # -----------------------------------------------------------------------------
-# text for --demo, about 2 MB: the language reference (pydoc_data) and the docstrings of the standard library
+# text for --demo, about 2 MB that need no download: the language reference and the standard library's docstrings
 
 # Not documentation: tests, the bundled editor and its turtles, code page tables, other people's packages.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",
@@ -230,10 +223,7 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtled
 
 @functools.cache
 def python_documents():
-    """Return Python's own documentation: one text per language topic, then one per module, in a fixed order.
-
-    Every machine with Python already has it, so the demo needs no download. Raises UserError if it is not installed.
-    """
+    """Return Python's own documentation: one text per language topic, then one per module. Raises UserError."""
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.exists():

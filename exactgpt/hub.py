@@ -1,7 +1,7 @@
 """Find the files of a data set on the Hugging Face hub and download them, with retries.
 
-Temporary errors (429, 5xx, timeouts, broken connections, a wrong hash) are retried after growing, jittered pauses. A
-pause is at least the server's Retry-After, up to ten minutes. A permanent error is a UserError that says what to do.
+Temporary errors (429, 5xx, timeouts, broken connections, a wrong hash) are retried after growing, jittered pauses, at
+least the server's Retry-After, up to ten minutes. A permanent error is a UserError that says what to do.
 """
 import errno
 import hashlib
@@ -41,9 +41,8 @@ def resolve_dataset(dataset, name=None):
     """Return (commit, [{path, size, sha256}, ...]) for the train files of a data set, sorted by path. Raises UserError.
 
     name: the configuration (None: the default one). The files are those that the data set's card lists. Without such a
-    list they are its parquet and jsonl files with "train" in their paths, or else those that do not look like another
-    split, and below a folder called `name` if one is given. Without any, they are those of the hub's own conversion to
-    parquet, CONFIGURATION/train/0000.parquet.
+    list they are its parquet and jsonl files, below a folder called `name` if one is given; without any, those of the
+    hub's own conversion to parquet, CONFIGURATION/train/0000.parquet.
     """
     from huggingface_hub import HfApi
     info, files = _list_files(dataset)
@@ -55,7 +54,7 @@ def resolve_dataset(dataset, name=None):
         below = [path for path in files if name in (None, "default") or name in Path(path).parts[:-1]]
         words = {path: set(re.split(r"[^a-z]+", path.lower())) for path in below}
         other_splits = {"test", "val", "valid", "validation", "dev", "eval"}
-        chosen = [path for path in below if "train" in words[path]]
+        chosen = [path for path in below if "train" in words[path]]     # else all that look like no other split
         chosen = chosen or [path for path in below if words[path].isdisjoint(other_splits)]
     if not chosen and _with_retries(lambda: HfApi().revision_exists(dataset, CONVERTED, repo_type="dataset"), dataset):
         info, files = _list_files(dataset, CONVERTED)

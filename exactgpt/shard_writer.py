@@ -67,9 +67,8 @@ def _batches(documents):
 def prepare_folder(folder, wanted, write, check=lambda manifest: None):
     """Make the shards that the manifest `wanted` asks for, unless the folder has them already; print their sizes.
 
-    check(manifest) runs before anything is written. write(manifest) then has the folder to itself. Their manifest is
-    the folder's, if the same command began it, otherwise `wanted`. Raises UserError if the folder contains something
-    else, or if another process uses it.
+    check(manifest) runs before anything is written; write(manifest) has the folder to itself. They get the folder's
+    manifest if the same command began it, otherwise `wanted`. Raises UserError if something else is in the folder.
     """
     found = _load_matching_manifest(folder, wanted)
     manifest = found or wanted
@@ -114,9 +113,8 @@ def write_shards(folder, name, manifest, pieces, val_tokens, shard_tokens):
     """Cut a stream of pieces (position, tokens) into shards, and keep the manifest up to date with the files on disk.
 
     Shard 0 gets the first `val_tokens` tokens, each following shard gets `shard_tokens`, and the last gets the rest.
-    Documents are cut at shard borders, as in build-nanogpt's fineweb.py. A position is a dict that says where in the
-    source the piece begins. The manifest's position is where the next shard begins, "skip" tokens after the position
-    of a piece, and a continued run starts there.
+    Documents are cut at shard borders, as in build-nanogpt's fineweb.py. A position, a dict, says where in the source
+    the piece begins. The manifest's says where the next shard does, "skip" tokens later: a continued run starts there.
     """
     buffer, filled = np.empty(max(val_tokens, shard_tokens), dtype="<u2"), 0
     for position, tokens in pieces:

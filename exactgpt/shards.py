@@ -2,8 +2,7 @@
 
 Each document follows an end-of-text token, and shard 0 is validation. This is build-nanogpt's layout, so its shards
 work unchanged. The .bin files of llm.c and modded-nanogpt work too: a header of 256 int32 (magic 20240520, version 1,
-token count), then uint16 tokens. Files are not trusted: headers are checked against file sizes and the manifest against
-the files, and `verify` checks every token against the hashes.
+token count), then uint16 tokens. Files are not trusted: docs/data.md says what is checked when.
 
 To add a format of uint16 tokens after one header: a function like _read_bin_header, and an entry in HEADER_READERS.
 """
@@ -28,10 +27,7 @@ ENTRY_TYPES = {"shards": {"file": str, "split": str, "tokens": int, "sha256": st
 
 @dataclass
 class Manifest:
-    """The contents of manifest.json: what a shard folder holds and how it was made.
-
-    prepare_fineweb.py continues from it after a kill; prepare_text.py starts over.
-    """
+    """The contents of manifest.json: what a shard folder holds, how it was made and where to continue after a kill."""
     source: str                # where the text came from
     tokenizer: str             # "gpt2", or the name of a trained vocabulary
     vocab_size: int
@@ -190,10 +186,7 @@ class ShardFolder:
         self.val = [s for s in self.shards if s.split == "val"]
 
     def tokenizer(self, fallback_folder=""):
-        """Return the tokenizer in this folder, else the one in `fallback_folder`, else GPT-2's.
-
-        Raises UserError if it is not the one in the manifest, or if both folders have one and they differ.
-        """
+        """Return the tokenizer as load_tokenizer does. Raises UserError, also if it is not the one in the manifest."""
         tokenizer = load_tokenizer(self.folder, fallback_folder)
         m = self.manifest
         if m and (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) != (m.tokenizer, m.vocab_size, m.eot):
@@ -216,10 +209,7 @@ class ShardFolder:
                     _check_token_ids(shard, tokens, n_vocab)
 
     def verify(self, n_vocab, progress=lambda n_bytes: None):
-        """Check that every token is in the vocabulary and, if there is a manifest, that every file has its hash.
-
-        progress(n_bytes) is called after each block. Raises UserError at the first error.
-        """
+        """Raise UserError if a token is outside the vocabulary, or a file differs from its hash in the manifest."""
         hashes = {entry["file"]: entry["sha256"] for entry in self.manifest.shards} if self.manifest else {}
         buffer = np.empty(1 << 22, dtype="<u2")
         for shard in self.shards:
