@@ -22,17 +22,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.config import TokenizerConfig, UserError, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import RESUMABLE, read_texts
 from exactgpt.hub import download_source_file, resolve_dataset
-from exactgpt.shard_writer import (
-    ShardWriter,
-    available_cpus,
-    encode_in_order,
-    load_matching_manifest,
-    locked_folder,
-    print_summary,
-)
+from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer
 
@@ -40,7 +33,7 @@ FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 
 @dataclass(kw_only=True)
-class PrepareFinewebConfig:
+class PrepareFinewebConfig(TokenizerConfig):
     """The flags of prepare_fineweb.py."""
     dataset: str = flag(FINEWEB_EDU, "data set on the Hugging Face hub", group="source")
     name: str | None = flag(None, "configuration of the data set, such as sample-100BT or CC-MAIN-2024-10 (default: "
@@ -52,22 +45,17 @@ class PrepareFinewebConfig:
                            group="shards")
     shard_tokens: int = flag(100_000_000, "tokens per shard", group="shards", low=1, high=2_000_000_000)
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
-    tokenizer: str = flag("", "folder with the vocab.bpe and encoder.json to use, such as a folder of shards "
-                          "(default: GPT-2's vocabulary)", group="shards")
     num_proc: int | None = flag(None, "tokenizer threads (default: one per core)", group="system", low=0, high=1024)
     keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads", group="system")
     verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids", group="system")
 
     def with_defaults(self):
-        """Return a copy with the defaults filled in that depend on other flags or on this machine."""
-        name, out, is_fineweb = self.name, self.out, self.dataset == FINEWEB_EDU
-        if name is None and is_fineweb and not self.data_files:
-            name = SAMPLE_10BT
-        if out is None:
-            named = "_".join(filter(None, [self.prefix(), name]))
-            out = "data/edu_fineweb10B" if is_fineweb and name in (None, SAMPLE_10BT) else f"data/{_slug(named)}"
-        return dataclasses.replace(self, name=name, out=out,
-                                   num_proc=available_cpus() if self.num_proc is None else self.num_proc)
+        """Return a copy with the defaults filled in that depend on other flags."""
+        is_fineweb = self.dataset == FINEWEB_EDU
+        name = self.name or (SAMPLE_10BT if is_fineweb and not self.data_files else None)
+        named = "_".join(filter(None, [self.prefix(), name]))
+        out = "data/edu_fineweb10B" if is_fineweb and name in (None, SAMPLE_10BT) else f"data/{_slug(named)}"
+        return dataclasses.replace(self, name=name, out=self.out or out)
 
     def prefix(self):
         """Return the prefix of shard names. For FineWeb-Edu it is the one build-nanogpt uses."""
@@ -83,11 +71,7 @@ def _slug(text):
 
 
 def resolve_source_files(config, manifest):
-    """List the source files in a new manifest, or check that those of an existing one are unchanged.
-
-    Hub files are pinned to a commit when the folder is created, so a continued run does not ask the hub again.
-    Raises UserError.
-    """
+    """List the source files in a new manifest, or check that those of an existing one are unchanged."""
     if config.data_files:
         paths = sorted(p for p in glob.glob(config.data_files, recursive=True) if Path(p).is_file())
         if not paths:
@@ -102,7 +86,7 @@ def resolve_source_files(config, manifest):
             raise UserError(f"the files of --data_files {config.data_files} changed since {config.out} was started; "
                             "restore them or choose another --out")
         manifest.files = files
-    elif not manifest.files:
+    elif not manifest.files:        # pinned to a commit, so a continued run does not ask the hub again
         manifest.revision, manifest.files = resolve_dataset(config.dataset, config.name)
     if set(manifest.position) != {"file", "start", "skip"} or manifest.position["file"] >= len(manifest.files):
         raise UserError(f"{config.out}/manifest.json is damaged (entry 'position'); delete {config.out} and start over")
@@ -138,15 +122,14 @@ def _run_in_thread(function, argument):
     return future
 
 
-def tokenize_to_shards(config, manifest, tokenizer):
-    """Tokenize and write shards from the manifest's position to the end of the source or --max_tokens."""
+def tokenize(config, manifest, tokenizer):
+    """Yield (position, tokens) from the manifest's position to the end of the source or --max_tokens."""
     done = sum(entry["tokens"] for entry in manifest.shards)
-    writer = ShardWriter(config.out, config.prefix(), manifest, config.val_tokens(), config.shard_tokens)
     skip, first = manifest.position["skip"], manifest.position["file"]
-    results = encode_in_order(iter_documents(config, manifest), tokenizer, config.num_proc or 1)
-    with contextlib.closing(results), tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok",
-                                           unit_scale=True, disable=None, smoothing=0.05) as bar:
-        for position, tokens in results:
+    n_threads = 1 if config.num_proc == 0 else config.num_proc
+    with tqdm(desc="tokenizing", initial=done, total=config.max_tokens, unit="tok", unit_scale=True, disable=None,
+              smoothing=0.05) as bar:
+        for position, tokens in encode_in_order(iter_documents(config, manifest), tokenizer, n_threads):
             if not (config.data_files or config.keep_downloads):
                 for file in manifest.files[first:position["file"]]:      # all their tokens have arrived
                     Path(config.out, "downloads", file["path"]).unlink(missing_ok=True)
@@ -155,7 +138,7 @@ def tokenize_to_shards(config, manifest, tokenizer):
             skip -= dropped
             tokens = tokens[dropped:][:config.max_tokens and config.max_tokens - done]
             n_shards = len(manifest.shards)
-            writer.append(tokens, {**position, "skip": dropped})
+            yield {**position, "skip": dropped}, tokens
             done += len(tokens)
             bar.update(len(tokens))
             for entry in manifest.shards[n_shards:]:
@@ -166,7 +149,6 @@ def tokenize_to_shards(config, manifest, tokenizer):
         raise UserError(f"the source ends after {done:,} tokens, inside the validation shard of "
                         f"{config.val_tokens():,}; use a smaller --shard_tokens, or set --max_tokens (a tenth of it "
                         "becomes validation)")
-    writer.finish()
 
 
 def verify_shards(folder, tokenizer=""):
@@ -183,12 +165,27 @@ def verify_shards(folder, tokenizer=""):
         print(f"{folder} is incomplete; run the same prepare command again to complete it")
 
 
+def make_shards(config, manifest, tokenizer):
+    """Write the vocabulary, then the shards from the manifest's position on."""
+    manifest.save(config.out)
+    tokenizer.save(config.out)
+    if manifest.shards:
+        ShardFolder(config.out, need_complete=False)        # raises if the shards to continue from are damaged
+    at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
+    resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
+    size = human_bytes(sum(f["size"] for f in manifest.files))
+    print(f"{manifest.source}{at}: {len(manifest.files)} files, {size}{resumed}", flush=True)
+    with contextlib.closing(tokenize(config, manifest, tokenizer)) as pieces:
+        write_shards(config.out, config.prefix(), manifest, pieces, config.val_tokens(), config.shard_tokens)
+    if not config.keep_downloads:
+        shutil.rmtree(Path(config.out, "downloads"), ignore_errors=True)
+
+
 def main(argv=None):
     """Make or verify shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
     config = parse_config(PrepareFinewebConfig, argv, description=__doc__.split("\n\n")[0]).with_defaults()
-    folder = Path(config.out)
     if config.verify:
-        return verify_shards(folder, config.tokenizer)
+        return verify_shards(config.out, config.tokenizer)
     # Every file is downloaded once, so Xet's chunk cache would only double the disk space.
     os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
     tokenizer = default_tokenizer(config.tokenizer)
@@ -196,23 +193,8 @@ def main(argv=None):
     source = f"files {config.data_files}" if config.data_files else f"{config.dataset} {config.name or ''}".strip()
     wanted = Manifest(source=source, tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, eot=tokenizer.eot,
                       settings={k: getattr(config, k) for k in compared}, position={"file": 0, "start": 0, "skip": 0})
-    found = load_matching_manifest(folder, wanted)
-    manifest = found or wanted
-    if not manifest.complete:
-        resolve_source_files(config, manifest)
-        with locked_folder(folder, wanted, found):
-            manifest.save(folder)
-            tokenizer.save(folder)
-            if manifest.shards:
-                ShardFolder(folder, need_complete=False)        # raises if the shards to continue from are damaged
-            at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
-            resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
-            size = human_bytes(sum(f["size"] for f in manifest.files))
-            print(f"{manifest.source}{at}: {len(manifest.files)} files, {size}{resumed}", flush=True)
-            tokenize_to_shards(config, manifest, tokenizer)
-            if not config.keep_downloads:
-                shutil.rmtree(Path(folder, "downloads"), ignore_errors=True)
-    print_summary(folder)
+    prepare_folder(config.out, wanted, lambda manifest: make_shards(config, manifest, tokenizer),
+                   check=lambda manifest: resolve_source_files(config, manifest))
 
 
 if __name__ == "__main__":

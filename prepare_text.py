@@ -16,30 +16,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from exactgpt.config import UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.config import TokenizerConfig, UserError, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import find_files, python_documents, read_documents
-from exactgpt.shard_writer import (
-    ShardWriter,
-    available_cpus,
-    encode_in_order,
-    load_matching_manifest,
-    locked_folder,
-    print_summary,
-)
+from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, train_tokenizer
 
 
 @dataclass(kw_only=True)
-class PrepareTextConfig:
+class PrepareTextConfig(TokenizerConfig):
     """The flags of prepare_text.py."""
     paths: list[str] = flag([], "files and directories to read, in this order", group="text", positional=True)
     demo: bool = flag(False, "use Python's own documentation instead of files", group="text")
     separator: str = flag("", r"string between the documents of a .txt or .md file, with \n and \t for newline "
                           "and tab (default: one document per file)", group="text")
     text_column: str = flag("text", "column of .jsonl, .csv, .tsv and .parquet files that holds the text", group="text")
-    tokenizer: str = flag("", "folder with the vocab.bpe and encoder.json to use, such as a folder of shards "
-                          "(default: GPT-2's vocabulary)", group="tokens")
     train_tokenizer: int | None = flag(None, "train a byte-pair vocabulary of N entries on this text and use it",
                                        group="tokens", low=257, high=65535)
     out: str = flag("", "output folder, such as data/NAME (required)", group="tokens")
@@ -86,22 +77,6 @@ def scan_documents(documents):
     return n_documents, n_bytes, digest.hexdigest()
 
 
-def tokenize_documents(documents, n_documents, tokenizer, file):
-    """Tokenize (text, starts) pairs into an open file.
-
-    Returns all tokens, a uint16 memory map of the file, and the index in it where each document starts.
-    """
-    n_tokens, starts, documents = 0, [], ((None, *document) for document in documents)
-    with tqdm(desc="tokenizing", total=n_documents, unit="doc", unit_scale=True, disable=None, leave=False) as bar:
-        for _, tokens in encode_in_order(documents, tokenizer, available_cpus()):
-            starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
-            n_tokens += len(tokens)
-            file.write(tokens)
-            bar.update(len(starts[-1]))
-    file.flush()
-    return np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
-
-
 def split_documents(lengths, order, val_fraction):
     """Return (val, train), the document numbers of each split in seeded order; val is empty if no document fits.
 
@@ -121,35 +96,8 @@ def split_documents(lengths, order, val_fraction):
     return np.array(val, dtype=np.int64), order[~np.isin(order, val)]
 
 
-def write_shards(folder, manifest, tokens, starts, config):
-    """Write the documents to a validation shard and train shards, in seeded order."""
-    ends = np.append(starts[1:], len(tokens))
-    order = permutation(len(starts), config.seed, "documents")
-    val, train = split_documents(ends - starts, order, config.val_fraction)
-    n_val = int((ends - starts)[val].sum())
-    documents = (tokens[starts[d]:ends[d]] for d in np.concatenate([val, train]))
-    if not len(val):       # no document fits: cut the end off the documents, in their seeded order, for validation
-        n_val = max(1, int(config.val_fraction * len(tokens)))
-        documents = move_tail_first(documents, len(tokens) - n_val)
-    writer = ShardWriter(folder, folder.resolve().name, manifest, n_val, config.shard_tokens)
-    for document in tqdm(documents, total=len(starts), desc="writing", unit="doc", unit_scale=True, disable=None,
-                         leave=False):
-        writer.append(document, {})
-    writer.finish()
-
-
-def move_tail_first(arrays, n_head):
-    """Return the arrays with the first n_head of all their elements moved to the end. One of them may be cut in two."""
-    head, tail = [], []
-    for array in arrays:
-        head.append(array[:n_head])
-        tail.append(array[n_head:])
-        n_head = max(0, n_head - len(array))
-    return tail + head
-
-
-def make_shards(folder, manifest, files, n_documents, config):
-    """Write the vocabulary and the shards of all documents, and complete the manifest. Raises UserError."""
+def make_shards(config, manifest, files, n_documents):
+    """Write the vocabulary, a validation shard and train shards of all documents, in seeded order."""
     if config.train_tokenizer:
         print(f"training a vocabulary of {config.train_tokenizer:,} entries on {n_documents:,} documents", flush=True)
         tokenizer = train_tokenizer((text for text, _ in iter_documents(config, files)), config.train_tokenizer)
@@ -158,36 +106,52 @@ def make_shards(folder, manifest, files, n_documents, config):
     else:
         tokenizer = default_tokenizer(config.tokenizer)
     manifest.tokenizer, manifest.vocab_size, manifest.eot = tokenizer.name, tokenizer.n_vocab, tokenizer.eot
-    manifest.save(folder)           # still incomplete: after a kill, the same command recognizes it and starts over
-    tokenizer.save(folder)
+    manifest.save(config.out)       # still incomplete: after a kill, the same command recognizes it and starts over
+    tokenizer.save(config.out)
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:    # it has no name, so a killed run leaves nothing behind
-            tokens, starts = tokenize_documents(iter_documents(config, files), n_documents, tokenizer, file)
-            write_shards(folder, manifest, tokens, starts, config)
+        with tempfile.TemporaryFile(dir=config.out) as file:    # without a name, so a killed run leaves nothing behind
+            documents = ((None, *document) for document in iter_documents(config, files))
+            n_tokens, starts = 0, []        # starts: where each document starts in the file
+            with tqdm(desc="tokenizing", total=n_documents, unit="doc", disable=None, leave=False) as bar:
+                for _, tokens in encode_in_order(documents, tokenizer):
+                    starts.append(n_tokens + np.flatnonzero(tokens == tokenizer.eot))
+                    n_tokens += len(tokens)
+                    file.write(tokens)
+                    bar.update(len(starts[-1]))
+            file.flush()
+            tokens, starts = np.memmap(file, dtype="<u2", mode="r"), np.concatenate(starts)
+            ends = np.append(starts[1:], len(tokens))
+            order = permutation(len(starts), config.seed, "documents")
+            val, train = split_documents(ends - starts, order, config.val_fraction)
+            documents = (tokens[starts[d]:ends[d]] for d in np.concatenate([val, train]))
+            n_val = int((ends - starts)[val].sum())
+            if not len(val):       # no document fits: cut the end off the last one, which is then long enough
+                n_val = max(1, int(config.val_fraction * len(tokens)))
+                *others, last = documents
+                documents = [last[-n_val:], *others, last[:-n_val]]
+            bar = tqdm(documents, total=n_documents, desc="writing", unit="doc", disable=None, leave=False)
+            pieces = (({}, document) for document in bar)
+            write_shards(config.out, Path(config.out).resolve().name, manifest, pieces, n_val, config.shard_tokens)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}; fix that and run the same command "
+        raise UserError(f"cannot write to {config.out}: {error.strerror or error}; fix that and run the same command "
                         "again") from error
 
 
 def main(argv=None):
     """Make shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
     config = parse_config(PrepareTextConfig, argv, description=__doc__.split("\n\n")[0])
-    folder = Path(config.out)
     tokenizer_name = "" if config.train_tokenizer else default_tokenizer(config.tokenizer).name
     files = find_files(config.paths)
     n_documents, n_bytes, digest = scan_documents(iter_documents(config, files))
     if not n_documents:
         raise UserError(f"no text in {', '.join(map(str, files[:3]))}")
-    manifest = Manifest(source="CPython documentation" if config.demo else "text", vocab_size=0, eot=0,
-                        tokenizer=tokenizer_name, seed=config.seed, settings=dict(
-                            text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
-                            shard_tokens=config.shard_tokens))
-    found = load_matching_manifest(folder, manifest)
-    if not (found and found.complete):
-        with locked_folder(folder, manifest, found):
-            make_shards(folder, manifest, files, n_documents, config)
-        print(f"{n_documents:,} documents, {human_bytes(n_bytes)} -> {folder}")
-    print_summary(folder)
+    settings = dict(text=digest, train_tokenizer=config.train_tokenizer or 0, val_fraction=config.val_fraction,
+                    shard_tokens=config.shard_tokens)
+    wanted = Manifest(source="CPython documentation" if config.demo else "text", tokenizer=tokenizer_name,
+                      vocab_size=0, eot=0, seed=config.seed, settings=settings)
+    print(f"{n_documents:,} documents, {human_bytes(n_bytes)}", flush=True)
+    # Not the folder's manifest: after a kill all shards are written again.
+    prepare_folder(config.out, wanted, lambda _: make_shards(config, wanted, files, n_documents))
 
 
 if __name__ == "__main__":

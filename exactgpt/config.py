@@ -57,8 +57,8 @@ def flag(default=MISSING, help="", *, group="options", choices=None, low=None, h
 @dataclass(kw_only=True)
 class TokenizerConfig:
     """The flag of every script that opens a model."""
-    tokenizer: str = flag("", "folder with the vocabulary (vocab.bpe, encoder.json) for models and shards stored "
-                          "without one (default: GPT-2's)", group="system")
+    tokenizer: str = flag("", "folder with the vocabulary (vocab.bpe, encoder.json) for text, and for models and "
+                          "shards stored without one (default: GPT-2's)", group="system")
 
 
 @dataclass(kw_only=True)

@@ -6,16 +6,8 @@ in a permuted order, and windows in a permuted order within their shard. The epo
 list of windows. Step s takes n = total_batch_size / T of them, those at the places s n to (s + 1) n - 1. Of these, rank
 r of R takes the places s n + r n / R to s n + (r + 1) n / R - 1; train_step cuts them into micro-batches.
 
-Worked example: --seed 1337 --block_size 4 --total_batch_size 16 (n = 4), two processes, shards of 41 and 12 tokens:
-
-    stream     N = 53 tokens, W = 13 windows: 0 to 10 begin in shard 0 (10 ends in shard 1), 11 and 12 in shard 1
-    epoch 0    shard 1: 12 11    shard 0: 6 0 4 1 2 9 8 10 5 3 7
-    epoch 1    shard 0: 4 2 3 7 0 6 8 9 5 10 1    shard 1: 11 12
-    step 0     places 0 to 3: windows 12 11 (rank 0) and 6 0 (rank 1)
-    step 3     places 12 to 15: windows 7 4 (rank 0) and 2 3 (rank 1); 7 is the last of epoch 0, the others of epoch 1
-
 So any number of processes that divides n sees the same tokens at the same step, and the loader has no state: a run
-resumes at any step, with another number of processes or another micro-batch, without having stored anything.
+resumes at any step, with another number of processes or another micro-batch. docs/data.md has a worked example.
 """
 import time
 from collections import deque
@@ -109,10 +101,7 @@ class DataOrder:
 
 
 class TrainLoader:
-    """Reads one rank's tokens step by step, in a thread that is up to three steps ahead.
-
-    The thread reads uint16 and the device widens it to int64: a quarter of the bytes to copy.
-    """
+    """Reads one rank's tokens step by step, in a thread that is up to three steps ahead."""
 
     def __init__(self, order, windows_per_step, runtime, first_step, last_step):
         """Start reading the steps first_step..last_step - 1. windows_per_step: of all ranks together."""
@@ -129,14 +118,12 @@ class TrainLoader:
         return tokens.pin_memory() if self._device.type == "cuda" else tokens
 
     def next_step(self):
-        """Return the next step's tokens (n / world_size, T + 1), int64 on the device, and the seconds spent waiting.
-
-        Raises UserError for a damaged shard.
-        """
+        """Return the next step's tokens (n / world_size, T + 1), int64 on the device, and the seconds spent waiting."""
         start = time.perf_counter()
         tokens = self._ahead.popleft().result()
         wait_s = time.perf_counter() - start
         self._ahead.extend(islice(self._reads, 1))
+        # The device widens the uint16 to int64: a quarter of the bytes to copy.
         return tokens.to(self._device, non_blocking=True).to(torch.int64), wait_s
 
     def windows_of_step(self, step):
@@ -168,7 +155,6 @@ def val_batches(stream, n_windows, batch_size, runtime):
         windows = np.arange(first, min(first + batch_size, n_windows))
         tokens = np.zeros((batch_size, stream.block_size + 1), dtype=np.int64)
         targets = np.full((batch_size, stream.block_size), IGNORED, dtype=np.int64)
-        if len(windows):
-            tokens[:len(windows)] = stream.read(windows)
-            targets[:len(windows)] = tokens[:len(windows), 1:]
+        tokens[:len(windows)] = stream.read(windows)
+        targets[:len(windows)] = tokens[:len(windows), 1:]
         yield torch.from_numpy(tokens[:, :-1].copy()).to(runtime.device), torch.from_numpy(targets).to(runtime.device)

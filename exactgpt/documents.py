@@ -1,7 +1,6 @@
 """Read documents, or some columns of a table, from .txt, .md, .jsonl, .json, .csv, .tsv and .parquet files.
 
-`read_documents` yields the texts of a file, `read_rows` the values of some columns. Nothing in a file is trusted: a bad
-file raises a UserError that names the file and, if possible, the line.
+Nothing in a file is trusted: a bad file raises a UserError that names the file and, if possible, the line.
 
 To add an input format, write a function like `_read_csv` and add its suffix to the table READERS.
 """
@@ -24,10 +23,7 @@ _SAFE_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def find_files(paths):
-    """Return the files in a list of files and directories. Directories are searched recursively, in sorted order.
-
-    Raises UserError for a missing or unsupported file and for a directory without text.
-    """
+    """Return the files in a list of files and directories, which are searched in sorted order. Raises UserError."""
     suffixes = set(READERS) - {".json"}     # stray .json files are settings, not text
     found = []
     for path in map(Path, paths):
@@ -54,14 +50,9 @@ def read_documents(path, text_column="text", separator=None):
     Parts end between a character and the whitespace after it. No match of GPT-2's split pattern spans such a place, so
     the parts together have the token ids of the whole.
     """
-    if READERS[Path(path).suffix.lower()] is None:
-        yield from _read_text(path, separator)
-    else:
-        for (text,) in read_rows(path, [text_column]):
-            yield text, True
-
-
-def _read_text(path, separator):
+    if READERS[Path(path).suffix.lower()]:
+        yield from ((text, True) for (text,) in read_rows(path, [text_column]))
+        return
     rest, starts = "", True
     overlap = len(separator) - 1 if separator else 0    # a separator may begin here and end in the next chunk
     with _open(path) as f:
@@ -179,55 +170,35 @@ def _read_csv(path, columns, **dialect):
             raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
 
 
-_read_tsv = functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
 def _read_parquet(path, columns):
-    file = _open_parquet(path, columns)
-    with _parquet_errors(path):
+    import pyarrow.parquet
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory
+    try:
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)     # for little memory
+        _check_columns(columns, file.schema_arrow.names, path)
         for batch in file.iter_batches(256, columns=columns, use_threads=False):
             for values in zip(*(column.to_pylist() for column in batch.columns)):
                 yield path, values
-
-
-def _open_parquet(path, columns):
-    """Return a pyarrow ParquetFile that has the columns, opened to use little memory. Raises UserError."""
-    import pyarrow.parquet
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())   # the default pool keeps freed memory
-    with _parquet_errors(path):
-        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    _check_columns(columns, file.schema_arrow.names, path)
-    return file
-
-
-@contextlib.contextmanager
-def _parquet_errors(path):
-    try:
-        yield
     except (OSError, ValueError) as error:      # every pyarrow error is one of these
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(f"{path} is not a readable parquet file ({reason})") from error
 
 
 # File suffix -> function(path, columns) that yields (place for messages, values of the columns) for each row. None:
-# plain text without columns, read by _read_text.
-READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
-           ".parquet": _read_parquet}
+# plain text without columns.
+READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv,
+           ".tsv": functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE), ".parquet": _read_parquet}
 
 
 # -----------------------------------------------------------------------------
 # files that are continued in the middle
 
 def read_texts(path, column, start=0):
-    """Yield (start, text) for each row of a .parquet or .jsonl file from `start` on. Raises UserError.
-
-    start: the number of the row in a parquet file, its first byte in a .jsonl file.
-    """
+    """Yield (start, text) from `start` on: a row's number in a .parquet file, its first byte in a .jsonl file."""
     if str(path).endswith(".parquet"):
-        kind = str(_open_parquet(path, [column]).schema_arrow.field(column).type)
-        if "string" not in kind or kind.startswith(("list", "struct", "map")):
-            raise UserError(f"{path}: column {column!r} contains {kind}, not text")
         for row, (_, (text,)) in enumerate(_read_parquet(path, [column])):
+            if not isinstance(text, (str, type(None))):
+                raise UserError(f"{path}: column {column!r} contains {type(text).__name__} values, not text")
             if row >= start:
                 yield row, text or ""
         return
@@ -243,7 +214,7 @@ def read_texts(path, column, start=0):
 
 
 # -----------------------------------------------------------------------------
-# text for --demo, about 2 MB: the language reference (pydoc_data) and the docstrings of the standard library
+# text for --demo, about 2 MB that need no download: the language reference and the standard library's docstrings
 
 # Not documentation: tests, the bundled editor and its turtles, code page tables, other people's packages.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",
@@ -252,10 +223,7 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtled
 
 @functools.cache
 def python_documents():
-    """Return Python's own documentation: one text per language topic, then one per module, in a fixed order.
-
-    Every machine with Python already has it, so the demo needs no download. Raises UserError if it is not installed.
-    """
+    """Return Python's own documentation: one text per language topic, then one per module. Raises UserError."""
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
     if not topics.exists():

@@ -1,7 +1,7 @@
 """Find the files of a data set on the Hugging Face hub and download them, with retries.
 
-Temporary errors (429, 5xx, timeouts, broken connections, a wrong hash) are retried after growing, jittered pauses. A
-pause is at least the server's Retry-After, up to ten minutes. A permanent error is a UserError that says what to do.
+Temporary errors (429, 5xx, timeouts, broken connections, a wrong hash) are retried after growing, jittered pauses, at
+least the server's Retry-After, up to ten minutes. A permanent error is a UserError that says what to do.
 """
 import errno
 import hashlib
@@ -48,7 +48,14 @@ def resolve_dataset(dataset, name=None):
     info, files = _list_files(dataset)
     configs = info.card_data.to_dict().get("configs") if info.card_data else None
     configs = [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
-    chosen = _train_files_in_card(dataset, name, configs, files) if configs else _guess_train_files(name, files)
+    if configs:
+        chosen = _train_files_in_card(dataset, name, configs, files)
+    else:
+        below = [path for path in files if name in (None, "default") or name in Path(path).parts[:-1]]
+        words = {path: set(re.split(r"[^a-z]+", path.lower())) for path in below}
+        other_splits = {"test", "val", "valid", "validation", "dev", "eval"}
+        chosen = [path for path in below if "train" in words[path]]     # else all that look like no other split
+        chosen = chosen or [path for path in below if words[path].isdisjoint(other_splits)]
     if not chosen and _with_retries(lambda: HfApi().revision_exists(dataset, CONVERTED, repo_type="dataset"), dataset):
         info, files = _list_files(dataset, CONVERTED)
         names = {path.split("/")[0] for path in files}
@@ -74,10 +81,7 @@ def _list_files(dataset, revision=None):
 
 
 def _train_files_in_card(dataset, name, configs, paths):
-    """Return the paths that the card's configurations [{config_name, data_files}] list for the train split.
-
-    data_files is a pattern, a list of patterns, or a list of {split, path}.
-    """
+    """Return the paths that the card's configurations [{config_name, data_files}] list for the train split."""
     from fsspec.utils import glob_translate
     by_name = {c.get("config_name", "default"): c for c in configs}
     wanted = name or next((n for n, c in by_name.items() if c.get("default") or len(by_name) == 1), "default")
@@ -85,7 +89,7 @@ def _train_files_in_card(dataset, name, configs, paths):
         known = ", ".join(sorted(by_name)[:12]) + (", ..." if len(by_name) > 12 else "")
         raise UserError(f"{dataset} has " + (f"no configuration {name!r}" if name else "several configurations")
                         + f"; choose one with --name: {known}")
-    patterns, entries = [], by_name[wanted].get("data_files")
+    patterns, entries = [], by_name[wanted].get("data_files")      # a pattern, or a list of patterns or {split, path}
     for entry in entries if isinstance(entries, list) else [entries]:
         if isinstance(entry, dict) and entry.get("split", "train") == "train":
             entry = entry.get("path")
@@ -96,17 +100,6 @@ def _train_files_in_card(dataset, name, configs, paths):
     except ValueError as error:
         raise UserError(f"the card of {dataset}: {error}") from error
     return [path for path in paths if any(re.match(regex, path) for regex in regexes)]
-
-
-def _guess_train_files(name, paths):
-    """Return the paths that contain "train", or else those that do not look like another split.
-
-    Only paths below a folder called `name` count, if one is given.
-    """
-    paths = [p for p in paths if name in (None, "default") or name in Path(p).parts[:-1]]
-    words = {p: set(re.split(r"[^a-z]+", p.lower())) for p in paths}
-    train = [p for p in paths if "train" in words[p]]
-    return train or [p for p in paths if words[p].isdisjoint({"test", "val", "valid", "validation", "dev", "eval"})]
 
 
 def download_source_file(dataset, commit, file, folder):
@@ -128,6 +121,7 @@ def download_source_file(dataset, commit, file, folder):
 
 def _with_retries(function, what, attempts=ATTEMPTS):
     """Return function(), retried after temporary errors. Raises UserError if it fails for good."""
+    from huggingface_hub import errors
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()       # we print our own notices
     for attempt in range(attempts):
@@ -138,9 +132,18 @@ def _with_retries(function, what, attempts=ATTEMPTS):
             while chain[-1].__cause__:
                 chain.append(chain[-1].__cause__)
             response = next((e.response for e in chain if getattr(e, "response", None) is not None), None)
-            reason = f"HTTP {response.status_code}" if response is not None else f"{type(error).__name__}: {error}"
-            reason = " ".join(reason.split())[:160]
-            _raise_if_permanent(chain, response, what, reason)
+            status = response.status_code if response is not None else 0
+            reason = f"HTTP {status}" if status else " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
+                raise UserError(f"cannot get {what}: HF_HUB_OFFLINE is set; unset it, or use local files with "
+                                "--data_files") from error
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise UserError(f"cannot store {what}: {error.strerror}; fix that and run the same command again to "
+                                "continue") from error
+            if isinstance(error, errors.HFValidationError) or (400 <= status < 500 and status not in (408, 425, 429)):
+                raise UserError(f"the hub refuses {what} ({reason}); look for it on https://huggingface.co/datasets; "
+                                "if it is private or gated, accept its terms there and log in with `hf auth login` or "
+                                "set HF_TOKEN") from error
             if attempt + 1 == attempts:
                 raise UserError(f"cannot get {what} from the hub ({reason}); check the network and run the same "
                                 "command again to continue") from error
@@ -149,16 +152,3 @@ def _with_retries(function, what, attempts=ATTEMPTS):
             pause = max(pause, min(float(asked), 600.0) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0)
             print(f"{what}: {reason}; retrying in {pause:.1f} s", file=sys.stderr, flush=True)
             time.sleep(pause)
-
-
-def _raise_if_permanent(chain, response, what, reason):
-    """Raise UserError for a permanent error. chain: the error, its cause, the cause of that and so on."""
-    from huggingface_hub import errors
-    error, status = chain[0], response.status_code if response is not None else 0
-    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
-        raise UserError(f"cannot get {what}: HF_HUB_OFFLINE is set; unset it, or use local files with --data_files")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        raise UserError(f"cannot store {what}: {error.strerror}; fix that and run the same command again to continue")
-    if isinstance(error, errors.HFValidationError) or (400 <= status < 500 and status not in (408, 425, 429)):
-        raise UserError(f"the hub refuses {what} ({reason}); look for it on https://huggingface.co/datasets; if it is "
-                        "private or gated, accept its terms there and log in with `hf auth login` or set HF_TOKEN")

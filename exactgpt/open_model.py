@@ -17,7 +17,7 @@ from exactgpt import lora
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
-from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, require_same_vocabulary
+from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges
 from model import GPT, GPTConfig
 
 PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more extra rows it has another vocabulary
@@ -265,7 +265,7 @@ def _folder_tokenizer(folder, vocab_size, fallback):
             return _stored_tokenizer(None, vocab_size, fallback)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the tokenizer in {folder}: {type(error).__name__}: {error}") from error
-    tokenizer = require_same_vocabulary(from_merges(lines, folder), fallback, folder)
+    tokenizer = from_merges(lines, folder, fallback)
     ours = json.loads(tokenizer.encoder_json())
     return tokenizer if all(ids.get(token) == i for token, i in ours.items()) else None   # special tokens first, say
 

@@ -4,7 +4,6 @@ The order of the documents is kept, memory is bounded, and the output is the sam
 are enough, because tiktoken encodes without Python's global lock.
 """
 import collections
-import contextlib
 import hashlib
 import io
 import os
@@ -20,9 +19,9 @@ BATCH_CHARS = 1 << 20      # text per batch: enough to outweigh the overhead, li
 
 
 def encode_documents(tokenizer, documents):
-    """Return the tokens of documents (label, text, starts) as one uint16 array.
+    """Return the tokens of documents (label, text, starts) as one uint16 array; each begins with end-of-text.
 
-    Each document begins with end-of-text. starts is False if the text continues the previous document.
+    starts is False if the text continues the previous document.
     """
     parts = []
     for _, text, starts in documents:
@@ -31,11 +30,13 @@ def encode_documents(tokenizer, documents):
     return np.concatenate(parts, dtype="<u2", casting="unsafe")
 
 
-def encode_in_order(documents, tokenizer, n_threads):
+def encode_in_order(documents, tokenizer, n_threads=None):
     """Yield (label of the first document, tokens) for batches of consecutive documents (label, text, starts).
 
-    At most three batches per thread are pending, even if the consumer is slow.
+    At most three batches per thread are pending, even if the consumer is slow. n_threads: None is one per core.
     """
+    if n_threads is None:
+        n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pending = collections.deque()
     with ThreadPoolExecutor(n_threads) as threads:
         for batch in _batches(documents):
@@ -60,20 +61,36 @@ def _batches(documents):
         yield batch
 
 
-def available_cpus():
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # -----------------------------------------------------------------------------
 # the folder of shards
 
-def load_matching_manifest(folder, wanted):
-    """Return the folder's manifest if it was made by the same command as `wanted`, or None if the folder is new.
+def prepare_folder(folder, wanted, write, check=lambda manifest: None):
+    """Make the shards that the manifest `wanted` asks for, unless the folder has them already; print their sizes.
 
-    A folder without a finished shard counts as new; of a complete one it says that there is nothing to do. Raises
-    UserError if the folder contains something else.
+    check(manifest) runs before anything is written; write(manifest) has the folder to itself. They get the folder's
+    manifest if the same command began it, otherwise `wanted`. Raises UserError if something else is in the folder.
     """
+    found = _load_matching_manifest(folder, wanted)
+    manifest = found or wanted
+    if manifest.complete:
+        print(f"{folder} is already complete; nothing to do")
+    else:
+        check(manifest)
+        with take_lock(folder, wait_s=0):
+            if _load_matching_manifest(folder, wanted) != found:
+                raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
+            write(manifest)
+    shards = ShardFolder(folder)
+    for name, split in (("train", shards.train), ("val", shards.val)):
+        plural = "s" if len(split) != 1 else ""
+        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
+    print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
+    print(f"next: python train.py --data_dir {folder} --log_dir logs/{Path(folder).resolve().name} --dry_run\n"
+          "      (estimates the time for GPT-2 124M; for a small model add --n_layer 4 --n_head 4 --n_embd 256)")
+
+
+def _load_matching_manifest(folder, wanted):
+    """Return the folder's manifest, None without a finished shard. Raises UserError if it is not like `wanted`."""
     found = load_manifest(folder)
     if found is None:
         others = [p.name for p in Path(folder).glob("[!.]*") if p.suffix != ".tmp"]
@@ -82,36 +99,44 @@ def load_matching_manifest(folder, wanted):
         return None
     if not found.shards and not found.complete:
         return None
-    theirs = {**found.settings, "seed": found.seed}
-    differing = [k for k, v in {**wanted.settings, "seed": wanted.seed}.items() if theirs.get(k) != v]
-    if wanted.tokenizer not in ("", found.tokenizer):       # "": not trained yet
-        differing.append("tokenizer")
-    if differing or found.source != wanted.source:
-        raise UserError(f"{folder} contains shards of another command (differing: {', '.join(differing) or 'source'}); "
-                        f"choose another --out, or delete {folder}")
-    if found.complete:
-        print(f"{folder} is already complete; nothing to do")
+    tokenizer = wanted.tokenizer or found.tokenizer         # "": not trained yet
+    ours = {**wanted.settings, "seed": wanted.seed, "tokenizer": tokenizer}
+    theirs = {**found.settings, "seed": found.seed, "tokenizer": found.tokenizer}
+    differing = [k for k, v in ours.items() if theirs.get(k) != v]
+    if differing:
+        raise UserError(f"{folder} contains shards of another command (differing: {', '.join(differing)}); choose "
+                        f"another --out, or delete {folder}")
     return found
 
 
-@contextlib.contextmanager
-def locked_folder(folder, wanted, found):
-    """Keep other processes out of the folder. Raises UserError if its manifest is no longer `found`."""
-    with take_lock(folder, wait_s=0):
-        if load_matching_manifest(folder, wanted) != found:
-            raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
-        yield
+def write_shards(folder, name, manifest, pieces, val_tokens, shard_tokens):
+    """Cut a stream of pieces (position, tokens) into shards, and keep the manifest up to date with the files on disk.
 
-
-def print_summary(folder):
-    """Print the sizes of a finished folder and the command to train on it."""
-    shards = ShardFolder(folder)
-    for name, split in (("train", shards.train), ("val", shards.val)):
-        plural = "s" if len(split) != 1 else ""
-        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
-    print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
-    print(f"next: python train.py --data_dir {folder} --log_dir logs/{Path(folder).resolve().name} --dry_run\n"
-          "      (estimates the time for GPT-2 124M; for a small model add --n_layer 4 --n_head 4 --n_embd 256)")
+    Shard 0 gets the first `val_tokens` tokens, each following shard gets `shard_tokens`, and the last gets the rest.
+    Documents are cut at shard borders, as in build-nanogpt's fineweb.py. A position, a dict, says where in the source
+    the piece begins. The manifest's says where the next shard does, "skip" tokens later: a continued run starts there.
+    """
+    buffer, filled = np.empty(max(val_tokens, shard_tokens), dtype="<u2"), 0
+    for position, tokens in pieces:
+        start = 0
+        while start < len(tokens):
+            size = shard_tokens if manifest.shards else val_tokens
+            part = tokens[start:start + size - filled]
+            buffer[filled:filled + len(part)] = part
+            manifest.rows += int(np.count_nonzero(part == manifest.eot))
+            filled += len(part)
+            start += len(part)
+            if filled == size:
+                index = len(manifest.shards)
+                manifest.shards.append(save_shard(folder, name, "train" if index else "val", index, buffer[:filled]))
+                manifest.position = {**position, "skip": position.get("skip", 0) + start}
+                manifest.save(folder)
+                filled = 0
+    if filled:
+        index = len(manifest.shards)
+        manifest.shards.append(save_shard(folder, name, "train" if index else "val", index, buffer[:filled]))
+    manifest.position, manifest.complete = {}, True
+    manifest.save(folder)
 
 
 def save_shard(folder, name, split, index, tokens):
@@ -126,52 +151,3 @@ def save_shard(folder, name, split, index, tokens):
         f.write(header.getvalue())
         f.write(tokens)
     return dict(file=file, split=split, tokens=len(tokens), sha256=digest.hexdigest())
-
-
-class ShardWriter:
-    """Cuts a stream of tokens into shards and keeps the manifest up to date with the files on disk.
-
-    Shard 0 gets the first `val_tokens` tokens, each following shard gets `shard_tokens`, and the last gets the rest.
-    Documents are cut at shard borders, as in build-nanogpt's fineweb.py.
-    """
-
-    def __init__(self, folder, name, manifest, val_tokens, shard_tokens):
-        self.folder, self.name, self.manifest = Path(folder), name, manifest
-        self._sizes = (val_tokens, shard_tokens)
-        self._buffer = np.empty(max(self._sizes), dtype="<u2")
-        self._filled = 0
-
-    def append(self, tokens, position):
-        """Add tokens (uint16) that begin at `position` (a dict) in the source.
-
-        A full shard is written to disk, then the manifest. The manifest's position is where the next shard begins,
-        "skip" tokens after `position`, and a continued run starts there.
-        """
-        start = 0
-        while start < len(tokens):
-            size = self._sizes[min(len(self.manifest.shards), 1)]
-            n = min(len(tokens) - start, size - self._filled)
-            part = tokens[start:start + n]
-            self._buffer[self._filled:self._filled + n] = part
-            self.manifest.rows += int(np.count_nonzero(part == self.manifest.eot))
-            self._filled += n
-            start += n
-            if self._filled == size:
-                self._flush({**position, "skip": position.get("skip", 0) + start})
-
-    def _flush(self, position):
-        index = len(self.manifest.shards)
-        entry = save_shard(self.folder, self.name, "train" if index else "val", index, self._buffer[:self._filled])
-        self.manifest.shards.append(entry)
-        self.manifest.position = position
-        self.manifest.save(self.folder)
-        self._filled = 0
-
-    def finish(self):
-        """Write the last, shorter shard and mark the manifest complete."""
-        self.manifest.complete = True
-        self.manifest.position = {}
-        if self._filled:
-            self._flush({})
-        else:
-            self.manifest.save(self.folder)

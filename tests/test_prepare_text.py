@@ -73,16 +73,18 @@ def test_documents_are_split_and_ordered_by_the_rule(jsonl, tmp_path, val_fracti
     assert split_at_eot(stream(tmp_path / "out", "train")) == [ids[d] for d in train]
 
 
+@pytest.mark.parametrize("n_texts", [1, 2])
 @pytest.mark.parametrize("shard_tokens", [37, 1000])
-def test_validation_is_the_end_of_the_text_if_no_document_fits(tmp_path, shard_tokens):
-    texts = ["one two three four " * 30, "five six seven eight nine " * 40]
+@pytest.mark.parametrize("val_fraction", [0.0001, 0.05, 0.15])
+def test_validation_is_the_end_of_the_text_if_no_document_fits(tmp_path, n_texts, shard_tokens, val_fraction):
+    texts = ["one two three four " * 30, "five six seven eight nine " * 40][:n_texts]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
-    prepare_text.main([str(tmp_path / "0.txt"), str(tmp_path / "1.txt"), "--out", str(tmp_path / "out"),
-                       "--shard_tokens", str(shard_tokens)])
+    prepare_text.main([*(str(tmp_path / f"{i}.txt") for i in range(n_texts)), "--out", str(tmp_path / "out"),
+                       "--shard_tokens", str(shard_tokens), "--val_fraction", str(val_fraction)])
     ids = [[EOT, *gpt2_tokenizer().encode(t)] for t in texts]
-    whole = [token for d in permutation(2, 1337, "documents") for token in ids[d]]
-    n_val = int(0.05 * len(whole))
+    whole = [token for d in permutation(n_texts, 1337, "documents") for token in ids[d]]
+    n_val = max(1, int(val_fraction * len(whole)))
     assert stream(tmp_path / "out", "val") == whole[-n_val:]
     assert stream(tmp_path / "out", "train") == whole[:-n_val]
     assert len(ShardFolder(tmp_path / "out").val) == 1
@@ -94,14 +96,6 @@ def test_val_never_takes_all_documents(tmp_path):
     prepare_text.main([str(tmp_path / "two.txt"), "--separator", "|", "--out", str(tmp_path / "out"),
                        "--val_fraction", "0.6"])
     assert stream(tmp_path / "out", "val") == stream(tmp_path / "out", "train") != []
-
-
-@pytest.mark.parametrize("n", range(1, 14))
-def test_the_tail_may_contain_several_documents(n):
-    arrays = [np.arange(10, 14), np.arange(5), np.arange(5, 10)]
-    original = np.concatenate(arrays).tolist()
-    cut = np.concatenate(prepare_text.move_tail_first(arrays, 14 - n)).tolist()
-    assert cut == original[-n:] + original[:-n]
 
 
 # --- the readers
@@ -183,7 +177,7 @@ def test_unusual_rows_are_read_as_text(tmp_path):
 
 def test_threads_write_the_same_bytes(jsonl, tmp_path, monkeypatch):
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "a" / "x")])
-    monkeypatch.setattr(prepare_text, "available_cpus", lambda: 5)
+    monkeypatch.setattr(shard_writer.os, "sched_getaffinity", lambda _: range(5))
     monkeypatch.setattr(shard_writer, "BATCH_CHARS", 300)
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x")])
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")

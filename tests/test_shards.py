@@ -1,4 +1,4 @@
-"""Test shards.py and ShardWriter: NumPy can read the shards, and damaged folders are refused by name."""
+"""Test shards.py and write_shards: NumPy can read the shards, and damaged folders are refused by name."""
 import hashlib
 import itertools
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exactgpt.config import UserError
-from exactgpt.shard_writer import ShardWriter, save_shard
+from exactgpt.shard_writer import save_shard, write_shards
 from exactgpt.shards import Manifest, ShardFolder, load_manifest, open_shard, permutation
 from exactgpt.tokenizer import train_tokenizer
 from tests.common import permuted
@@ -189,10 +189,10 @@ def test_a_short_bin_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("names, message", [
-    ([], "no shards in"), (["x_train_000001.npy", "x_train_000003.npy"], "shard 000002 is missing before 000003"),
-    (["x_val_000000.npy", "x_train_000002.npy"], "shard 000001 is missing before 000002"),
+    ([], "no shards in"), (["x_train_000001.npy", "x_train_000003.npy"], "shard 000003 follows 000001"),
+    (["x_val_000000.npy", "x_train_000002.npy"], "shard 000002 follows 000000"),
     (["x_train_000001.npy", "y_train_000002.npy"], "mixes the data sets 'x' and 'y'"),
-    (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 exists twice")])
+    (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 follows 000001")])
 def test_gaps_duplicates_and_mixtures_are_refused(tmp_path, names, message):
     for name in names:
         np.save(open(tmp_path / name, "wb"), np.arange(10, dtype=np.uint16))
@@ -316,18 +316,19 @@ def test_writer_cuts_at_the_borders_and_records_positions(tmp_path, val_tokens, 
     lengths = rng.integers(1, 40, n_documents)
     documents = [np.array([256, *rng.integers(0, 256, n - 1)], dtype="<u2") for n in lengths]
     manifest = Manifest("test", "bytes", 257, 256)
-    writer = ShardWriter(tmp_path, "x", manifest, val_tokens, shard_tokens)
     stream = np.concatenate(documents)
     begins = np.cumsum([0] + [len(d) for d in documents])
-    for i, document in enumerate(documents):
-        n_before = len(manifest.shards)
-        writer.append(document, {"row": i})
-        if len(manifest.shards) > n_before:     # the manifest on disk says where the next shard begins
-            stored = load_manifest(tmp_path)
-            written = sum(entry["tokens"] for entry in stored.shards)
-            assert begins[stored.position["row"]] + stored.position["skip"] == written
-            assert stored.rows == np.count_nonzero(stream[:written] == 256) and not stored.complete
-    writer.finish()
+
+    def pieces():
+        for i, document in enumerate(documents):
+            n_before = len(manifest.shards)
+            yield {"row": i}, document
+            if len(manifest.shards) > n_before:     # the manifest on disk says where the next shard begins
+                stored = load_manifest(tmp_path)
+                written = sum(entry["tokens"] for entry in stored.shards)
+                assert begins[stored.position["row"]] + stored.position["skip"] == written
+                assert stored.rows == np.count_nonzero(stream[:written] == 256) and not stored.complete
+    write_shards(tmp_path, "x", manifest, pieces(), val_tokens, shard_tokens)
     names = sorted(p.name for p in tmp_path.glob("*.npy"))
     expected = cut(stream, val_tokens, shard_tokens)
     assert names == sorted(f"x_{'train' if i else 'val'}_{i:06d}.npy" for i in range(len(expected)))

@@ -169,9 +169,9 @@ def test_a_checkpoint_has_its_vocabulary_and_a_folder_replaces_a_missing_one(tmp
 def test_a_tokenizer_folder_with_another_vocabulary_is_refused(trained, tmp_path):
     trained.save(tmp_path)
     for stored in (gpt2_tokenizer().to_checkpoint(), {"name": "gpt2"}):
-        with pytest.raises(UserError, match=f"checkpoint uses the vocabulary gpt2, but --tokenizer .* {trained.name}"):
+        with pytest.raises(UserError, match=f"tokenizer has the vocabulary gpt2, but --tokenizer .* {trained.name}"):
             from_checkpoint(stored, tmp_path)
-    with pytest.raises(UserError, match=f"uses the vocabulary {trained.name}, but --tokenizer .* has gpt2"):
+    with pytest.raises(UserError, match=f"has the vocabulary {trained.name}, but --tokenizer .* has gpt2"):
         load_tokenizer(tmp_path, BPE_FILES)
     assert from_checkpoint(None, tmp_path).merges == trained.merges
     with pytest.raises(UserError, match=r"--tokenizer .*nowhere: there is no vocab\.bpe"):
