@@ -6,8 +6,16 @@ in a permuted order, and windows in a permuted order within their shard. The epo
 list of windows. Step s takes n = total_batch_size / T of them, those at the places s n to (s + 1) n - 1. Of these, rank
 r of R takes the places s n + r n / R to s n + (r + 1) n / R - 1; train_step cuts them into micro-batches.
 
+Worked example: --seed 1337 --block_size 4 --total_batch_size 16 (n = 4), two processes, shards of 41 and 12 tokens:
+
+    stream     N = 53 tokens, W = 13 windows: 0 to 10 begin in shard 0 (10 ends in shard 1), 11 and 12 in shard 1
+    epoch 0    shard 1: 12 11    shard 0: 6 0 4 1 2 9 8 10 5 3 7
+    epoch 1    shard 0: 4 2 3 7 0 6 8 9 5 10 1    shard 1: 11 12
+    step 0     places 0 to 3: windows 12 11 (rank 0) and 6 0 (rank 1)
+    step 3     places 12 to 15: windows 7 4 (rank 0) and 2 3 (rank 1); 7 is the last of epoch 0, the others of epoch 1
+
 So any number of processes that divides n sees the same tokens at the same step, and the loader has no state: a run
-resumes at any step, with another number of processes or another micro-batch. docs/data.md has a worked example.
+resumes at any step, with another number of processes or another micro-batch.
 """
 import time
 from collections import deque

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from exactgpt import dataloader
 from exactgpt.config import UserError
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.shards import Shard, ShardFolder, permutation
@@ -149,6 +150,20 @@ def test_the_order_of_shards_and_windows_is_frozen():
     assert permutation(10, 1337, 0).tolist() == GOLDEN_PERMUTATION
     order = DataOrder(counting_stream((61, 7, 64, 30, 3), 8), seed=1337)
     assert order.windows(0, 40).tolist() == GOLDEN_ORDER
+
+
+def test_the_worked_example_at_the_head_of_the_file_is_true():
+    order = DataOrder(counting_stream((41, 12), 4), 1337)
+    text = " ".join(dataloader.__doc__.split())
+    epochs = [[" ".join(map(str, part)) for part in (windows[:2], windows[2:], windows[:11], windows[11:])]
+              for windows in (order.windows(0, 13), order.windows(13, 26))]
+    assert f"epoch 0 shard 1: {epochs[0][0]} shard 0: {epochs[0][1]} epoch 1" in text
+    assert f"epoch 1 shard 0: {epochs[1][2]} shard 1: {epochs[1][3]} step 0" in text
+    for step in (0, 3):
+        a, b, c, d = order.windows(4 * step, 4 * step + 4)
+        assert f"step {step} places {4 * step} to {4 * step + 3}: windows {a} {b} (rank 0) and {c} {d} (rank 1)" in text
+    assert "N = 53 tokens, W = 13 windows: 0 to 10 begin in shard 0" in text
+    assert (order.stream.n_tokens, order.stream.n_windows, list(order.stream.first_window)) == (53, 13, [0, 11])
 
 
 def test_more_tokens_than_two_to_the_32_are_counted_right():
