@@ -29,15 +29,13 @@ class Muon(torch.optim.Optimizer):
 
     Computes what torch.optim.Muon does with adjust_lr_fn="original" (the rate times sqrt(max(1, rows / columns))), but
     for all matrices of one shape at once. pieces: {parameter: number of equal blocks of its rows that are
-    orthogonalised separately}. Raises ValueError for a parameter that is not a matrix.
+    orthogonalised separately}.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01, ns_steps=5, pieces=None, dtype=torch.bfloat16,
                  rank=0, world_size=1):
         """dtype: of the Newton-Schulz steps. rank, world_size: this process' share of them."""
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
-        if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
-            raise ValueError("Muon takes matrices only")
         self._pieces = pieces or {}
         self._dtype, self._rank, self._world_size = dtype, rank, world_size
 

@@ -50,11 +50,9 @@ def learning_rate_factor(step, plan, schedule, min_factor):
     if schedule == "cosine":
         progress = (step - plan.warmup_steps) / max(1, plan.max_steps - plan.warmup_steps)
         return min_factor + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (1 - min_factor)
-    if schedule == "wsd":
-        start = decay_start(plan)
-        progress = max(0.0, (step - start) / max(1, plan.max_steps - start))
-        return 1 + min(1.0, progress) * (min_factor - 1)
-    raise ValueError(f"no schedule {schedule!r}")
+    start = decay_start(plan)
+    progress = max(0.0, (step - start) / max(1, plan.max_steps - start))
+    return 1 + min(1.0, progress) * (min_factor - 1)
 
 
 def decay_start(plan):
