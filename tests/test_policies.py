@@ -155,7 +155,7 @@ def test_the_time_left_counts_evaluations_too(monkeypatch):
     log.train(0, None, 0.0, 1)
     with log.timed("validation", 10):
         pass
-    assert log.eta(0) == "0:13:20"            # 100 steps and 10 evaluations
+    assert log.eta(0) == "13m20s"            # 100 steps and 10 evaluations
 
 
 def test_a_stop_abandons_a_long_step_and_saves_the_state_before_it(make_shards, tmp_path, monkeypatch, capsys):
