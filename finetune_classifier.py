@@ -37,14 +37,12 @@ LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)     # the fewer
 @dataclass(kw_only=True)
 class ClassifierTuneConfig(finetune.TuneConfig):
     """Every flag of this script."""
-    data: str = flag("", "training examples: a .csv, .tsv, .jsonl, .json or .parquet file; validation and test "
-                         "examples are split off unless --val_data and --test_data are given", group="data")
+    data: str = flag("", "training examples: a .csv, .tsv, .jsonl, .json or .parquet file (required)", group="data")
     val_data: str = flag("", "validation examples (default: val_fraction of --data)", group="data")
     test_data: str = flag("", "test examples (default: test_fraction of --data)", group="data")
     text_column: str = flag("text", "name of the column of texts", group="data")
     label_column: str = flag("label", "name of the column of labels", group="data", keep=True)
-    test_fraction: float = flag(0.2, "share of the examples for the test (0: none)", group="data", low=0, below=1,
-                                keep=True)
+    test_fraction: float = flag(0.2, "share of the examples to test (0: none)", group="data", low=0, below=1, keep=True)
     out: str = flag("", "output folder; with --predict_file a .csv or .jsonl file", group="data")
     train: str = flag("all", "layers to train: all; last:N, the last N blocks and the score layer; head, the score "
                              "layer alone; or lora", group="model", keep=True)
@@ -56,8 +54,11 @@ class ClassifierTuneConfig(finetune.TuneConfig):
 
     checkpoint: str = flag("", "classifier to predict with: classifier.pt, or its export", group="prediction")
     predict: list[str] = flag([], "text to label; may be repeated", group="prediction", repeat=True)
-    predict_file: str = flag("", "texts to label: a table with --text_column, or a .txt file with one text per line",
-                             group="prediction")
+    predict_file: str = flag("", "texts to label: a table, or a .txt file with one text per line", group="prediction")
+
+    def __post_init__(self):
+        if self.max_lr is None:      # state and MLflow record the rate, not "the default", which may change
+            self.max_lr = LEARNING_RATES.get(self.train.split(":")[0])      # None: check() refuses --train
 
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""
@@ -73,7 +74,7 @@ class ClassifierTuneConfig(finetune.TuneConfig):
             raise UserError("--checkpoint is for --predict and --predict_file; name a model to train with --init_from")
         if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.train):
             raise UserError(f"--train must be all, last:N, head or lora, but is {self.train!r}")
-        super().check(LEARNING_RATES[self.train.split(":")[0]])
+        super().check()
 
 
 def main(argv=None):
@@ -136,10 +137,10 @@ def tune(config, runtime, state):
         finetune.save_model(path, run, progress)
         name = "test" if "test" in reports else "validation"
         save_figure(draw_confusion(reports[name]["confusion"], labels), picture)
-        print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
-              f"{len(examples[name]):,} examples, with the weights of epoch {progress.best['epoch']}, after "
-              f"{progress.seconds:.0f} s")
         sizes = {name: len(split) for name, split in examples.items()}
+        print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
+              f"{sizes[name]:,} examples, with the weights of epoch {progress.best['epoch']}, after "
+              f"{progress.seconds:.0f} s")
         return (dict(labels=labels, examples=sizes, **reports, train=config.train), [path, picture],
                 f'python finetune_classifier.py --checkpoint {path} --predict "..."')
 
@@ -226,10 +227,7 @@ def score_examples(model, runtime, examples, micro_batch_tokens):
 
 
 def classification_metrics(true, predicted, labels):
-    """Return accuracy, macro-F1, values per label and confusion matrix (rows true, columns predicted), as plain data.
-
-    true, predicted: (n,) indices of labels.
-    """
+    """Return accuracy, macro-F1, values per label and confusion matrix (a row per true label) of label indices (n,)."""
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
     ids = list(range(len(labels)))
     columns = precision_recall_fscore_support(true, predicted, labels=ids, zero_division=0)
@@ -295,8 +293,8 @@ def predict(config, runtime):
                 table.writerow(["text", "label", "probability", *(f"p({label})" for label in labels)])
                 table.writerows([item["text"], item["label"], item["probability"], *item["probabilities"].values()]
                                 for item in predictions)
-        counts = collections.Counter(item["label"] for item in predictions)
-        print(f"wrote {config.out}: {', '.join(f'{label} {n:,}' for label, n in counts.most_common())}")
+        counts = collections.Counter(item["label"] for item in predictions).most_common()
+        print(f"wrote {config.out}: {', '.join(f'{label} {n:,}' for label, n in counts) or 'there are no texts'}")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,15 @@ class InstructConfig(finetune.TuneConfig):
     responses: int = flag(20, "answers to generate for validation items (0: none)", group="result", low=0)
     max_tokens: int = flag(128, "maximum tokens of a generated answer", group="result", low=1)
 
+    def __post_init__(self):
+        if self.max_lr is None:      # state and MLflow record the rate, not "the default", which may change
+            self.max_lr = 5e-5 if self.full else 5e-4      # LoRA works with a higher one
+
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""
         if self.full and self.merge:
             raise UserError("--merge needs an adapter, and --full trains none; leave --merge out")
-        super().check(max_lr=5e-5 if self.full else 5e-4)      # LoRA works with a higher one
+        super().check()
 
 
 def main(argv=None):
@@ -162,10 +166,7 @@ def write_results(config, run, progress, wrapped, val_items, counts):
 
 
 def save_adapter(wrapped, folder, base):
-    """Write the adapter in peft's format, and the record of its base ({"source", "sha256"}). Raises UserError.
-
-    transformers also loads it onto an exported model.
-    """
+    """Write an adapter in peft's format, and the record of its base ({"source", "sha256"}). Raises UserError."""
     from safetensors import SafetensorError
     shutil.rmtree(folder, ignore_errors=True)                  # left by a process that was killed here
     with new_folder(folder) as temporary:
@@ -182,8 +183,8 @@ def save_adapter(wrapped, folder, base):
 @torch.no_grad()
 def merge_and_check(wrapped, model):
     """Merge the adapter into the model; return the largest change of a logit, in fp32. Raises RunFailed if large."""
-    n = min(64, model.config.block_size)
-    ids = torch.randint(model.config.vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
+    shape, generator = (2, min(64, model.config.block_size)), torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
     model.to("cpu")                                         # where fp32 is not computed in TF32
     before = model(ids)
     wrapped.merge_and_unload()

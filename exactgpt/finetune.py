@@ -65,9 +65,8 @@ class TuneConfig(RunConfig):
 
     resume: str = flag("auto", "resume the run in --out, if any", group="system", choices=("auto", "never"))
 
-    def check(self, max_lr):
-        """Set --max_lr to `max_lr` if it was not given. Raises UserError for flags that are missing or contradict."""
-        self.max_lr = self.max_lr or max_lr     # here, so that state and MLflow record the rate, not "the default"
+    def check(self):
+        """Raise UserError for flags that are missing or contradict each other."""
         for name in ("data", "init_from", "out"):
             if not getattr(self, name) and not (name == "out" and self.dry_run):
                 raise UserError(f"--{name} is missing (--help lists the flags)")
@@ -323,9 +322,8 @@ def loop(run, progress, config, runtime, log, evaluate):
             if better:
                 weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
                 progress.best = dict(score=score, epoch=epoch, facts=metrics, weights=weights)
-            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}{' (the best so far)' * better}", epoch=epoch,
-                     **metrics)
+            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + " (the best so far)" * better
+            log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}", epoch=epoch, **metrics)
             progress.seconds = time.perf_counter() - start_time
             if step > first_step:
                 save_state(run, progress, config, runtime)

@@ -10,7 +10,7 @@ import convert
 import finetune_instruct
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
-from exactgpt.config import RunFailed, UserError, with_changes
+from exactgpt.config import RunFailed, UserError
 from exactgpt.finetune import add_adapter, print_examples, work_in_folder
 from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.open_model import open_model
@@ -181,10 +181,11 @@ def check_adapter_in_transformers(base, out, tmp_path):
 
 def test_the_state_of_a_run_records_the_learning_rate_itself_where_none_was_typed(tmp_path):
     """Else a later version with another default would resume the run at another rate."""
-    for more, rate in ((dict(), 5e-4), (dict(full=True), 5e-5), (dict(full=True, max_lr=3e-3), 3e-3)):
-        config, found = with_changes(InstructConfig(data="x", init_from="y", out=str(tmp_path / "out"), **more)), []
-        work_in_folder(config, cpu_runtime(), lambda config, *_: found.append(config.max_lr))
-        assert found == [rate]
+    found = []
+    for more in (dict(), dict(full=True), dict(full=True, max_lr=3e-3)):
+        config = InstructConfig(data="x", init_from="y", out=str(tmp_path / "out"), **more)
+        work_in_folder(config, cpu_runtime(), lambda config, runtime, state: found.append(config.max_lr))
+    assert found == [5e-4, 5e-5, 3e-3]
 
 
 def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_its_responses(run, data, base, tmp_path, capsys):
