@@ -37,7 +37,7 @@ LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)     # the fewer
 @dataclass(kw_only=True)
 class ClassifierTuneConfig(finetune.TuneConfig):
     """Every flag of this script."""
-    data: str = flag("", "training examples: a .csv, .tsv, .jsonl, .json or .parquet file (required)", group="data")
+    data: str = flag("", "training examples: a .csv, .tsv, .jsonl, .json or .parquet file", group="data")
     val_data: str = flag("", "validation examples (default: val_fraction of --data)", group="data")
     test_data: str = flag("", "test examples (default: test_fraction of --data)", group="data")
     text_column: str = flag("text", "name of the column of texts", group="data")

@@ -224,8 +224,7 @@ STORED = ("step", "tokens", "seconds", "first", "best")
 def set_up(config, runtime, objective, examples, tokenizer, base, state):
     """Return (Run, Progress) of a run that trains every parameter of the objective which requires gradients.
 
-    examples: the training split. base: from open_base_model. state: what the run resumes from, or None. Raises
-    UserError if the flags or the state do not fit the examples, or the micro-batch not the memory.
+    base: from open_base_model. state: what the run resumes from, or None. Raises UserError if something does not fit.
     """
     steps_per_epoch = -(-len(examples) // config.batch_size)
     max_steps = steps_per_epoch * config.num_epochs
