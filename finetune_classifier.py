@@ -28,24 +28,21 @@ from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
 from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
 from exactgpt.figures import save_figure, shorten
-from exactgpt.lora import add_adapter
 from exactgpt.open_model import open_model
 from model import IGNORED
 
-LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)
+LEARNING_RATES = dict(all=1e-4, last=3e-4, head=1e-2, lora=1e-3)     # the fewer weights are trained, the higher
 
 
 @dataclass(kw_only=True)
 class ClassifierTuneConfig(finetune.TuneConfig):
     """Every flag of this script."""
-    data: str = flag("", "training examples: a .csv, .tsv, .jsonl, .json or .parquet file; validation and test "
-                         "examples are split off unless --val_data and --test_data are given", group="data")
+    data: str = flag("", "training examples: a .csv, .tsv, .jsonl, .json or .parquet file", group="data")
     val_data: str = flag("", "validation examples (default: val_fraction of --data)", group="data")
     test_data: str = flag("", "test examples (default: test_fraction of --data)", group="data")
     text_column: str = flag("text", "name of the column of texts", group="data")
     label_column: str = flag("label", "name of the column of labels", group="data", keep=True)
-    test_fraction: float = flag(0.2, "fraction of the examples used for the test (0: no test)", group="data", low=0,
-                                below=1, keep=True)
+    test_fraction: float = flag(0.2, "share of the examples to test (0: none)", group="data", low=0, below=1, keep=True)
     out: str = flag("", "output folder; with --predict_file a .csv or .jsonl file", group="data")
     train: str = flag("all", "layers to train: all; last:N, the last N blocks and the score layer; head, the score "
                              "layer alone; or lora", group="model", keep=True)
@@ -53,13 +50,15 @@ class ClassifierTuneConfig(finetune.TuneConfig):
     class_weights: str = flag("none", "balanced: give every label the same total weight in the loss",
                               group="training", choices=("none", "balanced"), keep=True)
     num_epochs: int = flag(5, "passes over the training examples", group="training", low=1, keep=True)
-    patience: int = flag(2, "stop after this many epochs without a better validation macro-F1 (0: never)",
-                         group="training", low=0)
+    patience: int = flag(2, "stop after so many epochs without a better macro-F1 (0: never)", group="training", low=0)
 
     checkpoint: str = flag("", "classifier to predict with: classifier.pt, or its export", group="prediction")
     predict: list[str] = flag([], "text to label; may be repeated", group="prediction", repeat=True)
-    predict_file: str = flag("", "texts to label: a table with --text_column, or a .txt file with one text per line",
-                             group="prediction")
+    predict_file: str = flag("", "texts to label: a table, or a .txt file with one text per line", group="prediction")
+
+    def __post_init__(self):
+        if self.max_lr is None:      # state and MLflow record the rate, not "the default", which may change
+            self.max_lr = LEARNING_RATES.get(self.train.split(":")[0])      # None: check() refuses --train
 
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""
@@ -76,11 +75,6 @@ class ClassifierTuneConfig(finetune.TuneConfig):
         if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.train):
             raise UserError(f"--train must be all, last:N, head or lora, but is {self.train!r}")
         super().check()
-
-    @property
-    def peak_lr(self):
-        """--max_lr, or its default: the fewer weights are trained, the higher."""
-        return self.max_lr or LEARNING_RATES[self.train.split(":")[0]]
 
 
 def main(argv=None):
@@ -143,10 +137,10 @@ def tune(config, runtime, state):
         finetune.save_model(path, run, progress)
         name = "test" if "test" in reports else "validation"
         save_figure(draw_confusion(reports[name]["confusion"], labels), picture)
-        print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
-              f"{len(examples[name]):,} examples, with the weights of epoch {progress.best['epoch']}, after "
-              f"{progress.seconds:.0f} s")
         sizes = {name: len(split) for name, split in examples.items()}
+        print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
+              f"{sizes[name]:,} examples, with the weights of epoch {progress.best['epoch']}, after "
+              f"{progress.seconds:.0f} s")
         return (dict(labels=labels, examples=sizes, **reports, train=config.train), [path, picture],
                 f'python finetune_classifier.py --checkpoint {path} --predict "..."')
 
@@ -163,9 +157,8 @@ def read_splits(config):
     labels, n_all = {label for _, label in splits["train"]}, len(splits["train"])
     most = max(20, n_all // 4)
     if not 2 <= len(labels) <= most:
-        raise UserError(f"column {config.label_column!r} of {config.data} holds {len(labels)} different values in "
-                        f"{n_all} rows, but a classifier needs 2 to {most} labels; is it the column of labels? Name it "
-                        "with --label_column")
+        raise UserError(f"--label_column {config.label_column!r} of {config.data} holds {len(labels)} different values "
+                        f"in {n_all} rows, but a classifier needs 2 to {most} labels; is it the column of labels?")
     for name, path, fraction in (("test", config.test_data, config.test_fraction),
                                  ("validation", config.val_data, config.val_fraction)):
         if path:
@@ -175,10 +168,9 @@ def read_splits(config):
             try:
                 splits["train"], splits[name] = train_test_split(rest, test_size=n, random_state=config.seed % 2**32,
                                                                  stratify=[label for _, label in rest])
-                enough = {label for _, label in splits["train"]} == labels
             except ValueError:      # a label that occurs once, or fewer rows than labels
-                enough = False
-            if not enough:
+                splits["train"] = []
+            if {label for _, label in splits["train"]} != labels:
                 label, count = collections.Counter(label for _, label in rest).most_common()[-1]
                 raise UserError(f"{config.data}: cannot split {n} of {len(rest)} rows off with every label on both "
                                 f"sides; the rarest label, {label!r}, occurs {count} time{'s' * (count > 1)}. Add rows "
@@ -187,10 +179,7 @@ def read_splits(config):
 
 
 def read_labelled_texts(path, config, labels=None):
-    """Read [(text, label)] from a table.
-
-    labels: the set of valid labels; None: any. Raises UserError that names the row of an empty or unknown label.
-    """
+    """Read [(text, label)] from a table; labels: those that are valid, None: any. Raises UserError naming the row."""
     pairs = [(text, label.strip()) for text, label in read_rows(path, [config.text_column, config.label_column])]
     if not pairs:
         raise UserError(f"{path} holds no rows")
@@ -209,15 +198,12 @@ def encode_example(text, label, tokenizer, block_size):
 
 
 def freeze_layers(model, config):
-    """Leave trainable only what --train names; return peft's wrapper of the model if that is lora, else None.
-
-    Raises UserError if --train asks for more blocks than the model has.
-    """
+    """Leave trainable only what --train names; return peft's wrapper if that is lora, else None. Raises UserError."""
     kind, _, n = config.train.partition(":")
     n, blocks = int(n or 0), model.transformer.h
     if n > len(blocks):
         raise UserError(f"--train {config.train}, but {config.init_from} has only {len(blocks)} blocks")
-    wrapped = add_adapter(model, config) if kind == "lora" else None
+    wrapped = finetune.add_adapter(model, config) if kind == "lora" else None
     if kind in ("last", "head"):
         model.requires_grad_(False)
     for module in [model.score, *([*blocks[-n:], model.transformer.ln_f] if n else [])]:
@@ -230,10 +216,7 @@ def freeze_layers(model, config):
 
 @torch.no_grad()
 def score_examples(model, runtime, examples, micro_batch_tokens):
-    """Return the scores (examples, labels), fp32 on the CPU, on every rank; each rank computes its share.
-
-    Raises StopRequested.
-    """
+    """Return the scores (examples, labels), fp32 on the CPU, the same on every rank. Raises StopRequested."""
     scores = torch.zeros(len(examples), len(model.config.labels), device=runtime.device)
     for members, x, y in finetune.evaluation_batches(examples, micro_batch_tokens, model.config.block_size, runtime):
         with runtime.autocast():
@@ -244,10 +227,7 @@ def score_examples(model, runtime, examples, micro_batch_tokens):
 
 
 def classification_metrics(true, predicted, labels):
-    """Return scikit-learn's accuracy, macro-F1, values per label and confusion matrix, as plain data.
-
-    true, predicted: (n,) indices of labels. The matrix has a row per true and a column per predicted label.
-    """
+    """Return accuracy, macro-F1, values per label and confusion matrix (a row per true label) of label indices (n,)."""
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
     ids = list(range(len(labels)))
     columns = precision_recall_fscore_support(true, predicted, labels=ids, zero_division=0)
@@ -280,10 +260,7 @@ def draw_confusion(matrix, labels):
 # prediction
 
 def predict(config, runtime):
-    """Label the texts of --predict and print them, or those of --predict_file and write them to --out.
-
-    Raises UserError, StopRequested.
-    """
+    """Label --predict and print it, or the texts in --predict_file and write --out. Raises UserError, StopRequested."""
     if config.out:
         runtime.broadcast(lambda: check_new(config.out))
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
@@ -293,7 +270,8 @@ def predict(config, runtime):
     opened.with_tokenizer()
     texts = config.predict
     if config.predict_file.lower().endswith(".txt"):
-        texts = read_text(config.predict_file).removesuffix("\n").split("\n")
+        text = read_text(config.predict_file)
+        texts = text.removesuffix("\n").split("\n") if text else []
     elif config.predict_file:
         texts = [text for (text,) in read_rows(config.predict_file, [config.text_column])]
     model, labels = opened.model.to(runtime.device).eval(), opened.model.config.labels
@@ -315,8 +293,8 @@ def predict(config, runtime):
                 table.writerow(["text", "label", "probability", *(f"p({label})" for label in labels)])
                 table.writerows([item["text"], item["label"], item["probability"], *item["probabilities"].values()]
                                 for item in predictions)
-        counts = collections.Counter(item["label"] for item in predictions)
-        print(f"wrote {config.out}: {', '.join(f'{label} {n:,}' for label, n in counts.most_common())}")
+        counts = collections.Counter(item["label"] for item in predictions).most_common()
+        print(f"wrote {config.out}: {', '.join(f'{label} {n:,}' for label, n in counts) or 'there are no texts'}")
 
 
 if __name__ == "__main__":

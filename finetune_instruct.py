@@ -9,7 +9,6 @@ Only the answers count in the loss. If a run is killed or stopped, the same comm
 """
 import exactgpt.launch  # noqa: F401  before torch, see there
 
-import math
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ import torch
 
 from exactgpt import finetune
 from exactgpt.checkpoint import checkpoint_path
-from exactgpt.config import RunFailed, UserError, flag, human_bytes, parse_config, run_script, write_json
+from exactgpt.config import RunFailed, UserError, flag, human_bytes, new_folder, parse_config, run_script, write_json
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import add_adapter, save_adapter
+from exactgpt.open_model import ADAPTER_BASE
 from exactgpt.shards import permutation
 from model import IGNORED
 
@@ -40,16 +39,15 @@ class InstructConfig(finetune.TuneConfig):
     responses: int = flag(20, "answers to generate for validation items (0: none)", group="result", low=0)
     max_tokens: int = flag(128, "maximum tokens of a generated answer", group="result", low=1)
 
+    def __post_init__(self):
+        if self.max_lr is None:      # state and MLflow record the rate, not "the default", which may change
+            self.max_lr = 5e-5 if self.full else 5e-4      # LoRA works with a higher one
+
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""
         if self.full and self.merge:
             raise UserError("--merge needs an adapter, and --full trains none; leave --merge out")
         super().check()
-
-    @property
-    def peak_lr(self):
-        """--max_lr, or its default: LoRA works with a higher one."""
-        return self.max_lr or (5e-5 if self.full else 5e-4)
 
 
 def main(argv=None):
@@ -69,17 +67,18 @@ def tune(config, runtime, state):
     train_items, val_items = [items[i] for i in order[n_val:]], [items[i] for i in order[:n_val]]
     splits = [[encode_item(item, tokenizer, block_size) for item in part] for part in (train_items, val_items)]
     train_examples, val_examples = ([e for e in split if (e.targets != IGNORED).any()] for split in splits)
-    n_left_out = len(items) - len(train_examples) - len(val_examples)
-    n_cut = sum(len(example) == block_size and example.targets[-1] != tokenizer.eot
-                for example in train_examples + val_examples)
-    runtime.print(f"{config.data}: {len(train_examples)} items to train on and {len(val_examples)} to validate; "
-                  f"{n_cut} cut to {block_size} tokens, {n_left_out} left out (no answer within them)")
+    examples = train_examples + val_examples
+    counts = dict(train=len(train_examples), validation=len(val_examples),
+                  cut=sum(len(e) == block_size and e.targets[-1] != tokenizer.eot for e in examples),
+                  left_out=len(items) - len(examples))
+    runtime.print(f"{config.data}: {counts['train']} items to train on and {counts['validation']} to validate; "
+                  f"{counts['cut']} cut to {block_size} tokens, {counts['left_out']} left out (no answer within them)")
     if not train_examples or not val_examples:
         raise UserError(f"{config.data} leaves no item to {'train on' if val_examples else 'validate'}; use more "
                         "items, another --val_fraction or a larger --block_size")
     if config.dry_run:
         finetune.print_examples(train_examples, tokenizer, tokenizer.decode, runtime.print)
-    wrapped = None if config.full else add_adapter(model, config)
+    wrapped = None if config.full else finetune.add_adapter(model, config)
     objective = finetune.Objective(model, "lm_head")
     run, progress = finetune.set_up(config, runtime, objective, train_examples, tokenizer, base, state)
 
@@ -91,24 +90,8 @@ def tune(config, runtime, state):
         loss = runtime.sum(loss)[0] / run.objective.total_weight(val_examples)
         return (-loss,), dict(val_loss=loss)
 
-    def write_results():
-        if not runtime.is_main:
-            return None
-        before, after = progress.first["val_loss"], progress.best["facts"]["val_loss"]
-        counts = dict(train=len(train_examples), validation=len(val_examples), cut=n_cut, left_out=n_left_out)
-        report = dict(items=counts, val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
-                      tokens=progress.tokens)
-        answers = answer(config, run, val_items)
-        paths, more = write_model(config, run, progress, wrapped)
-        paths.append(Path(config.out) / "responses.json")
-        write_json(paths[-1], answers)
-        for item in answers[:3]:
-            print(f"> {item['instruction']}\n  {item['response']}")
-        print(f"validation loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
-        return ({**report, **more}, paths, f"python inference.py --checkpoint {paths[0]} --temperature 0 --num_seq 1 "
-                                           f"--instruction {shlex.quote(val_items[0][0])}")
-
-    finetune.train(run, progress, config, runtime, evaluate, write_results)
+    finetune.train(run, progress, config, runtime, evaluate,
+                   lambda: runtime.is_main and write_results(config, run, progress, wrapped, val_items, counts))
 
 
 # -----------------------------------------------------------------------------
@@ -146,52 +129,67 @@ def encode_item(item, tokenizer, block_size):
 # -----------------------------------------------------------------------------
 # results
 
-def answer(config, run, items):
-    """Return the first --responses items with the model's greedy answers, [{"instruction", ..., "response"}]."""
-    items = items[:1 if config.dry_run else config.responses]
-    if not items:
-        return []
-    prompts = [alpaca_prompt(instruction, input) for instruction, input, _ in items]
-    texts, _ = generate(run.model, run.tokenizer, prompts, temperature=0.0, max_tokens=config.max_tokens)
-    return [dict(instruction=instruction, input=input, output=output, response=text[len(prompt):])
-            for (instruction, input, output), prompt, text in zip(items, prompts, texts)]
-
-
-def write_model(config, run, progress, wrapped):
-    """Write the adapter, the merged or fully trained model, or both; return (paths, entries for metrics.json).
+def write_results(config, run, progress, wrapped, val_items, counts):
+    """Write answers and model; return (entries of metrics.json, paths, the next command).
 
     wrapped: peft's wrapper of the model, None with --full. Raises UserError; RunFailed if merging changed the model.
     """
-    model, paths, entries = run.model, [], {}
+    before, after = progress.first["val_loss"], progress.best["facts"]["val_loss"]
+    report = dict(items=counts, val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
+                  tokens=progress.tokens)
+    answers, asked = [], val_items[:1 if config.dry_run else config.responses]
+    if asked:
+        prompts = [alpaca_prompt(instruction, input) for instruction, input, _ in asked]
+        texts, _ = generate(run.model, run.tokenizer, prompts, temperature=0.0, max_tokens=config.max_tokens)
+        answers = [dict(instruction=instruction, input=input, output=output, response=text[len(prompt):])
+                   for (instruction, input, output), prompt, text in zip(asked, prompts, texts)]
+    out, paths = Path(config.out), []
     if wrapped:
-        paths.append(Path(config.out) / "adapter")
-        shutil.rmtree(paths[0], ignore_errors=True)          # left by a process that was killed here
+        paths.append(out / "adapter")
         save_adapter(wrapped, paths[0], run.base)
         size = sum(p.stat().st_size for p in paths[0].iterdir())
-        share = size / sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-        entries |= dict(adapter_bytes=size, adapter_share=share)
+        share = size / sum(p.numel() * p.element_size() for p in run.model.parameters() if not p.requires_grad)
+        report.update(adapter_bytes=size, adapter_share=share)
         print(f"adapter: {human_bytes(size)}, {100 * share:.2f}% of the model")
     if config.merge:
-        entries |= dict(merged_logits_differ_by=merge_and_check(wrapped, model))
+        report.update(merged_logits_differ_by=merge_and_check(wrapped, run.model))
     if config.full or config.merge:
-        paths.append(checkpoint_path(config.out, progress.best["epoch"] * run.steps_per_epoch))
+        paths.append(checkpoint_path(out, progress.best["epoch"] * run.steps_per_epoch))
         finetune.save_model(paths[-1], run, progress)
-    return paths, entries
+    paths.append(out / "responses.json")
+    write_json(paths[-1], answers)
+    for item in answers[:3]:
+        print(f"> {item['instruction']}\n  {item['response']}")
+    print(f"validation loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
+    return report, paths, (f"python inference.py --checkpoint {paths[0]} --temperature 0 --num_seq 1 --instruction "
+                           f"{shlex.quote(val_items[0][0])}")
+
+
+def save_adapter(wrapped, folder, base):
+    """Write an adapter in peft's format, and the record of its base ({"source", "sha256"}). Raises UserError."""
+    from safetensors import SafetensorError
+    shutil.rmtree(folder, ignore_errors=True)                  # left by a process that was killed here
+    with new_folder(folder) as temporary:
+        try:
+            wrapped.save_pretrained(temporary, save_embedding_layers=False)
+        except SafetensorError as error:
+            raise OSError(f"{error}") from error               # new_folder makes a UserError of it
+        (temporary / "README.md").unlink(missing_ok=True)      # peft's model card, an empty template
+        write_json(temporary / ADAPTER_BASE, base)
+        mode = (temporary / ADAPTER_BASE).stat().st_mode
+        (temporary / "adapter_model.safetensors").chmod(mode)  # safetensors makes it readable by the owner only
 
 
 @torch.no_grad()
 def merge_and_check(wrapped, model):
-    """Merge the adapter into the model; return the largest change of a logit, in fp32.
-
-    Raises RunFailed if it is more than rounding.
-    """
-    n = min(64, model.config.block_size)
-    ids = torch.randint(model.config.vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
+    """Merge the adapter into the model; return the largest change of a logit, in fp32. Raises RunFailed if large."""
+    shape, generator = (2, min(64, model.config.block_size)), torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
     model.to("cpu")                                         # where fp32 is not computed in TF32
     before = model(ids)
     wrapped.merge_and_unload()
     largest = (before - model(ids)).abs().max().item()
-    if not largest <= ROUNDING * max(1.0, before.abs().max().item()) or math.isnan(largest):
+    if not largest <= ROUNDING * max(1.0, before.abs().max().item()):      # or if it is NaN
         raise RunFailed(f"merging changed the model's logits by {largest:.1e}, more than rounding; no merged model was "
                         "written")
     return largest

@@ -1,9 +1,7 @@
 """Shared by the fine-tuning scripts: flags, examples, set-up, the training loop, the folder and state of a run.
 
-The loss of a step is the mean over all its targets. Each micro-batch of each rank adds its summed loss divided by the
-number of targets in the whole step, so without dropout the gradient is the same, up to rounding, for any micro-batch
-size and number of processes.
-Shapes: B rows of a batch, T tokens.
+The loss of a step is the mean over all its targets: without dropout the gradient is the same, up to rounding, for any
+micro-batch size and number of processes. Shapes: B rows of a batch, T tokens.
 """
 from exactgpt.launch import command_line
 
@@ -20,14 +18,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from exactgpt.checkpoint import (
-    changed_flags,
-    provenance,
-    read_checkpoint,
-    restore_optimizer,
-    save_checkpoint,
-    weights_hash,
-)
+from exactgpt import checkpoint
 from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes, write_json
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
@@ -45,42 +36,34 @@ N_SHOWN = 3              # examples that a dry run prints
 
 @dataclass(kw_only=True)
 class TuneConfig(RunConfig):
-    """The flags shared by the fine-tuning scripts; keep=True: a resumed run must have the same value.
-
-    A script's own class adds `peak_lr`: --max_lr, or the default for what is trained.
-    """
+    """The flags shared by the fine-tuning scripts; keep=True: a resumed run must have the same value."""
     data: str = flag("", "training examples (required)", group="data")
-    val_fraction: float = flag(0.1, "fraction of the examples used for validation", group="data", above=0, below=1,
-                               keep=True)
+    val_fraction: float = flag(0.1, "share of the examples for validation", group="data", above=0, below=1, keep=True)
     out: str = flag("", "output folder (required)", group="data")
 
-    init_from: str = flag("", "model to fine-tune: model_XXXXX.pt, a Hugging Face folder, or a name such as gpt2 "
-                              "(required)", group="model")
+    init_from: str = flag("", "model to fine-tune: a checkpoint, a Hugging Face folder, or a name like gpt2 (required)",
+                          group="model")
     block_size: int | None = flag(None, "tokens to read of each example, the rest is cut off (default: the model's "
                                         "maximum)", group="model", low=2, keep=True)
     dropout: float = flag(0.0, "dropout probability in the model", group="model", low=0.0, below=1.0, keep=True)
     lora_r: int = flag(8, "rank of the LoRA matrices", group="model", low=1, keep=True)
     lora_alpha: float = flag(16.0, "LoRA updates are scaled by lora_alpha / lora_r", group="model", above=0, keep=True)
-    lora_dropout: float = flag(0.0, "dropout probability before the LoRA matrices", group="model", low=0.0, below=1.0,
-                               keep=True)
+    lora_dropout: float = flag(0.0, "dropout before the LoRA matrices", group="model", low=0.0, below=1.0, keep=True)
 
     num_epochs: int = flag(3, "passes over the training examples", group="training", low=1, keep=True)
-    patience: int = flag(0, "stop after this many epochs without a better validation (0: never)", group="training",
-                         low=0)
+    patience: int = flag(0, "stop after so many epochs without a better one (0: never)", group="training", low=0)
     batch_size: int = flag(32, "examples per optimizer step, over all processes", group="training", low=1, keep=True)
     micro_batch_size: int = flag(0, "full-length rows per forward pass of a process, more if they are shorter (0: as "
                                     "many as fit)", group="training", low=0)
-    max_lr: float | None = flag(None, "peak learning rate (default: depends on what is trained, see "
-                                      "docs/finetuning.md)", group="training", above=0, keep=True)
+    max_lr: float | None = flag(None, "peak learning rate (default: see docs/finetuning.md)", group="training", above=0,
+                                keep=True)
     min_lr: float = flag(0.0, "learning rate that the cosine falls to", group="training", low=0.0, keep=True)
     warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth of the run)", group="training",
                                     low=0, keep=True)
     weight_decay: float = flag(0.01, "AdamW weight decay, for matrices only", group="training", low=0.0, keep=True)
-    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: no clipping)", group="training", low=0.0,
-                            keep=True)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: off)", group="training", low=0.0, keep=True)
 
-    resume: str = flag("auto", "auto: resume the run in --out, if any; never", group="system",
-                       choices=("auto", "never"))
+    resume: str = flag("auto", "resume the run in --out, if any", group="system", choices=("auto", "never"))
 
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""
@@ -90,8 +73,8 @@ class TuneConfig(RunConfig):
         for package in ("peft", "sklearn", *["mlflow"] * self.mlflow):
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"fine-tuning needs {package}: pip install -r requirements-extras.txt")
-        if self.min_lr > self.peak_lr:
-            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.peak_lr:g}; lower it")
+        if self.min_lr > self.max_lr:
+            raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
 
 
 # -----------------------------------------------------------------------------
@@ -138,10 +121,7 @@ def evaluation_batches(examples, micro_batch_tokens, block_size, runtime):
 
 
 def print_examples(examples, tokenizer, target_text, print):
-    """Print the first examples as the loss sees them: "masked" text is only read, "learned" text is a target.
-
-    target_text(targets) returns the text of a list of targets. They begin somewhere and go on to the end.
-    """
+    """Print the first examples: "masked" text is only read; "learned" is target_text(their targets, a list)."""
     for i, example in enumerate(examples[:N_SHOWN], 1):
         start = int((example.targets == IGNORED).sum())
         masked, learned = example.tokens[:start + 1].tolist(), example.targets[start:].tolist()
@@ -153,15 +133,12 @@ def print_examples(examples, tokenizer, target_text, print):
 # set-up
 
 def open_base_model(config, runtime):
-    """Open --init_from and crop it to --block_size; return (GPT on the device, Tokenizer, {"source", "sha256"}).
-
-    Raises UserError.
-    """
+    """Return (GPT on the device, Tokenizer, {"source", "sha256"}) of --init_from, cropped. Raises UserError."""
     def read():
         opened = open_model(config.init_from, tokenizer=config.tokenizer).with_tokenizer()
         state = opened.model.state_dict()
         return dict(config=opened.model.config_dict(), model=state, tokenizer=opened.tokenizer.to_checkpoint(),
-                    sha256=weights_hash(state), title=opened.summary())
+                    sha256=checkpoint.weights_hash(state), title=opened.summary())
     stored = runtime.broadcast(read)
     model = build_model({**stored["config"], "dropout": config.dropout}, stored["model"], config.init_from)
     if config.block_size:
@@ -172,6 +149,20 @@ def open_base_model(config, runtime):
     runtime.print(f"{stored['title']}, weights sha256 {stored['sha256'][:12]}")
     return (model.to(runtime.device), from_checkpoint(stored["tokenizer"]),
             dict(source=config.init_from, sha256=stored["sha256"]))
+
+
+def add_adapter(model, config):
+    """Freeze a GPT and add LoRA matrices of rank --lora_r, scaled by lora_alpha / lora_r, to the layers in its blocks.
+
+    LoRA is arXiv:2106.09685. Changes the model in place and returns peft's wrapper, which can save and merge.
+    """
+    import peft
+    settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                               target_modules=["c_attn", "c_proj", "c_fc"])
+    seed_everything(config.seed, "lora")
+    wrapped = peft.get_peft_model(model, settings)
+    settings.base_model_name_or_path = config.init_from      # set it last: get_peft_model overwrites it
+    return wrapped
 
 
 class Objective(nn.Module):
@@ -233,8 +224,7 @@ STORED = ("step", "tokens", "seconds", "first", "best")
 def set_up(config, runtime, objective, examples, tokenizer, base, state):
     """Return (Run, Progress) of a run that trains every parameter of the objective which requires gradients.
 
-    examples: the training split. base: what open_base_model says of the model. state: what the run resumes from, or
-    None. Raises UserError if the flags or the state do not fit the examples, or the micro-batch not the memory.
+    base: from open_base_model. state: what the run resumes from, or None. Raises UserError if something does not fit.
     """
     steps_per_epoch = -(-len(examples) // config.batch_size)
     max_steps = steps_per_epoch * config.num_epochs
@@ -256,7 +246,7 @@ def set_up(config, runtime, objective, examples, tokenizer, base, state):
     for example in examples:
         digest.update(len(example).to_bytes(4, "little") + example.tokens.tobytes() + example.targets.tobytes())
     run = Run(objective, model, ddp, optimizer, runtime.grad_scaler(), tokenizer, examples, rows * block_size,
-              steps_per_epoch, max_steps, warmup_steps, digest.hexdigest(), base, provenance())
+              steps_per_epoch, max_steps, warmup_steps, digest.hexdigest(), base, checkpoint.provenance())
     runtime.require_equal("flags", asdict(config))
     runtime.require_equal("examples", run.data_hash)
     progress = Progress(last_step=min(2, max_steps) if config.dry_run else max_steps)
@@ -264,10 +254,9 @@ def set_up(config, runtime, objective, examples, tokenizer, base, state):
         if state["data"] != run.data_hash:
             raise UserError("the run in --out had other training examples; use another --out")
         if state["base"]["sha256"] != base["sha256"]:
-            raise UserError(f"the run in --out started from other weights ({state['base']['source']}); use another "
-                            "--out")
+            raise UserError(f"the run in --out began with other weights ({state['base']['source']}); use another --out")
         model.load_state_dict(state["trained"], strict=False)
-        restore_optimizer(run, state)
+        checkpoint.restore_optimizer(run, state)
         for name in STORED:
             setattr(progress, name, state[name])
         runtime.print(f"resuming from step {progress.step}")
@@ -311,10 +300,7 @@ def train_step(run, config, runtime, step):
 
 
 def loop(run, progress, config, runtime, log, evaluate):
-    """Train from progress.step to progress.last_step, or until patience runs out.
-
-    Raises StopRequested, and RunFailed if too many updates were skipped.
-    """
+    """Train to progress.last_step, or until patience runs out. Raises StopRequested, RunFailed (updates skipped)."""
     first_step, start_time = progress.step, time.perf_counter() - progress.seconds
     # At step k: evaluate and save if an epoch ends here, then train step k. So the loop also evaluates the untrained
     # model, and the final weights are evaluated and saved by the same lines as all others.
@@ -335,9 +321,8 @@ def loop(run, progress, config, runtime, log, evaluate):
             if better:
                 weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
                 progress.best = dict(score=score, epoch=epoch, facts=metrics, weights=weights)
-            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}{' (the best so far)' * better}", epoch=epoch,
-                     **metrics)
+            words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + " (the best so far)" * better
+            log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}", epoch=epoch, **metrics)
             progress.seconds = time.perf_counter() - start_time
             if step > first_step:
                 save_state(run, progress, config, runtime)
@@ -420,7 +405,6 @@ def work_in_folder(config, runtime, finetune):
 
     A dry run gets a temporary folder instead. Raises UserError if --out contains another run.
     """
-    config = with_changes(config, max_lr=config.peak_lr)     # state and MLflow record the rate, not "the default"
     if config.dry_run:
         with temporary_folder(runtime, config.out or ".") as folder:
             finetune(with_changes(config, out=folder, mlflow=False), runtime, None)
@@ -439,10 +423,9 @@ def read_state(config):
     if not path.exists():
         return None
     if config.resume == "never":
-        raise UserError(f"--resume never, but {config.out} already contains a run; use another --out, or "
-                        "delete it")
-    state = read_checkpoint(path)
-    differing = changed_flags(config, state["config"])
+        raise UserError(f"--resume never, but {config.out} already contains a run; delete it or use another --out")
+    state = checkpoint.read_checkpoint(path)
+    differing = checkpoint.changed_flags(config, state["config"])
     if state["finished"]:       # data and model will not be opened, so only their names can be compared
         differing += [f"--{name} {getattr(config, name)} (it has {state['config'].get(name)})"
                       for name in ("data", "init_from") if getattr(config, name) != state["config"].get(name)]
@@ -458,12 +441,13 @@ def save_state(run, progress, config, runtime, finished=False):
         state = {} if finished else dict(
             {name: getattr(progress, name) for name in STORED}, base=run.base, data=run.data_hash,
             trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
-        save_checkpoint(Path(config.out) / STATE_NAME, dict(state, config=asdict(config), finished=finished))
+        checkpoint.save_checkpoint(Path(config.out) / STATE_NAME, dict(state, config=asdict(config), finished=finished))
 
 
 def save_model(path, run, progress):
     """Write a checkpoint of the best epoch's weights, which the model holds. Raises UserError."""
     best = progress.best
-    save_checkpoint(path, dict(model=run.model.state_dict(), config=run.model.config_dict(),
-                               step=best["epoch"] * run.steps_per_epoch, val_loss=best["facts"]["val_loss"],
-                               tokenizer=run.tokenizer.to_checkpoint(), base=run.base, provenance=run.provenance))
+    checkpoint.save_checkpoint(path, dict(
+        model=run.model.state_dict(), config=run.model.config_dict(), step=best["epoch"] * run.steps_per_epoch,
+        val_loss=best["facts"]["val_loss"], tokenizer=run.tokenizer.to_checkpoint(), base=run.base,
+        provenance=run.provenance))

@@ -91,14 +91,13 @@ class RunLog:
         self._tok_per_sec = n_tokens / seconds
         if not self._runtime.is_main:
             return
-        last_step = self._progress.last_step
+        last_step, ms, rate = self._progress.last_step, 1000 * seconds, self._tok_per_sec
         parts = [f"step {step:>{len(str(last_step))}}/{last_step}", f"loss {result.loss:.4f}", f"lr {lr:.2e}",
-                 f"norm {result.grad_norm:.3f}", f"{1000 * seconds:.0f} ms", f"{self._tok_per_sec:,.0f} tok/s"]
-        values = dict(loss=result.loss, lr=lr, grad_norm=result.grad_norm, ms=1000 * seconds,
-                      tok_per_sec=self._tok_per_sec)
+                 f"norm {result.grad_norm:.3f}", f"{ms:.0f} ms", f"{rate:,.0f} tok/s"]
+        values = dict(loss=result.loss, lr=lr, grad_norm=result.grad_norm, ms=ms, tok_per_sec=rate)
         if self._flops_per_token:
             peak = self._runtime.hardware.peak_flops()
-            mfu = self._tok_per_sec * self._flops_per_token / (peak * self._runtime.world_size) if peak else None
+            mfu = rate * self._flops_per_token / (peak * self._runtime.world_size) if peak else None
             values |= dict(mfu=mfu, data_wait_ms=1000 * data_wait_s, peak_mem_gb=peak_memory_gb(self._runtime))
             parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
         self.note(step, " | ".join([*parts, f"eta {self.eta(step)}"]), f"train {result.loss:.6f}", **values)
@@ -106,18 +105,17 @@ class RunLog:
     def skipped(self, step, reason, windows):
         """Log that the update of a step was skipped, and the windows of the train split that it read."""
         self.note(step, f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
-                          f"{windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
+                        f"{windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
-        self.note(step, f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens", f"val {loss:.4f}",
-                    val_loss=loss)
+        message = f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens"
+        self.note(step, message, f"val {loss:.4f}", val_loss=loss)
 
     def hellaswag(self, step, score):
         """Log a HellaSwagScore: accuracies from 0 to 1."""
-        self.note(step, f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over "
-                          f"{score.n:,} items", f"hella {score.acc_norm:.4f}",
-                    hella_acc=score.acc, hella_acc_norm=score.acc_norm)
+        message = f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over {score.n:,} items"
+        self.note(step, message, f"hella {score.acc_norm:.4f}", hella_acc=score.acc, hella_acc_norm=score.acc_norm)
 
     def samples(self, step, texts):
         """Log texts that the model wrote."""
@@ -147,19 +145,15 @@ class RunLog:
         if not self._runtime.is_main:
             return
         finished = self._progress.step >= self._progress.last_step
-        self._json.close()
+        self._json.file.close()
         if self._text:
-            self._text.close()
+            self._text.file.close()
             best = self._folder / "model_best.pt"
             if finished:
-                self.tracker.artifact(self._folder / "plot.png", make=self._draw)
+                self.tracker.artifact(self._folder / "plot.png", draw=True)
             if best.exists():
                 self.tracker.text("best_checkpoint.txt", f"{best.resolve()}\n")
         self.tracker.close(finished)
-
-    def _draw(self, path):
-        from exactgpt.figures import draw_runs, read_run, save_figure  # only MLflow needs them here
-        save_figure(draw_runs([read_run(self._folder)]), path)
 
     def eta(self, step):
         """Return the time left after this step, evaluations and saves included: "5h31m"."""
@@ -195,22 +189,18 @@ class AppendFile:
             whole = [re.match(r'(?:\{"step": )?(\d+)\b.*\n', line) for line in lines]
             with atomic_write(path, "w") as f:
                 f.writelines(line[0] for line in whole if line and int(line[1]) < first_step)
-        self._file = open(path, "ab", buffering=0)
+        self.file = open(path, "ab", buffering=0)
 
     def write(self, line):
         """Append a line, which includes its newline, after those that could not be written. Warns once."""
         self._pending += line.encode("utf-8")
         try:
             while self._pending:
-                self._pending = self._pending[self._file.write(self._pending):]
+                self._pending = self._pending[self.file.write(self._pending):]
         except OSError as error:
             if not self._warned:
                 print(f"warning: cannot write {self._path} ({error.strerror}); retrying with each line", flush=True)
             self._warned = True
-
-    def close(self):
-        """Close the file."""
-        self._file.close()
 
 
 def peak_memory_gb(runtime):
@@ -267,11 +257,12 @@ class Tracker:
             self._metrics.extend((name, value, now, step) for name, value in values.items()
                                  if type(value) in (int, float) and math.isfinite(value))
 
-    def artifact(self, path, make=None):
-        """Queue a copy of a file. make(path), if given, writes the file first, in the tracker's thread."""
+    def artifact(self, path, draw=False):
+        """Queue a copy of a file. draw: first draw the run's curves there, in the tracker's thread."""
         def keep():
-            if make:
-                make(path)
+            if draw:
+                from exactgpt.figures import draw_runs, read_run, save_figure  # only MLflow needs them here
+                save_figure(draw_runs([read_run(path.parent)]), path)
             self._client.log_artifact(self._run_id, str(path))
         self._actions.append(keep)
 
@@ -293,16 +284,13 @@ class Tracker:
         """Send a batch every SEND_EVERY_S, and the rest when the tracker closes. Runs in the thread."""
         closing = False
         while not closing:
-            self._attempt(self._send)
-            closing = self._closing.wait(SEND_EVERY_S)
-        for action in (self._send, *self._actions):
-            self._attempt(action)
-
-    def _attempt(self, action):
-        try:
-            action()
-        except Exception as error:      # of a database, a disk, MLflow: training continues whatever it is
-            self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            closing = self._closing.is_set()
+            for action in (self._send, *(self._actions if closing else ())):
+                try:
+                    action()
+                except Exception as error:      # of a database, a disk, MLflow: training continues whatever it is
+                    self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            self._closing.wait(SEND_EVERY_S)
 
     def _warn(self, problem):
         if not self._warned:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from exactgpt import lora
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges
 from model import GPT, GPTConfig
 
+ADAPTER_CONFIG = "adapter_config.json"      # of a LoRA adapter in peft's format
+ADAPTER_BASE = "base.json"    # beside it: {"source", "sha256"} of the weights that it was trained on
 PADDING_ROWS = 1024      # nobody pads an embedding by so many: with more extra rows it has another vocabulary
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
@@ -63,7 +64,7 @@ def open_model(source, classifiers=False, tokenizer=""):
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
         opened = _open_file(path, tokenizer)
-    elif (path / lora.CONFIG_NAME).is_file():
+    elif (path / ADAPTER_CONFIG).is_file():
         opened = _open_adapter(path, tokenizer)
     elif path.is_dir() and not (path / "config.json").exists():
         if not list_checkpoints(path):
@@ -99,15 +100,25 @@ def open_weights(source, tokenizer, folder):
 
 def _open_adapter(folder, tokenizer):
     """Open the base model of a LoRA adapter and merge the adapter into it."""
-    source, sha256 = lora.read_adapter_base(folder)
+    source, record = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"), folder / ADAPTER_BASE
+    if not source:
+        raise UserError(f"{folder / ADAPTER_CONFIG} does not name the model that the adapter belongs to")
+    sha256 = read_json(record).get("sha256") if record.exists() else None
     try:
         opened = open_model(source, tokenizer=tokenizer)
     except UserError as error:
         raise UserError(f"cannot open {source}, the base model that the adapter in {folder} names: {error}") from error
     if sha256 and weights_hash(opened.model.state_dict()) != sha256:
         raise CheckpointError(f"the weights in {source} are not those that the adapter in {folder} was trained on")
-    merged = lora.merge_saved_adapter(opened.model, folder).requires_grad_(True)
-    return OpenedModel(merged, opened.tokenizer, str(folder))
+    try:
+        import peft
+        merged = peft.PeftModel.from_pretrained(opened.model, str(folder), torch_device="cpu").merge_and_unload()
+    except ImportError as error:
+        raise UserError("LoRA adapters need peft: pip install -r requirements-extras.txt") from error
+    except Exception as error:      # peft, safetensors and torch raise many kinds of errors here
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"the adapter in {folder} does not fit its model ({type(error).__name__}: {why})") from error
+    return OpenedModel(merged.requires_grad_(True), opened.tokenizer, str(folder))
 
 
 def _open_file(path, folder):

@@ -152,8 +152,8 @@ def test_what_is_right_is_accepted(text):
 @pytest.mark.parametrize("old, new, message", [
     ("plot.py  ", "plots.py ", ["plot.py is listed 0 times, exists 1 times",
                                 "plots.py is listed 1 times, exists 0 times"]),
-    ("exactgpt/lora.py ", "exactgpt/hub.py  ", ["exactgpt/hub.py is listed 2 times, exists 1 times",
-                                                "exactgpt/lora.py is listed 0 times, exists 1 times"]),
+    ("exactgpt/muon.py ", "exactgpt/hub.py  ", ["exactgpt/hub.py is listed 2 times, exists 1 times",
+                                                "exactgpt/muon.py is listed 0 times, exists 1 times"]),
 ])
 def test_a_list_that_misses_or_repeats_a_file_is_found(old, new, message):
     text = (ROOT / "README.md").read_text(encoding="utf-8")

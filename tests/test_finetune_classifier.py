@@ -111,6 +111,10 @@ def check_export(path, tmp_path, capsys):
     (tmp_path / "new.csv").write_text("text\n" + "\n".join(f'"{t}"' for t in texts) + "\n")
     for name, source in (("ours.csv", path), ("theirs.csv", tmp_path / "hf")):
         main("--checkpoint", source, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / name, *CPU)
+    for name, text, n in (("no.txt", "", 0), ("blank.txt", "\n", 1), ("two.txt", "a\n\n", 2), ("open.txt", "a\nb", 2)):
+        (tmp_path / name).write_text(text)
+        main("--checkpoint", path, "--predict_file", tmp_path / name, "--out", tmp_path / f"{name}.jsonl", *CPU)
+        assert len((tmp_path / f"{name}.jsonl").read_text().splitlines()) == n
     with pytest.raises(UserError, match=r"new\.csv already exists and will not be overwritten"):
         main("--checkpoint", path, "--predict_file", tmp_path / "new.csv", "--out", tmp_path / "new.csv", *CPU)
     ours, theirs = (list(csv.DictReader(open(tmp_path / name))) for name in ("ours.csv", "theirs.csv"))

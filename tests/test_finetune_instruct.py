@@ -11,9 +11,8 @@ import finetune_instruct
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError
-from exactgpt.finetune import print_examples, work_in_folder
+from exactgpt.finetune import add_adapter, print_examples, work_in_folder
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.lora import add_adapter
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from finetune_instruct import InstructConfig, encode_item, read_items
@@ -182,9 +181,11 @@ def check_adapter_in_transformers(base, out, tmp_path):
 
 def test_the_state_of_a_run_records_the_learning_rate_itself_where_none_was_typed(tmp_path):
     """Else a later version with another default would resume the run at another rate."""
-    config, recorded = InstructConfig(data="x", init_from="y", out=str(tmp_path / "out")), []
-    work_in_folder(config, cpu_runtime(), lambda config, runtime, state: recorded.append(config.max_lr))
-    assert recorded == [config.peak_lr] and config.max_lr is None and config.peak_lr > 0
+    found = []
+    for more in (dict(), dict(full=True), dict(full=True, max_lr=3e-3)):
+        config = InstructConfig(data="x", init_from="y", out=str(tmp_path / "out"), **more)
+        work_in_folder(config, cpu_runtime(), lambda config, runtime, state: found.append(config.max_lr))
+    assert found == [5e-4, 5e-5, 3e-3]
 
 
 def test_a_killed_full_run_goes_on_to_the_same_model_which_writes_its_responses(run, data, base, tmp_path, capsys):
@@ -273,3 +274,4 @@ def test_results_that_cannot_be_written_say_how_to_repeat_the_writing(data, base
         main(*flags)
     main(*flags)
     assert "resuming from step 6" in capsys.readouterr().out and (tmp_path / "out" / "adapter").is_dir()
+    assert read_checkpoint(tmp_path / "out" / "state.pt")["config"]["max_lr"] == 5e-4      # the default, as a number

@@ -12,8 +12,7 @@ import train
 from exactgpt import device
 from exactgpt.classifier import Classifier
 from exactgpt.config import UserError
-from exactgpt.finetune import Objective
-from exactgpt.lora import add_adapter
+from exactgpt.finetune import Objective, add_adapter
 from finetune_instruct import InstructConfig
 from model import GPT, GPTConfig
 
