@@ -144,10 +144,8 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """Draw weights from N(0, 0.02); those that add to the residual stream are scaled by 1/sqrt(2 n_layer).
-
-        As in nanoGPT and Hugging Face, so that the variance of the stream does not grow with depth.
-        """
+        """Draw weights from N(0, 0.02); those that add to the residual stream are scaled by 1/sqrt(2 n_layer)."""
+        # As in nanoGPT and Hugging Face, so that the variance of the stream does not grow with depth.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:

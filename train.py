@@ -49,10 +49,8 @@ WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
 
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
-    """The flags of train.py. The defaults are the GPT-2 124M run.
-
-    keep=True: a resumed run must have the same value; check_same_run also compares the model's shape, length and data.
-    """
+    """The flags of train.py. The defaults are the GPT-2 124M run."""
+    # keep=True: a resumed run must have the same value; check_same_run also compares the model's shape, length, data.
     data_dir: str = flag("data/edu_fineweb10B", "folder of token shards", group="data")
 
     model: str | None = flag(None, "GPT-2 size (default: gpt2)", group="model", choices=tuple(GPT2_SIZES))
@@ -329,15 +327,13 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
 
 
 def warm_up(run, runtime):
-    """Run two forward and backward passes on dummy tokens, and set runtime.slow_steps.
-
-    The first pass compiles and reduces gradients. DDP then rebuilds its buckets, once, at the start of the next forward
-    pass, and from then on sums in another order: a resumed run must not take its first step in the old one. The second
-    pass runs with the new buckets. It is timed, since it does not compile, and reduces nothing, so that its time does
-    not include waiting for other ranks.
-    """
+    """Run two forward and backward passes on dummy tokens, and set runtime.slow_steps."""
     device.keep_freed_memory(runtime.device)
     x, y = device.dummy_rows(run.micro_batch_size, run.raw_model.config.block_size, runtime.device)    # (B, T) each
+    # The first pass compiles and reduces gradients. DDP then rebuilds its buckets, once, at the start of the next
+    # forward pass, and from then on sums in another order: a resumed run must not take its first step in the old one.
+    # The second pass runs with the new buckets. It is timed, since it does not compile, and reduces nothing, so that
+    # its time does not include waiting for other ranks.
     for reduced in (True, False):
         start_time = time.perf_counter()
         with nullcontext() if reduced or runtime.alone else run.ddp.no_sync():

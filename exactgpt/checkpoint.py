@@ -105,11 +105,9 @@ def save_best(run, progress, config, runtime):
 
 
 def disk_bytes(config, n_params, max_steps):
-    """Return the most disk space, in bytes, that the checkpoints of a run take at any moment.
-
-    A checkpoint holds the weights and AdamW's two moments in fp32, model_best.pt the weights alone. While a file is
-    replaced, the old and the new one both take space; one that is written only once replaces nothing.
-    """
+    """Return the most disk space, in bytes, that the checkpoints of a run take at any moment."""
+    # A checkpoint holds the weights and AdamW's two moments in fp32, model_best.pt the weights alone. While a file is
+    # replaced, the old and the new one both take space; one that is written only once replaces nothing.
     def times(every):      # how often something is written every `every` steps and at the end
         return max(0, max_steps - 1) // every + 1
     saves = min(times(config.checkpoint_every) if config.checkpoint_every else 1, config.keep_checkpoints + 1)
@@ -202,11 +200,7 @@ def weights_hash(state):
 # resume: find the checkpoint, check that it belongs to this run, restore what "auto" chose and the optimizer
 
 def find_checkpoint(config, notice):
-    """Return the checkpoint (a dict) to resume from, or None for a new run. Raises UserError.
-
-    --resume auto: the newest valid one in log_dir. never: none, and log_dir must not contain a run. FILE: that one, or
-    the newest that an earlier start with the same --resume FILE has left in log_dir.
-    """
+    """Return the checkpoint (a dict) that --resume asks for, or None for a new run. Raises UserError."""
     if config.resume == "never":
         if list_checkpoints(config.log_dir) or (Path(config.log_dir) / "metrics.jsonl").exists():
             raise UserError(f"--resume never, but {config.log_dir} already contains a run; use another --log_dir, or "
@@ -214,6 +208,7 @@ def find_checkpoint(config, notice):
         return None
     if config.resume == "auto":
         return newest_valid(config.log_dir, notice)
+    # --resume FILE: that one, or the newest that an earlier start with the same --resume FILE has left in log_dir
     newest = None
     with contextlib.suppress(CheckpointError):       # all checkpoints in log_dir are damaged: FILE may be intact
         newest = newest_valid(config.log_dir, notice)
@@ -229,8 +224,7 @@ def find_checkpoint(config, notice):
 def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     """Raise UserError, naming what differs, unless the flags and the data are those of the checkpoint's run.
 
-    requested_shape: of the model, as the flags ask for it; None stands for what they leave open. The schedule depends
-    on max_steps, so they may not change either, but a wsd run may be made longer until its decay begins.
+    requested_shape: of the model, as the flags ask for it; None stands for what they leave open.
     """
     source, step, resolved = resume_source(config), checkpoint["step"], checkpoint["resolved"]
     differing = changed_flags(config, checkpoint["train_config"])
@@ -244,7 +238,7 @@ def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     if differing:
         raise UserError(f"{source} contains another run, at step {step}: {', '.join(differing)}. Use its flags to "
                         "resume it, or another --log_dir for a new run")
-    old = resolved.get("max_steps", 0)
+    old = resolved.get("max_steps", 0)       # the schedule depends on it, but wsd's only once the decay begins
     longer = config.schedule == "wsd" and plan.max_steps > old and step <= resolved.get("decay_start", 0)
     if plan.max_steps != old and not longer:
         raise UserError(f"{source} contains a run of {old} steps, not {plan.max_steps}: its learning rates depend on "

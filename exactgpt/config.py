@@ -30,10 +30,8 @@ BOUNDS = dict(low=(">=", operator.ge), high=("<=", operator.le), above=(">", ope
 
 
 class UserError(Exception):
-    """An error that the user can fix; the message is one line and says how.
-
-    Raise it where every rank sees the same fact (flags, files all ranks read), because only rank 0 prints it.
-    """
+    """An error that the user can fix; the message is one line and says how."""
+    # Raise it where every rank sees the same fact (flags, files all ranks read), because only rank 0 prints it.
 
 
 class RunFailed(UserError):
@@ -174,12 +172,9 @@ def run_script(main):
 
 @contextlib.contextmanager
 def _whole_or_not_at_all(path):
-    """Yield PATH.tmp, for the block to make a file or a folder there; then rename it, or delete it after an error.
-
-    The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
-    the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover. Raises UserError
-    if the disk refuses; what was at `path` then stays.
-    """
+    """Yield PATH.tmp, for the block to make a file or a folder there; then rename it. Raises UserError."""
+    # The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
+    # the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover.
     def flush(path):
         if os.name != "posix":           # Windows opens no folders
             return
@@ -272,11 +267,8 @@ def find_visible(folder, pattern):
 
 
 def take_lock(folder, wait_s):
-    """Wait up to `wait_s` seconds for an exclusive lock on FOLDER/.lock; return the open file that holds it.
-
-    It ends with the file's `with` block or the process, even by kill -9. Raises UserError if another process keeps it.
-    """
-    import fcntl  # Unix only
+    """Wait for an exclusive lock on FOLDER/.lock; return the open file that holds it. Raises UserError after wait_s."""
+    import fcntl  # Unix only; the lock ends with the file's `with` block or the process, even by kill -9
     path = Path(folder) / ".lock"
     try:
         with contextlib.suppress(FileExistsError):

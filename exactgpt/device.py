@@ -118,11 +118,9 @@ def enable_attention(backend):
 
 
 def attention_without_cudnn():
-    """Return a context for attention of varying shapes that avoids cuDNN, which plans for 30 ms at each new shape.
-
-    torch prefers cuDNN on Hopper. Flash attention is used if --attention allows it, but on CUDA it takes no masks, so
-    the other two are always enabled.
-    """
+    """Return a context for attention of varying shapes that avoids cuDNN, which plans for 30 ms at each new shape."""
+    # torch prefers cuDNN on Hopper. Flash attention is used if --attention allows it, but on CUDA it takes no masks, so
+    # the other two are always enabled.
     flash = [SDPBackend.FLASH_ATTENTION] * torch.backends.cuda.flash_sdp_enabled()
     return sdpa_kernel([*flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -142,6 +140,7 @@ def attention_backend(requested, device, dtype, shape):
             F.scaled_dot_product_attention(q, q, q, is_causal=True)
             choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
     except RuntimeError as error:
+        enable_attention("auto")
         raise UserError(f"--attention {requested}: {device.type} has no such backend for {str(dtype)[6:]} and heads of "
                         f"{head_size}; use --attention auto") from error
     return {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}.get(choice, "unknown")
@@ -156,12 +155,10 @@ def set_deterministic():
 
 
 def keep_freed_memory(device, keep=True):
-    """Make the C library keep freed CPU memory for reuse, or not (glibc only).
-
-    By default large blocks go back to the OS, and the next step faults them in again page by page: a fifth of a
-    training step, and on some virtual machines nine tenths of the time to generate a token. But while shapes vary, a
-    block freed by one does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
-    """
+    """Make the C library keep freed CPU memory for reuse, or not (glibc only)."""
+    # By default large blocks go back to the OS, and the next step faults them in again page by page: a fifth of a
+    # training step, and on some virtual machines nine tenths of the time to generate a token. But while shapes vary, a
+    # block freed by one does not fit the next: a full HellaSwag evaluation would leave 39 GB of holes.
     mmap_max, mmap_threshold, top_pad, trim_threshold = -4, -3, -2, -1       # mallopt's options, from glibc's malloc.h
     options = ({mmap_max: 0, trim_threshold: -1, top_pad: 64 * 2**20} if keep else
                {mmap_max: 65536, mmap_threshold: 32 * 2**20})
@@ -198,10 +195,8 @@ def check_micro_batch_size(micro_batch_size, local_windows):
 
 
 def dummy_rows(size, block_size, device):
-    """Return a batch (x, y) of zeros, (B, T) each, with the strides of training: two views of rows of T + 1 tokens.
-
-    Compiled code is specialised to the strides: after a trial with others, training would compile again.
-    """
+    """Return a batch (x, y) of zeros, (B, T) each, with the strides of training: two views of rows of T + 1 tokens."""
+    # Compiled code is specialised to the strides: after a trial with others, training would compile again.
     rows = torch.zeros(size, block_size + 1, dtype=torch.long, device=device)
     return rows[:, :-1], rows[:, 1:]
 
@@ -239,12 +234,10 @@ def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, in
 
 
 def fits_in_memory(module, block_size, size, runtime):
-    """Return True if training on micro-batches of `size` rows fits in memory; leave the weights unchanged.
-
-    The trial reaches a real step's peak: AdamW's state, two micro-batches, the second adding to the first's gradients,
-    DDP's buckets next to those gradients (no_sync reduces nothing, so no rank waits for one that ran out of memory),
-    and an update with learning rate 0.
-    """
+    """Return True if training on micro-batches of `size` rows fits in memory; leave the weights unchanged."""
+    # The trial reaches a real step's peak: AdamW's state, two micro-batches, the second adding to the first's
+    # gradients, DDP's buckets next to those (no_sync reduces nothing, so no rank waits for one that ran out of memory),
+    # and an update with learning rate 0.
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = loss = None
     try:

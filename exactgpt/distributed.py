@@ -130,10 +130,8 @@ class Runtime:
             raise StopRequested
 
     def on_all_ranks(self, action):
-        """Run action() on every rank and return its value; if it raises UserError on one rank, raise it on all.
-
-        The message then names the host and the rank. For what may differ between ranks: files, memory, packages.
-        """
+        """Run action() on every rank and return its value; if it raises UserError on one rank, raise it on all."""
+        # For what may differ between ranks: files, memory, packages. The message names the host and the rank.
         result, problem = None, ""
         try:
             result = action()

@@ -150,11 +150,9 @@ def _build_series(entries, tokens_per_step):
 
 
 def smooth(values, half):
-    """Average each value with `half` neighbours on either side, (n,) -> (n,); NaN is skipped and stays NaN.
-
-    Near the start the window shrinks on both sides, so that the steep first drop does not shift. Near the end only its
-    right side shrinks, so that the last value is an average and not a single noisy step.
-    """
+    """Average each value with `half` neighbours on either side, (n,) -> (n,); NaN is skipped and stays NaN."""
+    # Near the start the window shrinks on both sides, so that the steep first drop does not shift. Near the end only
+    # its right side shrinks, so that the last value is an average and not a single noisy step.
     n = len(values)
     finite = np.isfinite(values)
     # Not a difference of cumulative sums, because one huge spike would cost all later values their precision.
@@ -218,10 +216,8 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
 
 
 def _draw_panel(ax, names, runs, colours, x, references):
-    """Draw the quantities `names` of the runs, with the last values beside the axes and a line per reference.
-
-    The curves of a single run differ in colour, else each run has one colour and its first quantity is paler.
-    """
+    """Draw the quantities `names` of the runs, with the last values beside the axes and a line per reference."""
+    # The curves of a single run differ in colour, else each run has one colour and its first quantity is paler.
     curves, ends, alone = [], [], len(runs) == 1
     for run, run_colour in zip(runs, colours):
         run_ends = []
@@ -258,11 +254,9 @@ def _draw_panel(ax, names, runs, colours, x, references):
 
 
 def _set_y_limits(ax, curves, must_show):
-    """Set the y axis to the interesting range of curves, arrays (n,) of finite values.
-
-    A loss falls from 11 to 4 in a twentieth of a run and from 4 to 3 in the rest. If the upper twentieth of the values
-    (or a spike) would take more than half of the height, it is cut off, except for values in `must_show`.
-    """
+    """Set the y axis to the interesting range of curves, arrays (n,) of finite values."""
+    # A loss falls from 11 to 4 in a twentieth of a run and from 4 to 3 in the rest. If the upper twentieth of the
+    # values (or a spike) would take more than half of the height, it is cut off, except for values in `must_show`.
     low = min([np.quantile(values, 0.002) for values in curves] + must_show)
     high = max([values.max() for values in curves] + must_show)
     body = max([np.quantile(values, 0.95) for values in curves] + must_show)

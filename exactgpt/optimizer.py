@@ -41,10 +41,9 @@ def learning_rate_factor(step, plan, schedule, min_factor):
     First a linear warm-up, (step + 1) / warmup_steps. Then "cosine" falls to min_factor at max_steps (GPT-3 paper,
     appendix B); "wsd" stays constant and falls linearly to min_factor over the last DECAY_FRACTION of the run (Hu et
     al. 2024, MiniCPM). plan: anything with max_steps and warmup_steps.
-
-    To add a schedule: a branch here, and its name in --schedule (train.py). If its runs may be made longer, also
-    check_same_run in checkpoint.py.
     """
+    # To add a schedule: a branch here, and its name in --schedule (train.py). If its runs may be made longer, also
+    # check_same_run in checkpoint.py.
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps
     if schedule == "cosine":

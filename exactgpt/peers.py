@@ -35,11 +35,12 @@ def wait_for_peers(rank, world_size, timeout_s):
     """Wait for the processes that torchrun (or another launcher) started together; return (store, hosts).
 
     The store is shared by this start's processes only. hosts, {rank: host}: of all ranks on rank 0, else of rank 0.
-    The store still holds what dead processes wrote, and a new process that reads a dead peer's address from it hangs.
-    TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, because it may differ between nodes. So rank 0 makes up a
-    name for the start, and every other rank joins only after rank 0 has answered a nonce that this rank made up: a dead
-    rank 0 cannot. Raises RunFailed if processes are missing after timeout_s, UserError if the launcher set no address.
+    Raises RunFailed if processes are missing after timeout_s, UserError if the launcher set no address.
     """
+    # torchrun's store still holds what dead processes wrote, and a new process that reads a dead peer's address from it
+    # hangs. TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, because it may differ between nodes. So rank 0
+    # makes up a name for the start, and every other rank joins only after rank 0 has answered a nonce that this rank
+    # made up: a dead rank 0 cannot.
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not (host and port):
         raise UserError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR or MASTER_PORT is not set; start the processes "
@@ -86,13 +87,11 @@ def wait_for_key(store, key, seconds):
 
 
 def watch_run(runtime, store, hosts):
-    """Watch one process, in a thread, until runtime.ended.
-
-    During set-up: exit every rank with status 0 a few seconds after any of them was signalled. A main thread may be
-    compiling for minutes and cannot enter a collective meanwhile, so the request to stop travels through the store.
-    After runtime.patience_s without progress: find the rank that hangs and print it. HANG_GRACE_S later the collectives
-    time out, which ends the run.
-    """
+    """Watch one process, in a thread, until runtime.ended."""
+    # During set-up: exit every rank with status 0 a few seconds after any of them was signalled. A main thread may be
+    # compiling for minutes and cannot enter a collective meanwhile, so the request to stop travels through the store.
+    # After runtime.patience_s without progress: find the rank that hangs and print it. HANG_GRACE_S later the
+    # collectives time out, which ends the run.
     stop_time = None
     while not runtime.ended:
         time.sleep(0.3)
@@ -111,10 +110,8 @@ def watch_run(runtime, store, hosts):
 
 
 def report_hang(runtime, store, hosts):
-    """Print once per node which rank hangs: each rank reports its location to rank 0, which compares them.
-
-    All ranks call this at about the same time, because the last progress was a collective.
-    """
+    """Print once per node which rank hangs: each rank reports its location to rank 0, which compares them."""
+    # All ranks come here at about the same time, because the last progress was a collective.
     def say(finding):
         if runtime.local_rank == 0:
             report_error(runtime.rank, f"no progress for {runtime.patience_s:g} s: {finding}")
