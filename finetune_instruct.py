@@ -114,10 +114,7 @@ def read_items(path):
 
 
 def encode_item(item, tokenizer, block_size):
-    """Encode an item as an Example: prompt, answer, end-of-text. Only the answer and the end-of-text are targets.
-
-    There are none if no answer begins within block_size tokens.
-    """
+    """Encode an item as an Example: prompt, answer, end-of-text. The last two are the targets, cut to block_size."""
     instruction, input, output = item
     prompt = tokenizer.encode(alpaca_prompt(instruction, input))
     answer = [*tokenizer.encode(output), tokenizer.eot] if output.strip() else []

@@ -61,10 +61,7 @@ def iter_documents(config, files):
 
 
 def scan_documents(documents):
-    """Return (number of documents, bytes, sha256 of all text). Raises UserError for unreadable input.
-
-    This reads everything once, so that errors show before anything is written.
-    """
+    """Return (number of documents, bytes, sha256 of all text). Raises UserError for unreadable input."""
     n_documents, n_bytes, digest = 0, 0, hashlib.sha256()
     with tqdm(desc="reading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for text, starts in documents:

@@ -153,11 +153,9 @@ def n_val_windows(stream, val_tokens):
 
 
 def val_batches(stream, n_windows, batch_size, runtime):
-    """Yield this rank's validation batches (x, y), each (batch_size, T) int64, of the first n_windows in file order.
-
-    Every rank gets the same number of batches, because validate enters a collective after each. All have one shape,
-    because a new one would compile again: rows beyond the last window have only IGNORED targets.
-    """
+    """Yield this rank's validation batches (x, y), each (batch_size, T) int64, of the first n_windows in file order."""
+    # Every rank gets the same number of batches, because validate enters a collective after each. All have one shape,
+    # because a new one would compile again: rows beyond the last window have only IGNORED targets.
     per_round = batch_size * runtime.world_size
     for first in range(runtime.rank * batch_size, -(-n_windows // per_round) * per_round, per_round):
         windows = np.arange(first, min(first + batch_size, n_windows))

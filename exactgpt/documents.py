@@ -47,9 +47,9 @@ def read_documents(path, text_column="text", separator=None):
 
     A .txt or .md file is one document, or several if `separator` is given. A long document is yielded in parts; starts
     is False for all but the first. Other files have one document per row, in the column `text_column`.
-    Parts end between a character and the whitespace after it. No match of GPT-2's split pattern spans such a place, so
-    the parts together have the token ids of the whole.
     """
+    # Parts end between a character and the whitespace after it. No match of GPT-2's split pattern spans such a place,
+    # so the parts together have the token ids of the whole.
     if READERS[Path(path).suffix.lower()]:
         yield from ((text, True) for (text,) in read_rows(path, [text_column]))
         return
@@ -87,10 +87,7 @@ def _open(path, mode="r", newline=None):
 
 
 def read_rows(path, columns):
-    """Yield the values of the named columns of each row as a tuple of str; null becomes "". Raises UserError.
-
-    .jsonl: one object per line; .json: a list of objects; .csv and .tsv: a header line first; .tsv: no quoting.
-    """
+    """Yield the values of the named columns of each row as a tuple of str; null becomes "". Raises UserError."""
     reader = READERS.get(Path(path).suffix.lower())
     if reader is None:
         raise UserError(f"{path} has no columns; use one of {', '.join(k for k, v in READERS.items() if v)}")

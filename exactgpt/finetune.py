@@ -109,10 +109,8 @@ def make_batches(examples, micro_batch_tokens, block_size):
 
 
 def evaluation_batches(examples, micro_batch_tokens, block_size, runtime):
-    """Yield (indices, x, y) of this rank's share of all examples, on its device. Raises StopRequested.
-
-    Every rank visits every batch, even if its share of it is empty, so that all ranks check for a stop equally often.
-    """
+    """Yield (indices, x, y) of this rank's share of all examples, on its device. Raises StopRequested."""
+    # Every rank visits every batch, even if its share of it is empty, so that all ranks check for a stop equally often.
     share = slice(runtime.rank, None, runtime.world_size)
     for members, x, y in make_batches(examples, micro_batch_tokens * runtime.world_size, block_size):
         if members[share]:
@@ -152,10 +150,7 @@ def open_base_model(config, runtime):
 
 
 def add_adapter(model, config):
-    """Freeze a GPT and add LoRA matrices of rank --lora_r, scaled by lora_alpha / lora_r, to the layers in its blocks.
-
-    LoRA is arXiv:2106.09685. Changes the model in place and returns peft's wrapper, which can save and merge.
-    """
+    """Freeze a GPT, add LoRA matrices (arXiv:2106.09685) to the layers in its blocks; return peft's wrapper of it."""
     import peft
     settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                                target_modules=["c_attn", "c_proj", "c_fc"])
@@ -401,10 +396,7 @@ def train(run, progress, config, runtime, evaluate, write_results):
 # the folder and the state of a run
 
 def work_in_folder(config, runtime, finetune):
-    """Call finetune(config, runtime, state) while no other run uses --out; state: that of an interrupted run, or None.
-
-    A dry run gets a temporary folder instead. Raises UserError if --out contains another run.
-    """
+    """Call finetune(config, runtime, state of an interrupted run or None) while no other run uses --out."""
     if config.dry_run:
         with temporary_folder(runtime, config.out or ".") as folder:
             finetune(with_changes(config, out=folder, mlflow=False), runtime, None)

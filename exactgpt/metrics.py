@@ -179,10 +179,8 @@ class AppendFile:
     """A log that lines are appended to, each beginning with its step; failed writes are retried with the next line."""
 
     def __init__(self, path, first_step):
-        """Open the file to append to it; create it if it does not exist. Raises UserError, OSError.
-
-        Lines from `first_step` on, and torn ones, are deleted: a run that resumes at step k logs step k again.
-        """
+        """Open the file to append to it; create it if it does not exist. Raises UserError, OSError."""
+        # Lines from `first_step` on, and torn ones, are deleted: a run that resumes at step k logs step k again.
         self._path, self._pending, self._warned = path, b"", False
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

@@ -19,10 +19,7 @@ BATCH_CHARS = 1 << 20      # text per batch: enough to outweigh the overhead, li
 
 
 def encode_documents(tokenizer, documents):
-    """Return the tokens of documents (label, text, starts) as one uint16 array; each begins with end-of-text.
-
-    starts is False if the text continues the previous document.
-    """
+    """Return the tokens of documents (label, text, starts) as one uint16 array; end-of-text begins what `starts`."""
     parts = []
     for _, text, starts in documents:
         parts += [[tokenizer.eot]] if starts else []
