@@ -27,7 +27,7 @@ from exactgpt.config import RunConfig, UserError, flag, parse_config, run_script
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
 from exactgpt.generation import write_samples
-from exactgpt.metrics import RunLog, print_banner, require_mlflow
+from exactgpt.metrics import RunLog, print_banner
 from exactgpt.open_model import build_model, open_weights
 from exactgpt.optimizer import SkippedSteps, decay_start, finish_step, learning_rate_factor, make_optimizer
 from exactgpt.shards import ShardFolder
@@ -115,8 +115,7 @@ class TrainConfig(RunConfig):
             raise UserError("--max_steps and --num_epochs cannot be combined; use one of them")
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
-        if self.mlflow:
-            require_mlflow()
+        super().check()
 
 
 # ---- data and batch arithmetic -----------------------------------------------

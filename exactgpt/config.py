@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import importlib.util
 import json
 import math
 import operator
@@ -77,6 +78,12 @@ class RunConfig(DeviceConfig):
     mlflow: bool = flag(False, "also log to a local MLflow store in the run's folder", group="system")
     dry_run: bool = flag(False, "try two steps, an evaluation and a save; report what the full run takes",
                          group="system")
+
+    def check(self, *packages):
+        """Raise UserError unless the packages that the script and its flags need are installed."""
+        for package in (*packages, *["mlflow"] * self.mlflow):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"this needs {package}: pip install -r requirements-extras.txt")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,7 +6,6 @@ micro-batch size and number of processes. Shapes: B rows of a batch, T tokens.
 from exactgpt.launch import command_line
 
 import hashlib
-import importlib.util
 import math
 import time
 from contextlib import closing, nullcontext
@@ -70,9 +69,7 @@ class TuneConfig(RunConfig):
         for name in ("data", "init_from", "out"):
             if not getattr(self, name) and not (name == "out" and self.dry_run):
                 raise UserError(f"--{name} is missing (--help lists the flags)")
-        for package in ("peft", "sklearn", *["mlflow"] * self.mlflow):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(f"fine-tuning needs {package}: pip install -r requirements-extras.txt")
+        super().check("peft", "sklearn")
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
 

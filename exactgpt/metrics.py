@@ -8,7 +8,6 @@ seconds and a call 10 ms. Training neither waits for it nor fails with it: a fai
 retried with the next.
 """
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import UserError, atomic_write, human_bytes, human_time
+from exactgpt.config import atomic_write, human_bytes, human_time
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit
@@ -211,12 +210,6 @@ def peak_memory_gb(runtime):
 
 # -----------------------------------------------------------------------------
 # MLflow
-
-def require_mlflow():
-    """Raise UserError if MLflow is not installed."""
-    if importlib.util.find_spec("mlflow") is None:
-        raise UserError("--mlflow needs MLflow: pip install -r requirements-extras.txt, or leave the flag out")
-
 
 class Tracker:
     """A run in MLflow; does nothing unless config.mlflow. Make it on rank 0 only, and close it."""
