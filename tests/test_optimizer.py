@@ -114,11 +114,6 @@ def test_the_pair_saves_and_restores_both_states():
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models)))
 
 
-def test_muon_refuses_vectors():
-    with pytest.raises(ValueError, match="matrices"):
-        Muon([torch.nn.Parameter(torch.ones(3))])
-
-
 # -----------------------------------------------------------------------------
 # the end of a step
 

@@ -128,7 +128,7 @@ def test_without_the_flag_nothing_happens_and_without_mlflow_one_line_does(tmp_p
     tracker.text("a.txt", "a")
     tracker.close()
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r requirements-extras"):
         train.main(["--mlflow"])
 
