@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import save_checkpoint
-from exactgpt.classifier import Classifier
 from exactgpt.config import RunFailed, TokenizerConfig, check_new, flag, human_bytes, parse_config, run_script
 from exactgpt.open_model import build_model, newest_model, open_model, read_pretrained, write_pretrained
 
@@ -39,7 +38,7 @@ def main(argv=None):
     model, tokenizer = opened.model.eval(), opened.tokenizer
     print(opened.summary())
     if out.suffix == ".pt":
-        base = {k: v for k, v in opened.extra.items() if k == "base"}      # the model that it was fine-tuned from
+        base = dict(base=opened.base) if opened.base else {}
         save_checkpoint(out, dict(model=model.state_dict(), config=model.config_dict(), step=opened.step,
                                   val_loss=opened.val_loss, tokenizer=tokenizer and tokenizer.to_checkpoint(), **base))
         print(f"wrote {out} ({human_bytes(out.stat().st_size)})")
@@ -52,7 +51,7 @@ def main(argv=None):
     if tokenizer is None:
         print("note: the checkpoint has no tokenizer, so the converted model reads and writes only token ids")
         return
-    script, text, task = (("finetune_classifier.py", "--predict", "classification") if isinstance(model, Classifier)
+    script, text, task = (("finetune_classifier.py", "--predict", "classification") if hasattr(model.config, "labels")
                           else ("inference.py", "--prompt", "generation"))
     print(f'next: python {script} --checkpoint {out} {text} "..."')
     if out.suffix != ".pt":
@@ -91,7 +90,7 @@ def verify_export(folder, model, tokenizer):
         import transformers
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        classifies = isinstance(model, Classifier)
+        classifies = hasattr(model.config, "labels")
         kind = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
         theirs = kind.from_pretrained(folder).eval()
         results.append(check_logits(theirs(ids).logits, f"transformers {transformers.__version__}"))

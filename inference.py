@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from exactgpt.config import DeviceConfig, UserError, flag, parse_config, read_text, run_script, with_changes
-from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe_hardware
+from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
 from exactgpt.open_model import newest_model, open_model
 
@@ -62,10 +62,7 @@ def main(argv=None):
     prompts = collect_prompts(config)      # none: read them from the terminal
     opened = open_model(config.checkpoint or newest_model(), tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
-    hardware = probe_hardware(device)
-    dtype = choose_dtype(config.dtype, hardware)
-    if config.compile == "on" and device.type == "cuda":
-        choose_compile("on", hardware, device)             # raises UserError if there is no compiler
+    dtype = choose_dtype(config.dtype, probe_hardware(device))
     print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
     decoder = make_decoder(opened.model, device, DTYPES[dtype], config.compile)
     try:
@@ -84,16 +81,12 @@ def collect_prompts(config):
     """Return the prompts from flags, files or a pipe, [] to read them from a terminal. Raises UserError."""
     if config.instruction:
         return [alpaca_prompt(config.instruction, config.input)]
-
-    def read(path):
-        return read_text(path).replace("\r\n", "\n").removesuffix("\n")
-
-    prompts = [*config.prompt, *map(read, config.prompt_file)]
-    if not prompts and not (sys.stdin and sys.stdin.isatty()):
-        prompts = [read(None) if sys.stdin else ""]        # None: standard input
-        if prompts == [""]:
+    texts = [read_text(path) for path in config.prompt_file]
+    if not (config.prompt or texts or (sys.stdin and sys.stdin.isatty())):
+        texts = [read_text(None) if sys.stdin else ""]     # None: standard input
+        if not texts[0].strip("\r\n"):
             raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
-    return prompts
+    return [*config.prompt, *(text.replace("\r\n", "\n").removesuffix("\n") for text in texts)]
 
 
 def run_interactively(decoder, tokenizer, config):

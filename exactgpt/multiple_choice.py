@@ -60,18 +60,17 @@ def pack_endings(context, endings):
 
 
 @torch.no_grad()
-def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress=None):
-    """Return (summed loss of each ending in nats, indices of the questions that this rank scored).
+def ending_losses(model, questions, n_endings, runtime, batch_tokens=0):
+    """Return the summed loss of each ending in nats, (n, n_endings) in float64, NaN for questions of other ranks.
 
-    questions: the PackedSequences of each. The losses are (n, n_endings) in float64, zero for questions of other
-    ranks. A collective: each rank scores its share. batch_tokens: per rank and forward pass (0: by device).
-    progress: title of a progress bar on a terminal. model: the raw GPT in eval mode, neither compiled nor wrapped.
+    questions: the PackedSequences of each. A collective: each rank scores its share. batch_tokens: per rank and forward
+    pass (0: by device). model: the raw GPT in eval mode, neither compiled nor wrapped.
     Raises StopRequested on all ranks after the batch during which any of them got a signal.
     """
     batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if runtime.device.type == "cpu" else BATCH_TOKENS)
     batches = list(batch_by_length(questions, model.config.block_size, batch_tokens, runtime.world_size))
-    bar = tqdm(batches, progress, unit="batch", leave=False, disable=None if progress and runtime.is_main else True)
-    losses, ending_ids, scored = [], [], []
+    bar = tqdm(batches, "HellaSwag", unit="batch", leave=False, disable=None if runtime.is_main else True)
+    losses, ending_ids = [], []
     # One autocast context around all batches, so that the weights are cast only once.
     with runtime.autocast(), attention_without_cudnn():
         for T, indices in bar:
@@ -89,12 +88,13 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
                 losses.append(target_losses(model, *(torch.from_numpy(a).to(runtime.device)
                                                      for a in (*inputs, *targets[:2]))))
                 ending_ids.append(targets[2])
-                scored += indices
             runtime.check_for_stop()
-    sums = np.zeros(len(questions) * n_endings)
-    if scored:  # on the CPU: not every GPU has float64, and few sum in a fixed order
-        sums = np.bincount(np.concatenate(ending_ids), torch.cat(losses).cpu().numpy(), minlength=sums.size)
-    return sums.reshape(-1, n_endings), np.array(scored, dtype=np.int64)
+    sums = np.full(len(questions) * n_endings, np.nan)
+    if losses:  # on the CPU: not every GPU has float64, and few sum in a fixed order
+        ids = np.concatenate(ending_ids)
+        sums[ids] = 0
+        np.add.at(sums, ids, torch.cat(losses).cpu().numpy())
+    return sums.reshape(-1, n_endings)
 
 
 def batch_by_length(questions, block_size, batch_tokens, world_size):

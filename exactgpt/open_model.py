@@ -7,15 +7,14 @@ present; the embedding has no padding rows.
 """
 import functools
 import json
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from exactgpt import lora
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
-from exactgpt.classifier import Classifier
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, require_same_vocabulary
 from model import GPT, GPTConfig
@@ -36,7 +35,7 @@ class OpenedModel:
     source: str                   # file, folder or hub name
     step: int | None = None
     val_loss: float | None = None
-    extra: dict = field(default_factory=dict)   # the checkpoint's other entries
+    base: dict | None = None      # the record of the model that it was fine-tuned from
 
     def with_tokenizer(self):
         """Return self. Raises UserError if there is no tokenizer to encode text for the model."""
@@ -60,11 +59,20 @@ def open_model(source, classifiers=False, tokenizer=""):
     classifiers: accept a Classifier too. tokenizer: a folder with the vocabulary, for a source without one.
     Raises UserError naming the file and what is wrong with it, or if the vocabulary is not the model's.
     """
+    from exactgpt import lora
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
         opened = _open_file(path, tokenizer)
     elif (path / lora.CONFIG_NAME).is_file():
-        opened = _open_adapter(path, tokenizer)
+        base, sha256 = lora.read_adapter_base(path)
+        try:
+            opened = open_model(base, tokenizer=tokenizer)
+        except UserError as error:
+            raise UserError(f"cannot open {base}, the base model that the adapter in {path} names: {error}") from error
+        if sha256 and weights_hash(opened.model.state_dict()) != sha256:
+            raise CheckpointError(f"the weights in {base} are not those that the adapter in {path} was trained on")
+        merged = lora.merge_saved_adapter(opened.model, path).requires_grad_(True)
+        opened = OpenedModel(merged, opened.tokenizer, str(path))
     elif path.is_dir() and not (path / "config.json").exists():
         if not list_checkpoints(path):
             raise UserError(f"{source} holds neither a model_XXXXX.pt nor a config.json; name the folder of a run, or "
@@ -80,9 +88,10 @@ def open_model(source, classifiers=False, tokenizer=""):
     if tokenizer and opened.tokenizer is None:
         raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {source}, which has {n_rows:,} tokens; "
                         "leave it out or name the right folder")
-    if isinstance(opened.model, Classifier) and not classifiers:
-        raise UserError(f"{source} is a classifier ({', '.join(opened.model.config.labels)}), not a language model; "
-                        f"use python finetune_classifier.py --checkpoint {source} --predict \"...\"")
+    labels = getattr(opened.model.config, "labels", None)
+    if labels and not classifiers:
+        raise UserError(f"{source} is a classifier ({', '.join(labels)}), not a language model; use python "
+                        f"finetune_classifier.py --checkpoint {source} --predict \"...\"")
     return opened
 
 
@@ -97,19 +106,6 @@ def open_weights(source, tokenizer, folder):
     return dict(config=opened.model.config_dict(), model=opened.model.state_dict())
 
 
-def _open_adapter(folder, tokenizer):
-    """Open the base model of a LoRA adapter and merge the adapter into it."""
-    source, sha256 = lora.read_adapter_base(folder)
-    try:
-        opened = open_model(source, tokenizer=tokenizer)
-    except UserError as error:
-        raise UserError(f"cannot open {source}, the base model that the adapter in {folder} names: {error}") from error
-    if sha256 and weights_hash(opened.model.state_dict()) != sha256:
-        raise CheckpointError(f"the weights in {source} are not those that the adapter in {folder} was trained on")
-    merged = lora.merge_saved_adapter(opened.model, folder).requires_grad_(True)
-    return OpenedModel(merged, opened.tokenizer, str(folder))
-
-
 def _open_file(path, folder):
     checkpoint = read_checkpoint(path)
     config, step, val_loss = (checkpoint.get(name) for name in ("config", "step", "val_loss"))
@@ -122,8 +118,7 @@ def _open_file(path, folder):
     val_loss = val_loss if isinstance(val_loss, (int, float)) else None
     model = build_model(config, checkpoint.get("model"), path)
     tokenizer = _stored_tokenizer(checkpoint.get("tokenizer"), model.config.vocab_size, folder)
-    extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
-    return OpenedModel(model, tokenizer, str(path), step, val_loss, extra)
+    return OpenedModel(model, tokenizer, str(path), step, val_loss, checkpoint.get("base"))
 
 
 def _stored_tokenizer(entry, vocab_size, folder):
@@ -136,22 +131,15 @@ def build_model(config, state, source):
     """Build the GPT or Classifier of a checkpoint's config (dict) and state dict, in fp32. Raises CheckpointError."""
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
+    state = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(k)): v for k, v in state.items()}      # torch.compile's, DDP's
+    state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}    # causal masks
+    kind = GPT
+    if "labels" in config:
+        from exactgpt.classifier import Classifier as kind
     try:
-        return (Classifier if "labels" in config else GPT).from_state(config, normalize_state_dict(state)).float()
+        return kind.from_state(config, state).float()
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-
-
-def normalize_state_dict(state):
-    """Return a state dict without the key prefixes of torch.compile and DDP and without stored causal masks."""
-    cleaned = {}
-    for key, tensor in state.items():
-        key = str(key)
-        while key.startswith(("_orig_mod.", "module.")):
-            key = key.split(".", 1)[1]
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            cleaned[key] = tensor
-    return cleaned
 
 
 def newest_model(log_dir="logs"):
@@ -192,10 +180,7 @@ def _download_model(name):
 
 
 def read_pretrained(folder):
-    """Read (config, state) from a Hugging Face folder: GPTConfig's fields as a dict, our state dict in fp32.
-
-    Raises UserError.
-    """
+    """Read (GPTConfig's fields as a dict, our state dict in fp32) from a Hugging Face folder. Raises UserError."""
     config, state = config_from_huggingface(folder / "config.json"), {}
     safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
     if not safetensors.exists() and not pickled.exists():
@@ -206,11 +191,9 @@ def read_pretrained(folder):
                   else torch.load(pickled, map_location="cpu", weights_only=True))
     except Exception as error:  # safetensors and torch raise many kinds for damaged files
         raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
-    if not isinstance(theirs, dict):
-        raise UserError(f"{pickled} holds a {type(theirs).__name__}, not a dict of weights")
+    if not isinstance(theirs, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in theirs.values()):
+        raise UserError(f"{pickled} holds something else than a dict of tensors; use another copy of the model")
     for key, tensor in theirs.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"the weights' entry {key!r} is not a tensor")
         if not key.startswith(("transformer.", "lm_head.", "score.")):
             key = f"transformer.{key}"
         if key.endswith(TRANSPOSED) and tensor.dim() == 2:

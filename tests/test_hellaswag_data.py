@@ -49,12 +49,12 @@ def test_the_two_styles_render_as_their_originals():
 
 @pytest.mark.parametrize("style, change, message", [
     ("karpathy", dict(ctx=None), "'ctx' is missing or not a string"),
-    ("karpathy", dict(ctx="  "), "the context is empty"),
+    ("karpathy", dict(ctx="  "), "the context or an ending is empty"),
     ("karpathy", dict(endings=["a", "b", "c"]), "'endings' must be a list of 4 strings"),
     ("karpathy", dict(endings=["a", "b", "c", 4]), "'endings' must be a list of 4 strings"),
     ("karpathy", dict(endings="abcd"), "'endings' must be a list of 4 strings"),
-    ("karpathy", dict(endings=["a", "b", " ", "d"]), "ending 2 is empty"),
-    ("lm_eval", dict(endings=["a", "[title]", "c", "d"]), "ending 1 is empty"),
+    ("karpathy", dict(endings=["a", "b", " ", "d"]), "the context or an ending is empty"),
+    ("lm_eval", dict(endings=["a", "[title]", "c", "d"]), "the context or an ending is empty"),
     ("karpathy", dict(label=4), "'label' must be 0 to 3, but is 4"),
     ("karpathy", dict(label=-1), "'label' must be 0 to 3, but is -1"),
     ("karpathy", dict(label=True), "'label' must be 0 to 3, but is True"),

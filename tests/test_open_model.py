@@ -156,9 +156,9 @@ def test_weights_of_something_else_are_one_line(saved):
     (folder / "model.safetensors").unlink()
     assert "holds neither model.safetensors nor pytorch_model.bin" in refusal(folder)
     torch.save([1, 2], folder / "pytorch_model.bin")
-    assert "holds a list, not a dict" in refusal(folder)
+    assert "pytorch_model.bin holds something else than a dict of tensors" in refusal(folder)
     torch.save({"wte.weight": 1.0}, folder / "pytorch_model.bin")
-    assert "entry 'wte.weight' is not a tensor" in refusal(folder)
+    assert "pytorch_model.bin holds something else than a dict of tensors" in refusal(folder)
 
 
 def test_a_hub_name_without_network_mentions_the_network():
