@@ -168,8 +168,11 @@ def parse_example(item, style, where):
     if style == "karpathy":
         context = text("ctx")
     else:
-        has_parts = "ctx_a" in item and "ctx_b" in item
-        ctx_a, ctx_b = (text("ctx_a"), text("ctx_b")) if has_parts else split_context(text("ctx"))
+        if "ctx_a" in item and "ctx_b" in item:
+            ctx_a, ctx_b = text("ctx_a"), text("ctx_b")
+        else:      # ctx_b is what follows the last sentence end, if it starts in lower case
+            split = re.fullmatch(r"(.*[.!?][\"')\]]*)\s+(.*)", text("ctx"), re.DOTALL)
+            ctx_a, ctx_b = split.groups() if split and split[2][:1].islower() else (text("ctx"), "")
         context = without_markup(f"{text('activity_label')}: {ctx_a} {ctx_b.capitalize()}")
         endings = [without_markup(e) for e in endings]
     if not all(part.strip() for part in (context, *endings)):
@@ -177,14 +180,6 @@ def parse_example(item, style, where):
     if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
         raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
     return Example(context, tuple(endings), int(label))
-
-
-def split_context(ctx):
-    """Split a context into (ctx_a, ctx_b): ctx_b is the text after the last sentence end if it starts in lower case."""
-    ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*\s+", ctx)]
-    if ends and ctx[ends[-1]:][:1].islower():
-        return ctx[:ends[-1]].rstrip(), ctx[ends[-1]:]
-    return ctx, ""
 
 
 @dataclass(frozen=True)
@@ -197,10 +192,7 @@ class PreparedHellaSwag:
 
 
 def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="", limit=0):
-    """Load and tokenize HellaSwag for a model. path: a file of examples (default: the data set, downloaded if missing).
-
-    A collective: rank 0 reads the file, every rank tokenizes. A UserError on rank 0 is raised on every rank.
-    """
+    """Return the examples in a file (default: the data set) as a PreparedHellaSwag. A collective; rank 0 reads it."""
     examples = runtime.broadcast(lambda: load_hellaswag(path or fetch_hellaswag(), style, limit))
     return tokenize_examples(examples, tokenizer, block_size, style)
 

@@ -36,8 +36,7 @@ class InferenceConfig(DeviceConfig):
     stream: bool = flag(False, "print the text while it is generated", group="text")
     checkpoint: str = flag("", "model_XXXXX.pt, a LoRA adapter, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
-    temperature: float = flag(1.0, "sampling temperature: higher is more random, 0 takes the likeliest token",
-                              group="sampling", low=0.0)
+    temperature: float = flag(1.0, "higher is more random, 0 takes the likeliest token", group="sampling", low=0.0)
     top_k: int = flag(50, "sample from the k likeliest tokens (0: all)", group="sampling", low=0)
     top_p: float = flag(1.0, "nucleus sampling: probability mass to keep (1.0: off)", group="sampling", above=0, high=1)
     seed: int = flag(42, "random seed; the same seed gives the same text", group="sampling", low=0)

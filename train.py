@@ -43,7 +43,7 @@ from exactgpt.tokenizer import Tokenizer
 from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
 from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 
-HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch
+HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch, if training's micro-batches have as many
 DRY_RUN_ITEMS = 200        # HellaSwag items in a dry run, of 10,042
 RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
 SLOW_STEP_S = 5            # seconds; in longer steps check for a stop after each micro-batch: torchrun sends SIGKILL
@@ -431,7 +431,6 @@ def loop(run, progress, config, runtime, log, hellaswag):
     # The tokens of step s are a function of (seed, s), so the loader has no state to save: it can start at any step.
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, first_step,
                          progress.last_step)
-    # no more than in training
     hellaswag_tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)
     with closing(loader):
         # Iteration k evaluates and saves the weights after k steps, then trains step k. One more, k = last_step, only

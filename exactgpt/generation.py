@@ -52,8 +52,7 @@ class Continuation:
 def stream(model, tokenizer, prompts, *, stop=(), **options):
     """Continue texts; yield the same list of Continuations, one a prompt, after each step, until all have ended.
 
-    An empty prompt begins a new document. stop: texts; a continuation ends before the first of them. model and
-    options: those of generate_ids.
+    An empty prompt begins a new document. A continuation ends before the first stop text. Else as in generate_ids.
     """
     continuations = [Continuation(tokenizer, stop) for _ in prompts]
     ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
@@ -105,11 +104,10 @@ def alpaca_prompt(instruction, input=""):
 def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, seed=42, temperature=1.0, top_k=50, top_p=1.0):
     """Continue rows of token ids; yield each step's new ids as a list, with None for rows that have ended.
 
-    model: a Decoder, or a GPT in eval mode, which computes in the dtype of its parameters. A Decoder runs one
-    generation at a time; the next one reuses its cache. prompts: at least one list of at least one id. n_vocab: ids
-    from here on are padding of the embedding and never sampled. eot: a row ends before this id. seed: a number or a
-    tuple of numbers. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens. When a row fills the window, its
-    last block_size // 2 tokens are read again, because learned positions cannot slide.
+    model: a Decoder, which runs one generation at a time, or a GPT in eval mode. prompts: at least one list of at least
+    one id. n_vocab: ids from here on are padding of the embedding and never sampled. eot: a row ends before this id.
+    seed: a number or a tuple of numbers. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens. When a row fills
+    the window, its last block_size // 2 tokens are read again, because learned positions cannot slide.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     on_cuda = decoder.device.type == "cuda"
@@ -211,11 +209,7 @@ class Decoder:
 
 
 def make_decoder(model, device, dtype, compile="auto"):
-    """Return a Decoder for a model on a device and in a torch.dtype; the model itself is converted.
-
-    compile: "auto" for what is fast at once (CUDA graphs on a GPU, packed weights for bf16 on a CPU), "on" for
-    torch.compile too on a GPU, "off" for neither.
-    """
+    """Return a Decoder for a model, which is converted, on a device and in a torch.dtype. compile: see inference.py."""
     keep_freed_memory(device)
     model = model.to(device=device, dtype=dtype).eval()
     if compile != "off" and device.type == "cpu" and dtype == torch.bfloat16:

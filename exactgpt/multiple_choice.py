@@ -38,25 +38,21 @@ def pack_question(context, endings, block_size):
     context: at least one id; endings: lists of ids. What is too long even for one ending is cut from the left, only as
     far as that ending needs, as lm-evaluation-harness does.
     """
-    if len(context) + sum(len(e) - 1 for e in endings) <= block_size:
-        return [pack_endings(context, dict(enumerate(endings)))]
+    parts = [(context, dict(enumerate(endings)))]      # of each sequence: its context, {number: its ending}
+    if len(context) + sum(len(e) - 1 for e in endings) > block_size:
+        windows = [(context + ending)[-(block_size + 1):] for ending in endings]
+        n_scored = [min(len(ending), block_size) for ending in endings]
+        parts = [(window[:-n], {k: window[-n:]}) for k, (window, n) in enumerate(zip(windows, n_scored))]
     sequences = []
-    for k, ending in enumerate(endings):
-        window = (context + ending)[-(block_size + 1):]
-        n_scored = min(len(ending), block_size)
-        sequences.append(pack_endings(window[:-n_scored], {k: window[-n_scored:]}))
+    for context, endings in parts:
+        n = len(context)
+        inputs, targets = [(token, i, 0) for i, token in enumerate(context)], []
+        for k, ending in endings.items():
+            predict_at = [n - 1, *range(len(inputs), len(inputs) + len(ending) - 1)]   # n - 1: the context's last token
+            targets += [(i, token, k) for i, token in zip(predict_at, ending)]
+            inputs += [(token, i, k + 1) for i, token in enumerate(ending[:-1], n)]
+        sequences.append(PackedSequence(np.array(inputs, dtype=np.int32).T, np.array(targets, dtype=np.int32).T))
     return sequences
-
-
-def pack_endings(context, endings):
-    """Pack a context (at least one id) and some of its endings, {number: ids}, into a PackedSequence."""
-    n = len(context)
-    inputs, targets = [(token, i, 0) for i, token in enumerate(context)], []
-    for k, ending in endings.items():
-        predict_at = [n - 1, *range(len(inputs), len(inputs) + len(ending) - 1)]   # n - 1: the context's last token
-        targets += [(i, token, k) for i, token in zip(predict_at, ending)]
-        inputs += [(token, i, k + 1) for i, token in enumerate(ending[:-1], n)]
-    return PackedSequence(np.array(inputs, dtype=np.int32).T, np.array(targets, dtype=np.int32).T)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ tokenizer files). Hugging Face format differs from ours: Conv1D stores matrices 
 prefix "transformer."; causal masks may be stored as buffers; the tied output layer is omitted; biases are always
 present; the embedding has no padding rows.
 """
-import functools
 import json
 import re
 import sys
@@ -46,10 +45,9 @@ class OpenedModel:
 
     def summary(self):
         """Return source, size, step and validation loss in one line."""
-        facts = [f"{self.model.n_params():,} parameters"]
-        facts += [f"step {self.step}"] if self.step is not None else []
-        facts += [f"validation loss {self.val_loss:.4f}"] if self.val_loss is not None else []
-        return f"{self.source}: {', '.join(facts)}"
+        step = "" if self.step is None else f", step {self.step}"
+        loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
+        return f"{self.source}: {self.model.n_params():,} parameters{step}{loss}"
 
 
 def open_model(source, classifiers=False, tokenizer=""):
@@ -160,55 +158,26 @@ def _download_model(name):
     If the hub cannot be reached, use an earlier download, if any.
     """
     from huggingface_hub import logging, snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     from exactgpt import hub
     logging.set_verbosity_error()      # it would print a line per retry
     print(f"{name} is not a local folder; looking on the Hugging Face hub", file=sys.stderr)
-    fetch = functools.partial(snapshot_download, name, local_files_only=not hub.reachable())
+    offline, files = not hub.reachable(), ["config.json", "model.safetensors"]
     try:
-        vocabulary = "merges.txt", "vocab.json", "tokenizer.json"
-        folder = Path(fetch(allow_patterns=["config.json", "model.safetensors", *vocabulary]))
+        folder = Path(snapshot_download(name, local_files_only=offline,
+                                        allow_patterns=[*files, "merges.txt", "vocab.json", "tokenizer.json"]))
         if not (folder / "model.safetensors").exists():
-            fetch(allow_patterns="pytorch_model.bin")
+            snapshot_download(name, local_files_only=offline, allow_patterns="pytorch_model.bin")
         return folder
-    except HFValidationError as error:
-        raise UserError(f"{name} is neither a folder nor a model on the Hugging Face hub") from error
     except Exception as error:      # each version raises its own mix of exceptions
-        raise UserError(f"cannot download {name} from the Hugging Face hub ({type(error).__name__}); check the name "
-                        "and the network, or use a folder with config.json and model.safetensors") from error
+        raise UserError(f"{name} is no folder and cannot be downloaded from the Hugging Face hub ("
+                        f"{type(error).__name__}); check the name and the network, or use a folder with "
+                        f"{' and '.join(files)}") from error
 
 
 def read_pretrained(folder):
     """Read (GPTConfig's fields as a dict, our state dict in fp32) from a Hugging Face folder. Raises UserError."""
-    config, state = config_from_huggingface(folder / "config.json"), {}
-    safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if not safetensors.exists() and not pickled.exists():
-        raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-    try:
-        from safetensors.torch import load_file
-        theirs = (load_file(safetensors) if safetensors.exists()
-                  else torch.load(pickled, map_location="cpu", weights_only=True))
-    except Exception as error:  # safetensors and torch raise many kinds for damaged files
-        raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
-    if not isinstance(theirs, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in theirs.values()):
-        raise UserError(f"{pickled} holds something else than a dict of tensors; use another copy of the model")
-    for key, tensor in theirs.items():
-        if not key.startswith(("transformer.", "lm_head.", "score.")):
-            key = f"transformer.{key}"
-        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
-            tensor = tensor.t()
-        state[key] = tensor.to(torch.float32).contiguous()
-    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
-    has_own_head = head is not None and (embedding is None or not torch.equal(head, embedding))
-    config["tie_word_embeddings"] = config["tie_word_embeddings"] and not has_own_head and "labels" not in config
-    if config["tie_word_embeddings"]:
-        state.pop("lm_head.weight", None)
-    return config, state
-
-
-def config_from_huggingface(path):
-    """Read GPTConfig's fields, as a dict, from a Hugging Face config.json. Raises UserError if it is not a GPT-2."""
+    path = folder / "config.json"
     stored = read_json(path)
     try:
         supported = {"model_type": ["gpt2"], "activation_function": list(ACTIVATION_NAMES),
@@ -224,16 +193,37 @@ def config_from_huggingface(path):
         if stored.get("architectures") == [HF_CLASSIFIER]:
             names = stored.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})       # transformers' defaults
             config["labels"] = [names[str(i)] for i in range(len(names))]
-        return config
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the config of a GPT-2 model ({error})") from error
 
+    safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if not safetensors.exists() and not pickled.exists():
+        raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    try:
+        from safetensors.torch import load_file
+        theirs = (load_file(safetensors) if safetensors.exists()
+                  else torch.load(pickled, map_location="cpu", weights_only=True))
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
+    if not isinstance(theirs, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in theirs.values()):
+        raise UserError(f"{pickled} holds something else than a dict of tensors; use another copy of the model")
+    state = {}
+    for key, tensor in theirs.items():
+        if not key.startswith(("transformer.", "lm_head.", "score.")):
+            key = f"transformer.{key}"
+        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.t()
+        state[key] = tensor.to(torch.float32).contiguous()
+    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    has_own_head = head is not None and (embedding is None or not torch.equal(head, embedding))
+    config["tie_word_embeddings"] = config["tie_word_embeddings"] and not has_own_head and "labels" not in config
+    if config["tie_word_embeddings"]:
+        state.pop("lm_head.weight", None)
+    return config, state
+
 
 def _folder_tokenizer(folder, vocab_size, fallback):
-    """Return a folder's Tokenizer, else that of the folder `fallback`, else GPT-2's; None if it is not the model's.
-
-    Reads merges.txt and vocab.json, or else tokenizer.json. Raises UserError if they are damaged.
-    """
+    """Return a folder's Tokenizer, else that of the folder `fallback`, else GPT-2's; None if it is not the model's."""
     merges, whole = folder / "merges.txt", folder / "tokenizer.json"
     try:
         if merges.exists():

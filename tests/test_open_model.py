@@ -168,7 +168,7 @@ def test_a_hub_name_without_network_mentions_the_network():
 
 
 def test_an_invalid_hub_name_is_an_error(tmp_path):
-    assert "is neither a folder nor a model" in refusal(tmp_path / "no" / "such" / "folder")
+    assert "is no folder and cannot be downloaded" in refusal(tmp_path / "no" / "such" / "folder")
 
 
 def test_reading_changes_no_file(saved, tmp_path):
