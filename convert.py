@@ -15,7 +15,7 @@ import torch
 
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.config import RunFailed, TokenizerConfig, check_new, flag, human_bytes, parse_config, run_script
-from exactgpt.open_model import build_model, newest_model, open_model, read_pretrained, write_pretrained
+from exactgpt.open_model import build_model, open_model, read_pretrained, write_pretrained
 
 TEST_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 
@@ -25,8 +25,7 @@ class ConvertConfig(TokenizerConfig):
     """The flags of this script."""
     checkpoint: str = flag("", "model to convert: model_XXXXX.pt, a Hugging Face folder or a hub name such as gpt2 "
                                "(default: the newest model below logs/)", group="files")
-    out: str = flag(help="what to write: a new folder in Hugging Face format, or NAME.pt in our format (required)",
-                    group="files")
+    out: str = flag(help="a new folder for Hugging Face format, or NAME.pt for our format (required)", group="files")
 
 
 def main(argv=None):
@@ -34,7 +33,7 @@ def main(argv=None):
     config = parse_config(ConvertConfig, argv, __doc__.splitlines()[0])
     out = Path(config.out)
     check_new(out, folder=out.suffix != ".pt")
-    opened = open_model(config.checkpoint or newest_model(), classifiers=True, tokenizer=config.tokenizer)
+    opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     model, tokenizer = opened.model.eval(), opened.tokenizer
     print(opened.summary())
     if out.suffix == ".pt":

@@ -29,7 +29,7 @@ from exactgpt.config import DeviceConfig, UserError, atomic_write, check_new, fl
 from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
 from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
-from exactgpt.open_model import newest_model, open_model
+from exactgpt.open_model import open_model
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # of its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
@@ -49,6 +49,9 @@ REFERENCES = {
 Example = namedtuple("Example", "context endings label")
 # over n examples: acc by the summed loss, acc_norm by the loss per length
 HellaSwagScore = namedtuple("HellaSwagScore", "acc acc_norm n")
+# the PackedSequences of each example; (n,) indices of the right endings; (n, 4) divisors of the losses for acc_norm;
+# number of examples whose context was cut to fit the window
+PreparedHellaSwag = namedtuple("PreparedHellaSwag", "questions labels lengths n_cut")
 
 
 @dataclass(kw_only=True)
@@ -89,8 +92,7 @@ def score_checkpoint(config, runtime):
     """Score the model that the flags name; print the result and write it to --json."""
     if config.json:
         runtime.broadcast(lambda: check_new(config.json))
-    opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint or newest_model(),
-                                                 tokenizer=config.tokenizer).with_tokenizer())
+    opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
     runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,
@@ -180,15 +182,6 @@ def parse_example(item, style, where):
     if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
         raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
     return Example(context, tuple(endings), int(label))
-
-
-@dataclass(frozen=True)
-class PreparedHellaSwag:
-    """The benchmark, tokenized and packed for one model."""
-    questions: list          # the PackedSequences of each example (multiple_choice.py)
-    labels: np.ndarray       # (n,) index of the right ending
-    lengths: np.ndarray      # (n, 4) divisor of each ending's loss for acc_norm
-    n_cut: int               # examples whose context was cut to fit the window
 
 
 def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="", limit=0):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from exactgpt.config import DeviceConfig, UserError, flag, parse_config, read_text, run_script, with_changes
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
-from exactgpt.open_model import newest_model, open_model
+from exactgpt.open_model import open_model
 
 
 @dataclass(kw_only=True)
@@ -58,8 +58,17 @@ def main(argv=None):
     config = parse_config(InferenceConfig, argv, __doc__.splitlines()[0])
     with contextlib.suppress(AttributeError):              # sys.stdout of a test or notebook has no reconfigure()
         sys.stdout.reconfigure(errors="replace")           # "?" for what the terminal's encoding lacks
-    prompts = collect_prompts(config)      # none: read them from the terminal
-    opened = open_model(config.checkpoint or newest_model(), tokenizer=config.tokenizer).with_tokenizer()
+    if config.instruction:
+        prompts = [alpaca_prompt(config.instruction, config.input)]
+    else:
+        texts = [read_text(path) for path in config.prompt_file]
+        on_terminal = sys.stdin and sys.stdin.isatty()     # without any prompt they are read there
+        if not (config.prompt or texts or on_terminal):
+            texts = [read_text(None) if sys.stdin else ""]
+            if not texts[0].strip("\r\n"):
+                raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
+        prompts = [*config.prompt, *(text.replace("\r\n", "\n").removesuffix("\n") for text in texts)]
+    opened = open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe_hardware(device))
     print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
@@ -74,18 +83,6 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and not any(phrase in str(error) for phrase in phrases):
             raise
         raise UserError("out of memory: try a smaller --num_seq or --max_tokens, or fewer prompts") from error
-
-
-def collect_prompts(config):
-    """Return the prompts from flags, files or a pipe, [] to read them from a terminal. Raises UserError."""
-    if config.instruction:
-        return [alpaca_prompt(config.instruction, config.input)]
-    texts = [read_text(path) for path in config.prompt_file]
-    if not (config.prompt or texts or (sys.stdin and sys.stdin.isatty())):
-        texts = [read_text(None) if sys.stdin else ""]     # None: standard input
-        if not texts[0].strip("\r\n"):
-            raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
-    return [*config.prompt, *(text.replace("\r\n", "\n").removesuffix("\n") for text in texts)]
 
 
 def run_interactively(decoder, tokenizer, config):

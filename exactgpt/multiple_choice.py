@@ -10,7 +10,7 @@ the context's, as if it stood there alone:
 That is half the tokens of a row per ending, and the output layer runs only where a target is predicted.
 Shapes: B sequences, T tokens of a sequence, S targets of all sequences, C channels, V vocabulary.
 """
-from dataclasses import dataclass
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -24,12 +24,9 @@ LENGTH_MULTIPLE = 16     # pad T to a multiple of this: 18 lengths for HellaSwag
 BATCH_TOKENS = 8192      # per forward pass; the logits take 3 GB, most of the memory
 CPU_BATCH_TOKENS = 2048
 
-
-@dataclass(frozen=True)
-class PackedSequence:
-    """A context with endings as the model reads it, and the tokens to score."""
-    inputs: np.ndarray     # (3, T): token ids, positions and segments, which are 0 in the context, k + 1 in ending k
-    targets: np.ndarray    # (3, S): index in T whose logits predict the target, its token id, the ending it is from
+# inputs (3, T): token ids, positions and segments, which are 0 in the context, k + 1 in ending k
+# targets (3, S): index in T whose logits predict the target, its token id, the ending it is from
+PackedSequence = namedtuple("PackedSequence", "inputs targets")
 
 
 def pack_question(context, endings, block_size):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
+from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint, weights_hash
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, require_same_vocabulary
 from model import GPT, GPTConfig
@@ -51,14 +51,14 @@ class OpenedModel:
 
 
 def open_model(source, classifiers=False, tokenizer=""):
-    """Open a checkpoint file, a Hugging Face folder or hub name, a LoRA adapter or a run's newest checkpoint.
+    """Open a checkpoint file, a Hugging Face folder or hub name, a LoRA adapter, or the newest model below a folder.
 
-    Checkpoints may be ours, nanoGPT's or build-nanogpt's; an adapter is merged into its base model.
+    source: "" stands for logs/. Checkpoints may be ours or nanoGPT's; an adapter is merged into its base model.
     classifiers: accept a Classifier too. tokenizer: a folder with the vocabulary, for a source without one.
     Raises UserError naming the file and what is wrong with it, or if the vocabulary is not the model's.
     """
     from exactgpt import lora
-    path = Path(source)
+    path = Path(source or newest_model())
     if path.is_file() or path.suffix == ".pt":
         opened = _open_file(path, tokenizer)
     elif (path / lora.CONFIG_NAME).is_file():
@@ -72,9 +72,6 @@ def open_model(source, classifiers=False, tokenizer=""):
         merged = lora.merge_saved_adapter(opened.model, path).requires_grad_(True)
         opened = OpenedModel(merged, opened.tokenizer, str(path))
     elif path.is_dir() and not (path / "config.json").exists():
-        if not list_checkpoints(path):
-            raise UserError(f"{source} holds neither a model_XXXXX.pt nor a config.json; name the folder of a run, or "
-                            "of a model in Hugging Face format")
         opened = _open_file(newest_model(path), tokenizer)
     else:
         folder = path if path.is_dir() else _download_model(str(source))
@@ -84,12 +81,12 @@ def open_model(source, classifiers=False, tokenizer=""):
     if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # the model was not trained with it
         opened.tokenizer = None
     if tokenizer and opened.tokenizer is None:
-        raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {source}, which has {n_rows:,} tokens; "
-                        "leave it out or name the right folder")
+        raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {opened.source}, which has {n_rows:,} "
+                        "tokens; leave it out or name the right folder")
     labels = getattr(opened.model.config, "labels", None)
     if labels and not classifiers:
-        raise UserError(f"{source} is a classifier ({', '.join(labels)}), not a language model; use python "
-                        f"finetune_classifier.py --checkpoint {source} --predict \"...\"")
+        raise UserError(f"{opened.source} is a classifier ({', '.join(labels)}), not a language model; use python "
+                        f"finetune_classifier.py --checkpoint {opened.source} --predict \"...\"")
     return opened
 
 
@@ -141,11 +138,11 @@ def build_model(config, state, source):
 
 
 def newest_model(log_dir="logs"):
-    """Return the newest model_XXXXX.pt anywhere below `log_dir`. Raises UserError if there is none."""
+    """Return the newest model_XXXXX.pt anywhere below a folder. Raises UserError if there is none."""
     files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
     if not files:
-        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with "
-                        "--checkpoint (a file, a Hugging Face folder, or gpt2)")
+        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name a "
+                        "model (a file, a folder with a config.json, or gpt2)")
     return max(files, key=lambda p: p.stat().st_mtime)
 
 
@@ -256,8 +253,21 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
     from safetensors.torch import save_file
     n_vocab = tokenizer.n_vocab if tokenizer else config["vocab_size"]
     eot = tokenizer.eot if tokenizer else None
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
+    dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
+    if "labels" in config:     # transformers reads the label at the last token that is not padding
+        head = dict(architectures=[HF_CLASSIFIER], id2label={str(i): label for i, label in enumerate(config["labels"])},
+                    label2id={label: i for i, label in enumerate(config["labels"])}, pad_token_id=eot,
+                    problem_type="single_label_classification")
+    theirs = dict(**head, model_type="gpt2", vocab_size=n_vocab,
+                  n_positions=config["block_size"], n_ctx=config["block_size"], n_embd=config["n_embd"],
+                  n_layer=config["n_layer"], n_head=config["n_head"], n_inner=None,
+                  activation_function=names[config["activation"]], layer_norm_epsilon=config["layer_norm_eps"],
+                  attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout, initializer_range=0.02,
+                  tie_word_embeddings=config["tie_word_embeddings"], use_cache=True, bos_token_id=eot,
+                  eos_token_id=eot, **FIXED_SETTINGS)
     with new_folder(folder) as temporary:
-        write_json(temporary / "config.json", config_to_huggingface(config, n_vocab, eot))
+        write_json(temporary / "config.json", theirs)
         if "labels" not in config:
             write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
         files = tokenizer_files(tokenizer, config["block_size"], pads="labels" in config) if tokenizer else {}
@@ -271,23 +281,6 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
             raise UserError(f"cannot write the weights in {folder}: {error}") from error
         if check:
             check(temporary)
-
-
-def config_to_huggingface(config, n_vocab, eot):
-    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json; eot: end-of-text or None."""
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
-    dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
-    if "labels" in config:     # transformers reads the label at the last token that is not padding
-        head = dict(architectures=[HF_CLASSIFIER], id2label={str(i): label for i, label in enumerate(config["labels"])},
-                    label2id={label: i for i, label in enumerate(config["labels"])}, pad_token_id=eot,
-                    problem_type="single_label_classification")
-    return dict(**head, model_type="gpt2", vocab_size=n_vocab,
-                n_positions=config["block_size"], n_ctx=config["block_size"], n_embd=config["n_embd"],
-                n_layer=config["n_layer"], n_head=config["n_head"], n_inner=None,
-                activation_function=names[config["activation"]], layer_norm_epsilon=config["layer_norm_eps"],
-                attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout, initializer_range=0.02,
-                tie_word_embeddings=config["tie_word_embeddings"], use_cache=True, bos_token_id=eot, eos_token_id=eot,
-                **FIXED_SETTINGS)
 
 
 def state_to_huggingface(config, state, n_vocab):

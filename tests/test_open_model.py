@@ -122,7 +122,7 @@ def test_an_unsupported_config_is_an_error_that_says_why(saved, entries, message
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "is not valid JSON"), ("[]", "must hold a JSON dict"), (None, "neither a model_XXXXX.pt nor a config.json"),
+    ("{", "is not valid JSON"), ("[]", "must hold a JSON dict"), (None, "no model_XXXXX.pt below"),
 ])
 def test_a_damaged_or_missing_config_is_named(saved, text, message):
     _, folder = saved()
