@@ -5,8 +5,6 @@
     python inference.py --stream < story.txt
     python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors."
     python inference.py                            # on a terminal: type one prompt per line, Ctrl-D quits
-
-The default --checkpoint is the newest model below logs/.
 """
 import contextlib
 import itertools
@@ -118,8 +116,7 @@ def print_continuations(decoder, tokenizer, prompts, config, seed):
                    temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     shown = [""] * len(repeated) if config.instruction else repeated
     if not config.stream:
-        *_, last = tqdm(steps, "generating", config.max_tokens, unit="step", leave=False, disable=None)
-        steps = [last]
+        steps = [*tqdm(steps, "generating", config.max_tokens, unit="step", leave=False, disable=None)][-1:]
     n_shown = 0
     for continuations in steps:
         text = ""       # all grow at once, but a terminal can only append: each appears when those before have ended

@@ -150,10 +150,7 @@ def newest_model(log_dir="logs"):
 # reading Hugging Face format
 
 def _download_model(name):
-    """Download config, weights and vocabulary of a model on the hub; return the local folder. Raises UserError.
-
-    If the hub cannot be reached, use an earlier download, if any.
-    """
+    """Download a model's config, weights and vocabulary from the hub, or find an earlier download; return the folder."""
     from huggingface_hub import logging, snapshot_download
 
     from exactgpt import hub
