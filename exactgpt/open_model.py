@@ -150,7 +150,7 @@ def newest_model(log_dir="logs"):
 # reading Hugging Face format
 
 def _download_model(name):
-    """Download a model's config, weights and vocabulary from the hub, or find an earlier download; return the folder."""
+    """Return the folder of a hub model's config, weights and vocabulary, downloaded now or earlier. Raises UserError."""
     from huggingface_hub import logging, snapshot_download
 
     from exactgpt import hub

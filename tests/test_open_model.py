@@ -198,7 +198,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             data = json.dumps([{"type": "file", "path": path, "size": len(data), "oid": path}
                                for path, data in self.files.items()]).encode()
         else:
-            data = self.files[name]
+            data = self.files[name] if name else b""     # /: is there a hub?
         self.send_response(200)
         self.send_header("X-Repo-Commit", commit)
         self.send_header("ETag", f'"{name}"')
