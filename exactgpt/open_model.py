@@ -150,7 +150,7 @@ def newest_model(log_dir="logs"):
 # reading Hugging Face format
 
 def _download_model(name):
-    """Return the folder of a hub model's config, weights and vocabulary, downloaded now or earlier. Raises UserError."""
+    """Return the folder of a hub model's config, weights and vocabulary, downloaded now or before. Raises UserError."""
     from huggingface_hub import logging, snapshot_download
 
     from exactgpt import hub
