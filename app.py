@@ -126,7 +126,7 @@ def shared():
 
 @contextlib.contextmanager
 def locked_model(source, config, on_wait=lambda: None):
-    """Lock the model in memory, loading it first if it or its file is new; yield its (decoder, tokenizer, facts).
+    """Lock the model in memory, loading it first if it or its file is new; yield (decoder, tokenizer, {fact: text}).
 
     on_wait() is called repeatedly while another visitor holds the lock. Raises UserError if it cannot be opened.
     """
@@ -139,24 +139,19 @@ def locked_model(source, config, on_wait=lambda: None):
             models.clear()
             gc.collect()                         # free the old model before loading the new one
             torch.cuda.empty_cache()
-            models[key] = load_model(source, config)
+            opened = open_model(source, tokenizer=config.tokenizer).with_tokenizer()
+            device = choose_device(config.device)
+            dtype = choose_dtype(config.dtype, probe_hardware(device))
+            c = opened.model.config
+            facts = {"Parameters": human_count(opened.model.n_params()),
+                     "Step": "-" if opened.step is None else f"{opened.step:,}",
+                     "Validation loss": "-" if opened.val_loss is None else f"{opened.val_loss:.4f}",
+                     "Layers, heads, channels": f"{c.n_layer}, {c.n_head}, {c.n_embd}",
+                     "Window": f"{c.block_size:,} tokens", "Runs on": f"{device}, {dtype}"}
+            models[key] = make_decoder(opened.model, device, DTYPES[dtype]), opened.tokenizer, facts
         yield models[key]
     finally:
         lock.release()
-
-
-def load_model(source, config):
-    """Open a model and prepare it for generation; return (decoder, tokenizer, facts {name: text}). Raises UserError."""
-    opened = open_model(source, tokenizer=config.tokenizer).with_tokenizer()
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, probe_hardware(device))
-    c = opened.model.config
-    facts = {"Parameters": human_count(opened.model.n_params()),
-             "Step": "-" if opened.step is None else f"{opened.step:,}",
-             "Validation loss": "-" if opened.val_loss is None else f"{opened.val_loss:.4f}",
-             "Layers, heads, channels": f"{c.n_layer}, {c.n_head}, {c.n_embd}",
-             "Window": f"{c.block_size:,} tokens", "Runs on": f"{device}, {dtype}"}
-    return make_decoder(opened.model, device, DTYPES[dtype]), opened.tokenizer, facts
 
 
 @st.cache_data(max_entries=100, show_spinner="Loading the model, or waiting for another visitor ...")
@@ -197,16 +192,11 @@ def show_write_tab(source, settings, config):
         _, table = look_up(source, modified, choices.get(after, prompt), config)
         bars = st.column_config.ProgressColumn(format="percent", max_value=table["Probability"][0])
         st.dataframe(table, row_height=30, column_config={"Probability": bars})
-    if start:
-        generate_texts(generated, settings, config, place)
-        st.rerun()
-
-
-def generate_texts(generated, settings, config, place):
-    """Generate into `generated`, showing the texts in `place` as they grow; Streamlit aborts in there on a click."""
-    prompts = [generated.prompt] * settings.pop("n_samples")
+    if not start:
+        return
+    prompts = [prompt] * settings.pop("n_samples")
     on_wait = lambda: place.info("Another visitor is generating; you are next.")
-    with locked_model(generated.source, config, on_wait) as (decoder, tokenizer, _):
+    with locked_model(source, config, on_wait) as (decoder, tokenizer, _):
         begin, last_shown = time.perf_counter(), 0.0
         for continuations in stream(decoder, tokenizer, prompts, **settings):
             generated.texts = [c.text for c in continuations]
@@ -214,7 +204,8 @@ def generate_texts(generated, settings, config, place):
             generated.seconds = time.perf_counter() - begin
             if generated.seconds - last_shown > FRAME_S:
                 last_shown = generated.seconds
-                show_texts(place, generated, CARET)
+                show_texts(place, generated, CARET)      # a click aborts the run in here
+    st.rerun()
 
 
 def show_texts(place, generated, caret=""):

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import save_checkpoint
-from exactgpt.classifier import Classifier
 from exactgpt.config import RunFailed, TokenizerConfig, check_new, flag, human_bytes, parse_config, run_script
-from exactgpt.open_model import build_model, newest_model, open_model, read_pretrained, write_pretrained
+from exactgpt.open_model import build_model, open_model, read_pretrained, write_pretrained
 
 TEST_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 
@@ -26,8 +25,7 @@ class ConvertConfig(TokenizerConfig):
     """The flags of this script."""
     checkpoint: str = flag("", "model to convert: model_XXXXX.pt, a Hugging Face folder or a hub name such as gpt2 "
                                "(default: the newest model below logs/)", group="files")
-    out: str = flag(help="what to write: a new folder in Hugging Face format, or NAME.pt in our format (required)",
-                    group="files")
+    out: str = flag(help="a new folder for Hugging Face format, or NAME.pt for our format (required)", group="files")
 
 
 def main(argv=None):
@@ -35,11 +33,11 @@ def main(argv=None):
     config = parse_config(ConvertConfig, argv, __doc__.splitlines()[0])
     out = Path(config.out)
     check_new(out, folder=out.suffix != ".pt")
-    opened = open_model(config.checkpoint or newest_model(), classifiers=True, tokenizer=config.tokenizer)
+    opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     model, tokenizer = opened.model.eval(), opened.tokenizer
     print(opened.summary())
     if out.suffix == ".pt":
-        base = {k: v for k, v in opened.extra.items() if k == "base"}      # the model that it was fine-tuned from
+        base = dict(base=opened.base) if opened.base else {}
         save_checkpoint(out, dict(model=model.state_dict(), config=model.config_dict(), step=opened.step,
                                   val_loss=opened.val_loss, tokenizer=tokenizer and tokenizer.to_checkpoint(), **base))
         print(f"wrote {out} ({human_bytes(out.stat().st_size)})")
@@ -52,7 +50,7 @@ def main(argv=None):
     if tokenizer is None:
         print("note: the checkpoint has no tokenizer, so the converted model reads and writes only token ids")
         return
-    script, text, task = (("finetune_classifier.py", "--predict", "classification") if isinstance(model, Classifier)
+    script, text, task = (("finetune_classifier.py", "--predict", "classification") if hasattr(model.config, "labels")
                           else ("inference.py", "--prompt", "generation"))
     print(f'next: python {script} --checkpoint {out} {text} "..."')
     if out.suffix != ".pt":
@@ -61,10 +59,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def verify_export(folder, model, tokenizer):
-    """Read an export back with our reader and, if installed, transformers; compare it and print the result.
-
-    Raises RunFailed if weights differ at all, logits by more than rounding, or a text's token ids at all.
-    """
+    """Raise RunFailed if our reader or transformers (if installed) reads something else than was exported."""
     print("written; comparing it with the original ...", flush=True)
     n_vocab = tokenizer.n_vocab if tokenizer else model.config.vocab_size
     ids = torch.randint(n_vocab, (2, min(64, model.config.block_size)), generator=torch.Generator().manual_seed(0))
@@ -91,7 +86,7 @@ def verify_export(folder, model, tokenizer):
         import transformers
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        classifies = isinstance(model, Classifier)
+        classifies = hasattr(model.config, "labels")
         kind = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
         theirs = kind.from_pretrained(folder).eval()
         results.append(check_logits(theirs(ids).logits, f"transformers {transformers.__version__}"))

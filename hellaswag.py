@@ -10,8 +10,6 @@ There are two styles; their scores are not comparable:
                summed losses of the endings, acc_norm their mean losses per token
     lm_eval    lm-evaluation-harness': the topic before the context, WikiHow's [brackets] removed, context and ending
                tokenized together; acc compares the summed losses, acc_norm the losses per character
-
-train.py uses prepare_hellaswag() and evaluate_hellaswag(), too.
 """
 import exactgpt.launch  # noqa: F401  before torch, see there
 
@@ -20,26 +18,18 @@ import json
 import math
 import re
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from exactgpt.config import (
-    DeviceConfig,
-    UserError,
-    atomic_write,
-    check_new,
-    flag,
-    parse_config,
-    run_script,
-    write_json,
-)
+from exactgpt.config import DeviceConfig, UserError, atomic_write, check_new, flag, parse_config, run_script, write_json
+from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
-from exactgpt.documents import read_objects
 from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
-from exactgpt.open_model import newest_model, open_model
+from exactgpt.open_model import open_model
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # of its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
@@ -54,6 +44,14 @@ REFERENCES = {
     # lm-evaluation-harness' scores, as build-nanogpt's hellaswag.py quotes them
     "lm_eval": [("GPT-2 124M", "0.2892", "0.3114"), ("GPT-2 1558M", "0.4004", "0.5089")],
 }
+
+# context: text; endings: N_ENDINGS texts, without the space before them; label: the index of the right one
+Example = namedtuple("Example", "context endings label")
+# over n examples: acc by the summed loss, acc_norm by the loss per length
+HellaSwagScore = namedtuple("HellaSwagScore", "acc acc_norm n")
+# the PackedSequences of each example; (n,) indices of the right endings; (n, 4) divisors of the losses for acc_norm;
+# number of examples whose context was cut to fit the window
+PreparedHellaSwag = namedtuple("PreparedHellaSwag", "questions labels lengths n_cut")
 
 
 @dataclass(kw_only=True)
@@ -94,30 +92,29 @@ def score_checkpoint(config, runtime):
     """Score the model that the flags name; print the result and write it to --json."""
     if config.json:
         runtime.broadcast(lambda: check_new(config.json))
-    opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint or newest_model(),
-                                                 tokenizer=config.tokenizer).with_tokenizer())
+    opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
     runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,
                                   config.limit)
     runtime.setup_done()
     begin = time.perf_counter()
-    score = evaluate_hellaswag(model, hellaswag, runtime, config.batch_tokens, progress="HellaSwag")
+    score = evaluate_hellaswag(model, hellaswag, runtime, config.batch_tokens)
     seconds = time.perf_counter() - begin
     stderr, stderr_norm = (math.sqrt(p * (1 - p) / max(1, score.n - 1)) for p in (score.acc, score.acc_norm))
-    runtime.print(f"HellaSwag, {score.style} style, {score.n:,} examples"
-                  + ("" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})"))
+    of = "" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})"
+    runtime.print(f"HellaSwag, {config.style} style, {score.n:,} examples{of}")
     ours = "this model", f"{score.acc:.4f} ± {stderr:.4f}", f"{score.acc_norm:.4f} ± {stderr_norm:.4f}"
-    rows = [("", "acc", "acc_norm"), ours, *REFERENCES[score.style], ("guessing", "0.2500", "0.2500")]
+    rows = [("", "acc", "acc_norm"), ours, *REFERENCES[config.style], ("guessing", "0.2500", "0.2500")]
     runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
-    if score.n_cut:
-        runtime.print(f"{score.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
+    if hellaswag.n_cut:
+        runtime.print(f"{hellaswag.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
     runtime.print(f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s")
     if config.json and runtime.is_main:
         write_json(config.json, dict(
-            vars(score), acc_stderr=stderr, acc_norm_stderr=stderr_norm, checkpoint=opened.source,
-            data=config.data or DATA_FILE, device=runtime.device.type, dtype=runtime.dtype_name,
-            seconds=round(seconds, 3)))
+            score._asdict(), style=config.style, n_cut=hellaswag.n_cut, acc_stderr=stderr, acc_norm_stderr=stderr_norm,
+            checkpoint=opened.source, data=config.data or DATA_FILE, device=runtime.device.type,
+            dtype=runtime.dtype_name, seconds=round(seconds, 3)))
         print(f"wrote {config.json}")
 
 
@@ -144,16 +141,9 @@ def fetch_hellaswag():
     return DATA_FILE
 
 
-@dataclass(frozen=True)
-class Example:
-    """One question as text."""
-    context: str
-    endings: tuple      # of N_ENDINGS texts, without the space before them
-    label: int          # the index of the right ending
-
-
 def load_hellaswag(path, style="karpathy", limit=0):
     """Load the first `limit` Examples (0: all) of a JSON-lines file, rendered in a style. Raises UserError."""
+    from exactgpt.documents import read_objects
     examples = [parse_example(item, style, where)
                 for where, item in itertools.islice(read_objects(path), limit or None)]
     if not examples:
@@ -180,41 +170,22 @@ def parse_example(item, style, where):
     if style == "karpathy":
         context = text("ctx")
     else:
-        has_parts = "ctx_a" in item and "ctx_b" in item
-        ctx_a, ctx_b = (text("ctx_a"), text("ctx_b")) if has_parts else split_context(text("ctx"))
+        if "ctx_a" in item and "ctx_b" in item:
+            ctx_a, ctx_b = text("ctx_a"), text("ctx_b")
+        else:      # ctx_b is what follows the last sentence end, if it starts in lower case
+            split = re.fullmatch(r"(.*[.!?][\"')\]]*)\s+(.*)", text("ctx"), re.DOTALL)
+            ctx_a, ctx_b = split.groups() if split and split[2][:1].islower() else (text("ctx"), "")
         context = without_markup(f"{text('activity_label')}: {ctx_a} {ctx_b.capitalize()}")
         endings = [without_markup(e) for e in endings]
-    for name, value in [("the context", context), *((f"ending {k}", ending) for k, ending in enumerate(endings))]:
-        if not value.strip():
-            raise UserError(f"{where}: {name} is empty")
+    if not all(part.strip() for part in (context, *endings)):
+        raise UserError(f"{where}: the context or an ending is empty")
     if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
         raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
     return Example(context, tuple(endings), int(label))
 
 
-def split_context(ctx):
-    """Split a context into (ctx_a, ctx_b): ctx_b is the text after the last sentence end if it starts in lower case."""
-    ends = [m.end() for m in re.finditer(r"[.!?][\"')\]]*\s+", ctx)]
-    if ends and ctx[ends[-1]:][:1].islower():
-        return ctx[:ends[-1]].rstrip(), ctx[ends[-1]:]
-    return ctx, ""
-
-
-@dataclass(frozen=True)
-class PreparedHellaSwag:
-    """The benchmark, tokenized and packed for one model."""
-    questions: list          # the PackedSequences of each example (multiple_choice.py)
-    labels: np.ndarray       # (n,) index of the right ending
-    lengths: np.ndarray      # (n, 4) divisor of each ending's loss for acc_norm
-    style: str
-    n_cut: int               # examples whose context was cut to fit the window
-
-
 def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="", limit=0):
-    """Load and tokenize HellaSwag for a model. path: a file of examples (default: the data set, downloaded if missing).
-
-    A collective: rank 0 reads the file, every rank tokenizes. A UserError on rank 0 is raised on every rank.
-    """
+    """Return the examples in a file (default: the data set) as a PreparedHellaSwag. A collective; rank 0 reads it."""
     examples = runtime.broadcast(lambda: load_hellaswag(path or fetch_hellaswag(), style, limit))
     return tokenize_examples(examples, tokenizer, block_size, style)
 
@@ -237,20 +208,10 @@ def tokenize_examples(examples, tokenizer, block_size, style):
             lengths.append([len(ending) for ending in example.endings])
         questions.append(pack_question(context, endings, block_size))
         n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
-    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), style, n_cut)
+    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), n_cut)
 
 
-@dataclass(frozen=True)
-class HellaSwagScore:
-    """Accuracy over n examples: acc by the summed loss, acc_norm by the loss per length."""
-    acc: float
-    acc_norm: float
-    n: int
-    style: str
-    n_cut: int
-
-
-def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0, progress=None):
+def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0):
     """Score a model on a PreparedHellaSwag; return a HellaSwagScore. model: the raw GPT, neither compiled nor wrapped.
 
     A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens nor the
@@ -258,16 +219,18 @@ def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0, progress=None)
     """
     was_training = model.training
     model.eval()
+    keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary
     try:
-        losses, scored = ending_losses(model, hellaswag.questions, N_ENDINGS, runtime, batch_tokens, progress)
+        losses = ending_losses(model, hellaswag.questions, N_ENDINGS, runtime, batch_tokens)
     finally:
+        keep_freed_memory(runtime.device)
         model.train(was_training)
-    losses, labels = losses[scored], hellaswag.labels[scored]                 # of this rank's questions
-    finite = np.isfinite(losses).all(axis=1)                                  # argmin of NaNs must not count as right
-    right = (losses.argmin(axis=1) == labels) & finite
-    right_norm = ((losses / hellaswag.lengths[scored]).argmin(axis=1) == labels) & finite
-    n_right, n_right_norm, n = runtime.sum(int(right.sum()), int(right_norm.sum()), len(scored))
-    return HellaSwagScore(n_right / n, n_right_norm / n, int(n), hellaswag.style, hellaswag.n_cut)
+    finite = np.isfinite(losses).all(axis=1)           # argmin would take a NaN, of another rank or a diverged model
+    right = (losses.argmin(axis=1) == hellaswag.labels) & finite
+    right_norm = ((losses / hellaswag.lengths).argmin(axis=1) == hellaswag.labels) & finite
+    n_right, n_right_norm = runtime.sum(int(right.sum()), int(right_norm.sum()))
+    n = len(losses)
+    return HellaSwagScore(n_right / n, n_right_norm / n, n)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@
     python inference.py --stream < story.txt
     python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors."
     python inference.py                            # on a terminal: type one prompt per line, Ctrl-D quits
-
-The default --checkpoint is the newest model below logs/.
 """
 import contextlib
 import itertools
@@ -17,9 +15,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from exactgpt.config import DeviceConfig, UserError, flag, parse_config, read_text, run_script, with_changes
-from exactgpt.device import DTYPES, choose_compile, choose_device, choose_dtype, probe_hardware
+from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
-from exactgpt.open_model import newest_model, open_model
+from exactgpt.open_model import open_model
 
 
 @dataclass(kw_only=True)
@@ -36,8 +34,7 @@ class InferenceConfig(DeviceConfig):
     stream: bool = flag(False, "print the text while it is generated", group="text")
     checkpoint: str = flag("", "model_XXXXX.pt, a LoRA adapter, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
-    temperature: float = flag(1.0, "sampling temperature: higher is more random, 0 takes the likeliest token",
-                              group="sampling", low=0.0)
+    temperature: float = flag(1.0, "higher is more random, 0 takes the likeliest token", group="sampling", low=0.0)
     top_k: int = flag(50, "sample from the k likeliest tokens (0: all)", group="sampling", low=0)
     top_p: float = flag(1.0, "nucleus sampling: probability mass to keep (1.0: off)", group="sampling", above=0, high=1)
     seed: int = flag(42, "random seed; the same seed gives the same text", group="sampling", low=0)
@@ -59,13 +56,19 @@ def main(argv=None):
     config = parse_config(InferenceConfig, argv, __doc__.splitlines()[0])
     with contextlib.suppress(AttributeError):              # sys.stdout of a test or notebook has no reconfigure()
         sys.stdout.reconfigure(errors="replace")           # "?" for what the terminal's encoding lacks
-    prompts = collect_prompts(config)      # none: read them from the terminal
-    opened = open_model(config.checkpoint or newest_model(), tokenizer=config.tokenizer).with_tokenizer()
+    if config.instruction:
+        prompts = [alpaca_prompt(config.instruction, config.input)]
+    else:
+        texts = [read_text(path) for path in config.prompt_file]
+        on_terminal = sys.stdin and sys.stdin.isatty()     # without any prompt they are read there
+        if not (config.prompt or texts or on_terminal):
+            texts = [read_text(None) if sys.stdin else ""]
+            if not texts[0].strip("\r\n"):
+                raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
+        prompts = [*config.prompt, *(text.replace("\r\n", "\n").removesuffix("\n") for text in texts)]
+    opened = open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
-    hardware = probe_hardware(device)
-    dtype = choose_dtype(config.dtype, hardware)
-    if config.compile == "on" and device.type == "cuda":
-        choose_compile("on", hardware, device)             # raises UserError if there is no compiler
+    dtype = choose_dtype(config.dtype, probe_hardware(device))
     print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
     decoder = make_decoder(opened.model, device, DTYPES[dtype], config.compile)
     try:
@@ -78,22 +81,6 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and not any(phrase in str(error) for phrase in phrases):
             raise
         raise UserError("out of memory: try a smaller --num_seq or --max_tokens, or fewer prompts") from error
-
-
-def collect_prompts(config):
-    """Return the prompts from flags, files or a pipe, [] to read them from a terminal. Raises UserError."""
-    if config.instruction:
-        return [alpaca_prompt(config.instruction, config.input)]
-
-    def read(path):
-        return read_text(path).replace("\r\n", "\n").removesuffix("\n")
-
-    prompts = [*config.prompt, *map(read, config.prompt_file)]
-    if not prompts and not (sys.stdin and sys.stdin.isatty()):
-        prompts = [read(None) if sys.stdin else ""]        # None: standard input
-        if prompts == [""]:
-            raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
-    return prompts
 
 
 def run_interactively(decoder, tokenizer, config):
@@ -129,8 +116,7 @@ def print_continuations(decoder, tokenizer, prompts, config, seed):
                    temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     shown = [""] * len(repeated) if config.instruction else repeated
     if not config.stream:
-        *_, last = tqdm(steps, "generating", config.max_tokens, unit="step", leave=False, disable=None)
-        steps = [last]
+        steps = [*tqdm(steps, "generating", config.max_tokens, unit="step", leave=False, disable=None)][-1:]
     n_shown = 0
     for continuations in steps:
         text = ""       # all grow at once, but a terminal can only append: each appears when those before have ended

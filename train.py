@@ -35,7 +35,7 @@ from exactgpt.tokenizer import Tokenizer
 from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
 from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 
-HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch
+HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch, if training's micro-batches have as many
 DRY_RUN_ITEMS = 200        # HellaSwag items in a dry run, of 10,042
 RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
 SLOW_STEP_S = 5            # seconds; in longer steps check for a stop after each micro-batch: torchrun sends SIGKILL
@@ -394,16 +394,6 @@ def validate(run, config, runtime):
     return loss / count, int(count)
 
 
-def score_hellaswag(run, hellaswag, runtime):
-    """Return the HellaSwagScore of the model as it is. Raises StopRequested."""
-    tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)    # no more than training
-    device.keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary
-    # raw_model, not compiled: lengths vary here and in samples, and the compiled model would compile for each.
-    score = evaluate_hellaswag(run.raw_model, hellaswag, runtime, tokens, progress="HellaSwag")
-    device.keep_freed_memory(runtime.device)
-    return score
-
-
 def due(step, every, last=False):
     """Return True at every multiple of `every` (0: never) and, if `last`, at the last step."""
     return every > 0 and (step % every == 0 or last)
@@ -420,6 +410,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
     # The tokens of step s are a function of (seed, s), so the loader has no state to save: it can start at any step.
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, first_step,
                          progress.last_step)
+    hellaswag_tokens = min(HELLASWAG_TOKENS, run.micro_batch_size * run.raw_model.config.block_size)
     with closing(loader):
         # Iteration k evaluates and saves the weights after k steps, then trains step k. One more, k = last_step, only
         # evaluates and saves: a new run makes max_steps + 1 iterations, and the same lines take care of the final
@@ -436,10 +427,11 @@ def loop(run, progress, config, runtime, log, hellaswag):
                     log.validation(step, progress.val_loss, n_tokens)
                     checkpoint.save_best(run, progress, config, runtime)
 
-            # once in a while: HellaSwag (all ranks take part)
+            # once in a while: HellaSwag (all ranks take part), with raw_model, not compiled: lengths vary here and in
+            # samples, and the compiled model would compile for each.
             if due(step, config.hellaswag_every, last):
                 with log.timed("HellaSwag", config.hellaswag_every):
-                    log.hellaswag(step, score_hellaswag(run, hellaswag, runtime))
+                    log.hellaswag(step, evaluate_hellaswag(run.raw_model, hellaswag, runtime, hellaswag_tokens))
 
             # once in a while: sample text (rank 0 only; the others wait for it in their next collective)
             if due(step, config.sample_every, last):

@@ -1,12 +1,10 @@
 """Text generation with a KV cache: prefill the prompts once, then decode one token per row and step.
 
-`stream` and `generate` continue texts; `generate_ids` is the loop below them, over token ids. A Decoder keeps the
-compiled step, its CUDA graph and its buffers from call to call. Shapes as in model.py; a batch has B rows, one per
-prompt.
+`stream` and `generate` continue texts; `generate_ids` is the loop below them, over token ids. Shapes as in model.py; a
+batch has B rows, one per prompt.
 """
 import codecs
 import functools
-import math
 import sys
 from collections import deque
 
@@ -54,8 +52,7 @@ class Continuation:
 def stream(model, tokenizer, prompts, *, stop=(), **options):
     """Continue texts; yield the same list of Continuations, one a prompt, after each step, until all have ended.
 
-    An empty prompt begins a new document. stop: texts; a continuation ends before the first of them. model and
-    options: those of generate_ids.
+    An empty prompt begins a new document. A continuation ends before the first stop text. Else as in generate_ids.
     """
     continuations = [Continuation(tokenizer, stop) for _ in prompts]
     ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
@@ -107,37 +104,34 @@ def alpaca_prompt(instruction, input=""):
 def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, seed=42, temperature=1.0, top_k=50, top_p=1.0):
     """Continue rows of token ids; yield each step's new ids as a list, with None for rows that have ended.
 
-    model: a Decoder, or a GPT in eval mode, which computes in the dtype of its parameters. A Decoder runs one
-    generation at a time; the next one reuses its cache. prompts: at least one list of at least one id. n_vocab: ids
-    from here on are padding of the embedding and never sampled. eot: a row ends before this id. seed: a number or a
-    tuple of numbers. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens. When a row fills the window, its
-    last block_size // 2 tokens are read again, because learned positions cannot slide.
+    model: a Decoder, which runs one generation at a time, or a GPT in eval mode. prompts: at least one list of at least
+    one id. n_vocab: ids from here on are padding of the embedding and never sampled. eot: a row ends before this id.
+    seed: a number or a tuple of numbers. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens. When a row fills
+    the window, its last block_size // 2 tokens are read again, because learned positions cannot slide.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     on_cuda = decoder.device.type == "cuda"
     generator = torch.Generator(device=decoder.device).manual_seed(seed_from("sample", seed))
     block_size = decoder.model.config.block_size
     rows = [list(p)[-block_size:] for p in prompts]            # each row's window, without the tokens in `pending`
-    n_cached, full = [len(row) for row in rows], []            # tokens of each row in the cache; rows with a full one
     n_candidates = 0 if temperature < GREEDY_BELOW else min(top_k or n_vocab, n_vocab)
-    decoder.prepare(len(rows), max(n_cached) + max_tokens, n_candidates, n_vocab, temperature, top_p)
+    decoder.prepare(len(rows), max(map(len, rows)) + max_tokens, n_candidates, n_vocab, temperature, top_p)
     logits = prefill(decoder.model, decoder.cache, range(len(rows)), rows)
-    ended, pending = [False] * len(rows), deque()
+    ended, pending, full = [False] * len(rows), deque(), []
     for n in range(max_tokens):
-        for i in full:                                         # without the last token, which the step itself reads
-            rows[i] = rows[i][len(rows[i]) - 1 - block_size // 2:]
-            n_cached[i] = block_size // 2
-        if full:
+        for i in full:
+            rows[i] = rows[i][-(block_size // 2 + 1):]
+        if full:                                               # without the last token, which the step itself reads
             prefill(decoder.model, decoder.cache, full, [rows[i][:-1] for i in full])
         decoder.noise.exponential_(generator=generator)        # outside the graph, which would use torch's generator
         if n == 0 or not decoder.graph:
             decoder.decode_one_token(logits if n == 0 else None)
         else:
             decoder.graph.replay()
-        n_cached = [length + (n > 0) for length in n_cached]   # the first token is not read before the second step
-        full = [i for i, length in enumerate(n_cached) if length == block_size]
         copied = decoder.tokens.to("cpu", non_blocking=on_cuda, copy=True)         # to pinned memory, from CUDA
         pending.append((copied, torch.cuda.current_stream(decoder.device).record_event() if on_cuda else None))
+        # The cache holds all tokens of a row but the one just sampled, which the next step reads.
+        full = [i for i, row in enumerate(rows) if len(row) + len(pending) > block_size]
         while len(pending) > (0 if full or n == max_tokens - 1 else decoder.n_ahead):
             copied, arrived = pending.popleft()
             if arrived:
@@ -165,7 +159,7 @@ class Decoder:
         self.n_ahead = 1 if self.device.type == "cuda" else 0     # steps that run while the CPU shows earlier tokens
         self.graph = None
         self._compiled_model = torch.compile(model, dynamic=False, fullgraph=True) if compile else None
-        self._settings = None      # of the buffers that prepare() makes; the next call often has the same
+        self._settings = None      # of the buffers that prepare() makes
 
     def prepare(self, batch_size, n_tokens, n_candidates, n_vocab, temperature, top_p):
         """Make the buffers for a batch, compile the step and capture its graph, unless the last call's fit."""
@@ -179,7 +173,7 @@ class Decoder:
         self.cache = KVCache(self.model, batch_size, max_len)
         self.tokens = torch.zeros(batch_size, dtype=torch.long, device=self.device)    # the last token of each row
         self.noise = torch.ones(batch_size, n_candidates, device=self.device)
-        self._sampling = n_vocab, temperature, top_p
+        self._settings = settings
         for part, try_out in (("compile", self.decode_one_token), ("cuda_graph", self._capture_graph)):
             try:
                 if getattr(self, part):
@@ -188,7 +182,6 @@ class Decoder:
                 reason = " ".join(str(error).split())[:160]
                 print(f"{part} failed, decoding without it: {type(error).__name__}: {reason}", file=sys.stderr)
                 setattr(self, part, False)
-        self._settings = settings
 
     def decode_one_token(self, logits=None):
         """Sample the next token of each row from logits (B, V); without them, read the last tokens to compute them."""
@@ -196,7 +189,7 @@ class Decoder:
             model = self._compiled_model if self.compile else self.model
             logits = model(self.tokens[:, None], cache=self.cache)[:, 0]
             self.cache.lengths += 1    # in place, like the tokens: a CUDA graph needs the same addresses each time
-        n_vocab, temperature, top_p = self._sampling
+        n_vocab, temperature, top_p = self._settings[3:]
         self.tokens.copy_(sample(logits[:, :n_vocab].float(), self.noise, temperature, top_p))
 
     def _capture_graph(self):
@@ -216,11 +209,7 @@ class Decoder:
 
 
 def make_decoder(model, device, dtype, compile="auto"):
-    """Return a Decoder for a model on a device and in a torch.dtype; the model itself is converted.
-
-    compile: "auto" for what is fast at once (CUDA graphs on a GPU, packed weights for bf16 on a CPU), "on" for
-    torch.compile too on a GPU, "off" for neither.
-    """
+    """Return a Decoder for a model, which is converted, on a device and in a torch.dtype. compile: see inference.py."""
     keep_freed_memory(device)
     model = model.to(device=device, dtype=dtype).eval()
     if compile != "off" and device.type == "cpu" and dtype == torch.bfloat16:
@@ -263,11 +252,8 @@ def top_next_tokens(model, ids, n_vocab, n=10):
 
 
 def sample(logits, noise, temperature=1.0, top_p=1.0):
-    """Sample one id per row: (B,). logits (B, V) in fp32; noise (B, candidates) from the exponential distribution.
-
-    Without candidates it is the likeliest id.
-    """
-    if noise.size(-1) == 0:
+    """Sample one id per row: (B,). logits (B, V) in fp32; noise (B, candidates) from the exponential distribution."""
+    if noise.size(-1) == 0:                                # no candidates: take the likeliest
         return logits.argmax(dim=-1)
     ids = None
     if noise.size(-1) < logits.size(-1) or top_p < 1:      # topk also sorts, which top-p needs
@@ -309,25 +295,22 @@ class KVCache:
 
     def __init__(self, model, batch_size, max_len):
         config, weight = model.config, model.transformer.wte.weight
-        options = dict(dtype=weight.dtype, device=weight.device)
         max_len = -(-max_len // CACHE_MULTIPLE) * CACHE_MULTIPLE
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.slots = torch.arange(max_len, device=weight.device)
         self.dtype = weight.dtype
         rows = torch.arange(batch_size, device=weight.device)
         shape = (batch_size, config.n_head, max_len, config.n_embd // config.n_head)   # (B, nh, max_len, hs)
-        self.layers = [LayerCache(rows, self.lengths, torch.zeros(shape, **options), torch.zeros(shape, **options))
+        self.layers = [LayerCache(rows, self.lengths, weight.new_zeros(shape), weight.new_zeros(shape))
                        for _ in range(config.n_layer)]
 
     def begin(self, T):
-        """Return (positions, attention bias) for the next T tokens.
-
-        T > 1: (T,) and None, for causal attention. T = 1: (B, 1) and (B, 1, 1, max_len), added to the scores.
-        """
+        """Return (positions, bias) for the next T tokens; the bias is added to the scores, None: causal attention."""
         if T > 1:
-            return self.slots[:T], None
+            return self.slots[:T], None                                                # (T,)
         seen = self.slots <= self.lengths[:, None, None, None]                         # (B, 1, 1, max_len)
-        return self.lengths[:, None], torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -math.inf)
+        bias = torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -torch.inf)
+        return self.lengths[:, None], bias                                             # (B, 1) and (B, 1, 1, max_len)
 
 
 class LayerCache:

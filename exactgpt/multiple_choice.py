@@ -10,7 +10,7 @@ the context's, as if it stood there alone:
 That is half the tokens of a row per ending, and the output layer runs only where a target is predicted.
 Shapes: B sequences, T tokens of a sequence, S targets of all sequences, C channels, V vocabulary.
 """
-from dataclasses import dataclass
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -24,12 +24,9 @@ LENGTH_MULTIPLE = 16     # pad T to a multiple of this: 18 lengths for HellaSwag
 BATCH_TOKENS = 8192      # per forward pass; the logits take 3 GB, most of the memory
 CPU_BATCH_TOKENS = 2048
 
-
-@dataclass(frozen=True)
-class PackedSequence:
-    """A context with endings as the model reads it, and the tokens to score."""
-    inputs: np.ndarray     # (3, T): token ids, positions and segments, which are 0 in the context, k + 1 in ending k
-    targets: np.ndarray    # (3, S): index in T whose logits predict the target, its token id, the ending it is from
+# inputs (3, T): token ids, positions and segments, which are 0 in the context, k + 1 in ending k
+# targets (3, S): index in T whose logits predict the target, its token id, the ending it is from
+PackedSequence = namedtuple("PackedSequence", "inputs targets")
 
 
 def pack_question(context, endings, block_size):
@@ -38,40 +35,35 @@ def pack_question(context, endings, block_size):
     context: at least one id; endings: lists of ids. What is too long even for one ending is cut from the left, only as
     far as that ending needs, as lm-evaluation-harness does.
     """
-    if len(context) + sum(len(e) - 1 for e in endings) <= block_size:
-        return [pack_endings(context, dict(enumerate(endings)))]
+    parts = [(context, dict(enumerate(endings)))]      # of each sequence: its context, {number: its ending}
+    if len(context) + sum(len(e) - 1 for e in endings) > block_size:
+        windows = [(context + ending)[-(block_size + 1):] for ending in endings]
+        n_scored = [min(len(ending), block_size) for ending in endings]
+        parts = [(window[:-n], {k: window[-n:]}) for k, (window, n) in enumerate(zip(windows, n_scored))]
     sequences = []
-    for k, ending in enumerate(endings):
-        window = (context + ending)[-(block_size + 1):]
-        n_scored = min(len(ending), block_size)
-        sequences.append(pack_endings(window[:-n_scored], {k: window[-n_scored:]}))
+    for context, endings in parts:
+        n = len(context)
+        inputs, targets = [(token, i, 0) for i, token in enumerate(context)], []
+        for k, ending in endings.items():
+            predict_at = [n - 1, *range(len(inputs), len(inputs) + len(ending) - 1)]   # n - 1: the context's last token
+            targets += [(i, token, k) for i, token in zip(predict_at, ending)]
+            inputs += [(token, i, k + 1) for i, token in enumerate(ending[:-1], n)]
+        sequences.append(PackedSequence(np.array(inputs, dtype=np.int32).T, np.array(targets, dtype=np.int32).T))
     return sequences
 
 
-def pack_endings(context, endings):
-    """Pack a context (at least one id) and some of its endings, {number: ids}, into a PackedSequence."""
-    n = len(context)
-    inputs, targets = [(token, i, 0) for i, token in enumerate(context)], []
-    for k, ending in endings.items():
-        predict_at = [n - 1, *range(len(inputs), len(inputs) + len(ending) - 1)]   # n - 1: the context's last token
-        targets += [(i, token, k) for i, token in zip(predict_at, ending)]
-        inputs += [(token, i, k + 1) for i, token in enumerate(ending[:-1], n)]
-    return PackedSequence(np.array(inputs, dtype=np.int32).T, np.array(targets, dtype=np.int32).T)
-
-
 @torch.no_grad()
-def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress=None):
-    """Return (summed loss of each ending in nats, indices of the questions that this rank scored).
+def ending_losses(model, questions, n_endings, runtime, batch_tokens=0):
+    """Return the summed loss of each ending in nats, (n, n_endings) in float64, NaN for questions of other ranks.
 
-    questions: the PackedSequences of each. The losses are (n, n_endings) in float64, zero for questions of other
-    ranks. A collective: each rank scores its share. batch_tokens: per rank and forward pass (0: by device).
-    progress: title of a progress bar on a terminal. model: the raw GPT in eval mode, neither compiled nor wrapped.
+    questions: the PackedSequences of each. A collective: each rank scores its share. batch_tokens: per rank and forward
+    pass (0: by device). model: the raw GPT in eval mode, neither compiled nor wrapped.
     Raises StopRequested on all ranks after the batch during which any of them got a signal.
     """
     batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if runtime.device.type == "cpu" else BATCH_TOKENS)
     batches = list(batch_by_length(questions, model.config.block_size, batch_tokens, runtime.world_size))
-    bar = tqdm(batches, progress, unit="batch", leave=False, disable=None if progress and runtime.is_main else True)
-    losses, ending_ids, scored = [], [], []
+    bar = tqdm(batches, "HellaSwag", unit="batch", leave=False, disable=None if runtime.is_main else True)
+    losses, ending_ids = [], []
     # One autocast context around all batches, so that the weights are cast only once.
     with runtime.autocast(), attention_without_cudnn():
         for T, indices in bar:
@@ -89,12 +81,13 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, progress
                 losses.append(target_losses(model, *(torch.from_numpy(a).to(runtime.device)
                                                      for a in (*inputs, *targets[:2]))))
                 ending_ids.append(targets[2])
-                scored += indices
             runtime.check_for_stop()
-    sums = np.zeros(len(questions) * n_endings)
-    if scored:  # on the CPU: not every GPU has float64, and few sum in a fixed order
-        sums = np.bincount(np.concatenate(ending_ids), torch.cat(losses).cpu().numpy(), minlength=sums.size)
-    return sums.reshape(-1, n_endings), np.array(scored, dtype=np.int64)
+    sums = np.full(len(questions) * n_endings, np.nan)
+    if losses:  # on the CPU: not every GPU has float64, and few sum in a fixed order
+        ids = np.concatenate(ending_ids)
+        sums[ids] = 0
+        np.add.at(sums, ids, torch.cat(losses).cpu().numpy())
+    return sums.reshape(-1, n_endings)
 
 
 def batch_by_length(questions, block_size, batch_tokens, world_size):

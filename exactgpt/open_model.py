@@ -5,16 +5,15 @@ tokenizer files). Hugging Face format differs from ours: Conv1D stores matrices 
 prefix "transformer."; causal masks may be stored as buffers; the tied output layer is omitted; biases are always
 present; the embedding has no padding rows.
 """
-import functools
 import json
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, list_checkpoints, read_checkpoint, weights_hash
-from exactgpt.classifier import Classifier
+from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint, weights_hash
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges
 from model import GPT, GPTConfig
@@ -37,7 +36,7 @@ class OpenedModel:
     source: str                   # file, folder or hub name
     step: int | None = None
     val_loss: float | None = None
-    extra: dict = field(default_factory=dict)   # the checkpoint's other entries
+    base: dict | None = None      # the record of the model that it was fine-tuned from
 
     def with_tokenizer(self):
         """Return self. Raises UserError if there is no tokenizer to encode text for the model."""
@@ -48,28 +47,24 @@ class OpenedModel:
 
     def summary(self):
         """Return source, size, step and validation loss in one line."""
-        facts = [f"{self.model.n_params():,} parameters"]
-        facts += [f"step {self.step}"] if self.step is not None else []
-        facts += [f"validation loss {self.val_loss:.4f}"] if self.val_loss is not None else []
-        return f"{self.source}: {', '.join(facts)}"
+        step = "" if self.step is None else f", step {self.step}"
+        loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
+        return f"{self.source}: {self.model.n_params():,} parameters{step}{loss}"
 
 
 def open_model(source, classifiers=False, tokenizer=""):
-    """Open a checkpoint file, a Hugging Face folder or hub name, a LoRA adapter or a run's newest checkpoint.
+    """Open a checkpoint file, a Hugging Face folder or hub name, a LoRA adapter, or the newest model below a folder.
 
-    Checkpoints may be ours, nanoGPT's or build-nanogpt's; an adapter is merged into its base model.
+    source: "" stands for logs/. Checkpoints may be ours or nanoGPT's; an adapter is merged into its base model.
     classifiers: accept a Classifier too. tokenizer: a folder with the vocabulary, for a source without one.
     Raises UserError naming the file and what is wrong with it, or if the vocabulary is not the model's.
     """
-    path = Path(source)
+    path = Path(source or newest_model())
     if path.is_file() or path.suffix == ".pt":
         opened = _open_file(path, tokenizer)
     elif (path / ADAPTER_CONFIG).is_file():
         opened = _open_adapter(path, tokenizer)
     elif path.is_dir() and not (path / "config.json").exists():
-        if not list_checkpoints(path):
-            raise UserError(f"{source} holds neither a model_XXXXX.pt nor a config.json; name the folder of a run, or "
-                            "of a model in Hugging Face format")
         opened = _open_file(newest_model(path), tokenizer)
     else:
         folder = path if path.is_dir() else _download_model(str(source))
@@ -79,11 +74,12 @@ def open_model(source, classifiers=False, tokenizer=""):
     if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # the model was not trained with it
         opened.tokenizer = None
     if tokenizer and opened.tokenizer is None:
-        raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {source}, which has {n_rows:,} tokens; "
-                        "leave it out or name the right folder")
-    if isinstance(opened.model, Classifier) and not classifiers:
-        raise UserError(f"{source} is a classifier ({', '.join(opened.model.config.labels)}), not a language model; "
-                        f"use python finetune_classifier.py --checkpoint {source} --predict \"...\"")
+        raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {opened.source}, which has {n_rows:,} "
+                        "tokens; leave it out or name the right folder")
+    labels = getattr(opened.model.config, "labels", None)
+    if labels and not classifiers:
+        raise UserError(f"{opened.source} is a classifier ({', '.join(labels)}), not a language model; use python "
+                        f"finetune_classifier.py --checkpoint {opened.source} --predict \"...\"")
     return opened
 
 
@@ -133,8 +129,7 @@ def _open_file(path, folder):
     val_loss = val_loss if isinstance(val_loss, (int, float)) else None
     model = build_model(config, checkpoint.get("model"), path)
     tokenizer = _stored_tokenizer(checkpoint.get("tokenizer"), model.config.vocab_size, folder)
-    extra = {k: v for k, v in checkpoint.items() if k not in ("model", "optimizer", "config", "tokenizer")}
-    return OpenedModel(model, tokenizer, str(path), step, val_loss, extra)
+    return OpenedModel(model, tokenizer, str(path), step, val_loss, checkpoint.get("base"))
 
 
 def _stored_tokenizer(entry, vocab_size, folder):
@@ -147,30 +142,23 @@ def build_model(config, state, source):
     """Build the GPT or Classifier of a checkpoint's config (dict) and state dict, in fp32. Raises CheckpointError."""
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
+    state = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(k)): v for k, v in state.items()}      # torch.compile's, DDP's
+    state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}    # causal masks
+    kind = GPT
+    if "labels" in config:
+        from exactgpt.classifier import Classifier as kind
     try:
-        return (Classifier if "labels" in config else GPT).from_state(config, normalize_state_dict(state)).float()
+        return kind.from_state(config, state).float()
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def normalize_state_dict(state):
-    """Return a state dict without the key prefixes of torch.compile and DDP and without stored causal masks."""
-    cleaned = {}
-    for key, tensor in state.items():
-        key = str(key)
-        while key.startswith(("_orig_mod.", "module.")):
-            key = key.split(".", 1)[1]
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            cleaned[key] = tensor
-    return cleaned
-
-
 def newest_model(log_dir="logs"):
-    """Return the newest model_XXXXX.pt anywhere below `log_dir`. Raises UserError if there is none."""
+    """Return the newest model_XXXXX.pt anywhere below a folder. Raises UserError if there is none."""
     files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
     if not files:
-        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name one with "
-                        "--checkpoint (a file, a Hugging Face folder, or gpt2)")
+        raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name a "
+                        "model (a file, a folder with a config.json, or gpt2)")
     return max(files, key=lambda p: p.stat().st_mtime)
 
 
@@ -178,65 +166,28 @@ def newest_model(log_dir="logs"):
 # reading Hugging Face format
 
 def _download_model(name):
-    """Download config, weights and vocabulary of a model on the hub; return the local folder. Raises UserError.
-
-    If the hub cannot be reached, use an earlier download, if any.
-    """
+    """Return the folder of a hub model's config, weights and vocabulary, downloaded now or before. Raises UserError."""
     from huggingface_hub import logging, snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     from exactgpt import hub
     logging.set_verbosity_error()      # it would print a line per retry
     print(f"{name} is not a local folder; looking on the Hugging Face hub", file=sys.stderr)
-    fetch = functools.partial(snapshot_download, name, local_files_only=not hub.reachable())
+    offline, files = not hub.reachable(), ["config.json", "model.safetensors"]
     try:
-        vocabulary = "merges.txt", "vocab.json", "tokenizer.json"
-        folder = Path(fetch(allow_patterns=["config.json", "model.safetensors", *vocabulary]))
+        folder = Path(snapshot_download(name, local_files_only=offline,
+                                        allow_patterns=[*files, "merges.txt", "vocab.json", "tokenizer.json"]))
         if not (folder / "model.safetensors").exists():
-            fetch(allow_patterns="pytorch_model.bin")
+            snapshot_download(name, local_files_only=offline, allow_patterns="pytorch_model.bin")
         return folder
-    except HFValidationError as error:
-        raise UserError(f"{name} is neither a folder nor a model on the Hugging Face hub") from error
     except Exception as error:      # each version raises its own mix of exceptions
-        raise UserError(f"cannot download {name} from the Hugging Face hub ({type(error).__name__}); check the name "
-                        "and the network, or use a folder with config.json and model.safetensors") from error
+        raise UserError(f"{name} is no folder and cannot be downloaded from the Hugging Face hub ("
+                        f"{type(error).__name__}); check the name and the network, or use a folder with "
+                        f"{' and '.join(files)}") from error
 
 
 def read_pretrained(folder):
-    """Read (config, state) from a Hugging Face folder: GPTConfig's fields as a dict, our state dict in fp32.
-
-    Raises UserError.
-    """
-    config, state = config_from_huggingface(folder / "config.json"), {}
-    safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if not safetensors.exists() and not pickled.exists():
-        raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-    try:
-        from safetensors.torch import load_file
-        theirs = (load_file(safetensors) if safetensors.exists()
-                  else torch.load(pickled, map_location="cpu", weights_only=True))
-    except Exception as error:  # safetensors and torch raise many kinds for damaged files
-        raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
-    if not isinstance(theirs, dict):
-        raise UserError(f"{pickled} holds a {type(theirs).__name__}, not a dict of weights")
-    for key, tensor in theirs.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"the weights' entry {key!r} is not a tensor")
-        if not key.startswith(("transformer.", "lm_head.", "score.")):
-            key = f"transformer.{key}"
-        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
-            tensor = tensor.t()
-        state[key] = tensor.to(torch.float32).contiguous()
-    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
-    has_own_head = head is not None and (embedding is None or not torch.equal(head, embedding))
-    config["tie_word_embeddings"] = config["tie_word_embeddings"] and not has_own_head and "labels" not in config
-    if config["tie_word_embeddings"]:
-        state.pop("lm_head.weight", None)
-    return config, state
-
-
-def config_from_huggingface(path):
-    """Read GPTConfig's fields, as a dict, from a Hugging Face config.json. Raises UserError if it is not a GPT-2."""
+    """Read (GPTConfig's fields as a dict, our state dict in fp32) from a Hugging Face folder. Raises UserError."""
+    path = folder / "config.json"
     stored = read_json(path)
     try:
         supported = {"model_type": ["gpt2"], "activation_function": list(ACTIVATION_NAMES),
@@ -252,16 +203,37 @@ def config_from_huggingface(path):
         if stored.get("architectures") == [HF_CLASSIFIER]:
             names = stored.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})       # transformers' defaults
             config["labels"] = [names[str(i)] for i in range(len(names))]
-        return config
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not the config of a GPT-2 model ({error})") from error
 
+    safetensors, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if not safetensors.exists() and not pickled.exists():
+        raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    try:
+        from safetensors.torch import load_file
+        theirs = (load_file(safetensors) if safetensors.exists()
+                  else torch.load(pickled, map_location="cpu", weights_only=True))
+    except Exception as error:  # safetensors and torch raise many kinds for damaged files
+        raise UserError(f"cannot read the weights in {folder}: {type(error).__name__}: {error}") from error
+    if not isinstance(theirs, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in theirs.values()):
+        raise UserError(f"{pickled} holds something else than a dict of tensors; use another copy of the model")
+    state = {}
+    for key, tensor in theirs.items():
+        if not key.startswith(("transformer.", "lm_head.", "score.")):
+            key = f"transformer.{key}"
+        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.t()
+        state[key] = tensor.to(torch.float32).contiguous()
+    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    has_own_head = head is not None and (embedding is None or not torch.equal(head, embedding))
+    config["tie_word_embeddings"] = config["tie_word_embeddings"] and not has_own_head and "labels" not in config
+    if config["tie_word_embeddings"]:
+        state.pop("lm_head.weight", None)
+    return config, state
+
 
 def _folder_tokenizer(folder, vocab_size, fallback):
-    """Return a folder's Tokenizer, else that of the folder `fallback`, else GPT-2's; None if it is not the model's.
-
-    Reads merges.txt and vocab.json, or else tokenizer.json. Raises UserError if they are damaged.
-    """
+    """Return a folder's Tokenizer, else that of the folder `fallback`, else GPT-2's; None if it is not the model's."""
     merges, whole = folder / "merges.txt", folder / "tokenizer.json"
     try:
         if merges.exists():
@@ -294,8 +266,21 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
     from safetensors.torch import save_file
     n_vocab = tokenizer.n_vocab if tokenizer else config["vocab_size"]
     eot = tokenizer.eot if tokenizer else None
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
+    dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
+    if "labels" in config:     # transformers reads the label at the last token that is not padding
+        head = dict(architectures=[HF_CLASSIFIER], id2label={str(i): label for i, label in enumerate(config["labels"])},
+                    label2id={label: i for i, label in enumerate(config["labels"])}, pad_token_id=eot,
+                    problem_type="single_label_classification")
+    theirs = dict(**head, model_type="gpt2", vocab_size=n_vocab,
+                  n_positions=config["block_size"], n_ctx=config["block_size"], n_embd=config["n_embd"],
+                  n_layer=config["n_layer"], n_head=config["n_head"], n_inner=None,
+                  activation_function=names[config["activation"]], layer_norm_epsilon=config["layer_norm_eps"],
+                  attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout, initializer_range=0.02,
+                  tie_word_embeddings=config["tie_word_embeddings"], use_cache=True, bos_token_id=eot,
+                  eos_token_id=eot, **FIXED_SETTINGS)
     with new_folder(folder) as temporary:
-        write_json(temporary / "config.json", config_to_huggingface(config, n_vocab, eot))
+        write_json(temporary / "config.json", theirs)
         if "labels" not in config:
             write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
         files = tokenizer_files(tokenizer, config["block_size"], pads="labels" in config) if tokenizer else {}
@@ -309,23 +294,6 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
             raise UserError(f"cannot write the weights in {folder}: {error}") from error
         if check:
             check(temporary)
-
-
-def config_to_huggingface(config, n_vocab, eot):
-    """Convert GPTConfig's (or ClassifierConfig's) fields to a Hugging Face config.json; eot: end-of-text or None."""
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
-    dropout, head = config["dropout"], dict(architectures=["GPT2LMHeadModel"])
-    if "labels" in config:     # transformers reads the label at the last token that is not padding
-        head = dict(architectures=[HF_CLASSIFIER], id2label={str(i): label for i, label in enumerate(config["labels"])},
-                    label2id={label: i for i, label in enumerate(config["labels"])}, pad_token_id=eot,
-                    problem_type="single_label_classification")
-    return dict(**head, model_type="gpt2", vocab_size=n_vocab,
-                n_positions=config["block_size"], n_ctx=config["block_size"], n_embd=config["n_embd"],
-                n_layer=config["n_layer"], n_head=config["n_head"], n_inner=None,
-                activation_function=names[config["activation"]], layer_norm_epsilon=config["layer_norm_eps"],
-                attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout, initializer_range=0.02,
-                tie_word_embeddings=config["tie_word_embeddings"], use_cache=True, bos_token_id=eot, eos_token_id=eot,
-                **FIXED_SETTINGS)
 
 
 def state_to_huggingface(config, state, n_vocab):

@@ -1,4 +1,5 @@
 """checkpoint.py: a kill never costs the last checkpoint, damage never passes for weights, no file runs code."""
+import itertools
 import os
 import pickle
 import random
@@ -25,7 +26,7 @@ from exactgpt.checkpoint import (
 )
 from exactgpt.config import RunFailed, UserError
 from exactgpt.distributed import Runtime, temporary_folder
-from exactgpt.open_model import newest_model, normalize_state_dict, open_model
+from exactgpt.open_model import build_model, newest_model, open_model
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from model import GPT, GPTConfig
 from tests.common import gpt_from_transformers, in_our_layout
@@ -287,26 +288,28 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     assert refusal(open_model, missing) == f"cannot read the checkpoint {missing}: No such file or directory"
     (tmp_path / "folder.pt").mkdir()
     assert "folder.pt: Is a directory" in refusal(read_checkpoint, tmp_path / "folder.pt")
-    assert "holds neither a model_XXXXX.pt nor a config.json" in refusal(open_model, tmp_path)
+    assert "no model_XXXXX.pt below" in refusal(open_model, tmp_path)
 
 
 def test_prefixes_of_compile_and_ddp_go_in_any_chain_and_masks_with_them():
-    state = {"_orig_mod.module.a.weight": 1, "module._orig_mod.b": 2, "module.module.c": 3, "transformer.module.d": 4,
-             "_orig_mod.transformer.h.0.attn.bias": 5, "transformer.h.0.attn.masked_bias": 6,
-             "transformer.h.0.attn.c_attn.bias": 7}
-    assert normalize_state_dict(state) == {"a.weight": 1, "b": 2, "c": 3, "transformer.module.d": 4,
-                                           "transformer.h.0.attn.c_attn.bias": 7}
+    model = GPT(GPTConfig(8, 65, 1, 2, 8))
+    chains = itertools.cycle(["", "module.", "_orig_mod.module.", "module._orig_mod.", "module.module."])
+    state = {prefix + key: tensor for prefix, (key, tensor) in zip(chains, model.state_dict().items())}
+    masks = {"_orig_mod.transformer.h.0.attn.bias": 5, "transformer.h.0.attn.masked_bias": 6}
+    assert equal(dict(build_model(model.config_dict(), {**state, **masks}, "").state_dict()), dict(model.state_dict()))
+    with pytest.raises(CheckpointError, match=r"unknown weight transformer.module.d"):      # not at the front
+        build_model(model.config_dict(), {**state, "transformer.module.d": 4}, "")
 
 
 def test_our_checkpoint_opens_with_its_tokenizer_step_and_loss(tmp_path):
     trained = Tokenizer([("a", "b"), ("ab", "c")], "bpe-test")
     model = GPT(GPTConfig(8, 320, 1, 2, 8))
     save_checkpoint(tmp_path / "a.pt", dict(model=model.state_dict(), config=model.config_dict(), step=7, val_loss=1.5,
-                                            tokenizer=trained.to_checkpoint(), provenance={"host": "here"}))
+                                            tokenizer=trained.to_checkpoint(), base={"source": "gpt2"}))
     opened = open_model(tmp_path / "a.pt")
     assert (opened.step, opened.val_loss, opened.source) == (7, 1.5, str(tmp_path / "a.pt"))
     assert opened.tokenizer.merges == trained.merges and opened.tokenizer.encode("abcab") == trained.encode("abcab")
-    assert opened.extra["provenance"] == {"host": "here"} and "model" not in opened.extra
+    assert opened.base == {"source": "gpt2"}
     assert equal(dict(opened.model.state_dict()), dict(model.state_dict()))
 
 
@@ -394,7 +397,7 @@ def test_the_newest_model_is_the_file_written_last_in_any_run(tmp_path):
         os.utime(tmp_path / name, (now - age, now - age))
     assert newest_model(tmp_path) == tmp_path / "b/c/model_00010.pt"
     assert "no model_XXXXX.pt below" in refusal(newest_model, tmp_path / "empty")
-    assert "--checkpoint" in refusal(newest_model, tmp_path / "empty")
+    assert "a folder with a config.json" in refusal(newest_model, tmp_path / "empty")
 
 
 def test_weights_in_half_precision_open_in_fp32(tmp_path):

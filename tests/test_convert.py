@@ -8,9 +8,9 @@ import convert
 import hellaswag
 import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
-from exactgpt.config import RunFailed, UserError
+from exactgpt.config import RunFailed, UserError, write_json
 from exactgpt.generation import generate_ids
-from exactgpt.open_model import config_to_huggingface, open_model, state_to_huggingface, tokenizer_files
+from exactgpt.open_model import open_model, state_to_huggingface, tokenizer_files
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 from tests.common import in_our_layout
@@ -88,8 +88,8 @@ def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, messa
             k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v
             for k, v in state_to_huggingface(*args).items()})
     if damage == "config":
-        monkeypatch.setattr("exactgpt.open_model.config_to_huggingface",
-                            lambda *args: {**config_to_huggingface(*args), "activation_function": "gelu_new"})
+        monkeypatch.setattr("exactgpt.open_model.write_json",
+                            lambda path, value: write_json(path, {**value, "activation_function": "gelu_new"}))
     if damage == "tokenizer":
         monkeypatch.setattr("exactgpt.open_model.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
             Tokenizer(tokenizer.merges[:-2], ""), n))
@@ -120,7 +120,7 @@ def test_user_errors_change_no_file(trained, tmp_path, monkeypatch, capsys):
                            (["--out", "new"], "no model_XXXXX.pt below logs/"),
                            (["--out", "new", "--checkpoint", "gone.pt"], "cannot read the checkpoint gone.pt"),
                            (["--out", "new", "--checkpoint", "garbage.pt"], "cannot load garbage.pt"),
-                           (["--out", "new", "--checkpoint", "full"], "full holds neither a model_XXXXX.pt nor"),
+                           (["--out", "new", "--checkpoint", "full"], "no model_XXXXX.pt below full/"),
                            (["--out", "garbage.pt/new", "--checkpoint", "ours.pt"], "cannot write"),
                            (["--out", "garbage.pt/new.pt", "--checkpoint", "ours.pt"], "cannot write")):
         with pytest.raises(UserError) as caught:

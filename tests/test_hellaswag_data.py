@@ -8,22 +8,25 @@ import pytest
 import hellaswag
 from exactgpt.config import UserError
 from exactgpt.tokenizer import Tokenizer
-from hellaswag import fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag, split_context
+from hellaswag import fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag
 from tests.common import HELLASWAG_EXAMPLE, HELLASWAG_FILE, cpu_runtime
 
 
-@pytest.mark.parametrize("ctx, ctx_a, ctx_b", [
-    ("A man is sitting on a roof. he", "A man is sitting on a roof.", "he"),
-    ("He waits! Then it rains. the Dog", "He waits! Then it rains.", "the Dog"),
-    ('"Stop!" the man', '"Stop!"', "the man"),
-    ("A man is sitting on a roof. He", "A man is sitting on a roof. He", ""),
-    ("Two sentences. That end here.", "Two sentences. That end here.", ""),
-    ("no sentence end at all", "no sentence end at all", ""),
-    ("It costs 3.50 a piece", "It costs 3.50 a piece", ""),
-    ("", "", ""),
+@pytest.mark.parametrize("ctx, rendered", [
+    ("A man is sitting on a roof. he", "A man is sitting on a roof. He"),
+    ("He waits! Then it rains.  the Dog", "He waits! Then it rains. The dog"),
+    ("first. then he Waits. it Rains", "first. then he Waits. It rains"),
+    ('"Stop!" the Man', '"Stop!" The man'),
+    ("A man is sitting on a roof. He Sees", "A man is sitting on a roof. He Sees"),
+    ("first. then Two sentences. That end Here.", "first. then Two sentences. That end Here."),
+    ("it ends. with a Space. ", "it ends. with a Space."),
+    ("no Sentence end at all", "no Sentence end at all"),
+    ("It costs 3.50 a Piece", "It costs 3.50 a Piece"),
+    ("", ""),
 ])
-def test_a_context_splits_into_its_two_parts(ctx, ctx_a, ctx_b):
-    assert split_context(ctx) == (ctx_a, ctx_b)
+def test_in_lm_eval_style_what_follows_the_last_sentence_end_begins_with_a_capital(ctx, rendered):
+    item = dict(ctx=ctx, activity_label="X", endings=list("abcd"), label=0)
+    assert parse_example(item, "lm_eval", "").context == f"X: {rendered}".rstrip()
 
 
 def test_an_example_without_the_two_parts_renders_as_one_with_them():
@@ -49,12 +52,12 @@ def test_the_two_styles_render_as_their_originals():
 
 @pytest.mark.parametrize("style, change, message", [
     ("karpathy", dict(ctx=None), "'ctx' is missing or not a string"),
-    ("karpathy", dict(ctx="  "), "the context is empty"),
+    ("karpathy", dict(ctx="  "), "the context or an ending is empty"),
     ("karpathy", dict(endings=["a", "b", "c"]), "'endings' must be a list of 4 strings"),
     ("karpathy", dict(endings=["a", "b", "c", 4]), "'endings' must be a list of 4 strings"),
     ("karpathy", dict(endings="abcd"), "'endings' must be a list of 4 strings"),
-    ("karpathy", dict(endings=["a", "b", " ", "d"]), "ending 2 is empty"),
-    ("lm_eval", dict(endings=["a", "[title]", "c", "d"]), "ending 1 is empty"),
+    ("karpathy", dict(endings=["a", "b", " ", "d"]), "the context or an ending is empty"),
+    ("lm_eval", dict(endings=["a", "[title]", "c", "d"]), "the context or an ending is empty"),
     ("karpathy", dict(label=4), "'label' must be 0 to 3, but is 4"),
     ("karpathy", dict(label=-1), "'label' must be 0 to 3, but is -1"),
     ("karpathy", dict(label=True), "'label' must be 0 to 3, but is True"),

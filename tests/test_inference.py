@@ -212,7 +212,7 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
                            (["--prompt", "x", "--checkpoint", "bad.pt"], "cannot load bad.pt"),
                            (["--prompt", "x", "--checkpoint", "gone.pt"], "cannot read the checkpoint gone.pt"),
                            (["--prompt", "x", "--checkpoint", "latin.txt"], "cannot load latin.txt"),
-                           (["--prompt", "x", "--checkpoint", "."], ". holds neither a model_XXXXX.pt nor"),
+                           (["--prompt", "x", "--checkpoint", "."], "no model_XXXXX.pt below ./"),
                            (["--prompt", "x", "--checkpoint", str(gpt_nano)], "has no tokenizer for its 3 tokens"),
                            (["--prompt", "x", "--max_tokens", "0"], "--max_tokens must be >= 1"),
                            (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0"),
