@@ -52,7 +52,7 @@ STYLE = """<style>
 class PageConfig(DeviceConfig):
     """The command-line flags, given after `--`."""
     log_dir: str = flag("logs", "folder with the runs and models to show", group="page")
-    checkpoint: str = flag("", "model to list first: a file, a Hugging Face folder or a hub name", group="page")
+    checkpoint: str = flag("", "model to list first: a file, a Hugging Face folder or a hub name")
 
 
 def main():
@@ -115,8 +115,7 @@ def last_modified(source):
     return 0.0
 
 
-# -----------------------------------------------------------------------------
-# the model in memory
+# ---- the model in memory -----------------------------------------------------
 
 @st.cache_resource(show_spinner=False)
 def shared():
@@ -163,8 +162,7 @@ def look_up(source, modified, text, _config):
                    "Probability": [p for _, p in likeliest]}
 
 
-# -----------------------------------------------------------------------------
-# the Write tab
+# ---- the Write tab -----------------------------------------------------------
 
 def show_write_tab(source, settings, config):
     """Show the model's facts, the prompt, the likeliest next tokens and the generated texts."""
@@ -227,8 +225,7 @@ def printable_token(tokenizer, token):
     return "".join(WHITESPACE_SYMBOLS.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
-# -----------------------------------------------------------------------------
-# the Training tab
+# ---- the Training tab --------------------------------------------------------
 
 def show_training_tab(log_dir):
     """Show curves and samples of the chosen runs, updated while they train."""

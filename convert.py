@@ -25,7 +25,7 @@ class ConvertConfig(TokenizerConfig):
     """The flags of this script."""
     checkpoint: str = flag("", "model to convert: model_XXXXX.pt, a Hugging Face folder or a hub name such as gpt2 "
                                "(default: the newest model below logs/)", group="files")
-    out: str = flag(help="a new folder for Hugging Face format, or NAME.pt for our format (required)", group="files")
+    out: str = flag(help="a new folder for Hugging Face format, or NAME.pt for our format (required)")
 
 
 def main(argv=None):

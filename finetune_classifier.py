@@ -147,8 +147,7 @@ def tune(config, runtime, state):
     finetune.train(run, progress, config, runtime, evaluate, write_results)
 
 
-# -----------------------------------------------------------------------------
-# examples
+# ---- examples ----------------------------------------------------------------
 
 def read_splits(config):
     """Return {"train", "validation", "test": [(text, label)]}, without a test if none is wanted. Raises UserError."""
@@ -211,8 +210,7 @@ def freeze_layers(model, config):
     return wrapped
 
 
-# -----------------------------------------------------------------------------
-# metrics, results
+# ---- metrics, results --------------------------------------------------------
 
 @torch.no_grad()
 def score_examples(model, runtime, examples, micro_batch_tokens):
@@ -256,8 +254,7 @@ def draw_confusion(matrix, labels):
     return figure
 
 
-# -----------------------------------------------------------------------------
-# prediction
+# ---- prediction --------------------------------------------------------------
 
 def predict(config, runtime):
     """Label --predict and print it, or the texts in --predict_file and write --out. Raises UserError, StopRequested."""

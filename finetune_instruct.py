@@ -94,8 +94,7 @@ def tune(config, runtime, state):
                    lambda: runtime.is_main and write_results(config, run, progress, wrapped, val_items, counts))
 
 
-# -----------------------------------------------------------------------------
-# items and examples
+# ---- items and examples ------------------------------------------------------
 
 def read_items(path):
     """Read [(instruction, input, output)] from a .json or .jsonl file. Raises UserError that names the item."""
@@ -123,8 +122,7 @@ def encode_item(item, tokenizer, block_size):
     return finetune.Example(tokens[:-1], targets[:len(tokens) - 1])
 
 
-# -----------------------------------------------------------------------------
-# results
+# ---- results -----------------------------------------------------------------
 
 def write_results(config, run, progress, wrapped, val_items, counts):
     """Write answers and model; return (entries of metrics.json, paths, the next command).

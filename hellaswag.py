@@ -60,12 +60,12 @@ class HellaSwagConfig(DeviceConfig):
     checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
     data: str = flag("", f"JSON-lines file of examples (default: {DATA_FILE}, downloaded once)", group="data")
-    limit: int = flag(0, "score only the first N examples (0: all)", group="data", low=0)
-    download: bool = flag(False, f"only download {DATA_FILE}", group="data")
+    limit: int = flag(0, "score only the first N examples (0: all)", low=0)
+    download: bool = flag(False, f"only download {DATA_FILE}")
     style: str = flag("karpathy", "prompt and scoring convention", group="scoring", choices=STYLES)
     batch_tokens: int = flag(0, "tokens per forward pass; changes speed and memory, not the score "
-                                f"(0: {BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS})", group="scoring", low=0)
-    json: str = flag("", "JSON file to write the result to", group="scoring")
+                                f"(0: {BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS})", low=0)
+    json: str = flag("", "JSON file to write the result to")
 
     def check(self):
         """Raise UserError for flags that contradict each other."""
@@ -152,10 +152,8 @@ def load_hellaswag(path, style="karpathy", limit=0):
 
 
 def parse_example(item, style, where):
-    """Make an Example of an item (a dict of the file's fields). Raises UserError that begins with `where`.
-
-    In lm_eval style texts are cleaned exactly as preprocess() in lm_eval/tasks/hellaswag/utils.py does.
-    """
+    """Make an Example of an item (a dict of the file's fields). Raises UserError that begins with `where`."""
+    # In lm_eval style texts are cleaned exactly as preprocess() in lm_eval/tasks/hellaswag/utils.py does.
     def text(key):
         if not isinstance(item.get(key), str):
             raise UserError(f"{where}: {key!r} is missing or not a string")
@@ -191,11 +189,9 @@ def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="",
 
 
 def tokenize_examples(examples, tokenizer, block_size, style):
-    """Tokenize and pack Examples that were rendered in a style; return a PreparedHellaSwag.
-
-    lm_eval encodes context and ending together and cuts after as many ids as the context alone has. Spaces at the end
-    of the context move to the endings (lm_eval/api/model.py, TemplateLM._encode_pair).
-    """
+    """Tokenize and pack Examples that were rendered in a style; return a PreparedHellaSwag."""
+    # lm_eval encodes context and ending together and cuts after as many ids as the context alone has. Spaces at the end
+    # of the context move to the endings (lm_eval/api/model.py, TemplateLM._encode_pair).
     questions, lengths, n_cut = [], [], 0
     for example in examples:
         if style == "karpathy":

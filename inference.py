@@ -25,19 +25,19 @@ class InferenceConfig(DeviceConfig):
     """The command-line flags."""
     prompt: list[str] = flag([], "text to continue, repeatable (default: standard input; on a terminal one prompt per "
                              "line)", group="text", repeat=True)
-    prompt_file: list[str] = flag([], "file that holds one prompt, repeatable", group="text", repeat=True)
-    instruction: str = flag("", "task for an instruction-tuned checkpoint, instead of a prompt", group="text")
-    input: str = flag("", "text that the instruction refers to", group="text")
-    num_seq: int = flag(5, "continuations per prompt", group="text", low=1)
-    max_tokens: int = flag(50, "maximum number of new tokens per continuation", group="text", low=1)
-    stop: list[str] = flag([], "text before which a continuation ends, repeatable", group="text", repeat=True)
-    stream: bool = flag(False, "print the text while it is generated", group="text")
+    prompt_file: list[str] = flag([], "file that holds one prompt, repeatable", repeat=True)
+    instruction: str = flag("", "task for an instruction-tuned checkpoint, instead of a prompt")
+    input: str = flag("", "text that the instruction refers to")
+    num_seq: int = flag(5, "continuations per prompt", low=1)
+    max_tokens: int = flag(50, "maximum number of new tokens per continuation", low=1)
+    stop: list[str] = flag([], "text before which a continuation ends, repeatable", repeat=True)
+    stream: bool = flag(False, "print the text while it is generated")
     checkpoint: str = flag("", "model_XXXXX.pt, a LoRA adapter, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
     temperature: float = flag(1.0, "higher is more random, 0 takes the likeliest token", group="sampling", low=0.0)
-    top_k: int = flag(50, "sample from the k likeliest tokens (0: all)", group="sampling", low=0)
-    top_p: float = flag(1.0, "nucleus sampling: probability mass to keep (1.0: off)", group="sampling", above=0, high=1)
-    seed: int = flag(42, "random seed; the same seed gives the same text", group="sampling", low=0)
+    top_k: int = flag(50, "sample from the k likeliest tokens (0: all)", low=0)
+    top_p: float = flag(1.0, "nucleus sampling: probability mass to keep (1.0: off)", above=0, high=1)
+    seed: int = flag(42, "random seed; the same seed gives the same text", low=0)
     compile: str = flag("auto", "auto: CUDA graphs on a GPU, packed weights on a CPU; on: on a GPU torch.compile too, "
                                 "up to a minute to start; off: neither", group="system", choices=("auto", "on", "off"))
 

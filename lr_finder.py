@@ -34,9 +34,8 @@ SCALE_STEPS = 40       # fp16: additional steps for the GradScaler to find its s
 class FinderConfig(TrainConfig):
     """The flags of train.py and of the sweep."""
     lr_low: float = flag(1e-6, "learning rate of the first step", group="sweep", above=0)
-    lr_high: float = flag(1.0, "learning rate of the last step, unless the loss diverges earlier", group="sweep",
-                          above=0)
-    steps: int = flag(200, "number of steps", group="sweep", low=10)
+    lr_high: float = flag(1.0, "learning rate of the last step, unless the loss diverges earlier", above=0)
+    steps: int = flag(200, "number of steps", low=10)
 
     def check(self):
         """Raise UserError for flags that contradict each other."""

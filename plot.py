@@ -17,12 +17,11 @@ from exactgpt.figures import REFERENCES, TOKENS_PER_STEP, X_LABELS, draw_runs, r
 class PlotConfig:
     """The flags of this script."""
     runs: list[str] = flag([], "the --log_dir of one or more runs", group="what to draw", positional=True)
-    x: str = flag("steps", "x axis: training steps, tokens or hours", group="what to draw", choices=tuple(X_LABELS))
+    x: str = flag("steps", "x axis: training steps, tokens or hours", choices=tuple(X_LABELS))
     reference: str = flag("auto", "reference lines; auto: HellaSwag accuracy of GPT-2 and GPT-3 124M; gpt2: also the "
-                           "loss of GPT-2 124M on FineWeb-Edu", group="what to draw", choices=tuple(REFERENCES))
-    title: str = flag("", "title of the figure (default: the run's name if there is only one)", group="what to draw")
-    tokens_per_step: int = flag(TOKENS_PER_STEP, "tokens per training step, for runs with only a log.txt",
-                                group="what to draw", low=1)
+                                  "loss of GPT-2 124M on FineWeb-Edu", choices=tuple(REFERENCES))
+    title: str = flag("", "title of the figure (default: the run's name if there is only one)")
+    tokens_per_step: int = flag(TOKENS_PER_STEP, "tokens per training step, for runs with only a log.txt", low=1)
     out: str = flag("", ".png or .svg file to write (default: plot.png in the first run's folder)", group="output")
 
     def check(self):

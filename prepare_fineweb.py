@@ -37,17 +37,17 @@ class PrepareFinewebConfig(TokenizerConfig):
     """The flags of prepare_fineweb.py."""
     dataset: str = flag(FINEWEB_EDU, "data set on the Hugging Face hub", group="source")
     name: str | None = flag(None, "configuration of the data set, such as sample-100BT or CC-MAIN-2024-10 (default: "
-                            "sample-10BT for FineWeb-Edu, otherwise the data set's own default)", group="source")
-    text_column: str = flag("text", "column that holds the text", group="source")
+                                  "sample-10BT for FineWeb-Edu, otherwise the data set's own default)")
+    text_column: str = flag("text", "column that holds the text")
     data_files: str = flag("", "read local parquet or jsonl files instead of the hub: a quoted pattern such as "
-                           "'dir/*.parquet'", group="source")
+                               "'dir/*.parquet'")
     out: str | None = flag(None, "output folder (default: data/edu_fineweb10B; for another data set data/DATASET)",
                            group="shards")
-    shard_tokens: int = flag(100_000_000, "tokens per shard", group="shards", low=1, high=2_000_000_000)
-    max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", group="shards", low=20)
+    shard_tokens: int = flag(100_000_000, "tokens per shard", low=1, high=2_000_000_000)
+    max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", low=20)
     num_proc: int | None = flag(None, "tokenizer threads (default: one per core)", group="system", low=0, high=1024)
-    keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads", group="system")
-    verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids", group="system")
+    keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads")
+    verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids")
 
     def with_defaults(self):
         """Return a copy with the defaults filled in that depend on other flags."""

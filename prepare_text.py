@@ -27,16 +27,16 @@ from exactgpt.tokenizer import default_tokenizer, train_tokenizer
 class PrepareTextConfig(TokenizerConfig):
     """The flags of prepare_text.py."""
     paths: list[str] = flag([], "files and directories to read, in this order", group="text", positional=True)
-    demo: bool = flag(False, "use Python's own documentation instead of files", group="text")
-    separator: str = flag("", r"string between the documents of a .txt or .md file, with \n and \t for newline "
-                          "and tab (default: one document per file)", group="text")
-    text_column: str = flag("text", "column of .jsonl, .csv, .tsv and .parquet files that holds the text", group="text")
+    demo: bool = flag(False, "use Python's own documentation instead of files")
+    separator: str = flag("", "string between the documents of a .txt or .md file, with \\n and \\t for newline and "
+                              "tab (default: one document per file)")
+    text_column: str = flag("text", "column of .jsonl, .csv, .tsv and .parquet files that holds the text")
     train_tokenizer: int | None = flag(None, "train a byte-pair vocabulary of N entries on this text and use it",
                                        group="tokens", low=257, high=65535)
-    out: str = flag("", "output folder, such as data/NAME (required)", group="tokens")
-    val_fraction: float = flag(0.05, "fraction of the tokens kept for validation", group="tokens", above=0, below=1)
-    shard_tokens: int = flag(100_000_000, "tokens per shard", group="tokens", low=1, high=2_000_000_000)
-    seed: int = flag(1337, "random seed for the order of the documents", group="tokens", low=0)
+    out: str = flag("", "output folder, such as data/NAME (required)")
+    val_fraction: float = flag(0.05, "fraction of the tokens kept for validation", above=0, below=1)
+    shard_tokens: int = flag(100_000_000, "tokens per shard", low=1, high=2_000_000_000)
+    seed: int = flag(1337, "random seed for the order of the documents", low=0)
 
     def check(self):
         """Raise UserError for flags that are missing or contradict each other."""

@@ -54,57 +54,55 @@ class TrainConfig(RunConfig):
     data_dir: str = flag("data/edu_fineweb10B", "folder of token shards", group="data")
 
     model: str | None = flag(None, "GPT-2 size (default: gpt2)", group="model", choices=tuple(GPT2_SIZES))
-    n_layer: int | None = flag(None, "number of layers, instead of --model", group="model", low=1)
-    n_head: int | None = flag(None, "number of attention heads, instead of --model", group="model", low=1)
-    n_embd: int | None = flag(None, "number of channels, instead of --model", group="model", low=1)
-    block_size: int | None = flag(None, "context length in tokens (default: 1024)", group="model", low=1)
-    dropout: float = flag(0.0, "dropout probability", group="model", low=0.0, below=1.0, keep=True)
+    n_layer: int | None = flag(None, "number of layers, instead of --model", low=1)
+    n_head: int | None = flag(None, "number of attention heads, instead of --model", low=1)
+    n_embd: int | None = flag(None, "number of channels, instead of --model", low=1)
+    block_size: int | None = flag(None, "context length in tokens (default: 1024)", low=1)
+    dropout: float = flag(0.0, "dropout probability", low=0.0, below=1.0, keep=True)
     init_from: str = flag("scratch", "initial weights: scratch, FILE.pt, a run's folder, a LoRA adapter, a Hugging "
-                          "Face folder, or a hub name such as gpt2", group="model")
+                                     "Face folder, or a hub name such as gpt2")
 
     total_batch_size: int = flag(TOKENS_PER_STEP, "tokens per optimizer step, summed over all processes",
                                  group="batch", low=1, keep=True)
     micro_batch_size: int = flag(0, "rows per forward pass of a process (0: as many as fit, up to 65,536 tokens on a "
-                                 "GPU; 4,096 tokens on a CPU)", group="batch", low=0)
+                                    "GPU; 4,096 tokens on a CPU)", low=0)
 
     max_steps: int | None = flag(None, f"number of optimizer steps (default: {MAX_STEPS})", group="length", low=0)
-    num_epochs: float | None = flag(None, "epochs, instead of --max_steps", group="length", above=0)
-    stop_loss: float = flag(0.0, "stop once a step's training loss is below this (0: never)", group="length", low=0.0)
+    num_epochs: float | None = flag(None, "epochs, instead of --max_steps", above=0)
+    stop_loss: float = flag(0.0, "stop once a step's training loss is below this (0: never)", low=0.0)
 
     schedule: str = flag("cosine", "learning-rate schedule: cosine to min_lr, or warmup-stable-decay",
                          group="schedule", choices=("cosine", "wsd"), keep=True)
-    max_lr: float = flag(6e-4, "peak learning rate", group="schedule", above=0, keep=True)
-    min_lr: float = flag(6e-5, "learning rate that the schedule falls to", group="schedule", low=0.0, keep=True)
+    max_lr: float = flag(6e-4, "peak learning rate", above=0, keep=True)
+    min_lr: float = flag(6e-5, "learning rate that the schedule falls to", low=0.0, keep=True)
     warmup_steps: int | None = flag(None, f"steps of linear warm-up (default: {WARMUP_STEPS}, or a tenth of a short "
-                                    "run)", group="schedule", low=0)
+                                    "run)", low=0)
 
     optimizer: str = flag("adamw", "adamw, or muon for the matrices inside the blocks and adamw for the rest",
                           group="optimizer", choices=("adamw", "muon"), keep=True)
-    muon_lr: float = flag(0.02, "Muon peak learning rate (same schedule)", group="optimizer", above=0, keep=True)
-    muon_weight_decay: float = flag(0.01, "Muon weight decay", group="optimizer", low=0.0, keep=True)
-    weight_decay: float = flag(0.1, "AdamW weight decay, for matrices only", group="optimizer", low=0.0, keep=True)
-    beta1: float = flag(0.9, "AdamW beta1", group="optimizer", low=0.0, below=1.0, keep=True)
-    beta2: float = flag(0.95, "AdamW beta2", group="optimizer", low=0.0, below=1.0, keep=True)
-    adam_eps: float = flag(1e-8, "AdamW epsilon", group="optimizer", above=0, keep=True)
-    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: off)", group="optimizer", low=0.0, keep=True)
+    muon_lr: float = flag(0.02, "Muon peak learning rate (same schedule)", above=0, keep=True)
+    muon_weight_decay: float = flag(0.01, "Muon weight decay", low=0.0, keep=True)
+    weight_decay: float = flag(0.1, "AdamW weight decay, for matrices only", low=0.0, keep=True)
+    beta1: float = flag(0.9, "AdamW beta1", low=0.0, below=1.0, keep=True)
+    beta2: float = flag(0.95, "AdamW beta2", low=0.0, below=1.0, keep=True)
+    adam_eps: float = flag(1e-8, "AdamW epsilon", above=0, keep=True)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: off)", low=0.0, keep=True)
 
     eval_every: int = flag(250, "steps between validations (0: never)", group="evaluation", low=0)
-    val_tokens: int = flag(10485760, "tokens per validation, the same ones each time", group="evaluation", low=1)
-    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations (0: never)", group="evaluation", low=0)
-    sample_every: int = flag(250, "steps between text samples (0: never)", group="evaluation", low=0)
+    val_tokens: int = flag(10485760, "tokens per validation, the same ones each time", low=1)
+    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations (0: never)", low=0)
+    sample_every: int = flag(250, "steps between text samples (0: never)", low=0)
 
     log_dir: str = flag("logs", "folder for checkpoints and logs", group="checkpoints")
-    checkpoint_every: int = flag(1000, "steps between checkpoints (0: only at the end)", group="checkpoints", low=0)
-    keep_checkpoints: int = flag(3, "number of newest checkpoints to keep", group="checkpoints", low=1)
-    resume: str = flag("auto", "auto: from the newest checkpoint in --log_dir, if any; never; or FILE.pt",
-                       group="checkpoints")
+    checkpoint_every: int = flag(1000, "steps between checkpoints (0: only at the end)", low=0)
+    keep_checkpoints: int = flag(3, "number of newest checkpoints to keep", low=1)
+    resume: str = flag("auto", "auto: from the newest checkpoint in --log_dir, if any; never; or FILE.pt")
 
     compile: str = flag("auto", "torch.compile (auto: on CUDA, where it works)", group="system",
                         choices=("auto", "on", "off"))
-    attention: str = flag("auto", "backend of scaled_dot_product_attention", group="system",
+    attention: str = flag("auto", "backend of scaled_dot_product_attention",
                           choices=("auto", "flash", "cudnn", "efficient", "math"))
-    recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time",
-                           group="system")
+    recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
 
     def check(self):
         """Raise UserError for flags that contradict each other."""

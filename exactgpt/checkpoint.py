@@ -196,8 +196,7 @@ def weights_hash(state):
     return digest.hexdigest()
 
 
-# -----------------------------------------------------------------------------
-# resume: find the checkpoint, check that it belongs to this run, restore what "auto" chose and the optimizer
+# ---- resume: find the checkpoint, check that it is this run's, restore -----------
 
 def find_checkpoint(config, notice):
     """Return the checkpoint (a dict) that --resume asks for, or None for a new run. Raises UserError."""
@@ -314,8 +313,7 @@ def resolved_differences(stored, resolved):
             if stored.get(k, v) != v and k not in ("max_steps", "decay_start")]
 
 
-# -----------------------------------------------------------------------------
-# provenance: where results come from
+# ---- provenance: where results come from -------------------------------------
 
 def code_hash():
     """Return a hash of the scripts and of this package, which must be equal on all machines."""

@@ -39,9 +39,9 @@ class RunFailed(UserError):
     """A run that failed although its flags are valid: one line, exit status 1."""
 
 
-def flag(default=MISSING, help="", *, group="options", choices=None, low=None, high=None, above=None,
+def flag(default=MISSING, help="", *, group="", choices=None, low=None, high=None, above=None,
          below=None, keep=False, repeat=False, positional=False):
-    """Declare a dataclass field as a command-line flag.
+    """Declare a dataclass field as a command-line flag. group: its heading in --help, if not that of the flag before.
 
     Bounds: low <= value <= high, above < value < below. keep: a resumed run must have the same value.
     repeat: the flag may be given several times (a list). positional: takes the arguments that are not flags.
@@ -65,19 +65,18 @@ class DeviceConfig(TokenizerConfig):
     """The flags of every script that runs a model."""
     device: str = flag("auto", "cpu, cuda, cuda:N or mps; auto: a GPU if there is one, else the CPU", group="system")
     dtype: str = flag("auto", "precision of matrix products; auto: bf16 on CPUs and CUDA GPUs that support it, fp16 on "
-                      "older CUDA GPUs, else fp32", group="system", choices=("auto", "bf16", "fp16", "fp32"))
+                              "older CUDA GPUs, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
 
 
 @dataclass(kw_only=True)
 class RunConfig(DeviceConfig):
     """The flags of every script that trains a model; keep=True: a resumed run must have the same value."""
     seed: int = flag(1337, "random seed for weights, data order and dropout", group="system", low=0, keep=True)
-    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, but slower", group="system")
+    deterministic: bool = flag(False, "bitwise repeatable on a GPU too, but slower")
     timeout: float = flag(600.0, "seconds without progress after which a run of several processes ends and names the "
-                          "one that hangs; must exceed the longest save", group="system", above=0)
-    mlflow: bool = flag(False, "also log to a local MLflow store in the run's folder", group="system")
-    dry_run: bool = flag(False, "try two steps, an evaluation and a save; report what the full run takes",
-                         group="system")
+                                 "one that hangs; must exceed the longest save", above=0)
+    mlflow: bool = flag(False, "also log to a local MLflow store in the run's folder")
+    dry_run: bool = flag(False, "try two steps, an evaluation and a save; report what the full run takes")
 
     def check(self, *packages):
         """Raise UserError unless the packages that the script and its flags need are installed."""
@@ -100,16 +99,19 @@ def parse_config(cls, argv=None, description=None):
     width = min(110, int(os.environ.get("COLUMNS", 110)))
     parser = _Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width))
-    groups = {}
-    for f in sorted(fields(cls), key=lambda f: f.metadata["group"] == "system"):  # inherited fields last
+    groups, group, placed = {}, "options", []
+    for f in fields(cls):
+        group = f.metadata["group"] or group
+        placed.append((group, f))
+    for group, f in sorted(placed, key=lambda item: item[0] == "system"):  # inherited fields last
         m = f.metadata
-        if m["group"] not in groups:
-            groups[m["group"]] = parser.add_argument_group(m["group"])
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         kind = (*typing.get_args(f.type), f.type)[0]        # of one value: int for `int | None`, str for `list[str]`
         options = dict(help=m["help"].replace("%", "%%"))
         if m["positional"]:
             many = typing.get_origin(f.type) is list
-            groups[m["group"]].add_argument(f.name, nargs="*" if many else None, metavar=f.name.upper(), **options)
+            groups[group].add_argument(f.name, nargs="*" if many else None, metavar=f.name.upper(), **options)
             continue
         options.update(default=argparse.SUPPRESS, required=f.default is f.default_factory is MISSING)
         if kind is bool:
@@ -120,7 +122,7 @@ def parse_config(cls, argv=None, description=None):
                            action="append" if m["repeat"] else "store")
             if f.default not in (MISSING, None, ""):
                 options["help"] += f" (default: {f.default})"
-        groups[m["group"]].add_argument(f"--{f.name}", **options)
+        groups[group].add_argument(f"--{f.name}", **options)
     known, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -174,8 +176,7 @@ def run_script(main):
         sys.exit(status)
 
 
-# -----------------------------------------------------------------------------
-# files
+# ---- files -------------------------------------------------------------------
 
 @contextlib.contextmanager
 def _whole_or_not_at_all(path):

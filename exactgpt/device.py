@@ -168,8 +168,7 @@ def keep_freed_memory(device, keep=True):
                 ctypes.CDLL(None).mallopt(option, value)
 
 
-# -----------------------------------------------------------------------------
-# the largest micro-batch that fits, found by trial steps
+# ---- the largest micro-batch that fits, found by trial steps -----------------
 
 CPU_TOKENS = 4096      # most tokens in a micro-batch on a CPU: memory allows more, but it is not faster
 CUDA_TOKENS = 65536    # the same on a GPU: 64 rows of 1024 already keep it busy

@@ -187,8 +187,7 @@ READERS = {".txt": None, ".md": None, ".jsonl": _read_json, ".json": _read_json,
            ".tsv": functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE), ".parquet": _read_parquet}
 
 
-# -----------------------------------------------------------------------------
-# files that are continued in the middle
+# ---- files that are continued in the middle ----------------------------------
 
 def read_texts(path, column, start=0):
     """Yield (start, text) from `start` on: a row's number in a .parquet file, its first byte in a .jsonl file."""
@@ -210,8 +209,7 @@ def read_texts(path, column, start=0):
             start += len(line)
 
 
-# -----------------------------------------------------------------------------
-# text for --demo, about 2 MB that need no download: the language reference and the standard library's docstrings
+# ---- text for --demo: Python's language reference and docstrings, about 2 MB that need no download -----
 
 # Not documentation: tests, the bundled editor and its turtles, code page tables, other people's packages.
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages",

@@ -36,8 +36,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 INK, GREY, LIGHT = "#222222", "#6f6f6f", "#e6e6e6"
 
 
-# -----------------------------------------------------------------------------
-# reading a log
+# ---- reading a log -----------------------------------------------------------
 
 @dataclass
 class Series:
@@ -165,8 +164,7 @@ def smooth(values, half):
     return np.where(finite, sums / np.maximum(counts, 1), np.nan)
 
 
-# -----------------------------------------------------------------------------
-# drawing
+# ---- drawing -----------------------------------------------------------------
 
 def draw_runs(runs, x="steps", title="", reference="auto"):
     """Draw runs into a matplotlib Figure: loss, HellaSwag, learning rate and gradient norm, if logged.

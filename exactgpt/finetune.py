@@ -37,30 +37,28 @@ N_SHOWN = 3              # examples that a dry run prints
 class TuneConfig(RunConfig):
     """The flags shared by the fine-tuning scripts; keep=True: a resumed run must have the same value."""
     data: str = flag("", "training examples (required)", group="data")
-    val_fraction: float = flag(0.1, "share of the examples for validation", group="data", above=0, below=1, keep=True)
-    out: str = flag("", "output folder (required)", group="data")
+    val_fraction: float = flag(0.1, "share of the examples for validation", above=0, below=1, keep=True)
+    out: str = flag("", "output folder (required)")
 
     init_from: str = flag("", "model to fine-tune: a checkpoint, a Hugging Face folder, or a name like gpt2 (required)",
                           group="model")
     block_size: int | None = flag(None, "tokens to read of each example, the rest is cut off (default: the model's "
-                                        "maximum)", group="model", low=2, keep=True)
-    dropout: float = flag(0.0, "dropout probability in the model", group="model", low=0.0, below=1.0, keep=True)
-    lora_r: int = flag(8, "rank of the LoRA matrices", group="model", low=1, keep=True)
-    lora_alpha: float = flag(16.0, "LoRA updates are scaled by lora_alpha / lora_r", group="model", above=0, keep=True)
-    lora_dropout: float = flag(0.0, "dropout before the LoRA matrices", group="model", low=0.0, below=1.0, keep=True)
+                                        "maximum)", low=2, keep=True)
+    dropout: float = flag(0.0, "dropout probability in the model", low=0.0, below=1.0, keep=True)
+    lora_r: int = flag(8, "rank of the LoRA matrices", low=1, keep=True)
+    lora_alpha: float = flag(16.0, "LoRA updates are scaled by lora_alpha / lora_r", above=0, keep=True)
+    lora_dropout: float = flag(0.0, "dropout before the LoRA matrices", low=0.0, below=1.0, keep=True)
 
     num_epochs: int = flag(3, "passes over the training examples", group="training", low=1, keep=True)
-    patience: int = flag(0, "stop after so many epochs without a better one (0: never)", group="training", low=0)
-    batch_size: int = flag(32, "examples per optimizer step, over all processes", group="training", low=1, keep=True)
+    patience: int = flag(0, "stop after so many epochs without a better one (0: never)", low=0)
+    batch_size: int = flag(32, "examples per optimizer step, over all processes", low=1, keep=True)
     micro_batch_size: int = flag(0, "full-length rows per forward pass of a process, more if they are shorter (0: as "
-                                    "many as fit)", group="training", low=0)
-    max_lr: float | None = flag(None, "peak learning rate (default: see docs/finetuning.md)", group="training", above=0,
-                                keep=True)
-    min_lr: float = flag(0.0, "learning rate that the cosine falls to", group="training", low=0.0, keep=True)
-    warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth of the run)", group="training",
-                                    low=0, keep=True)
-    weight_decay: float = flag(0.01, "AdamW weight decay, for matrices only", group="training", low=0.0, keep=True)
-    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: off)", group="training", low=0.0, keep=True)
+                                    "many as fit)", low=0)
+    max_lr: float | None = flag(None, "peak learning rate (default: see docs/finetuning.md)", above=0, keep=True)
+    min_lr: float = flag(0.0, "learning rate that the cosine falls to", low=0.0, keep=True)
+    warmup_steps: int | None = flag(None, "steps of linear warm-up (default: a tenth of the run)", low=0, keep=True)
+    weight_decay: float = flag(0.01, "AdamW weight decay, for matrices only", low=0.0, keep=True)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm (0: off)", low=0.0, keep=True)
 
     resume: str = flag("auto", "resume the run in --out, if any", group="system", choices=("auto", "never"))
 
@@ -74,8 +72,7 @@ class TuneConfig(RunConfig):
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
 
 
-# -----------------------------------------------------------------------------
-# tokenized examples
+# ---- tokenized examples ------------------------------------------------------
 
 class Example:
     """One tokenized example: `tokens` and `targets`, (T,) int32; targets are IGNORED where there is no loss."""
@@ -124,8 +121,7 @@ def print_examples(examples, tokenizer, target_text, print):
               f"  masked  | {tokenizer.decode(masked)!r}\n  learned | {target_text(learned)!r}")
 
 
-# -----------------------------------------------------------------------------
-# set-up
+# ---- set-up ------------------------------------------------------------------
 
 def open_base_model(config, runtime):
     """Return (GPT on the device, Tokenizer, {"source", "sha256"}) of --init_from, cropped. Raises UserError."""
@@ -260,8 +256,7 @@ def trained_weights(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-# -----------------------------------------------------------------------------
-# training
+# ---- training ----------------------------------------------------------------
 
 def train_step(run, config, runtime, step):
     """Train on this rank's examples of a step; return (StepResult, tokens read), the same on all ranks."""
@@ -389,8 +384,7 @@ def train(run, progress, config, runtime, evaluate, write_results):
                             "results again") from error
 
 
-# -----------------------------------------------------------------------------
-# the folder and the state of a run
+# ---- the folder and the state of a run ---------------------------------------
 
 def work_in_folder(config, runtime, finetune):
     """Call finetune(config, runtime, state of an interrupted run or None) while no other run uses --out."""

@@ -21,8 +21,7 @@ SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
 
 
-# -----------------------------------------------------------------------------
-# texts
+# ---- texts -------------------------------------------------------------------
 
 class Continuation:
     """The text generated so far for one prompt: whole characters only, and no possible start of a stop text."""
@@ -86,19 +85,16 @@ def write_samples(run, config, runtime, step):
 
 
 def alpaca_prompt(instruction, input=""):
-    """Return Stanford Alpaca's prompt for an instruction and an optional input; the answer follows it.
-
-    The wording is that of github.com/tatsu-lab/stanford_alpaca (train.py, PROMPT_DICT). A newline follows the last
-    heading, so that no token spans prompt and answer.
-    """
+    """Return Stanford Alpaca's prompt for an instruction and an optional input; the answer follows it."""
+    # The wording is that of github.com/tatsu-lab/stanford_alpaca (train.py, PROMPT_DICT). A newline follows the last
+    # heading, so that no token spans prompt and answer.
     setting = ", paired with an input that provides further context" if input else ""
     question = f"### Input:\n{input}\n\n" if input else ""
     return (f"Below is an instruction that describes a task{setting}. Write a response that appropriately completes "
             f"the request.\n\n### Instruction:\n{instruction}\n\n{question}### Response:\n")
 
 
-# -----------------------------------------------------------------------------
-# tokens
+# ---- tokens ------------------------------------------------------------------
 
 @torch.no_grad()
 def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, seed=42, temperature=1.0, top_k=50, top_p=1.0):
@@ -268,10 +264,8 @@ def sample(logits, noise, temperature=1.0, top_p=1.0):
 
 
 def pack_linears(model):
-    """Pack the weights of a bf16 model's linear layers for the CPU's kernel once, if torch can: 2.5 times as fast.
-
-    The operators are those that torch.compile emits with freezing. Such a model can only be run, not trained or saved.
-    """
+    """Pack the weights of a bf16 model's linear layers for the CPU's kernel once, if torch can: 2.5 times as fast."""
+    # The operators are those that torch.compile emits with freezing. Such a model can only be run.
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
     for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
@@ -282,16 +276,13 @@ def pack_linears(model):
     model.requires_grad_(False)    # with autograd the operator is a thousand times slower
 
 
-# -----------------------------------------------------------------------------
-# the cache
+# ---- the cache ---------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of up to max_len tokens in each of B rows of different lengths, in the model's dtype.
-
-    A forward pass with T > 1 reads right-padded prompts into an empty cache; one with T = 1 reads the next token of
-    each row. After each pass the caller adds the tokens read to `lengths` (B,), in place because the layers share it.
-    Padding leaves garbage beyond a row's length; the mask hides it until later tokens overwrite it.
-    """
+    """Keys and values of up to max_len tokens in each of B rows of different lengths, in the model's dtype."""
+    # A forward pass with T > 1 reads right-padded prompts into an empty cache; one with T = 1 reads the next token of
+    # each row. After each pass the caller adds the tokens read to `lengths` (B,), in place because the layers share it.
+    # Padding leaves garbage beyond a row's length; the mask hides it until later tokens overwrite it.
 
     def __init__(self, model, batch_size, max_len):
         config, weight = model.config, model.transformer.wte.weight
@@ -314,26 +305,22 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's keys and values (B, nh, max_len, hs), with the row indices and lengths of the KVCache.
-
-    It does not refer to the KVCache: a reference cycle would keep the memory until Python's garbage collector runs.
-    """
+    """One layer's keys and values (B, nh, max_len, hs), with the row indices and lengths of the KVCache."""
+    # It does not refer to the KVCache: a reference cycle would keep the memory until Python's garbage collector runs.
 
     def __init__(self, rows, lengths, k, v):
         self.rows, self.lengths, self.k, self.v = rows, lengths, k, v
 
     def attend(self, q, k, v, bias):
-        """Store the new keys and values and return the attention of the new queries. All (B, nh, T, hs).
-
-        One query per row is a matrix-vector product, for which fused kernels are not made: on a CPU plain matmuls
-        over the whole cache are 4 to 7 times as fast as scaled_dot_product_attention.
-        """
+        """Store the new keys and values and return the attention of the new queries. All (B, nh, T, hs)."""
         if bias is None:
             T = k.size(2)
             self.k[:, :, :T], self.v[:, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         self.k[self.rows, :, self.lengths] = k[:, :, 0].to(self.k.dtype)               # (B, nh, hs)
         self.v[self.rows, :, self.lengths] = v[:, :, 0].to(self.v.dtype)
+        # One query per row is a matrix-vector product, for which fused kernels are not made: on a CPU plain matmuls
+        # over the whole cache are 4 to 7 times as fast as scaled_dot_product_attention.
         scores = q.contiguous() @ self.k.transpose(2, 3)                               # (B, nh, 1, max_len)
         scores = torch.add(bias, scores, alpha=q.size(-1) ** -0.5)
         return torch.softmax(scores, dim=-1) @ self.v                                  # (B, nh, 1, hs)

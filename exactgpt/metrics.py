@@ -208,8 +208,7 @@ def peak_memory_gb(runtime):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-# -----------------------------------------------------------------------------
-# MLflow
+# ---- MLflow ------------------------------------------------------------------
 
 class Tracker:
     """A run in MLflow; does nothing unless config.mlflow. Make it on rank 0 only, and close it."""

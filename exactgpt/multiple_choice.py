@@ -91,11 +91,9 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0):
 
 
 def batch_by_length(questions, block_size, batch_tokens, world_size):
-    """Yield (T, question indices) of each forward pass of all ranks; questions of a batch have similar lengths.
-
-    A rank's share has at most batch_tokens tokens, but at least one question. The longest come first, so that a batch
-    that does not fit in memory fails at once.
-    """
+    """Yield (T, question indices) of each forward pass of all ranks; questions of a batch have similar lengths."""
+    # A rank's share has at most batch_tokens tokens, but at least one question. The longest come first, so that a batch
+    # that does not fit in memory fails at once.
     groups = {}
     for i, sequences in enumerate(questions):
         T = -(-max(sequence.inputs.shape[1] for sequence in sequences) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -162,8 +162,7 @@ def newest_model(log_dir="logs"):
     return max(files, key=lambda p: p.stat().st_mtime)
 
 
-# -----------------------------------------------------------------------------
-# reading Hugging Face format
+# ---- reading Hugging Face format ---------------------------------------------
 
 def _download_model(name):
     """Return the folder of a hub model's config, weights and vocabulary, downloaded now or before. Raises UserError."""
@@ -253,8 +252,7 @@ def _folder_tokenizer(folder, vocab_size, fallback):
     return tokenizer if all(ids.get(token) == i for token, i in ours.items()) else None   # special tokens first, say
 
 
-# -----------------------------------------------------------------------------
-# writing Hugging Face format
+# ---- writing Hugging Face format ---------------------------------------------
 
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
     """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and any Tokenizer's files.

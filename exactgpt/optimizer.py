@@ -32,8 +32,7 @@ def make_optimizer(model, config, runtime):
     return OptimizerPair(make_muon(model, matrices, config, runtime), adamw)
 
 
-# -----------------------------------------------------------------------------
-# learning-rate schedules
+# ---- learning-rate schedules -------------------------------------------------
 
 def learning_rate_factor(step, plan, schedule, min_factor):
     """Return the learning rate at a step (from 0) as a fraction of its peak.
@@ -59,8 +58,7 @@ def decay_start(plan):
     return max(plan.warmup_steps, plan.max_steps - round(DECAY_FRACTION * plan.max_steps))
 
 
-# -----------------------------------------------------------------------------
-# the end of a step
+# ---- the end of a step -------------------------------------------------------
 
 @dataclass(frozen=True)
 class StepResult:

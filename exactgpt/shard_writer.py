@@ -58,8 +58,7 @@ def _batches(documents):
         yield batch
 
 
-# -----------------------------------------------------------------------------
-# the folder of shards
+# ---- the folder of shards ----------------------------------------------------
 
 def prepare_folder(folder, wanted, write, check=lambda manifest: None):
     """Make the shards that the manifest `wanted` asks for, unless the folder has them already; print their sizes.
