@@ -125,12 +125,9 @@ def shared():
 
 @contextlib.contextmanager
 def locked_model(source, config, on_wait=lambda: None):
-    """Lock the model in memory, loading it first if it or its file is new; yield (decoder, tokenizer, {fact: text}).
-
-    on_wait() is called repeatedly while another visitor holds the lock. Raises UserError if it cannot be opened.
-    """
+    """Lock the model, loaded first if it or its file is new; yield (decoder, tokenizer, facts). Raises UserError."""
     lock, models = shared()
-    while not lock.acquire(timeout=0.2):
+    while not lock.acquire(timeout=0.2):         # another visitor holds it
         on_wait()
     try:
         key = source, last_modified(source)

@@ -108,10 +108,7 @@ def sweep(run, config, runtime, tracker):
 
 
 def suggest(rates, smoothed, half):
-    """Return {name: learning rate}: where the loss falls fastest over log(rate), and a tenth of where it is lowest.
-
-    rates, smoothed: arrays (n,). half: neighbours on either side that a slope is averaged with.
-    """
+    """Return {name: learning rate}: where the loss falls fastest over log(rate), and a tenth of where it is lowest."""
     lowest = int(np.argmin(smoothed))
     slopes = smooth(np.gradient(smoothed, np.log(rates)), half)[:lowest + 1]
     return {"steepest slope": float(rates[np.argmin(slopes)]), "one tenth of the minimum": float(rates[lowest] / 10)}

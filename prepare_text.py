@@ -75,11 +75,9 @@ def scan_documents(documents):
 
 
 def split_documents(lengths, order, val_fraction):
-    """Return (val, train), the document numbers of each split in seeded order; val is empty if no document fits.
-
-    lengths: tokens of each document, shape (documents,). Documents go to val until it has val_fraction of all tokens.
-    A document stays in train if it would make val more than twice that size, or all there is.
-    """
+    """Return (val, train), the document numbers of each split in seeded order; val is empty if no document fits."""
+    # Documents go to val until it has val_fraction of all tokens. One stays in train if it would make val more than
+    # twice that size, or all there is.
     total = lengths.sum()
     target = val_fraction * total
     most = min(2 * target, total - 1)

@@ -38,8 +38,7 @@ from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch, if training's micro-batches have as many
 DRY_RUN_ITEMS = 200        # HellaSwag items in a dry run, of 10,042
 RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
-SLOW_STEP_S = 5            # seconds; in longer steps check for a stop after each micro-batch: torchrun sends SIGKILL
-                           # 30 s after SIGTERM
+SLOW_STEP_S = 5            # in longer steps check for a stop after each micro-batch: SIGTERM gives us 30 s in torchrun
 TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
 MAX_STEPS = 19073          # 10B tokens in such steps
 WARMUP_STEPS = 715         # 375M tokens (GPT-3 paper)
@@ -289,8 +288,7 @@ def make_model(config, runtime, tokenizer, stored):
 def compile_and_wrap(model, plan, config, runtime, wanted_rows):
     """Choose attention and compilation, wrap the model in DDP, find its micro-batch: return (compiled, ddp, choices).
 
-    wanted_rows: rows per micro-batch, 0 to search for them. Raises UserError if none fits, or if the device lacks what
-    --compile on or --attention asks for.
+    wanted_rows: rows per micro-batch, 0 to search for them. Raises UserError if none fits or the device lacks a thing.
     """
     attention = runtime.on_all_ranks(
         lambda: device.attention_backend(config.attention, runtime.device, runtime.dtype, model.config))

@@ -241,8 +241,7 @@ def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     longer = config.schedule == "wsd" and plan.max_steps > old and step <= resolved.get("decay_start", 0)
     if plan.max_steps != old and not longer:
         raise UserError(f"{source} contains a run of {old} steps, not {plan.max_steps}: its learning rates depend on "
-                        f"its length. To train its model further: --init_from {suggested_init(config, step)} "
-                        "--log_dir NEW")
+                        f"its length; {advice_to_train_further(config, step)}")
 
 
 def resume_source(config):
@@ -250,10 +249,11 @@ def resume_source(config):
     return config.log_dir if config.resume == "auto" else config.resume
 
 
-def suggested_init(config, step):
-    """Return what to suggest for --init_from: the checkpoint of a step, for messages."""
+def advice_to_train_further(config, step):
+    """Return how to train the model of a step further, for messages."""
     path = checkpoint_path(config.log_dir, step)      # not the folder: a newer run may lie below it
-    return path if path.exists() else resume_source(config)
+    source = path if path.exists() else resume_source(config)
+    return f"to train its model further: --init_from {source} --log_dir NEW"
 
 
 def changed_flags(config, stored):
@@ -271,17 +271,13 @@ def final_step(config, checkpoint, plan):
                and 0 < checkpoint["train_config"].get("stop_loss", 0) <= config.stop_loss)
     last_step = step if reached else plan.max_steps
     if checkpoint["finished"] and step >= last_step:
-        raise AlreadyFinished(f"the run in {resume_source(config)} is finished, at step {step}; to train its model "
-                              f"further: --init_from {suggested_init(config, step)} --log_dir NEW")
+        raise AlreadyFinished(f"the run in {resume_source(config)} is finished, at step {step}; "
+                              + advice_to_train_further(config, step))
     return last_step
 
 
 def adopt_resolved(config, runtime, checkpoint, local_windows):
-    """Use what the start that wrote the checkpoint used, as far as this machine can: dtype, threads, micro-batch.
-
-    Sets the first two; returns the rows of a micro-batch, 0 if the search must run again. Raises UserError if
-    --micro_batch_size does not divide local_windows.
-    """
+    """Take over the checkpoint's dtype, threads and micro-batch if this machine can; return its rows (0: search)."""
     stored = checkpoint["resolved"] if checkpoint else {}
     if config.dtype == "auto" and "dtype" in stored and stored.get("device") == runtime.device.type:
         with contextlib.suppress(UserError):      # this machine cannot; the banner reports the difference
@@ -332,9 +328,8 @@ def provenance():
         except (OSError, subprocess.TimeoutExpired):
             return ""
     return dict(git_commit=git("rev-parse", "HEAD"),
-                git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+                git_dirty=bool(git("status", "--porcelain", "--untracked-files=no")), host=socket.gethostname(),
                 torch=str(torch.__version__), python=platform.python_version(), cuda=torch.version.cuda or "",
                 device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-                host=socket.gethostname(),
                 time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 argv=" ".join(sys.argv))

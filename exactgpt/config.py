@@ -91,10 +91,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(cls, argv=None, description=None):
-    """Parse the command line (or `argv`) into a checked instance of the dataclass `cls`; --help lists its flags.
+    """Parse the command line (or `argv`) into a checked instance of a dataclass; --help lists its flags.
 
-    Raises UserError for an unknown or abbreviated flag, a value of the wrong type or out of bounds, and for flags
-    that contradict each other according to the dataclass' own `check()`.
+    Raises UserError for unknown or abbreviated flags, values of the wrong type or out of bounds, and what check() does.
     """
     width = min(110, int(os.environ.get("COLUMNS", 110)))
     parser = _Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,

@@ -203,11 +203,12 @@ def dummy_rows(size, block_size, device):
 def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True):
     """Return the rows per micro-batch: `wanted` (0: the maximum) if it fits, else the first divisor found by halving.
 
-    Candidates are the divisors of local_windows of at most CUDA_TOKENS tokens (CPU_TOKENS on a CPU, where nothing is
-    tried). A CUDA trial uses the module as it will train: compiled, in DDP, on its device; module(x, y) returns a loss.
-    All ranks try the same sizes, and a size fits if it fits on all. Raises UserError if nothing fits, or with `insist`
-    if `wanted` does not, naming the next smaller valid size; CompilationFailed.
+    module(x, y) returns a loss. Raises UserError if nothing fits, or with `insist` if `wanted` does not, naming the
+    next smaller valid size; CompilationFailed.
     """
+    # Candidates are the divisors of local_windows of at most CUDA_TOKENS tokens (CPU_TOKENS on a CPU, where nothing is
+    # tried). A CUDA trial uses the module as it will train: compiled, in DDP, on its device. All ranks try the same
+    # sizes, and a size fits if it fits on all.
     most = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     sizes = [d for d in divisors(local_windows) if d == 1 or d * block_size <= most]
     size = wanted or sizes[0]

@@ -193,12 +193,12 @@ class Runtime:
 def start(config):
     """Set this process up, from torchrun's environment if there is one, and yield its Runtime.
 
-    A config with process_group=True gets a process group, and therefore DDP, even for a single process (bench/).
     Raises UserError for a device or dtype that this machine lacks, before there is a process group, and RunFailed if
     the processes do not find each other.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # bench/ wants DDP even for a single process
     grouped = world_size > 1 or getattr(config, "process_group", False)
     try:
         device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -256,11 +256,8 @@ def lock_folder(folder, runtime):
 
 @contextlib.contextmanager
 def temporary_folder(runtime, place):
-    """Yield a new, empty folder, the same on all ranks, and delete it at the end.
-
-    It lies in `place`/.dry_run, or above if `place` does not exist; what a killed process left there is deleted first.
-    Raises UserError if `place` cannot be written, or if another run uses its .dry_run.
-    """
+    """Yield a new, empty folder, the same on all ranks, and delete it at the end. Raises UserError."""
+    # It lies in `place`/.dry_run, or above if `place` does not exist; what a killed process left there goes first.
     def renew():
         shutil.rmtree(hidden / "run", ignore_errors=True)
         (hidden / "run").mkdir()

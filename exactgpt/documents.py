@@ -108,12 +108,10 @@ def _to_text(value, where, column):
 
 
 def _check_columns(columns, present, where):
-    if not present:
-        raise UserError(f"{where}: there are no columns")
     for column in columns:
         if column not in present:
             hint = "; choose one with --text_column" + " and --label_column" * (len(columns) > 1)
-            raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present))}{hint}")
+            raise UserError(f"{where}: no column {column!r} among {', '.join(map(str, present)) or 'none'}{hint}")
 
 
 def read_objects(path):

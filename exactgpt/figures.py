@@ -82,11 +82,8 @@ class LoggedRun:
 
 
 def read_run(folder, tokens_per_step=TOKENS_PER_STEP):
-    """Read the LoggedRun in a folder from its metrics.jsonl, or else from its log.txt (ours or build-nanogpt's).
-
-    log.txt does not record tokens, so they are computed from `tokens_per_step`. If a resumed run logged a step twice,
-    the later line counts. Raises UserError if the folder has no readable log.
-    """
+    """Read the LoggedRun in a folder from metrics.jsonl, else log.txt (ours or build-nanogpt's). Raises UserError."""
+    # log.txt does not record tokens, so they are computed from `tokens_per_step`.
     folder, names = Path(folder), ("metrics.jsonl", "log.txt")
     try:
         path = next((folder / name for name in names if (folder / name).is_file()), None)

@@ -49,10 +49,8 @@ class Continuation:
 
 
 def stream(model, tokenizer, prompts, *, stop=(), **options):
-    """Continue texts; yield the same list of Continuations, one a prompt, after each step, until all have ended.
-
-    An empty prompt begins a new document. A continuation ends before the first stop text. Else as in generate_ids.
-    """
+    """Continue texts; yield the same list of Continuations, one a prompt, after each step, until all have ended."""
+    # An empty prompt begins a new document. A continuation ends before the first stop text. Else as in generate_ids.
     continuations = [Continuation(tokenizer, stop) for _ in prompts]
     ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
     for step in generate_ids(model, ids, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot, **options):
@@ -142,12 +140,10 @@ def generate_ids(model, prompts, *, n_vocab, eot=None, max_tokens=50, seed=42, t
 
 
 class Decoder:
-    """A model with the compiled step, CUDA graph and buffers that generation reuses from call to call.
-
-    compile: torch.compile the decode step, about a minute for each new shape. cuda_graph: capture the step and replay
-    it as one launch instead of hundreds. If either fails, a notice is printed and decoding goes without it. The model
-    must be in eval mode and must not change: compiled and captured steps hold its weights. Not thread-safe.
-    """
+    """A model with the compiled step, CUDA graph and buffers that generation reuses from call to call."""
+    # compile: torch.compile the decode step, about a minute for each new shape. cuda_graph: capture the step and replay
+    # it as one launch instead of hundreds. If either fails, a notice is printed and decoding goes without it. The model
+    # must be in eval mode and must not change: compiled and captured steps hold its weights. Not thread-safe.
 
     def __init__(self, model, compile=False, cuda_graph=False):
         self.model, self.compile, self.cuda_graph = model, compile, cuda_graph
@@ -215,10 +211,8 @@ def make_decoder(model, device, dtype, compile="auto"):
 
 
 def prefill(model, cache, indices, prompts):
-    """Read prompts (lists of ids) into the rows `indices` of the cache; return the logits (B, V) after each.
-
-    Equal prompts are read only once. Empty prompts (a window of one token) only empty their rows and return None.
-    """
+    """Read prompts (lists of ids) into the rows `indices` of the cache; return the logits (B, V) after each."""
+    # Equal prompts are read only once. Empty prompts (a window of one token) only empty their rows.
     device = cache.lengths.device
     indices = torch.tensor(indices, device=device)
     if not prompts[0]:

@@ -38,12 +38,10 @@ def reachable():
 
 
 def resolve_dataset(dataset, name=None):
-    """Return (commit, [{path, size, sha256}, ...]) for the train files of a data set, sorted by path. Raises UserError.
-
-    name: the configuration (None: the default one). The files are those that the data set's card lists. Without such a
-    list they are its parquet and jsonl files, below a folder called `name` if one is given; without any, those of the
-    hub's own conversion to parquet, CONFIGURATION/train/0000.parquet.
-    """
+    """Return (commit, [{path, size, sha256}, ...]) of a data set's train files, sorted by path. Raises UserError."""
+    # name: the configuration (None: the default one). The files are those that the data set's card lists. Without such
+    # a list they are its parquet and jsonl files, below a folder called `name` if one is given; without any, those of
+    # the hub's own conversion to parquet, CONFIGURATION/train/0000.parquet.
     from huggingface_hub import HfApi
     info, files = _list_files(dataset)
     configs = info.card_data.to_dict().get("configs") if info.card_data else None

@@ -214,11 +214,9 @@ class Tracker:
     """A run in MLflow; does nothing unless config.mlflow. Make it on rank 0 only, and close it."""
 
     def __init__(self, config, log_dir, experiment, resumed=False):
-        """Log the fields of `config` as parameters. experiment: "train", "lr_finder", ...
-
-        resumed: continue the newest run of the experiment in log_dir, and first send the lines of metrics.jsonl that a
-        killed process had not sent.
-        """
+        """Log the fields of `config` as parameters. experiment: "train", "lr_finder", ..."""
+        # resumed: continue the newest run of the experiment in log_dir, and first send the lines of metrics.jsonl that
+        # a killed process had not sent.
         self._enabled = config.mlflow
         self._actions = deque()      # what to do after the last metrics are sent
         if not self._enabled:

@@ -30,11 +30,9 @@ PackedSequence = namedtuple("PackedSequence", "inputs targets")
 
 
 def pack_question(context, endings, block_size):
-    """Return the PackedSequences of a question: one if it fits block_size, else one per ending.
-
-    context: at least one id; endings: lists of ids. What is too long even for one ending is cut from the left, only as
-    far as that ending needs, as lm-evaluation-harness does.
-    """
+    """Return the PackedSequences of a question (lists of ids): one if it fits block_size, else one per ending."""
+    # What is too long even for one ending is cut from the left, only as far as that ending needs, as
+    # lm-evaluation-harness does.
     parts = [(context, dict(enumerate(endings)))]      # of each sequence: its context, {number: its ending}
     if len(context) + sum(len(e) - 1 for e in endings) > block_size:
         windows = [(context + ending)[-(block_size + 1):] for ending in endings]

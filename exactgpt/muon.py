@@ -25,12 +25,10 @@ def make_muon(model, matrices, config, runtime):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon, for matrices: orthogonalised Nesterov momentum with decoupled weight decay.
-
-    Computes what torch.optim.Muon does with adjust_lr_fn="original" (the rate times sqrt(max(1, rows / columns))), but
-    for all matrices of one shape at once. pieces: {parameter: number of equal blocks of its rows that are
-    orthogonalised separately}.
-    """
+    """Muon, for matrices: orthogonalised Nesterov momentum with decoupled weight decay."""
+    # Computes what torch.optim.Muon does with adjust_lr_fn="original" (the rate times sqrt(max(1, rows / columns))),
+    # but for all matrices of one shape at once. pieces: {parameter: number of equal blocks of its rows that are
+    # orthogonalised separately}.
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01, ns_steps=5, pieces=None, dtype=torch.bfloat16,
                  rank=0, world_size=1):

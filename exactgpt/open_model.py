@@ -255,10 +255,9 @@ def _folder_tokenizer(folder, vocab_size, fallback):
 # ---- writing Hugging Face format ---------------------------------------------
 
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
-    """Write a folder that transformers and lm-evaluation-harness read: weights in fp32 and any Tokenizer's files.
+    """Write a folder that transformers and lm-evaluation-harness read, of GPTConfig's fields and our state dict.
 
-    config: GPTConfig's fields; state: our state dict. The folder gets its name only when it is complete and
-    check(temporary folder) has not raised. Raises UserError if the folder is not empty or writing fails.
+    The folder gets its name only when it is complete and check(temporary folder) has not raised. Raises UserError.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -140,10 +140,8 @@ _SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\
 
 
 class ShardFolder:
-    """A checked folder of shards: all headers are valid, the files match the manifest, and there is only one data set.
-
-    manifest is None for shards made by other tools. train and val list the shards of each split in file order.
-    """
+    """A checked folder of shards: all headers are valid, the files match the manifest, there is only one data set."""
+    # manifest is None for shards made by other tools. train and val list the shards of each split in file order.
 
     def __init__(self, folder, need_complete=True):
         """Check the folder. Raises UserError that says what is missing or damaged."""

@@ -159,10 +159,7 @@ def default_tokenizer(folder="", name="", source=""):
 
 
 def from_merges(lines, source, folder=""):
-    """Return the Tokenizer for lines of merges, "a b" each. Empty lines and a first line "#version: ..." are skipped.
-
-    Raises UserError that names the source if they are invalid, or not those of the folder given with --tokenizer.
-    """
+    """Return the Tokenizer for lines of merges. Raises UserError if they are invalid or not those of --tokenizer."""
     merges = tuple(line for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version")))
     try:
         tokenizer = _cached_tokenizer(merges)

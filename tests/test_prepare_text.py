@@ -277,7 +277,7 @@ BAD = {
     "type.jsonl": (b'{"text": ["a"]}\n', r"type\.jsonl, line 1: column 'text' contains a list"),
     "column.csv": (b"id,body\n1,a\n", r"column\.csv: no column 'text' among id, body"),
     "cells.csv": (b"id,text\n1,Hello, world\n", r"cells\.csv, line 2: 3 cells, but 2 in the header"),
-    "none.csv": (b"", r"none\.csv: there are no columns"),
+    "none.csv": (b"", r"none\.csv: no column 'text' among none"),
     "fake.parquet": (b"PAR1 not really", r"fake\.parquet is not a readable parquet file"),
 }
 
