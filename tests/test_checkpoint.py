@@ -275,7 +275,7 @@ def test_a_pickle_bomb_does_nothing_and_is_one_line(tmp_path, place, zipped, cap
     (dict(entries(), config={"width": 1}), "not a GPT-2 config"), (dict(entries(), model=[1]), "holds no model"),
     (dict(entries(), config=dict(entries()["config"], n_head=3)), "n_embd (8) must be a multiple of n_head (3)"),
     (dict(entries(), model={}), "missing weight"), (dict(entries(), model={1: 2}), "unknown weight 1"),
-    (dict(entries(), tokenizer="gpt2"), "tokenizer entry is damaged"),
+    (dict(entries(), tokenizer="gpt2"), "tokenizer is damaged"),
     (dict(entries(), model_args=3), "holds no model"),
 ], ids=lambda value: value[:30] if isinstance(value, str) else "")
 def test_a_file_of_something_else_is_named(tmp_path, stored, message):
