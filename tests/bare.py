@@ -27,7 +27,8 @@ def hide_packages_and_network():
     """Hide the packages in HIDDEN and the network from this interpreter."""
     sys.meta_path[sys.meta_path.index(PathFinder)] = HidingFinder
     sys.addaudithook(lambda event, arguments: refuse_connection(arguments[1]) if event == "socket.connect" else None)
-    assert not set(HIDDEN) & {name.split(".")[0] for name in sys.modules}
+    loaded = set(HIDDEN) & {name.split(".")[0] for name in sys.modules}
+    assert not loaded, loaded
 
 
 if __name__ == "__main__":
