@@ -74,7 +74,7 @@ class ClassifierTuneConfig(finetune.TuneConfig):
             raise UserError("--checkpoint is for --predict and --predict_file; name a model to train with --init_from")
         if not re.fullmatch(r"all|head|lora|last:[1-9]\d*", self.train):
             raise UserError(f"--train must be all, last:N, head or lora, but is {self.train!r}")
-        super().check()
+        super().check("sklearn", *["peft"] * (self.train == "lora"))
 
 
 def main(argv=None):

@@ -47,7 +47,7 @@ class InstructConfig(finetune.TuneConfig):
         """Raise UserError for flags that are missing or contradict each other."""
         if self.full and self.merge:
             raise UserError("--merge needs an adapter, and --full trains none; leave --merge out")
-        super().check()
+        super().check(*["peft"] * (not self.full))
 
 
 def main(argv=None):
@@ -69,7 +69,7 @@ def tune(config, runtime, state):
     train_examples, val_examples = ([e for e in split if (e.targets != IGNORED).any()] for split in splits)
     examples = train_examples + val_examples
     counts = dict(train=len(train_examples), validation=len(val_examples),
-                  cut=sum(len(e) == block_size and e.targets[-1] != tokenizer.eot for e in examples),
+                  cut=int(sum(len(e) == block_size and e.targets[-1] != tokenizer.eot for e in examples)),
                   left_out=len(items) - len(examples))
     runtime.print(f"{config.data}: {counts['train']} items to train on and {counts['validation']} to validate; "
                   f"{counts['cut']} cut to {block_size} tokens, {counts['left_out']} left out (no answer within them)")

@@ -208,11 +208,9 @@ def tokenize_examples(examples, tokenizer, block_size, style):
 
 
 def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0):
-    """Score a model on a PreparedHellaSwag; return a HellaSwagScore. model: the raw GPT, neither compiled nor wrapped.
-
-    A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens nor the
-    number of ranks. The model keeps its training or eval mode. The rest is as in ending_losses.
-    """
+    """Score a raw GPT, neither compiled nor wrapped, on a PreparedHellaSwag; return a HellaSwagScore."""
+    # A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens nor the
+    # number of ranks. The model keeps its training or eval mode. The rest is as in ending_losses.
     was_training = model.training
     model.eval()
     keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary

@@ -65,7 +65,7 @@ def main(argv=None):
             texts = [read_text(None) if sys.stdin else ""]
             if not texts[0].strip("\r\n"):
                 raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
-        prompts = [*config.prompt, *(text.replace("\r\n", "\n").removesuffix("\n") for text in texts)]
+        prompts = [*config.prompt, *(text.removesuffix("\n") for text in texts)]
     opened = open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe_hardware(device))

@@ -66,6 +66,7 @@ def main(argv=None):
             runtime.print("stopped; nothing was written")
         finally:
             tracker.close(finished)
+        del run      # its DDP object must not outlive the process group, see start()
 
 
 def sweep(run, config, runtime, tracker):

@@ -207,10 +207,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config, state):
-        """Make a model from a config (a dict) and a state dict, whose tensors it uses without copying them.
-
-        Raises ValueError for an invalid config, and for the first weight that is missing, unknown or of another shape.
-        """
+        """Make a model of a config (a dict) and a state dict, whose tensors it uses. Raises ValueError."""
         try:
             shape = cls.config_class(**config)
             if shape.n_layer > len(state):    # with a damaged number it would build blocks for hours

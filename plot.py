@@ -36,7 +36,7 @@ def main(argv=None):
     runs = {Path(run).resolve(): read_run(run, config.tokens_per_step) for run in config.runs}   # each one once
     common = os.path.commonpath([path.parent for path in runs])
     for path, run in runs.items():
-        run.name = str(path.relative_to(common))      # as many of its last folders as tell it from the others
+        run.name = str(path.relative_to(common))
     figure = draw_runs(list(runs.values()), config.x, config.title, config.reference)
     out = Path(config.out or Path(config.runs[0]) / "plot.png")
     save_figure(figure, out)

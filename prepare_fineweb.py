@@ -169,6 +169,8 @@ def make_shards(config, manifest, tokenizer):
     """Write the vocabulary, then the shards from the manifest's position on."""
     manifest.save(config.out)
     tokenizer.save(config.out)
+    for leftover in Path(config.out, "downloads").rglob("*.incomplete"):      # of a process that was killed
+        leftover.unlink()
     if manifest.shards:
         ShardFolder(config.out, need_complete=False)        # raises if the shards to continue from are damaged
     at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""

@@ -28,6 +28,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
@@ -56,8 +57,13 @@ def checkpoint_path(log_dir, step):
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of plain data to a file, whole or not at all. Raises UserError if the disk refuses."""
+    tensors = {t.data_ptr(): t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor)}
+    needed = sum(tensors.values())
     try:
         with atomic_write(path) as f:
+            free = shutil.disk_usage(Path(path).parent).free
+            if needed > free:      # before anything is written: logs and other programs need the disk, too
+                raise UserError(f"{path} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left")
             torch.save(checkpoint, f)
     except RuntimeError as error:      # torch's zip writer hides the disk's own error
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
@@ -137,7 +143,7 @@ def read_checkpoint(path):
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
             warnings.simplefilter("ignore")      # about a pickle protocol; what matters becomes an error below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(dict(checkpoint).get("config"), _ForeignConfig):
+        if isinstance(checkpoint.get("config"), _ForeignConfig):
             checkpoint["config"] = vars(checkpoint["config"])
         return checkpoint
     except OSError as error:

@@ -71,10 +71,10 @@ class DeviceConfig(TokenizerConfig):
 @dataclass(kw_only=True)
 class RunConfig(DeviceConfig):
     """The flags of every script that trains a model; keep=True: a resumed run must have the same value."""
-    seed: int = flag(1337, "random seed for weights, data order and dropout", group="system", low=0, keep=True)
+    seed: int = flag(1337, "random seed for weights, splits, data order and dropout", group="system", low=0, keep=True)
     deterministic: bool = flag(False, "bitwise repeatable on a GPU too, but slower")
     timeout: float = flag(600.0, "seconds without progress after which a run of several processes ends and names the "
-                                 "one that hangs; must exceed the longest save", above=0)
+                                 "one that hangs; must exceed the longest save or writing of results", above=0)
     mlflow: bool = flag(False, "also log to a local MLflow store in the run's folder")
     dry_run: bool = flag(False, "try two steps, an evaluation and a save; report what the full run takes")
 
@@ -178,7 +178,7 @@ def run_script(main):
 # ---- files -------------------------------------------------------------------
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(path):
+def _whole_or_not_at_all(path, remove):
     """Yield PATH.tmp, for the block to make a file or a folder there; then rename it. Raises UserError."""
     # The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
     # the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover.
@@ -199,9 +199,8 @@ def _whole_or_not_at_all(path):
         os.replace(temporary, path)      # after the fsync: a power cut must not leave the name on half of the data
         flush(path.parent)               # it holds the name
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):      # of the other kind: a foreign file or folder, which stays
+            remove(temporary)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
                             ) from error
@@ -211,7 +210,7 @@ def _whole_or_not_at_all(path):
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Open a file that gets its name only when it is complete and flushed to disk. Raises UserError."""
-    with (_whole_or_not_at_all(Path(path)) as temporary,
+    with (_whole_or_not_at_all(Path(path), Path.unlink) as temporary,
           open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f):
         yield f
 
@@ -221,7 +220,7 @@ def new_folder(path):
     """Yield a temporary folder that becomes `path` when it is complete. Raises UserError, also if `path` is in use."""
     path = Path(path).resolve()
     check_new(path, folder=True)
-    with _whole_or_not_at_all(path) as temporary:
+    with _whole_or_not_at_all(path, shutil.rmtree) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)       # left by an export that was killed
         temporary.mkdir()
         yield temporary
@@ -238,7 +237,8 @@ def read_text(path):
     """Return the text of a UTF-8 file (None: standard input), without a byte-order mark. Raises UserError."""
     name = path or "standard input"
     try:
-        return (Path(path).read_bytes() if path else sys.stdin.buffer.read()).decode("utf-8-sig")
+        data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -269,8 +269,8 @@ def check_new(path, folder=False):
 
 def find_visible(folder, pattern):
     """Return the paths below a folder whose names match a pattern, but not in hidden folders, such as a dry run's."""
-    return [Path(here, name) for here, _, names in os.walk(folder) for name in fnmatch.filter(names, pattern)
-            if "/." not in here.removeprefix(str(folder))]      # os.walk follows no links
+    return [Path(here, name) for here, _, names in os.walk(Path(folder)) for name in fnmatch.filter(names, pattern)
+            if "/." not in here.removeprefix(str(Path(folder)))]      # os.walk follows no links
 
 
 def take_lock(folder, wait_s):
@@ -288,7 +288,7 @@ def take_lock(folder, wait_s):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):      # the latter on some network file systems
             if time.monotonic() > begin + wait_s:
                 raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
             if not waits:

@@ -47,7 +47,7 @@ def choose_device(requested, local_rank=0, local_world_size=1):
     """Return the torch.device of this process. Raises UserError if this machine does not have it."""
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d|:[1-9]\d)?", requested):
+    if not re.fullmatch(r"(cpu|mps)(:0)?|cuda(:\d|:[1-9]\d)?", requested):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, but is {requested!r}")
     device = torch.device(requested)
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -260,7 +260,10 @@ def temporary_folder(runtime, place):
     # It lies in `place`/.dry_run, or above if `place` does not exist; what a killed process left there goes first.
     def renew():
         shutil.rmtree(hidden / "run", ignore_errors=True)
-        (hidden / "run").mkdir()
+        try:
+            (hidden / "run").mkdir()
+        except OSError as error:
+            raise UserError(f"cannot make {hidden / 'run'}: {error.strerror}") from error
         return str(hidden / "run")
     place = Path(place).resolve()
     hidden = next(path for path in (place, *place.parents) if path.exists()) / ".dry_run"     # rank 0's counts

@@ -62,12 +62,12 @@ class TuneConfig(RunConfig):
 
     resume: str = flag("auto", "resume the run in --out, if any", group="system", choices=("auto", "never"))
 
-    def check(self):
-        """Raise UserError for flags that are missing or contradict each other."""
+    def check(self, *packages):
+        """Raise UserError for flags that are missing or contradict each other, or packages that are missing."""
         for name in ("data", "init_from", "out"):
             if not getattr(self, name) and not (name == "out" and self.dry_run):
                 raise UserError(f"--{name} is missing (--help lists the flags)")
-        super().check("peft", "sklearn")
+        super().check(*packages)
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr {self.min_lr:g} is above --max_lr {self.max_lr:g}; lower it")
 
@@ -85,10 +85,7 @@ class Example:
 
 
 def make_batches(examples, micro_batch_tokens, block_size):
-    """Yield (indices, x, y) of micro-batches, sorted by length to save padding, the longest first.
-
-    x, y: (B, T) int64 with B x T <= micro_batch_tokens, unless B is 1.
-    """
+    """Yield (indices, x, y) of micro-batches, longest first; x, y: (B, T) with B T <= micro_batch_tokens or B = 1."""
     indices = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
     while indices:
         T = min(-(-len(examples[indices[0]]) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, block_size)
@@ -210,10 +207,7 @@ STORED = ("step", "tokens", "seconds", "first", "best")
 
 
 def set_up(config, runtime, objective, examples, tokenizer, base, state):
-    """Return (Run, Progress) of a run that trains every parameter of the objective which requires gradients.
-
-    base: from open_base_model. state: what the run resumes from, or None. Raises UserError if something does not fit.
-    """
+    """Return (Run, Progress) of a run that trains what requires gradients, resumed from `state`. Raises UserError."""
     steps_per_epoch = -(-len(examples) // config.batch_size)
     max_steps = steps_per_epoch * config.num_epochs
     warmup_steps = max_steps // 10 if config.warmup_steps is None else config.warmup_steps
@@ -342,7 +336,7 @@ def train(run, progress, config, runtime, evaluate, write_results):
 
     evaluate() -> (score, {name: number}) on every rank. The score is a tuple, higher is better; the numbers are logged.
     write_results() is called on every rank, with the best epoch's weights in the model; on rank 0 it returns (entries
-    of metrics.json, the paths it wrote, the model's first, a command that uses the model). Raises UserError, RunFailed.
+    of metrics.json, the paths it wrote, the model's first, the next command). Raises UserError, RunFailed.
     """
     first_step = progress.step
     with closing(RunLog(progress, config, runtime, config.out, "fine-tuning", progress.tokens)) as log:
@@ -374,11 +368,14 @@ def train(run, progress, config, runtime, evaluate, write_results):
                                            seconds=round(progress.seconds, 1), base=run.base,
                                            provenance=run.provenance))
                 for path in files:
-                    log.tracker.artifact(path)
+                    if path.suffix != ".pt":      # weights would be copied: their path is enough
+                        log.tracker.artifact(path)
                 log.tracker.text("best_checkpoint.txt", f"{model.resolve()}\n")
                 if not config.dry_run:
                     print(f"wrote {', '.join(map(str, [model, *files]))}\nnext: {command}", flush=True)
             save_state(run, progress, config, runtime, finished=True)
+        except RunFailed:
+            raise
         except UserError as error:
             raise RunFailed(f"{error}. The training is not lost: the same command resumes after it, and writes the "
                             "results again") from error

@@ -58,6 +58,9 @@ def resolve_dataset(dataset, name=None):
         info, files = _list_files(dataset, CONVERTED)
         names = {path.split("/")[0] for path in files}
         wanted = name or (min(names) if len(names) == 1 else "default")
+        if names and wanted not in names:
+            known = ", ".join(sorted(names)[:12])
+            raise UserError(f"{dataset} has no configuration {wanted!r}; choose one with --name: {known}")
         chosen = [path for path in files if path.startswith(f"{wanted}/train/")]
     if not chosen:
         raise UserError(f"{dataset} has no parquet or jsonl files for the train split of {name or 'its default'}; look "

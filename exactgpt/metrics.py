@@ -65,10 +65,8 @@ class RunLog:
     """Log of a run: rank 0 writes and prints, on other ranks it only keeps time."""
 
     def __init__(self, progress, config, runtime, folder, experiment, tokens, flops_per_token=None):
-        """Open metrics.jsonl in a folder, without what an earlier start logged from progress.step on, and the tracker.
-
-        tokens: trained on until now. flops_per_token: of pretraining, which also has log.txt and logs the MFU.
-        """
+        """Open the logs in a folder, without what an earlier start logged from progress.step on, and the tracker."""
+        # tokens: trained on until now. flops_per_token: of pretraining, which also has log.txt and logs the MFU.
         self._progress, self._runtime, self._folder = progress, runtime, Path(folder)
         self._tokens, self._flops_per_token = tokens, flops_per_token
         self._recent_s = deque(maxlen=50)    # of each step
@@ -162,10 +160,8 @@ class RunLog:
         return human_time(seconds)
 
     def forecast(self, n_steps, disk=None, **shares):
-        """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run.
-
-        disk: the bytes that it takes. shares: the part of a full evaluation that was done here, validation=0.1.
-        """
+        """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run."""
+        # disk: the bytes that it takes. shares: the part of a full evaluation that was done here, validation=0.1.
         seconds = n_steps * self._recent_s[-1]
         for (kind, every), times in self._times.items():
             seconds += (n_steps // every + 1 if every else 1) * sum(times) / len(times) / shares.get(kind, 1)

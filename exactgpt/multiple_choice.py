@@ -103,10 +103,7 @@ def batch_by_length(questions, block_size, batch_tokens, world_size):
 
 
 def target_losses(model, tokens, positions, segments, predict_at, targets):
-    """Return the cross-entropy of each target, (S,) in nats and fp32.
-
-    tokens, positions, segments: (B, T). predict_at, targets: (S,), where predict_at counts in the flattened batch.
-    """
+    """Return the cross-entropy of each target, (S,) in nats; predict_at (S,) counts in the flattened batch (B, T)."""
     T = tokens.size(1)
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     keys = segments[:, None, :]

@@ -15,7 +15,7 @@ import torch
 
 from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint, weights_hash
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
-from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges
+from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, load_tokenizer
 from model import GPT, GPTConfig
 
 ADAPTER_CONFIG = "adapter_config.json"      # of a LoRA adapter in peft's format
@@ -166,18 +166,23 @@ def newest_model(log_dir="logs"):
 
 def _download_model(name):
     """Return the folder of a hub model's config, weights and vocabulary, downloaded now or before. Raises UserError."""
-    from huggingface_hub import logging, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, logging, snapshot_download
 
     from exactgpt import hub
     logging.set_verbosity_error()      # it would print a line per retry
     print(f"{name} is not a local folder; looking on the Hugging Face hub", file=sys.stderr)
-    offline, files = not hub.reachable(), ["config.json", "model.safetensors"]
+    files, vocabulary = ["config.json", "model.safetensors"], ["merges.txt", "vocab.json", "tokenizer.json"]
     try:
-        folder = Path(snapshot_download(name, local_files_only=offline,
-                                        allow_patterns=[*files, "merges.txt", "vocab.json", "tokenizer.json"]))
-        if not (folder / "model.safetensors").exists():
-            snapshot_download(name, local_files_only=offline, allow_patterns="pytorch_model.bin")
-        return folder
+        if not hub.reachable():
+            folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=[*files, *vocabulary]))
+            if not (folder / "model.safetensors").exists():
+                snapshot_download(name, local_files_only=True, allow_patterns="pytorch_model.bin")
+            return folder
+        there = HfApi().list_repo_files(name)
+        weights = [file for file in ("model.safetensors", "pytorch_model.bin") if file in there][:1]
+        for file in [*weights, *(file for file in vocabulary if file in there), "config.json"]:
+            path = hf_hub_download(name, file)      # one by one, in this thread: Ctrl-C ends it at once
+        return Path(path).parent
     except Exception as error:      # each version raises its own mix of exceptions
         raise UserError(f"{name} is no folder and cannot be downloaded from the Hugging Face hub ("
                         f"{type(error).__name__}); check the name and the network, or use a folder with "
@@ -243,6 +248,8 @@ def _folder_tokenizer(folder, vocab_size, fallback):
             if model.get("type") not in (None, "BPE") or '"ByteLevel"' not in json.dumps(stored.get("pre_tokenizer")):
                 return None         # not byte-level BPE: our tokenizer cannot produce these ids
             lines, ids = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]], dict(model["vocab"])
+        elif (folder / "vocab.bpe").exists():
+            return load_tokenizer(folder, fallback)
         else:
             return _stored_tokenizer(None, vocab_size, fallback)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

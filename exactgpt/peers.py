@@ -53,13 +53,16 @@ def wait_for_peers(rank, world_size, timeout_s):
             name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
             start = dist.PrefixStore(name, store)
             store.set("start", name)
-            for other in range(1, world_size):
-                if not wait_for_key(start, f"rank {other}", deadline - time.monotonic()):
-                    missing = [r for r in range(other, world_size) if not start.check([f"rank {r}"])]
+            arrivals = 0
+            while len(hosts) < world_size:      # a rank that was restarted meanwhile arrives again
+                arrivals += 1
+                if not wait_for_key(start, f"arrival {arrivals}", deadline - time.monotonic()):
+                    missing = sorted(set(range(world_size)) - set(hosts))
                     more = f" and {len(missing) - 8} more" * (len(missing) > 8)
                     raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {host}:{port};"
                                     f" missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
-                nonce, hosts[other] = start.get(f"rank {other}").decode().split(maxsplit=1)
+                nonce, other, host = start.get(f"arrival {arrivals}").decode().split(maxsplit=2)
+                hosts[int(other)] = host
                 start.set(nonce, hosts[0])
             return start, hosts
         nonce, name = uuid.uuid4().hex, ""
@@ -68,7 +71,7 @@ def wait_for_peers(rank, world_size, timeout_s):
             if name != store.get("start").decode():      # also when another rank 0 has started meanwhile
                 name = store.get("start").decode()
                 start = dist.PrefixStore(name, store)
-                start.set(f"rank {rank}", f"{nonce} {socket.gethostname()}")
+                start.set(f"arrival {start.add('arrivals', 1)}", f"{nonce} {rank} {socket.gethostname()}")
             if start.check([nonce]):
                 return start, {0: start.get(nonce).decode()}
             time.sleep(0.2)     # not store.wait: it prints a warning at each time-out
@@ -98,8 +101,10 @@ def watch_run(runtime, store, hosts):
         if runtime.starting and stop_time is None:
             with contextlib.suppress(dist.DistError):      # the store is gone: the main thread will report that
                 if runtime.stop_signal:
+                    stop_time = time.monotonic()
                     store.set("stop", runtime.stop_signal)
-                stop_time = time.monotonic() if store.check(["stop"]) else None
+                elif store.check(["stop"]):
+                    stop_time = time.monotonic()
         if runtime.starting and stop_time and time.monotonic() - stop_time > START_GRACE_S:
             runtime.print("stopped during set-up; there was nothing to save")
             os._exit(0)

@@ -164,6 +164,8 @@ class ShardFolder:
             raise UserError(f"no shards in {folder} (NAME_train_000001{' or '.join(HEADER_READERS)}); make them with "
                             "prepare_fineweb.py or prepare_text.py")
         matches = sorted(map(_SHARD_NAME.fullmatch, names), key=lambda m: (m["split"], int(m["index"] or 0), m.string))
+        if len({Path(name).suffix for name in names}) > 1:
+            raise UserError(f"{folder} mixes {' and '.join(HEADER_READERS)} shards; keep only one kind")
         prefixes = sorted({m["name"] for m in matches})
         if len(prefixes) > 1:
             raise UserError(f"{folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each a folder")

@@ -40,6 +40,7 @@ def save_model(path, seed=0, step=7):
 def page(tmp_path, monkeypatch):
     """page(*flags) -> the AppTest of a new visitor, run once in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])     # Streamlit replaces it; forks run it
     st.cache_resource.clear()
     st.cache_data.clear()
 

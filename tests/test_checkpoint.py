@@ -115,6 +115,15 @@ print(read_checkpoint(path), [p.name for p in path.parent.iterdir()])""")
     assert (rc, out) == (0, "UserError 1\n{'step': 1} ['model_00001.pt']\n"), err
 
 
+def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "model_00001.pt"
+    save_checkpoint(path, dict(step=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match=r"needs 4 MB, the disk has 1 kB left"):
+        save_checkpoint(path, dict(w=torch.zeros(1_000_000)))
+    assert read_checkpoint(path) == dict(step=1) and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("flags, files, bests", [
     (dict(), 4, 2), (dict(checkpoint_every=0), 1, 2), (dict(checkpoint_every=0, eval_every=0), 1, 0),
     (dict(max_steps=3, checkpoint_every=2, eval_every=3), 2, 1), (dict(max_steps=0), 1, 0),
@@ -269,7 +278,8 @@ def test_a_pickle_bomb_does_nothing_and_is_one_line(tmp_path, place, zipped, cap
 
 
 @pytest.mark.parametrize("stored, message", [
-    ([1], "is damaged, or it is not a checkpoint (TypeError)"),
+    ([1], "is damaged, or it is not a checkpoint (AttributeError)"), ([("a", 1)], "it is not a checkpoint"),
+    (torch.ones(3, 2), "it is not a checkpoint"),
     ({"a": 1}, "holds no model: the entries 'config' and 'model' are missing"),
     (dict(entries(), config="gpt2"), "holds no model"), (dict(entries(), config={"n_layer": 1}), "weight"),
     (dict(entries(), config={"width": 1}), "not a GPT-2 config"), (dict(entries(), model=[1]), "holds no model"),

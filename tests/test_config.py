@@ -21,6 +21,7 @@ from exactgpt.config import (
     new_folder,
     parse_config,
     read_json,
+    read_text,
     take_lock,
     write_json,
 )
@@ -279,6 +280,11 @@ with atomic_write({str(path)!r}) as f:
     with atomic_write(path, "w") as f:
         f.write("n\u00e9w")
     assert path.read_bytes() == "n\u00e9w".encode() and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_lines_of_a_text_end_in_one_way(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    assert read_text(tmp_path / "a.txt") == "one\ntwo\n"
 
 
 def test_json_survives_the_round_trip(tmp_path):

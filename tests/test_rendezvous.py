@@ -15,7 +15,7 @@ store, hosts = wait_for_peers(rank, world_size, 60)
 dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size)
 total = torch.ones(1)
 dist.all_reduce(total)
-print(store.get("rank 1").decode().split()[0], int(total), len(hosts), flush=True)     # the nonce: one for each start
+print(store.get("arrival 1").decode().split()[0], int(total), len(hosts), flush=True)     # a nonce: one for a start
 time.sleep(60)                      # until it is killed
 """
 
@@ -73,17 +73,29 @@ def test_new_processes_never_join_dead_ones(store, member):
         kill(process)
     left = member(1)                                    # finds the name of a dead rank 0, sends a nonce, and is killed
     start = dist.PrefixStore(store.get("start").decode(), store)
-    until(lambda: start.get("rank 1").decode().split()[0] not in nonces)
+    until(lambda: start.check(["arrival 2"]))
     kill(left)
     old = store.get("start")
     left = member(0)                                    # names a start that nobody joins
     until(lambda: store.get("start") != old)
     kill(left)
     late = member(1)                                    # starts before its rank 0
-    until(lambda: dist.PrefixStore(store.get("start").decode(), store).check(["rank 1"]))
+    until(lambda: dist.PrefixStore(store.get("start").decode(), store).check(["arrival 1"]))
     second = [printed_words(member(0)), printed_words(late)]
     assert [line[1:] for line in second] == [["2", "2"], ["2", "1"]]       # rank 0 knows all hosts, the others its own
     assert second[0][0] == second[1][0] not in nonces
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_restarted_while_others_are_awaited_is_admitted_again(store, member):
+    members = [member(0, 3), member(1, 3)]
+    until(lambda: store.check(["start"]))
+    start = dist.PrefixStore(store.get("start").decode(), store)
+    until(lambda: start.check(["arrival 1"]) and start.check([start.get("arrival 1").decode().split()[0]]))
+    kill(members[1])
+    members += [member(1, 3), member(2, 3)]
+    alive = [members[0], *members[2:]]
+    assert [printed_words(process)[1:] for process in alive] == [["3", "3"], ["3", "1"], ["3", "1"]]
 
 
 @pytest.mark.slow
