@@ -125,10 +125,8 @@ def encode_item(item, tokenizer, block_size):
 # ---- results -----------------------------------------------------------------
 
 def write_results(config, run, progress, wrapped, val_items, counts):
-    """Write answers and model; return (entries of metrics.json, paths, the next command).
-
-    wrapped: peft's wrapper of the model, None with --full. Raises UserError; RunFailed if merging changed the model.
-    """
+    """Write answers and model; return (metrics, paths, the next command). Raises UserError, RunFailed."""
+    # wrapped: peft's wrapper of the model, None with --full
     before, after = progress.first["val_loss"], progress.best["facts"]["val_loss"]
     report = dict(items=counts, val_loss_before=before, val_loss_after=after, val_loss_falls_by=1 - after / before,
                   tokens=progress.tokens)

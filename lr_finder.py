@@ -70,10 +70,7 @@ def main(argv=None):
 
 
 def sweep(run, config, runtime, tracker):
-    """Train with rates that grow by the same factor until the loss diverges; return [{step, lr, loss, grad_norm}, ...].
-
-    Raises RunFailed if the loss diverged at once, and StopRequested.
-    """
+    """Train with growing rates until the loss diverges; return [{step, lr, loss, grad_norm}, ...]. Raises RunFailed."""
     loader = TrainLoader(DataOrder(run.train_stream, config.seed), run.plan.windows_per_step, runtime, 0,
                          config.steps + SCALE_STEPS)
     width = 2 * max(1, config.steps // WINDOW) + 1

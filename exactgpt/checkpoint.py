@@ -227,10 +227,8 @@ def find_checkpoint(config, notice):
 
 
 def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
-    """Raise UserError, naming what differs, unless the flags and the data are those of the checkpoint's run.
-
-    requested_shape: of the model, as the flags ask for it; None stands for what they leave open.
-    """
+    """Raise UserError, naming what differs, unless the flags and the data are those of the checkpoint's run."""
+    # requested_shape: of the model, as the flags ask for it; None stands for what they leave open.
     source, step, resolved = resume_source(config), checkpoint["step"], checkpoint["resolved"]
     differing = changed_flags(config, checkpoint["train_config"])
     for name, value in requested_shape.items():

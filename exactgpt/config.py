@@ -91,10 +91,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(cls, argv=None, description=None):
-    """Parse the command line (or `argv`) into a checked instance of a dataclass; --help lists its flags.
-
-    Raises UserError for unknown or abbreviated flags, values of the wrong type or out of bounds, and what check() does.
-    """
+    """Parse the command line (or `argv`) into a checked instance of a dataclass; --help lists its flags."""
+    # Raises UserError for unknown or abbreviated flags, wrong types, values out of bounds, and what check() refuses.
     width = min(110, int(os.environ.get("COLUMNS", 110)))
     parser = _Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width))

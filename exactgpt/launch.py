@@ -12,10 +12,8 @@ from pathlib import Path
 
 
 def die_with_launcher():
-    """Under torchrun on Linux, ask the kernel to kill this process when torchrun dies, even by kill -9.
-
-    Otherwise the workers of a killed launcher keep training unnoticed. A plain `nohup python train.py &` keeps running.
-    """
+    """Under torchrun on Linux, ask the kernel to kill this process when torchrun dies, even by kill -9."""
+    # Otherwise the workers of a killed launcher train on unnoticed. A plain `nohup python train.py &` keeps running.
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # 1 = PR_SET_PDEATHSIG

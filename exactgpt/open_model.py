@@ -262,10 +262,8 @@ def _folder_tokenizer(folder, vocab_size, fallback):
 # ---- writing Hugging Face format ---------------------------------------------
 
 def write_pretrained(folder, config, state, tokenizer=None, check=None):
-    """Write a folder that transformers and lm-evaluation-harness read, of GPTConfig's fields and our state dict.
-
-    The folder gets its name only when it is complete and check(temporary folder) has not raised. Raises UserError.
-    """
+    """Write a folder that transformers and lm-eval read, of GPTConfig's fields and our state dict. Raises UserError."""
+    # The folder gets its name only when it is complete and check(temporary folder) has not raised.
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     n_vocab = tokenizer.n_vocab if tokenizer else config["vocab_size"]

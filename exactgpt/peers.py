@@ -142,10 +142,8 @@ def report_hang(runtime, store, hosts):
 
 
 def describe_hang(locations, hosts):
-    """Return which ranks stand where, in words: those that do not answer first, then the rarest place, the suspect.
-
-    locations: {rank: location} of the ranks that answered; hosts: {rank: host} of all ranks.
-    """
+    """Return which ranks stand where, in words: those that do not answer first, then the rarest place, the suspect."""
+    # locations: {rank: location} of the ranks that answered; hosts: {rank: host} of all ranks.
     ranks_at = {}
     for rank in hosts:
         place = f"at {locations[rank]}" if rank in locations else NO_ANSWER

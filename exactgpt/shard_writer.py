@@ -28,10 +28,8 @@ def encode_documents(tokenizer, documents):
 
 
 def encode_in_order(documents, tokenizer, n_threads=None):
-    """Yield (label of the first document, tokens) for batches of consecutive documents (label, text, starts).
-
-    At most three batches per thread are pending, even if the consumer is slow. n_threads: None is one per core.
-    """
+    """Yield (label of the first document, tokens) for batches of consecutive documents (label, text, starts)."""
+    # At most three batches per thread are pending, even if the consumer is slow. n_threads: None is one per core.
     if n_threads is None:
         n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pending = collections.deque()
