@@ -370,11 +370,23 @@ def test_a_folder_gets_its_name_only_when_it_is_complete(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
+def test_a_foreign_file_or_folder_named_like_a_temporary_one_stays(tmp_path):
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "x.tmp" / "mine").touch()
+    (tmp_path / "y.tmp").touch()
+    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "x"):
+        pass
+    with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "y"):
+        pass
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "x.tmp", "y.tmp"]
+
+
 def test_hidden_and_vanished_folders_are_skipped(tmp_path, monkeypatch):
     for name in (".dry_run/run", "a", "a/b"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "model_1.pt").touch()
-    assert sorted(find_visible(tmp_path, "model_*.pt")) == [tmp_path / "a/b/model_1.pt", tmp_path / "a/model_1.pt"]
+    for folder in (tmp_path, f"{tmp_path}/"):
+        assert sorted(find_visible(folder, "model_*.pt")) == [tmp_path / "a/b/model_1.pt", tmp_path / "a/model_1.pt"]
     listed = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed(path if str(path)[-1:] != "b" else tmp_path / "gone"))
     assert find_visible(tmp_path, "model_*.pt") == [tmp_path / "a/model_1.pt"]

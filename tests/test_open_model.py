@@ -301,6 +301,10 @@ def test_the_tokenizer_files_are_read_by_every_reader(tmp_path, monkeypatch):
         assert (read.eos_token_id, read.model_max_length, len(read)) == (tokenizer.eot, 8, tokenizer.n_vocab)
         ours = open_model(folder).tokenizer
         assert (ours.name, ours.merges) == (tokenizer.name, tokenizer.merges) and ours.name.startswith("bpe-")
+    for file in ("merges.txt", "tokenizer.json"):
+        (tmp_path / "hf" / file).unlink()
+    tokenizer.save(tmp_path / "hf")                  # vocab.bpe, as beside our shards
+    assert open_model(tmp_path / "hf").tokenizer.merges == tokenizer.merges
 
 
 def test_gpt2s_vocabulary_is_recognised_by_its_merges_and_other_id_orders_are_rejected(tmp_path):

@@ -157,7 +157,11 @@ def test_a_killed_run_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
         on_disk = load_shards(out)
         assert [len(on_disk[entry["file"]]) for entry in shards] == [2500] * len(shards)    # no partial shard
     assert kills >= 3
-    prepare(out, *flags)
+    (out / "downloads").mkdir()
+    (out / "downloads" / "part.incomplete").touch()         # of a download that was killed
+    prepare(out, *flags, "--keep_downloads")
+    assert not list((out / "downloads").iterdir())
+    (out / "downloads").rmdir()
     assert read_files(out) == read_files(tmp_path / "not_killed")
 
 

@@ -192,6 +192,7 @@ def test_a_short_bin_file_is_refused(tmp_path):
     ([], "no shards in"), (["x_train_000001.npy", "x_train_000003.npy"], "shard 000003 follows 000001"),
     (["x_val_000000.npy", "x_train_000002.npy"], "shard 000002 follows 000000"),
     (["x_train_000001.npy", "y_train_000002.npy"], "mixes the data sets 'x' and 'y'"),
+    (["x_train_000001.npy", "x_train_000002.bin"], "mixes .npy and .bin"),
     (["x_train_000001.npy", "x_train_1.npy"], "shard 000001 follows 000001")])
 def test_gaps_duplicates_and_mixtures_are_refused(tmp_path, names, message):
     for name in names:
