@@ -59,7 +59,7 @@ class HellaSwagConfig(DeviceConfig):
     """The command-line flags."""
     checkpoint: str = flag("", "model_XXXXX.pt, a Hugging Face folder or a name such as gpt2 "
                                "(default: the newest below logs/)", group="model")
-    data: str = flag("", f"JSON-lines file of examples (default: {DATA_FILE}, downloaded once)", group="data")
+    data: str = flag("", f".jsonl or .json file of examples (default: {DATA_FILE}, downloaded once)", group="data")
     limit: int = flag(0, "score only the first N examples (0: all)", low=0)
     download: bool = flag(False, f"only download {DATA_FILE}")
     style: str = flag("karpathy", "prompt and scoring convention", group="scoring", choices=STYLES)
@@ -142,7 +142,7 @@ def fetch_hellaswag():
 
 
 def load_hellaswag(path, style="karpathy", limit=0):
-    """Load the first `limit` Examples (0: all) of a JSON-lines file, rendered in a style. Raises UserError."""
+    """Load the first `limit` Examples (0: all) of a .jsonl or .json file, rendered in a style. Raises UserError."""
     from exactgpt.documents import read_objects
     examples = [parse_example(item, style, where)
                 for where, item in itertools.islice(read_objects(path), limit or None)]

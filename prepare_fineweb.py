@@ -45,7 +45,8 @@ class PrepareFinewebConfig(TokenizerConfig):
                            group="shards")
     shard_tokens: int = flag(100_000_000, "tokens per shard", low=1, high=2_000_000_000)
     max_tokens: int | None = flag(None, "stop after N tokens (default: the whole source)", low=20)
-    num_proc: int | None = flag(None, "tokenizer threads (default: one per core)", group="system", low=0, high=1024)
+    num_proc: int | None = flag(None, "tokenizer threads (default: one per core; 0 is 1)", group="system", low=0,
+                                high=1024)
     keep_downloads: bool = flag(False, "keep the downloaded source files in OUT/downloads")
     verify: bool = flag(False, "only verify existing shards: file hashes, sizes and token ids")
 

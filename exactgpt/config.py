@@ -260,7 +260,7 @@ def check_new(path, folder=False):
     path = Path(path).absolute()
     if path.exists() and not (folder and path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} already exists and will not be overwritten; choose another name or move it away")
-    here = next(folder for folder in path.parents if folder.exists())
+    here = next(parent for parent in path.parents if parent.exists())
     if not (here.is_dir() and os.access(here, os.W_OK)):
         raise UserError(f"cannot write {path}: {here} is not a folder that you may write in; choose another path")
 

@@ -111,6 +111,10 @@ def write_shards(folder, name, manifest, pieces, val_tokens, shard_tokens):
     the piece begins. The manifest's says where the next shard does, "skip" tokens later: a continued run starts there.
     """
     buffer, filled = np.empty(max(val_tokens, shard_tokens), dtype="<u2"), 0
+
+    def write_buffer():
+        index = len(manifest.shards)
+        manifest.shards.append(save_shard(folder, name, "train" if index else "val", index, buffer[:filled]))
     for position, tokens in pieces:
         start = 0
         while start < len(tokens):
@@ -121,14 +125,12 @@ def write_shards(folder, name, manifest, pieces, val_tokens, shard_tokens):
             filled += len(part)
             start += len(part)
             if filled == size:
-                index = len(manifest.shards)
-                manifest.shards.append(save_shard(folder, name, "train" if index else "val", index, buffer[:filled]))
+                write_buffer()
                 manifest.position = {**position, "skip": position.get("skip", 0) + start}
                 manifest.save(folder)
                 filled = 0
     if filled:
-        index = len(manifest.shards)
-        manifest.shards.append(save_shard(folder, name, "train" if index else "val", index, buffer[:filled]))
+        write_buffer()
     manifest.position, manifest.complete = {}, True
     manifest.save(folder)
 
