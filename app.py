@@ -6,6 +6,8 @@
 The server listens on localhost only. Visitors can choose only the listed models: --checkpoint, those below --log_dir
 and OpenAI's four sizes. Text from visitors and models is always escaped, never rendered as markup.
 """
+import exactgpt.launch  # noqa: F401  first, see there
+
 import contextlib
 import gc
 import html

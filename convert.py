@@ -7,6 +7,8 @@
 
 Existing files are never overwritten. A Hugging Face folder gets its name only after reading it back gave equal logits.
 """
+import exactgpt.launch  # noqa: F401  first, see there
+
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path

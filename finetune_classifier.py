@@ -8,7 +8,7 @@
 
 If a run is killed or stopped, the same command continues it.
 """
-import exactgpt.launch  # noqa: F401  before torch, see there
+from exactgpt.launch import require_output  # first, see there
 
 import collections
 import csv
@@ -260,6 +260,8 @@ def predict(config, runtime):
     """Label --predict and print it, or the texts in --predict_file and write --out. Raises UserError, StopRequested."""
     if config.out:
         runtime.broadcast(lambda: check_new(config.out))
+    else:
+        require_output()
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     if not isinstance(opened.model, Classifier):
         raise UserError(f"{config.checkpoint} is a language model, not a classifier; train one from it with "

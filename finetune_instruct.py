@@ -7,7 +7,7 @@
 
 Only the answers count in the loss. If a run is killed or stopped, the same command continues it.
 """
-import exactgpt.launch  # noqa: F401  before torch, see there
+import exactgpt.launch  # noqa: F401  first, see there
 
 import shlex
 import shutil

@@ -11,7 +11,7 @@ There are two styles; their scores are not comparable:
     lm_eval    lm-evaluation-harness': the topic before the context, WikiHow's [brackets] removed, context and ending
                tokenized together; acc compares the summed losses, acc_norm the losses per character
 """
-import exactgpt.launch  # noqa: F401  before torch, see there
+from exactgpt.launch import require_output  # first, see there
 
 import itertools
 import json
@@ -92,6 +92,8 @@ def score_checkpoint(config, runtime):
     """Score the model that the flags name; print the result and write it to --json."""
     if config.json:
         runtime.broadcast(lambda: check_new(config.json))
+    else:
+        require_output()
     opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer())
     model = opened.model.to(runtime.device, torch.float32)
     runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")

@@ -6,6 +6,8 @@
     python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors."
     python inference.py                            # on a terminal: type one prompt per line, Ctrl-D quits
 """
+from exactgpt.launch import printable, require_output  # first, see there
+
 import contextlib
 import itertools
 import sys
@@ -54,10 +56,9 @@ class InferenceConfig(DeviceConfig):
 def main(argv=None):
     """Generate text as the flags (sys.argv, or argv) say. Raises UserError for user mistakes."""
     config = parse_config(InferenceConfig, argv, __doc__.splitlines()[0])
-    with contextlib.suppress(AttributeError):              # sys.stdout of a test or notebook has no reconfigure()
-        sys.stdout.reconfigure(errors="replace")           # "?" for what the terminal's encoding lacks
+    require_output()
     if config.instruction:
-        prompts = [alpaca_prompt(config.instruction, config.input)]
+        prompts = [alpaca_prompt(printable(config.instruction), printable(config.input))]
     else:
         texts = [read_text(path) for path in config.prompt_file]
         on_terminal = sys.stdin and sys.stdin.isatty()     # without any prompt they are read there
@@ -65,7 +66,7 @@ def main(argv=None):
             texts = [read_text(None) if sys.stdin else ""]
             if not texts[0].strip("\r\n"):
                 raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
-        prompts = [*config.prompt, *(text.removesuffix("\n") for text in texts)]
+        prompts = [*map(printable, config.prompt), *(text.removesuffix("\n") for text in texts)]
     opened = open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe_hardware(device))
@@ -112,8 +113,8 @@ def print_continuations(decoder, tokenizer, prompts, config, seed):
                   "ignored", file=sys.stderr)
     begin = time.perf_counter()
     repeated = [p for p in prompts for _ in range(config.num_seq)]
-    steps = stream(decoder, tokenizer, repeated, max_tokens=config.max_tokens, stop=config.stop, seed=seed,
-                   temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    steps = stream(decoder, tokenizer, repeated, max_tokens=config.max_tokens, stop=[*map(printable, config.stop)],
+                   seed=seed, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     shown = [""] * len(repeated) if config.instruction else repeated
     if not config.stream:
         steps = [*tqdm(steps, "generating", config.max_tokens, unit="step", leave=False, disable=None)][-1:]

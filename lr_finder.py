@@ -7,10 +7,9 @@ Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py co
 influence that run, which starts from the same weights and tokens as without it. (Smith 2015, arXiv 1506.01186; one
 tenth of the minimum as in fastai's lr_find.)
 """
-import exactgpt.launch  # noqa: F401  before torch, see there
+import exactgpt.launch  # noqa: F401  first, see there
 
 import csv
-import os
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.checkpoint import list_checkpoints
-from exactgpt.config import RunFailed, UserError, atomic_write, flag, parse_config, run_script, with_changes
+from exactgpt.config import RunFailed, UserError, atomic_write, flag, parse_config, read_ranks, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
 from exactgpt.figures import COLOURS, GREY, INK, save_figure, smooth, style_axes
@@ -165,9 +164,9 @@ def train_command(config, rate):
         if value != f.default and (f.name != "muon_lr" or config.optimizer == "muon"):
             words.append(f"--{f.name}")
             words += [] if value is True else [shlex.quote(str(value))]
-    processes, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
-    alone = f"torchrun --nproc_per_node={processes}" if processes else "python"
-    launcher = alone if nodes == "1" else "torchrun ..."
+    ranks = read_ranks()
+    on_one_node = f"torchrun --nproc_per_node={ranks.world_size}" if ranks.world_size > 1 else "python"
+    launcher = on_one_node if ranks.local_world_size == ranks.world_size else "torchrun ..."
     return " ".join([launcher, "train.py", *words])
 
 

@@ -5,6 +5,8 @@
 
 A run is a folder with metrics.jsonl or log.txt (ours or build-nanogpt's).
 """
+import exactgpt.launch  # noqa: F401  first, see there
+
 import os
 from dataclasses import dataclass
 from pathlib import Path

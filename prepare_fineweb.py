@@ -9,6 +9,8 @@
 Source files are downloaded one at a time, and only their text column is read. If the script is killed, run the same
 command again: the manifest records where in the source the next shard begins.
 """
+import exactgpt.launch  # noqa: F401  first, see there
+
 import contextlib
 import dataclasses
 import glob

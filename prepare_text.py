@@ -7,6 +7,8 @@
 All input is read and checked before anything is written. Documents are shuffled by the seed; some go to validation.
 To add an input format see exactgpt/documents.py.
 """
+import exactgpt.launch  # noqa: F401  first, see there
+
 import hashlib
 import itertools
 import tempfile

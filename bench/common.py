@@ -3,7 +3,6 @@ import datetime
 import json
 import os
 import platform
-import socket
 import statistics
 from pathlib import Path
 
@@ -32,12 +31,6 @@ def append_result(**facts):
     with open(OUT / "results.jsonl", "a", encoding="utf-8") as f:
         f.write(line + "\n")
     print(line, flush=True)
-
-
-def set_rendezvous_address():
-    """Set MASTER_ADDR and MASTER_PORT to a free local port, as torchrun would for a single process."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.getsockname()[1]))
 
 
 def median_and_range(values):

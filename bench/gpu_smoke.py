@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from bench.common import append_result, describe_machine, set_rendezvous_address, write_results
+from bench.common import append_result, describe_machine, write_results
 from bench.toy import write_random_shards
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.config import DeviceConfig, parse_config, run_script
@@ -303,7 +303,6 @@ def out_of_memory(runtime, sizes, tokenizer):
 
 def process_group(runtime, sizes, tokenizer):
     """Compare train.py in DDP with one rank (NCCL, on a CPU gloo) and without DDP: losses, graphs, checkpoint."""
-    set_rendezvous_address()
     losses, n_graphs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         write_random_shards(Path(folder) / "shards", tokenizer, 2 * sizes.T, 40 * sizes.T)

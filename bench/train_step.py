@@ -17,7 +17,6 @@ on. --profile shows where the time of one of our steps goes. Writes bench/result
 import contextlib
 import gc
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from bench.common import comparison_row, describe_machine, median_and_range, set_rendezvous_address, write_results
+from bench.common import comparison_row, describe_machine, median_and_range, write_results
 from bench.sizes import SizeConfig
 from exactgpt.config import UserError, flag, parse_config, run_script
 from exactgpt.dataloader import DataOrder, TrainLoader
@@ -80,8 +79,6 @@ class Peer:
 def main(argv=None):
     """Time all peers and the machine's limits in turn, and write the results."""
     config = parse_config(TrainStepConfig, argv, __doc__.split("\n\n")[0])
-    if config.process_group and "RANK" not in os.environ:
-        set_rendezvous_address()
     with start(config) as runtime, temporary_folder(runtime, tempfile.gettempdir()) as data:
         runtime.broadcast(lambda: save_tokens(config, data))
         run, step = make_our_step(config, runtime, data)

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
+from exactgpt.config import FolderLost, RunFailed, UserError, atomic_write, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
@@ -50,9 +50,9 @@ class _ForeignConfig:
     """Stand-in for the __main__.GPTConfig that build-nanogpt pickles: it takes the fields and runs no code."""
 
 
-def checkpoint_path(log_dir, step):
+def checkpoint_path(log_dir, step, kind="model"):
     """Return the path of a step's checkpoint: logs/model_00250.pt for step 250."""
-    return Path(log_dir) / f"model_{step:05d}.pt"
+    return Path(log_dir) / f"{kind}_{step:05d}.pt"
 
 
 def save_checkpoint(path, checkpoint):
@@ -69,17 +69,32 @@ def save_checkpoint(path, checkpoint):
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
 
 
+def is_finite(entries):
+    """Return True if no tensor in a checkpoint's entries contains inf or NaN."""
+    return all(tensor.isfinite().all() for tensor in tree_leaves(entries) if isinstance(tensor, torch.Tensor))
+
+
 def write_checkpoint(runtime, path, entries):
-    """Write a checkpoint on rank 0; return True on every rank if that succeeded. A full disk must not end the run."""
-    problem = ""
+    """Write a checkpoint on rank 0; return "" on every rank, or why that failed. A full disk must not end the run.
+
+    Raises FolderLost on every rank if another run has taken the folder over.
+    """
+    problem, lost = "", False
     if runtime.is_main:
         try:
+            if not is_finite(entries):      # it must not take the place of one that can be resumed
+                raise UserError(f"at step {entries['step']} the weights or the optimizer's state contain inf or NaN; "
+                                "start a new run in another folder, with a lower --max_lr or another --seed")
             save_checkpoint(path, entries)
             print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
         except UserError as error:
-            problem = str(error)
-            print(f"warning: checkpoint not written (older ones are intact): {problem}", flush=True)
-    return runtime.sum(bool(problem))[0] == 0
+            problem, lost = str(error), isinstance(error, FolderLost)
+            if not lost:
+                print(f"warning: checkpoint not written (older ones are intact): {problem}", flush=True)
+    failed, lost = runtime.sum(bool(problem), lost)
+    if lost:
+        raise FolderLost(problem)      # rank 0 prints it
+    return problem or "rank 0 could not write it" if failed else ""
 
 
 def model_entries(run, progress):
@@ -90,15 +105,17 @@ def model_entries(run, progress):
 
 def save(run, progress, config, runtime, finished=False):
     """Write model_XXXXX.pt, to resume from; keep the newest few. Raises RunFailed if the last one cannot be written."""
-    progress.save_failed = not write_checkpoint(runtime, checkpoint_path(config.log_dir, progress.step), dict(
+    problem = write_checkpoint(runtime, checkpoint_path(config.log_dir, progress.step), dict(
         model_entries(run, progress), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
         best_val_loss=progress.best_val_loss, last_step=progress.last_step, train_config=asdict(config),
         resolved=run.resolved, data=run.shards.fingerprint(), finished=finished, provenance=run.provenance))
-    if runtime.is_main and not progress.save_failed:
+    progress.save_failed = bool(problem)
+    # While updates are being skipped, something is wrong, and an older checkpoint may be the last good one.
+    if runtime.is_main and not problem and not progress.skipped.in_a_row:
         delete_old_checkpoints(config.log_dir, config.keep_checkpoints, progress.step)
-    if finished and progress.save_failed:
-        raise RunFailed(f"the last checkpoint could not be written; free some space on the disk that holds "
-                        f"{config.log_dir} and run the same command: it repeats the steps since the newest checkpoint")
+    if finished and problem:
+        raise RunFailed(f"the last checkpoint could not be written: {problem}. After that the same command repeats the "
+                        "steps since the newest checkpoint")
 
 
 def save_best(run, progress, config, runtime):
@@ -106,7 +123,7 @@ def save_best(run, progress, config, runtime):
     if progress.val_loss < progress.best_val_loss:          # NaN is never the best
         path = Path(config.log_dir) / "model_best.pt"
         initial = progress.step == 0                        # random weights, or those of another file
-        if initial or write_checkpoint(runtime, path, model_entries(run, progress)):
+        if initial or not write_checkpoint(runtime, path, model_entries(run, progress)):
             progress.best_val_loss = progress.val_loss      # else the next validation below it tries again
 
 
@@ -154,42 +171,54 @@ def read_checkpoint(path):
             f"cannot load {path}: {why}, or it is not a checkpoint ({type(error).__name__})") from error
 
 
-def list_checkpoints(log_dir):
+def list_checkpoints(log_dir, kind="model"):
     """Return [(step, path)] of the numbered checkpoints in a folder, the newest step first."""
-    found = [(int(m[1]), p) for p in Path(log_dir).glob("model_*.pt") if (m := CHECKPOINT_NAME.fullmatch(p.name))]
+    name = re.compile(rf"{kind}_(\d{{5,}})\.pt")
+    found = [(int(m[1]), p) for p in Path(log_dir).glob(f"{kind}_*.pt") if (m := name.fullmatch(p.name))]
     return sorted(found, reverse=True)
 
 
 def read_training_checkpoint(path):
-    """Load a checkpoint that a run can resume from. Raises CheckpointError if an entry is missing or damaged."""
-    checkpoint = read_checkpoint(path)
-    for name, kind in TRAINING_ENTRIES.items():
+    """Load a checkpoint that a run can resume from. Raises CheckpointError if it cannot."""
+    return check_entries(read_checkpoint(path), TRAINING_ENTRIES, path)
+
+
+def check_entries(checkpoint, entries, path):
+    """Return the checkpoint if it has the entries {name: type} and finite numbers. Raises CheckpointError."""
+    for name, kind in entries.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise CheckpointError(f"{path} cannot be resumed: its entry {name!r} is missing or damaged; to use its "
-                                  f"weights alone: --init_from {path}")
+            advice = f"; to use its weights alone: --init_from {path}" if "model" in entries else ""
+            raise CheckpointError(f"{path} cannot be resumed: its entry {name!r} is missing or damaged{advice}")
+    if not is_finite(checkpoint):      # the next one would be the same
+        raise CheckpointError(f"{path} cannot be resumed: its weights or its optimizer's state contain inf or NaN")
     return checkpoint
 
 
 def newest_valid(log_dir, notice=print):
-    """Return the newest checkpoint that is not damaged, None if there is none. Raises CheckpointError if all are."""
+    """Return the newest checkpoint that can be resumed, None if there is none. Raises CheckpointError if none can."""
+    return first_valid([path for _, path in list_checkpoints(log_dir)], read_training_checkpoint, notice)
+
+
+def first_valid(paths, read, notice):
+    """Return read(path) of the first path that read() does not refuse, as `newest_valid` does."""
     problem = None
-    for _, path in list_checkpoints(log_dir):
+    for path in paths:
         try:
-            return read_training_checkpoint(path)
+            return read(path)
         except CheckpointError as error:
             problem = error
             notice(f"skipping a checkpoint: {error}")
     if problem:
-        raise CheckpointError(f"no checkpoint in {log_dir} can be read ({problem}); move them away or use another "
-                              "--log_dir")
+        raise CheckpointError(f"no checkpoint in {paths[0].parent} can be resumed ({problem}); move them away or use "
+                              "another folder for a new run")
     return None
 
 
-def delete_old_checkpoints(log_dir, keep, step):
+def delete_old_checkpoints(log_dir, keep, step, kind="model"):
     """Delete all numbered checkpoints up to `step` but the `keep` newest, and what a killed save left half-written."""
     # Files of later steps do not count: they were damaged, and must not push out what has been saved since.
-    until_now = [path for number, path in list_checkpoints(log_dir) if number <= step]
-    for path in [*until_now[keep:], *Path(log_dir).glob("model_*.pt.tmp")]:
+    until_now = [path for number, path in list_checkpoints(log_dir, kind) if number <= step]
+    for path in [*until_now[keep:], *Path(log_dir).glob(f"{kind}_*.pt.tmp")]:
         path.unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import operator
 import os
+import re
 import shutil
 import signal
 import sys
@@ -26,6 +27,8 @@ import time
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+
+from exactgpt import launch
 
 BOUNDS = dict(low=(">=", operator.ge), high=("<=", operator.le), above=(">", operator.gt), below=("<", operator.lt))
 
@@ -93,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_config(cls, argv=None, description=None):
     """Parse the command line (or `argv`) into a checked instance of a dataclass; --help lists its flags."""
     # Raises UserError for unknown or abbreviated flags, wrong types, values out of bounds, and what check() refuses.
-    width = min(110, int(os.environ.get("COLUMNS", 110)))
+    width = min(110, shutil.get_terminal_size((110, 24)).columns)
     parser = _Parser(usage="%(prog)s [--flag value ...]", description=description, allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width))
     groups, group, placed = {}, "options", []
@@ -149,18 +152,61 @@ def with_changes(config, **changes):
     return config
 
 
+class Ranks(typing.NamedTuple):
+    """The place of this process among those that a launcher started together, here and on other machines."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master: tuple = ("", 0)      # (host, port) where the processes find each other
+
+
+def read_ranks():
+    """Return the Ranks that torchrun, or another launcher, has set in the environment. Raises UserError."""
+    def number(name, low, high, default=None):
+        value = os.environ.get(name) or default      # containers are given empty variables
+        if value is None:
+            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set; start the processes "
+                            "with torchrun, or unset WORLD_SIZE to run a single one")
+        if not re.fullmatch(r"\d{1,9}", str(value)) or not low <= int(value) <= high:
+            raise UserError(f"the environment variable {name} is {value!r}, but must be a whole number from {low} to "
+                            f"{high}; start the processes with torchrun, or unset WORLD_SIZE to run a single one")
+        return int(value)
+    world_size = number("WORLD_SIZE", 1, 10**6, 1)
+    if world_size == 1:      # whatever an earlier launcher has left in the other variables
+        return Ranks()
+    local_world_size = number("LOCAL_WORLD_SIZE", 1, world_size, 1)
+    most = local_world_size if os.environ.get("LOCAL_WORLD_SIZE") else world_size
+    host, port = os.environ.get("MASTER_ADDR"), number("MASTER_PORT", 1, 65535)
+    if not host:
+        number("MASTER_ADDR", 0, 0)      # raises: it is not set
+    return Ranks(number("RANK", 0, world_size - 1), world_size, number("LOCAL_RANK", 0, most - 1, 0), local_world_size,
+                 (host, port))
+
+
 def run_script(main):
     """Run a script's main(); report a UserError as one line on standard error, and exit every rank with its status."""
+    launch.guard_streams()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:      # set by launch.py, for the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        try:
+            main()
+            sys.stdout.flush()
+        except OSError as error:
+            if error is not getattr(sys.stdout, "lost", None):
+                raise
+            sys.stdout.required = False      # Python flushes it once more as it ends
+            if isinstance(error, BrokenPipeError):      # the reader, as in `... | head`, has what it wanted
+                sys.exit(0)
+            raise UserError(f"cannot write to standard output: {error.strerror}") from error
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader closed the pipe, as in `... | head`: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except UserError as error:
-        status = 1 if isinstance(error, RunFailed) else 2
-        if int(os.environ.get("RANK", 0)) != 0:
+        status, rank = 1 if isinstance(error, RunFailed) else 2, 0
+        with contextlib.suppress(UserError):      # `error` itself, if the environment is wrong: each process reports it
+            rank = read_ranks().rank
+        if rank:
             # Wait for torchrun's signal: it kills all ranks once one exits, and rank 0 might not have printed yet.
             signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
             time.sleep(10)
@@ -190,6 +236,7 @@ def _whole_or_not_at_all(path, remove):
             os.close(descriptor)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        FolderLock.check(path.absolute())
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for made in (*temporary.rglob("*"), temporary):
@@ -216,6 +263,7 @@ def atomic_write(path, mode="wb"):
 @contextlib.contextmanager
 def new_folder(path):
     """Yield a temporary folder that becomes `path` when it is complete. Raises UserError, also if `path` is in use."""
+    FolderLock.check(Path(path).absolute())
     path = Path(path).resolve()
     check_new(path, folder=True)
     with _whole_or_not_at_all(path, shutil.rmtree) as temporary:
@@ -271,31 +319,83 @@ def find_visible(folder, pattern):
             if "/." not in here.removeprefix(str(Path(folder)))]      # os.walk follows no links
 
 
-def take_lock(folder, wait_s):
-    """Wait for an exclusive lock on FOLDER/.lock; return the open file that holds it. Raises UserError after wait_s."""
-    import fcntl  # Unix only; the lock ends with the file's `with` block or the process, even by kill -9
-    path = Path(folder) / ".lock"
-    try:
-        with contextlib.suppress(FileExistsError):
-            path.parent.mkdir(parents=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror}") from error
-    begin, waits = time.monotonic(), False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except (BlockingIOError, PermissionError):      # the latter on some network file systems
+class FolderLost(RunFailed):
+    """The folder that this process has locked was deleted, moved or made anew."""
+
+
+class FolderLock:
+    """An exclusive lock on FOLDER/.lock, until its `with` block or the process ends, even by kill -9."""
+
+    held = []      # all of this process
+
+    def __init__(self, folder, wait_s):
+        """Create the folder if needed, and wait for its lock. Raises UserError after wait_s seconds."""
+        self._folder, self._path = Path(folder).absolute(), Path(folder).absolute() / ".lock"
+        self._open()
+        begin, waits = time.monotonic(), False
+        while not self._try_to_lock():
             if time.monotonic() > begin + wait_s:
-                raise UserError(f"another run is using {folder} (it holds {path}); stop it or use another folder")
+                self._close()
+                raise UserError(f"another run is using {folder} (it holds {self._path}); stop it or use another folder")
             if not waits:
                 print(f"another run is using {folder}; waiting up to {wait_s:g} s for it to finish", flush=True)
             waits = True
             time.sleep(0.2)
+        self.held.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.held.remove(self)
+        self._close()
+
+    def _open(self):
+        try:
+            with contextlib.suppress(FileExistsError):
+                self._folder.mkdir(parents=True)
+            self._file = open(self._path, "w")
+            self._directory = os.open(self._folder, os.O_RDONLY)      # kept open, so that its inode is not used again
+        except OSError as error:
+            raise UserError(f"cannot write in {self._folder}: {error.strerror}") from error
+
+    def _close(self):
+        self._file.close()
+        os.close(self._directory)
+
+    def _try_to_lock(self):
+        import fcntl  # Unix only
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):      # the latter on some network file systems
+            return False
         except OSError as error:       # the file system has no locks
-            print(f"warning: cannot lock {path} ({error.strerror}); make sure only one run uses {folder}", flush=True)
-            return file
+            print(f"warning: cannot lock {self._path} ({error.strerror}); make sure only one run uses {self._folder}",
+                  flush=True)
+        if self._is_ours():
+            return True
+        self._close()      # its holder was waited for, and the folder deleted meanwhile
+        self._open()
+        return False
+
+    def _is_ours(self):
+        def is_at(path, descriptor, if_missing):
+            try:
+                return os.path.samestat(os.stat(path), os.fstat(descriptor))
+            except (FileNotFoundError, NotADirectoryError):
+                return if_missing
+            except OSError:      # a network file system that does not answer at the moment
+                return True
+        # Somebody may have deleted .lock alone, as "stale". Whoever locks the folder then makes a new one.
+        return is_at(self._folder, self._directory, False) and is_at(self._path, self._file.fileno(), True)
+
+    @classmethod
+    def check(cls, path):
+        """Raise FolderLost if `path` is in a folder that this process has locked, but that is not the same any more."""
+        for lock in cls.held:
+            if lock._folder in (path, *path.parents) and not lock._is_ours():
+                raise FolderLost(f"the folder {lock._folder} was deleted, moved, or taken over by another run, so this "
+                                 "run ends; nothing was written there")
 
 
 def human_count(n, units=("", "k", "M", "B", "T")):

@@ -200,30 +200,25 @@ def dummy_rows(size, block_size, device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True):
+def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, insist=True, compiled=False):
     """Return the rows per micro-batch: `wanted` (0: the maximum) if it fits, else the first divisor found by halving.
 
-    module(x, y) returns a loss. Raises UserError if nothing fits, or with `insist` if `wanted` does not, naming the
-    next smaller valid size; CompilationFailed.
+    module(x, y) returns a loss; compiled: it has been given to torch.compile. Raises UserError if nothing fits, or with
+    `insist` if `wanted` does not, naming the next smaller valid size; CompilationFailed.
     """
-    # Candidates are the divisors of local_windows of at most CUDA_TOKENS tokens (CPU_TOKENS on a CPU, where nothing is
-    # tried). A CUDA trial uses the module as it will train: compiled, in DDP, on its device. All ranks try the same
-    # sizes, and a size fits if it fits on all.
+    # Candidates are the divisors of local_windows of at most CUDA_TOKENS tokens (CPU_TOKENS on a CPU, where only
+    # compiled code is tried). A trial uses the module as it will train: compiled, in DDP, on its device. All ranks try
+    # the same sizes, and a size fits if it fits on all.
     most = CUDA_TOKENS if runtime.device.type == "cuda" else CPU_TOKENS
     sizes = [d for d in divisors(local_windows) if d == 1 or d * block_size <= most]
     size = wanted or sizes[0]
-    if runtime.device.type != "cuda":
+    if runtime.device.type != "cuda" and not compiled:
         return size
     while size:
-        fits, problem = False, ""
-        try:
-            fits = fits_in_memory(module, block_size, size, runtime)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            problem = " ".join(str(error).split())[:160] or type(error).__name__
-        too_large, failed = runtime.sum(not fits, bool(problem))     # every rank comes here, however its trial ended
-        if failed:
-            raise CompilationFailed(problem or "on another rank")
-        if not too_large:
+        def trial(size=size):
+            return fits_in_memory(module, block_size, size, runtime)
+        fits = check_compilation(trial, runtime) if compiled else trial()
+        if not runtime.sum(not fits)[0]:
             return size
         if wanted and insist:
             smaller = next((d for d in divisors(local_windows) if d < wanted), None)
@@ -231,6 +226,21 @@ def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, in
             raise UserError(f"--micro_batch_size {wanted} does not fit in the GPU's memory; {advice}")
         size = next((d for d in sizes if d <= size // 2), 0)
     raise UserError(f"not even one row fits in the GPU's memory; {ADVICE_FOR_LESS_MEMORY}")
+
+
+def check_compilation(action, runtime):
+    """Return action(), which makes torch.compile compile. Raises CompilationFailed on all ranks if it fails on one."""
+    # Every rank comes to the sum, since `action` has no collectives. torch raises many kinds of error, in forward and
+    # in backward: no compiler, a fault in it, a full cache folder. If compilation is not the cause, eager code fails
+    # with the same error, and not in one line.
+    result, problem = None, ""
+    try:
+        result = action()
+    except Exception as error:
+        problem = " ".join(str(error).split())[:160] or type(error).__name__
+    if runtime.sum(bool(problem))[0]:
+        raise CompilationFailed(problem or "on another rank")
+    return result
 
 
 def fits_in_memory(module, block_size, size, runtime):

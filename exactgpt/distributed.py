@@ -2,8 +2,8 @@
 
 `start(config)` sets a process up, yields its Runtime, and tears it down.
 
-On SIGTERM, SIGINT or SIGUSR1 the handler notes the signal in runtime.stop_signal, and nothing else. The next collective
-that counts signals tells all ranks: the all-reduce at the end of a step (finish_step in optimizer.py), or
+On SIGTERM, SIGINT, SIGUSR1 or SIGHUP the handler notes the signal in runtime.stop_signal, and nothing else. The next
+collective that counts signals tells all ranks: the all-reduce at the end of a step (finish_step in optimizer.py), or
 check_for_stop, which evaluation and slow steps call. Every rank then raises StopRequested at the same place. train.py
 catches it around its loop, saves, and prints the command that continues: status 0. During set-up, where a rank may
 compile for minutes, the watch (peers.py) ends all ranks instead. A SIGINT after any stop signal ends a process at once.
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from exactgpt.config import RunConfig, RunFailed, UserError, take_lock
+from exactgpt.config import FolderLock, RunConfig, RunFailed, UserError, read_ranks
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
 from exactgpt.peers import HANG_GRACE_S, peer_failure, report_error, wait_for_peers, watch_run
 
@@ -196,18 +196,24 @@ def start(config):
     Raises UserError for a device or dtype that this machine lacks, before there is a process group, and RunFailed if
     the processes do not find each other.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = read_ranks()
+    rank, world_size, local_rank = ranks.rank, ranks.world_size, ranks.local_rank
     # bench/ wants DDP even for a single process
     grouped = world_size > 1 or getattr(config, "process_group", False)
     try:
-        device = choose_device(config.device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        device = choose_device(config.device, local_rank, ranks.local_world_size)
         hardware = probe_hardware(device)
         runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware),
                           timeout_s=getattr(config, "timeout", RunConfig.timeout))
-        # Slurm can send SIGUSR1 ahead of the time limit (examples/).
-        previous = {n: signal.signal(n, runtime.note_stop) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        store, hosts = wait_for_peers(rank, world_size, START_TIMEOUT_S) if grouped else (dist.HashStore(), {})
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]      # Slurm can send the last ahead of the time limit
+        # nohup makes a process ignore SIGHUP: so be it. But torchrun passes a hang-up on even under nohup, and kills
+        # the workers that do not end within 30 s.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or "TORCHELASTIC_RUN_ID" in os.environ:
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, runtime.note_stop) for number in numbers}
+        store, hosts = dist.HashStore(), {}
+        if world_size > 1:
+            store, hosts = wait_for_peers(runtime, ranks.master, START_TIMEOUT_S)
     except UserError as error:
         if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own
             report_error(rank, error)
@@ -251,7 +257,7 @@ def start(config):
 
 def lock_folder(folder, runtime):
     """Return a context in which no other run uses the folder. Raises UserError on all ranks. Rank 0 holds the lock."""
-    return runtime.on_all_ranks(lambda: take_lock(folder, wait_s=60) if runtime.is_main else contextlib.nullcontext())
+    return runtime.on_all_ranks(lambda: FolderLock(folder, wait_s=60) if runtime.is_main else contextlib.nullcontext())
 
 
 @contextlib.contextmanager
@@ -272,6 +278,7 @@ def temporary_folder(runtime, place):
             yield runtime.broadcast(renew)
         finally:
             if runtime.is_main:
+                FolderLock.check(hidden)
                 shutil.rmtree(hidden, ignore_errors=True)
 
 

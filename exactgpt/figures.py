@@ -3,6 +3,8 @@
 Logs are metrics.jsonl, or log.txt in build-nanogpt's three columns. Figures do not use pyplot: no display and no global
 state, so that app.py may draw in several threads. Scripts draw last, so matplotlib is imported late: they start faster.
 """
+from exactgpt.launch import printable
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,7 +291,8 @@ def style_axes(ax, title):
 
 
 def shorten(text, length):
-    """Return the text, cut to `length` characters with an ellipsis if it is longer."""
+    """Return the text, cut to `length` characters with an ellipsis if it is longer, and without what no font has."""
+    text = printable(text)
     return text if len(text) <= length else text[:length - 1] + "\u2026"
 
 

@@ -28,7 +28,10 @@ from exactgpt.shards import permutation
 from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
 
-STATE_NAME = "state.pt"  # in --out: what a run resumes from
+OLD_STATE = "state.pt"   # what runs of earlier versions resume from; now it is state_00012.pt
+STATE_ENTRIES = dict(config=dict, finished=bool, step=int, tokens=int, seconds=float, first=dict, best=dict, base=dict,
+                     data=str, trained=dict, optimizer=dict, scaler=dict)
+RETRY_STEPS = 10         # steps between attempts to write a state that did not fit on the disk
 LENGTH_MULTIPLE = 16     # sequences are padded to a multiple of this, so that few shapes occur
 N_SHOWN = 3              # examples that a dry run prints
 
@@ -200,6 +203,7 @@ class Progress:
     first: dict = field(default_factory=dict)      # the metrics before training
     # The epoch with the best score (0: none yet), its metrics, and the trained weights after it, on the CPU.
     best: dict = field(default_factory=lambda: dict(score=(-math.inf,), epoch=0, facts={}, weights={}))
+    save_failed: bool = False  # the disk was full: try again soon
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
 
@@ -298,19 +302,23 @@ def loop(run, progress, config, runtime, log, evaluate):
             run.model.train()
             if epoch == 0:
                 progress.first = metrics
-            better = epoch > 0 and score > progress.best["score"]
+            weights = trained_weights(run.model)
+            # A loss or weight that is not finite is never better, whatever the other metrics are.
+            better = (epoch > 0 and score > progress.best["score"] and all(map(math.isfinite, score))
+                      and checkpoint.is_finite(weights))
             if better:
-                weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
+                weights = {name: w.to("cpu", copy=True) for name, w in weights.items()}
                 progress.best = dict(score=score, epoch=epoch, facts=metrics, weights=weights)
             words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + " (the best so far)" * better
             log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}", epoch=epoch, **metrics)
             progress.seconds = time.perf_counter() - start_time
-            if step > first_step:
-                save_state(run, progress, config, runtime)
             best = progress.best["epoch"]
             if not last and config.patience and best and epoch - best >= config.patience:
                 runtime.print(f"stopped early: no better epoch in the last {config.patience}, the best was {best}")
                 progress.last_step, last = step, True
+        epoch_ends = step % run.steps_per_epoch == 0 or last
+        if step > first_step and (epoch_ends or (progress.save_failed and step % RETRY_STEPS == 0)):
+            save_state(run, progress, config, runtime)
         if last:
             break
 
@@ -349,7 +357,9 @@ def train(run, progress, config, runtime, evaluate, write_results):
                 return
             if progress.step > first_step:
                 save_state(run, progress, config, runtime)
-            runtime.print(f"stopped before step {progress.step}, nothing is lost; the same command continues:\n"
+            saved = ("the state could not be written, so the steps since the last one will be repeated"
+                     if progress.save_failed else "nothing is lost")
+            runtime.print(f"stopped before step {progress.step}, {saved}; the same command continues:\n"
                           f"{command_line()}")
             return
         best = progress.best
@@ -373,12 +383,13 @@ def train(run, progress, config, runtime, evaluate, write_results):
                 log.tracker.text("best_checkpoint.txt", f"{model.resolve()}\n")
                 if not config.dry_run:
                     print(f"wrote {', '.join(map(str, [model, *files]))}\nnext: {command}", flush=True)
-            save_state(run, progress, config, runtime, finished=True)
+            finish_state(progress, config, runtime)
         except RunFailed:
             raise
         except UserError as error:
-            raise RunFailed(f"{error}. The training is not lost: the same command resumes after it, and writes the "
-                            "results again") from error
+            lost = "The last state could not be written, so the same command repeats the steps since the newest"
+            kept = "The training is not lost: the same command resumes after it, and writes the results again"
+            raise RunFailed(f"{error}. {lost if progress.save_failed else kept}") from error
 
 
 # ---- the folder and the state of a run ---------------------------------------
@@ -390,21 +401,27 @@ def work_in_folder(config, runtime, finetune):
             finetune(with_changes(config, out=folder, mlflow=False), runtime, None)
         return
     with lock_folder(config.out, runtime):
-        state = runtime.broadcast(lambda: read_state(config))
+        state = runtime.broadcast(lambda: read_state(config, runtime.print))
         if state and state["finished"]:
             runtime.print(f"the run in {config.out} is finished; for a new run use another --out")
             return
         finetune(config, runtime, state)
 
 
-def read_state(config):
-    """Return the state of the run in --out, or None if there is no run. Raises UserError if its flags differ."""
-    path = Path(config.out) / STATE_NAME
-    if not path.exists():
-        return None
-    if config.resume == "never":
+def read_state(config, notice):
+    """Return the newest state of the run in --out that can be resumed, None if there is no run. Raises UserError."""
+    paths = [path for _, path in checkpoint.list_checkpoints(config.out, "state")]
+    paths += [path for path in [Path(config.out) / OLD_STATE] if path.exists()]
+    if paths and config.resume == "never":
         raise UserError(f"--resume never, but {config.out} already contains a run; delete it or use another --out")
-    state = checkpoint.read_checkpoint(path)
+
+    def read(path):
+        state = checkpoint.read_checkpoint(path)
+        names = ("config", "finished") if state.get("finished") else STATE_ENTRIES
+        return checkpoint.check_entries(state, {name: STATE_ENTRIES[name] for name in names}, path)
+    state = checkpoint.first_valid(paths, read, notice)
+    if not state:
+        return None
     differing = checkpoint.changed_flags(config, state["config"])
     if state["finished"]:       # data and model will not be opened, so only their names can be compared
         differing += [f"--{name} {getattr(config, name)} (it has {state['config'].get(name)})"
@@ -415,13 +432,24 @@ def read_state(config):
     return state
 
 
-def save_state(run, progress, config, runtime, finished=False):
-    """Write what the run resumes from, on rank 0; of a finished run only its flags. Raises UserError."""
+def save_state(run, progress, config, runtime):
+    """Write what the run resumes from, and keep the state before it, in case this one is damaged."""
+    path = checkpoint.checkpoint_path(config.out, progress.step, "state")
+    problem = checkpoint.write_checkpoint(runtime, path, dict(
+        {name: getattr(progress, name) for name in STORED}, base=run.base, data=run.data_hash, config=asdict(config),
+        trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+        finished=False))
+    progress.save_failed = bool(problem)
+    if runtime.is_main and not problem and not progress.skipped.in_a_row:
+        checkpoint.delete_old_checkpoints(config.out, 2, progress.step, "state")
+
+
+def finish_state(progress, config, runtime):
+    """Replace the states by the flags of the finished run, on rank 0. Raises UserError."""
     if runtime.is_main:
-        state = {} if finished else dict(
-            {name: getattr(progress, name) for name in STORED}, base=run.base, data=run.data_hash,
-            trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
-        checkpoint.save_checkpoint(Path(config.out) / STATE_NAME, dict(state, config=asdict(config), finished=finished))
+        path = checkpoint.checkpoint_path(config.out, progress.step, "state")
+        checkpoint.save_checkpoint(path, dict(config=asdict(config), finished=True))
+        checkpoint.delete_old_checkpoints(config.out, 1, progress.step, "state")
 
 
 def save_model(path, run, progress):

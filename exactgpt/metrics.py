@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import atomic_write, human_bytes, human_time
+from exactgpt.config import FolderLock, FolderLost, atomic_write, human_bytes, human_time
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit
@@ -98,6 +98,10 @@ class RunLog:
             values |= dict(mfu=mfu, data_wait_ms=1000 * data_wait_s, peak_mem_gb=peak_memory_gb(self._runtime))
             parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
         self.note(step, " | ".join([*parts, f"eta {self.eta(step)}"]), f"train {result.loss:.6f}", **values)
+        try:
+            FolderLock.check(self._folder.absolute())
+        except FolderLost:      # the next all-reduce stops all ranks, and the save then raises this on all
+            self._runtime.stop_signal = "loss of the folder"
 
     def skipped(self, step, reason, windows):
         """Log that the update of a step was skipped, and the windows of the train split that it read."""
@@ -283,6 +287,7 @@ class Tracker:
 
     def _send(self):
         """Send the queued metrics, oldest first. A failed batch stays queued; MLflow ignores what it has already."""
+        FolderLock.check(self._log_dir.absolute())      # whose store is in there
         if self._client is None:
             self._client = self._open()
         from mlflow.entities import Metric

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from exactgpt.config import RunFailed, UserError
+from exactgpt.config import RunFailed
 
+ANSWER_S = 10         # for a store to answer: it takes milliseconds
 START_GRACE_S = 3     # after a stop signal during set-up: the run may still end by itself
 REPORT_S = 5          # for the ranks of a hanging run to report where they are
 HANG_GRACE_S = 10     # from the start of these reports to the time-out of the collectives, which ends the run
@@ -31,54 +32,119 @@ def report_error(rank, message):
     print(f"error on {socket.gethostname()}, rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
-def wait_for_peers(rank, world_size, timeout_s):
+# ---- rendezvous --------------------------------------------------------------
+
+def wait_for_peers(runtime, address, timeout_s):
     """Wait for the processes that torchrun (or another launcher) started together; return (store, hosts).
 
     The store is shared by this start's processes only. hosts, {rank: host}: of all ranks on rank 0, else of rank 0.
-    Raises RunFailed if processes are missing after timeout_s, UserError if the launcher set no address.
+    Raises RunFailed if processes are missing after timeout_s, or if this one is asked to stop meanwhile.
     """
     # torchrun's store still holds what dead processes wrote, and a new process that reads a dead peer's address from it
     # hangs. TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, because it may differ between nodes. So rank 0
     # makes up a name for the start, and every other rank joins only after rank 0 has answered a nonce that this rank
     # made up: a dead rank 0 cannot.
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not (host and port):
-        raise UserError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR or MASTER_PORT is not set; start the processes "
-                        "with torchrun, or unset WORLD_SIZE to run a single one")
-    deadline = time.monotonic() + timeout_s
+    rank, world_size, deadline = runtime.rank, runtime.world_size, time.monotonic() + timeout_s
+    at = f"{address[0]}:{address[1]}"
     try:
-        store = dist.TCPStore(host, int(port), multi_tenant=True, timeout=datetime.timedelta(seconds=timeout_s),
-                              is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+        store = Store(open_store(runtime, *address, timeout_s), rank)
         if rank == 0:      # publish a name for the start, answer each rank's nonce
             name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
-            start = dist.PrefixStore(name, store)
+            start = store.below(name)
             store.set("start", name)
-            arrivals = 0
-            while len(hosts) < world_size:      # a rank that was restarted meanwhile arrives again
-                arrivals += 1
-                if not wait_for_key(start, f"arrival {arrivals}", deadline - time.monotonic()):
+            arrival = "arrival 1"
+            while len(hosts) < world_size:
+                if not wait_until(lambda: start.check([arrival]), deadline, runtime):      # noqa: B023  called at once
                     missing = sorted(set(range(world_size)) - set(hosts))
                     more = f" and {len(missing) - 8} more" * (len(missing) > 8)
-                    raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {host}:{port};"
-                                    f" missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
-                nonce, other, host = start.get(f"arrival {arrivals}").decode().split(maxsplit=2)
+                    raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {at}; "
+                                    f"missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
+                nonce, other, host = start.get(arrival).decode().split(maxsplit=2)
                 hosts[int(other)] = host
                 start.set(nonce, hosts[0])
-            return start, hosts
-        nonce, name = uuid.uuid4().hex, ""
-        published = wait_for_key(store, "start", deadline - time.monotonic())
-        while published and time.monotonic() < deadline:
-            if name != store.get("start").decode():      # also when another rank 0 has started meanwhile
-                name = store.get("start").decode()
-                start = dist.PrefixStore(name, store)
-                start.set(f"arrival {start.add('arrivals', 1)}", f"{nonce} {rank} {socket.gethostname()}")
-            if start.check([nonce]):
-                return start, {0: start.get(nonce).decode()}
-            time.sleep(0.2)     # not store.wait: it prints a warning at each time-out
-        raise RunFailed(f"rank 0 did not reach {host}:{port}; look at the log of its node")
-    except dist.DistError as error:
-        raise RunFailed(f"no answer from {host}:{port} ({type(error).__name__}); look at rank 0's log") from error
+                arrival = f"arrival {int(arrival.split()[1]) + 1}"      # a rank that is restarted arrives again
+            return start.store, hosts
+        nonce, name, start = uuid.uuid4().hex, "", None
 
+        def answered():
+            nonlocal name, start
+            if store.check(["start"]) and name != store.get("start").decode():      # also of a rank 0 started meanwhile
+                name = store.get("start").decode()
+                start = store.below(name)
+                start.set(f"arrival {start.add('arrivals', 1)}", f"{nonce} {rank} {socket.gethostname()}")
+            return start and start.check([nonce])
+        if wait_until(answered, deadline, runtime):
+            return start.store, {0: start.get(nonce).decode()}
+        raise RunFailed(f"rank 0 did not reach {at}; look at the log of its node")
+    except dist.DistError as error:
+        raise RunFailed(f"no answer from {at} ({type(error).__name__}); look at rank 0's log") from error
+
+
+def open_store(runtime, host, port, timeout_s):
+    """Return the TCPStore at an address. Rank 0 makes it, unless torchrun has. Raises RunFailed if there is none."""
+    # torchrun's store was there before this process: without an answer torchrun is dead, even if it died too early for
+    # the kernel to tell this process (launch.py). Other launchers have none, and there rank 0 may come late.
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = runtime.rank == 0 and not by_torchrun
+
+    def answers():      # torch's own attempts print thirty lines each
+        with contextlib.suppress(OSError):      # refused, no route, a name that is not known yet
+            socket.create_connection((host, port), timeout=ANSWER_S).close()
+            return True
+    deadline = time.monotonic() + (ANSWER_S if by_torchrun else timeout_s)
+    if not is_master and not wait_until(answers, deadline, runtime):
+        raise RunFailed(f"nothing answers at {host}:{port}, where {'torchrun' if by_torchrun else 'rank 0'} should be; "
+                        "look at its log")
+    with time_limit(runtime.rank):
+        return dist.TCPStore(host, port, multi_tenant=True, is_master=is_master,
+                             timeout=datetime.timedelta(seconds=timeout_s))
+
+
+class Store:
+    """Requests to a store of torch that end this process if there is no answer: torch ignores its own time-outs."""
+
+    def __init__(self, store, rank):
+        self.store, self._rank = store, rank
+
+    def __getattr__(self, name):
+        def request(*arguments):
+            with time_limit(self._rank):
+                return getattr(self.store, name)(*arguments)
+        return request
+
+    def below(self, prefix):
+        """Return the part of the store whose keys have this prefix."""
+        return Store(dist.PrefixStore(prefix, self.store), self._rank)
+
+
+@contextlib.contextmanager
+def time_limit(rank):
+    """End this process with an error if what the block asks of the store takes too long."""
+    def give_up():
+        report_error(rank, f"the store of this run has not answered for {ANSWER_S} s (its process has died or is "
+                           "stopped, or the network to it is down)")
+        os._exit(1)
+    timer = threading.Timer(ANSWER_S, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def wait_until(condition, deadline, runtime):
+    """Return True once condition() holds, False at the deadline. Raises RunFailed if this process is asked to stop."""
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        if runtime.stop_signal:      # the ranks cannot agree on a stop yet; torchrun ends the others after this one
+            raise RunFailed(f"stopped by {runtime.stop_signal} while waiting for the other processes")
+        time.sleep(0.2)     # not store.wait: nothing interrupts it, and it prints a warning at each time-out
+    return True
+
+
+# ---- the watch ---------------------------------------------------------------
 
 def wait_for_key(store, key, seconds):
     """Return True if the key appears in the store in time; False if it does not or the store cannot be reached."""
@@ -110,6 +176,9 @@ def watch_run(runtime, store, hosts):
             os._exit(0)
         if not runtime.alone and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
             runtime.hangs = True
+            backstop = threading.Timer(REPORT_S + 3 * HANG_GRACE_S, os._exit, [1])      # if torch's time-outs fail
+            backstop.daemon = True
+            backstop.start()
             report_hang(runtime, store, hosts)
             return
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError, atomic_write, take_lock
+from exactgpt.config import FolderLock, UserError, atomic_write
 from exactgpt.shards import ShardFolder, load_manifest
 
 BATCH_CHARS = 1 << 20      # text per batch: enough to outweigh the overhead, little enough for memory
@@ -70,7 +70,7 @@ def prepare_folder(folder, wanted, write, check=lambda manifest: None):
         print(f"{folder} is already complete; nothing to do")
     else:
         check(manifest)
-        with take_lock(folder, wait_s=0):
+        with FolderLock(folder, wait_s=0):
             if _load_matching_manifest(folder, wanted) != found:
                 raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
             write(manifest)

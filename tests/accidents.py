@@ -1,7 +1,8 @@
 """Run train.py with an accident built in. Use it like train.py; the environment variable ACCIDENT says which one:
 
     WHAT:WHERE:STEP[:RANK]   WHAT   kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk),
-                                    inf (an infinite gradient at STEP), infs (from STEP on), hang (then exit),
+                                    hup (SIGHUP), inf (an infinite gradient at STEP), infs (from STEP on), nan (a
+                                    weight at STEP), hang (then exit),
                                     run (the shell command in ACCIDENT_COMMAND)
                              WHERE  step (before its update), save (half the file is written), validate, sample, start
 
@@ -43,7 +44,8 @@ def cause_accident():
         return
     if what == "error":
         raise ValueError("an accident in the code")
-    signals = dict(kill=signal.SIGKILL, term=signal.SIGTERM, int=signal.SIGINT, usr1=signal.SIGUSR1)
+    signals = dict(kill=signal.SIGKILL, term=signal.SIGTERM, int=signal.SIGINT, usr1=signal.SIGUSR1,
+                   hup=signal.SIGHUP)
     os.kill(os.getpid(), signals[what])
     time.sleep(0.1)
 

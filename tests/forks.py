@@ -20,12 +20,13 @@ PRELOADED = ["torch._dynamo", "torch._inductor.config", "torch.distributed", "to
 def start(script, arguments, env, output, errors=None, input=os.devnull, cwd=ROOT):
     """Start ROOT/script like `python script arguments`; return the multiprocessing.Process.
 
-    env: the whole environment. output, errors, input: paths of files for the streams; errors None: to the output.
+    env: the whole environment. output, errors, input: paths of files for the streams; errors None: to the output;
+    output None: both are closed.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     process = multiprocessing.get_context("forkserver").Process(
         target=_run, args=(str(ROOT / script), list(map(str, arguments)), {k: str(v) for k, v in env.items()},
-                           str(output), str(errors or output), str(input), str(cwd)))
+                           output and str(output), output and str(errors or output), str(input), str(cwd)))
     process.start()
     return process
 
@@ -57,10 +58,17 @@ def _run(script, arguments, env, output, errors, input, cwd):
     os.environ.update(env)
     os.chdir(cwd)
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
     for number, path, flags in ((0, input, os.O_RDONLY), (1, output, append), (2, errors, append)):
-        os.dup2(os.open(path, flags, 0o644), number)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+        if path:
+            os.dup2(os.open(path, flags, 0o644), number)
+        else:
+            os.close(number)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = sys.stderr = None
+    if output:
+        sys.stdout = open(1, "w", encoding=encoding, closefd=False)
+        sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", buffering=1, closefd=False)
     sys.argv = [script, *arguments]
     sys.path[:] = [str(Path(script).parent), str(ROOT), *(p for p in sys.path if p not in ("", str(ROOT)))]
     runpy.run_path(script, run_name="__main__")

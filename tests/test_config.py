@@ -12,6 +12,7 @@ import pytest
 from exactgpt import config
 from exactgpt.config import (
     DeviceConfig,
+    FolderLock,
     UserError,
     atomic_write,
     check_new,
@@ -22,7 +23,6 @@ from exactgpt.config import (
     parse_config,
     read_json,
     read_text,
-    take_lock,
     write_json,
 )
 from tests.common import script_env
@@ -202,9 +202,10 @@ def test_rank_0_of_several_prints_and_exits_with_status_2(run):
 
 
 def test_other_ranks_print_nothing_wait_for_torchruns_signal_and_exit_with_status_2(tmp_path):
-    code = SCRIPT.format(error="UserError('no shards')")
+    code, env = SCRIPT.format(error="UserError('no shards')"), dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost",
+                                                                    MASTER_PORT="29500")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=script_env(tmp_path, {"RANK": "1"}))
+                               env=script_env(tmp_path, env))
     assert process.stdout.readline() == "started\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)                                           # rank 0 must be able to print first
@@ -220,8 +221,9 @@ def test_other_errors_keep_their_traceback_and_ctrl_c_is_quiet(run):
     assert (rc, err) == (130, "")
 
 
-def test_a_closed_pipe_is_not_an_error(tmp_path):
-    code = "from exactgpt.config import run_script\ndef main():\n    while True: print('x' * 4096)\nrun_script(main)"
+def test_a_closed_pipe_ends_what_only_prints_quietly(tmp_path):
+    code = ("from exactgpt import config, launch\ndef main():\n    launch.require_output()\n"
+            "    while True: print('x' * 4096)\nconfig.run_script(main)")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=script_env(tmp_path))
     os.read(process.stdout.fileno(), 100)
@@ -309,28 +311,28 @@ def test_bad_json_is_a_user_error_that_names_the_file(tmp_path, data, message):
 
 
 def test_a_folder_is_locked_until_its_holder_exits(tmp_path):
-    with take_lock(tmp_path / "logs", wait_s=0):
+    with FolderLock(tmp_path / "logs", wait_s=0):
         with pytest.raises(UserError, match=r"another run is using .*logs \(it holds .*\.lock\)"):
-            take_lock(tmp_path / "logs", wait_s=0)
-        with take_lock(tmp_path / "other", wait_s=0):
+            FolderLock(tmp_path / "logs", wait_s=0)
+        with FolderLock(tmp_path / "other", wait_s=0):
             pass
-    with take_lock(tmp_path / "logs", wait_s=0):
+    with FolderLock(tmp_path / "logs", wait_s=0):
         pass
 
 
 def test_kill_9_of_the_holder_releases_the_lock_to_a_waiting_process(tmp_path):
     holder = background(f"""
 import time
-from exactgpt.config import take_lock
-with take_lock({str(tmp_path)!r}, wait_s=0):
+from exactgpt.config import FolderLock
+with FolderLock({str(tmp_path)!r}, wait_s=0):
     print("held", flush=True)
     time.sleep(60)""", tmp_path)
     assert holder.stdout.readline() == "held\n"
     start = time.monotonic()
     with pytest.raises(UserError, match="another run"):
-        take_lock(tmp_path, wait_s=0.5)
+        FolderLock(tmp_path, wait_s=0.5)
     assert 0.5 <= time.monotonic() - start < 5
-    waiting = background(f"from exactgpt.config import take_lock; take_lock({str(tmp_path)!r}, 30); "
+    waiting = background(f"from exactgpt.config import FolderLock; FolderLock({str(tmp_path)!r}, 30); "
                          "print('got it')", tmp_path)
     time.sleep(0.3)
     kill(holder)
@@ -341,9 +343,9 @@ with take_lock({str(tmp_path)!r}, wait_s=0):
 def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write in .*file: Not a directory"):
-        take_lock(tmp_path / "file", wait_s=0)
+        FolderLock(tmp_path / "file", wait_s=0)
     with pytest.raises(UserError, match=r"cannot write in .*file/below: Not a directory"):
-        take_lock(tmp_path / "file" / "below", wait_s=0)
+        FolderLock(tmp_path / "file" / "below", wait_s=0)
 
 
 def test_a_new_file_overwrites_nothing(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import train
 from exactgpt import distributed
-from exactgpt.config import UserError, take_lock
+from exactgpt.config import FolderLock, UserError
 from exactgpt.dataloader import TokenStream
 from exactgpt.shards import ShardFolder
 from tests.common import TINY, read_metrics
@@ -135,9 +135,9 @@ def test_a_shard_that_is_gone_before_it_was_opened_is_named(make_shards):
 
 
 def test_a_second_run_in_a_log_dir_waits_and_is_refused(make_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "take_lock", lambda folder, wait_s: take_lock(folder, wait_s=0.3))
+    monkeypatch.setattr(distributed, "FolderLock", lambda folder, wait_s: FolderLock(folder, wait_s=0.3))
     flags = [*FLAGS, "--data_dir", make_shards([3000]), "--log_dir", tmp_path / "logs", "--max_steps", 1]
-    with take_lock(tmp_path / "logs", wait_s=0), pytest.raises(UserError, match=r"another run is using .*logs"):
+    with FolderLock(tmp_path / "logs", wait_s=0), pytest.raises(UserError, match=r"another run is using .*logs"):
         train.main(list(map(str, flags)))
     train.main(list(map(str, flags)))
 
@@ -147,6 +147,6 @@ def test_a_file_system_without_locks_is_a_notice(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with take_lock(tmp_path, wait_s=0):
+    with FolderLock(tmp_path, wait_s=0):
         pass
     assert "cannot lock" in capsys.readouterr().out

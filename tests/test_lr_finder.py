@@ -120,8 +120,12 @@ def test_two_processes_with_other_micro_batches_see_the_same_losses(make_shards,
     assert len(one) == 12 and np.allclose(one, two, rtol=1e-4)
 
 
+LAUNCHED = dict(WORLD_SIZE="8", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
 def test_the_command_repeats_the_flags_that_were_typed(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for name, value in dict(LAUNCHED, LOCAL_WORLD_SIZE="8").items():
+        monkeypatch.setenv(name, value)
     typed = ["--data_dir", "my data", "--beta2", "0.99995", "--max_lr", "1e-3", "--min_lr", "0", "--deterministic"]
     config = parse_config(FinderConfig, [*typed, "--steps", "50"])
     words = shlex.split(train_command(config, 0.00234567))
@@ -131,8 +135,8 @@ def test_the_command_repeats_the_flags_that_were_typed(monkeypatch):
 
 
 def test_on_several_nodes_the_command_leaves_the_launcher_open(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    for name, value in dict(LAUNCHED, LOCAL_WORLD_SIZE="4").items():
+        monkeypatch.setenv(name, value)
     assert train_command(FinderConfig(max_lr=1e-3), 1e-3).startswith("torchrun ... train.py")
 
 

@@ -9,9 +9,11 @@ from tests.common import script_env
 
 MEET = """
 import os, time, torch, torch.distributed as dist
+from types import SimpleNamespace
+from exactgpt.config import read_ranks
 from exactgpt.peers import wait_for_peers
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-store, hosts = wait_for_peers(rank, world_size, 60)
+rank, world_size, *_, address = read_ranks()
+store, hosts = wait_for_peers(SimpleNamespace(rank=rank, world_size=world_size, stop_signal=""), address, 60)
 dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size)
 total = torch.ones(1)
 dist.all_reduce(total)

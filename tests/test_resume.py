@@ -58,7 +58,7 @@ def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(train_ranks, make_sha
 
 
 STOPPED = [  # processes, accident, the step whose state is saved (None: nothing was there to save)
-    (1, "usr1:validate:5", 5), (1, "int:sample:6", 7), (1, "term:start:0", None), (2, "term:step:7:1", 8),
+    (1, "usr1:validate:5", 5), (1, "int:sample:6", 7), (1, "term:start:0", None), (2, "hup:step:7:1", 8),
     (2, "int:start:0:1", None),
 ]
 
