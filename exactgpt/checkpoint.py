@@ -63,7 +63,8 @@ def save_checkpoint(path, checkpoint):
         with atomic_write(path) as f:
             free = shutil.disk_usage(Path(path).parent).free
             if needed > free:      # before anything is written: logs and other programs need the disk, too
-                raise UserError(f"{path} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left")
+                raise UserError(f"{path} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left; free some "
+                                "space")
             torch.save(checkpoint, f)
     except RuntimeError as error:      # torch's zip writer hides the disk's own error
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
@@ -114,8 +115,8 @@ def save(run, progress, config, runtime, finished=False):
     if runtime.is_main and not problem and not progress.skipped.in_a_row:
         delete_old_checkpoints(config.log_dir, config.keep_checkpoints, progress.step)
     if finished and problem:
-        raise RunFailed(f"the last checkpoint could not be written: {problem}. After that the same command repeats the "
-                        "steps since the newest checkpoint")
+        raise RunFailed(f"the last checkpoint could not be written: {problem}. The same command repeats the steps "
+                        "since the newest one")
 
 
 def save_best(run, progress, config, runtime):

@@ -2,12 +2,14 @@
 import fcntl
 import shutil
 import subprocess
+import threading
+import time
 
 import pytest
 
 import train
 from exactgpt import distributed
-from exactgpt.config import FolderLock, UserError
+from exactgpt.config import FolderLock, FolderLost, UserError, new_folder, write_json
 from exactgpt.dataloader import TokenStream
 from exactgpt.shards import ShardFolder
 from tests.common import TINY, read_metrics
@@ -58,7 +60,8 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(run, disturbed, mak
              "--keep_checkpoints", 2)
     rc, out = disturbed(5, f"head -c 4000000 /dev/zero > {disk}/filler; true", *flags)
     assert rc == 1 and "checkpoint not written (older ones are intact)" in out
-    assert "the last checkpoint could not be written; free some space" in out and "Traceback" not in out, out
+    assert "the last checkpoint could not be written: " in out and "B left; free some space. The same command" in out
+    assert "Traceback" not in out, out
     assert [p.name for p in disk.glob("logs/*.pt")] == ["model_00004.pt"]
     (disk / "filler").unlink()
     rc, out, err = run("train.py", *flags)
@@ -140,6 +143,55 @@ def test_a_second_run_in_a_log_dir_waits_and_is_refused(make_shards, tmp_path, m
     with FolderLock(tmp_path / "logs", wait_s=0), pytest.raises(UserError, match=r"another run is using .*logs"):
         train.main(list(map(str, flags)))
     train.main(list(map(str, flags)))
+
+
+@pytest.mark.parametrize("command, still_ours", [
+    ("rm -r logs", False), ("mv logs elsewhere", False), ("rm -r logs; mkdir logs", False),
+    ("rm -r logs; touch logs", False), ("rm -r logs; ln -s elsewhere logs", False),
+    ("rm logs/.lock; touch logs/.lock", False), ("rm logs/.lock", True),
+    ("touch logs/notes", True), ("chmod 500 logs", True),
+])
+def test_a_process_owns_the_folder_that_it_locked_and_no_other_of_that_name(tmp_path, command, still_ours):
+    logs = tmp_path / "logs"
+    (tmp_path / "elsewhere").mkdir()
+    with FolderLock(logs, wait_s=0):
+        (logs / "deep").mkdir()
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        if still_ours:
+            write_json(logs / "deep" / "a.json", 1)
+            assert (logs / "deep" / "a.json").exists()
+            return
+        for write in (write_json, lambda path, _: new_folder(path).__enter__()):
+            with pytest.raises(FolderLost, match=r"logs was deleted, moved, or taken over by another run"):
+                write(logs / "deep" / "a.json", 1)
+        assert sorted(tmp_path.rglob("*")) == before
+    write_json(logs.with_name("other") / "a.json", 1)      # other folders, and later ones, are nobody's
+
+
+def test_who_waits_for_a_folder_that_is_deleted_meanwhile_gets_the_new_one(tmp_path):
+    logs, locks = tmp_path / "logs", []
+    with FolderLock(logs, wait_s=0):
+        waiting = threading.Thread(target=lambda: locks.append(FolderLock(logs, wait_s=20)))
+        waiting.start()
+        time.sleep(0.3)
+        shutil.rmtree(logs)
+    waiting.join()
+    with locks[0], pytest.raises(UserError, match="another run is using"):
+        write_json(logs / "a.json", 1)
+        FolderLock(logs, wait_s=0)
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_was_made_anew_ends_on_all_ranks_and_leaves_it_alone(run_ranks, make_shards, tmp_path):
+    logs = tmp_path / "logs"
+    accident = dict(ACCIDENT="run:step:6:0",
+                    ACCIDENT_COMMAND=f"rm -r {logs}; mkdir {logs}; echo x > {logs}/metrics.jsonl")
+    codes, out = run_ranks(2, SCRIPT, *FLAGS, "--data_dir", make_shards([3000]), "--log_dir", logs, "--max_steps", 2000,
+                           env=accident)
+    assert codes == [1, 1] and out.count("was deleted, moved, or taken over by another run, so this run ends") == 1, out
+    assert "Traceback" not in out and "step    8/2000" not in out
+    assert [path.name for path in logs.iterdir()] == ["metrics.jsonl"] and (logs / "metrics.jsonl").read_text() == "x\n"
 
 
 def test_a_file_system_without_locks_is_a_notice(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import torch
 import convert
 import finetune_classifier
 import inference
-from exactgpt import finetune
+from exactgpt import checkpoint, finetune
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
@@ -159,6 +159,49 @@ def test_a_stopped_run_goes_on_to_the_same_classifier(run, classifier_flags, tmp
     assert all(torch.equal(first[name], second[name]) for name in first)
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and len(steps) == 21 + 4
+
+
+def test_a_damaged_state_costs_the_steps_since_the_one_before_and_a_full_disk_nothing(
+        classifier_flags, tmp_path, monkeypatch, capsys):
+    flags = (*classifier_flags(tmp_path / "out"), "--num_epochs", 4, "--patience", 0)
+    straight = (*classifier_flags(tmp_path / "straight"), "--num_epochs", 4, "--patience", 0)
+    original, real_save = finetune.train_step, checkpoint.save_checkpoint
+
+    def killed_before(at):
+        def train_step(run, config, runtime, step):
+            if step == at:
+                raise KeyboardInterrupt      # nothing is saved, as by kill -9
+            return original(run, config, runtime, step)
+        return train_step
+
+    def full_disk(path, entries):
+        if "state" in path.name and entries.get("step") == 14:
+            raise UserError("cannot write: No space left on device")
+        real_save(path, entries)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "train_step", killed_before(22))
+        patch.setattr(checkpoint, "save_checkpoint", full_disk)
+        main(*flags)
+    out = capsys.readouterr().out
+    assert out.count("warning: checkpoint not written (older ones are intact)") == 1
+    # Refused after the second epoch, at step 14; tried again at step 20, and as usual at 21.
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.pt")) == ["state_00020.pt", "state_00021.pt"]
+    newest = tmp_path / "out" / "state_00021.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    main(*flags)
+    out = capsys.readouterr().out
+    assert "skipping a checkpoint: cannot load" in out and "resuming from step 20" in out
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.pt")) == ["classifier.pt", "state_00028.pt"]
+    main(*straight)
+    first, second = (read_checkpoint(tmp_path / name / "classifier.pt")["model"] for name in ("straight", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    capsys.readouterr()
+    main(*flags)
+    assert "is finished; for a new run use another --out" in capsys.readouterr().out
+    for damage in (b"", b"not a checkpoint"):
+        (tmp_path / "out" / "state_00028.pt").write_bytes(damage)
+        with pytest.raises(UserError, match=r"no checkpoint in .*out can be resumed"):
+            main(*flags)
 
 
 def test_a_stop_while_texts_are_scored_is_heard_after_a_batch(classifier_flags, tmp_path, monkeypatch, capsys):

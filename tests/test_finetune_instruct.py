@@ -274,4 +274,5 @@ def test_results_that_cannot_be_written_say_how_to_repeat_the_writing(data, base
         main(*flags)
     main(*flags)
     assert "resuming from step 6" in capsys.readouterr().out and (tmp_path / "out" / "adapter").is_dir()
-    assert read_checkpoint(tmp_path / "out" / "state.pt")["config"]["max_lr"] == 5e-4      # the default, as a number
+    state = read_checkpoint(tmp_path / "out" / "state_00006.pt")
+    assert state["config"]["max_lr"] == 5e-4      # the default, as a number

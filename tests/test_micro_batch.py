@@ -1,11 +1,14 @@
 """device.py: the search for a micro-batch size, with faked GPU memory."""
+import functools
 import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch.compilers import nop
 from torch.nn.parallel import DistributedDataParallel
 
 import train
@@ -15,6 +18,7 @@ from exactgpt.config import UserError
 from exactgpt.finetune import Objective, add_adapter
 from finetune_instruct import InstructConfig
 from model import GPT, GPTConfig
+from tests.common import TINY, logged_losses
 
 
 def fake_gpu(monkeypatch, rows_that_fit, kind="cuda"):
@@ -181,6 +185,35 @@ def test_without_compilation_the_micro_batch_size_is_searched_again(monkeypatch,
     tried = []
     with pytest.raises(UserError, match=r"--compile on: .*\(no ptxas\); use --compile off"):
         train.main([*flags, "--log_dir", str(tmp_path / "other"), "--compile", "on"])
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward", "validation"])
+def test_a_model_that_cannot_be_compiled_trains_without_it(make_shards, tmp_path, monkeypatch, capsys, fails_in):
+    """A small function could be compiled, but then the compiler fails with an error of its own."""
+    def fail(graph, inputs):
+        raise OSError("ptxas died\nwith signal 11")
+
+    def backend(graph, inputs):
+        keep = aot_autograd(fw_compiler=nop, bw_compiler=fail if fails_in == "backward" else nop)
+        fails = fails_in == "forward" or (fails_in == "validation" and not torch.is_grad_enabled())
+        return (fail if fails else keep)(graph, inputs)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(train.device, "choose_compile", lambda *_: (True, None))
+    folder = make_shards([900], val_sizes=[100])
+
+    def start(name, *more):
+        train.main(list(map(str, (*TINY, "--total_batch_size", 32, "--max_steps", 3, "--eval_every", 2, "--val_tokens",
+                                  64, "--data_dir", folder, "--log_dir", tmp_path / name, *more))))
+        return capsys.readouterr().out
+    out = start("auto")
+    notice, = [line for line in out.splitlines() if line.startswith("torch.compile is off: the model cannot be")]
+    assert "ptxas died with signal 11" in notice and "compile off" in out
+    monkeypatch.setattr(train.device, "choose_compile", lambda *_: (False, None))
+    start("off")
+    assert logged_losses(tmp_path / "auto") == logged_losses(tmp_path / "off")
+    monkeypatch.setattr(train.device, "choose_compile", lambda *_: (True, None))
+    with pytest.raises(UserError, match=r"--compile on: the model cannot be compiled here .*use --compile off"):
+        start("on", "--compile", "on")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "balanced", "head"])

@@ -1,14 +1,20 @@
-"""peers.py: processes find each other through a store full of what dead ones wrote."""
+"""peers.py: processes find each other through a store full of what dead ones wrote, or give it up in time."""
+import os
+import signal
+import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from exactgpt import peers
+from exactgpt.config import RunFailed
 from tests import forks
 from tests.common import script_env
 
 MEET = """
-import os, time, torch, torch.distributed as dist
+import time, torch, torch.distributed as dist
 from types import SimpleNamespace
 from exactgpt.config import read_ranks
 from exactgpt.peers import wait_for_peers
@@ -115,3 +121,73 @@ def test_missing_ranks_are_named(tmp_path, store):
         until(lambda output=output, words=words: output.exists() and words in output.read_text())
         assert "Traceback" not in output.read_text()
         kill(process)
+
+
+# -----------------------------------------------------------------------------
+# a store that does not answer
+
+STORE = """
+import sys, time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+JOIN = """
+from types import SimpleNamespace
+from exactgpt import config, distributed, peers
+peers.ANSWER_S = 2
+config.run_script(distributed.start(SimpleNamespace(device="cpu", dtype="fp32")).__enter__)
+"""
+
+
+@pytest.mark.slow
+def test_a_store_that_is_silent_or_gone_ends_the_waiting_processes_within_seconds(tmp_path):
+    """torchrun's: dead from the start, killed or stopped while they wait, or a stopped one that takes connections."""
+    for name, code in (("store", STORE), ("join", JOIN)):
+        (tmp_path / f"{name}.py").write_text(code)
+    stores = {what: forks.start(tmp_path / "store.py", [], script_env(tmp_path), tmp_path / what)
+              for what in ("killed", "stopped")}
+    with socket.create_server(("127.0.0.1", 0)) as deaf, socket.create_server(("127.0.0.1", 0)) as closed:
+        ports = dict(deaf=deaf.getsockname()[1], dead=closed.getsockname()[1])
+        closed.close()
+        for what in stores:
+            until(lambda what=what: (tmp_path / what).exists() and (tmp_path / what).read_text().endswith("\n"))
+            ports[what] = int((tmp_path / what).read_text())
+        members = {}
+        for what, port in ports.items():
+            for rank in (0, 1):
+                env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank,
+                           LOCAL_RANK=0, WORLD_SIZE=4)
+                members[what, rank] = forks.start(tmp_path / "join.py", [], script_env(tmp_path, env),
+                                                  tmp_path / f"{what}{rank}")
+        time.sleep(2)      # some still start, some wait for the others
+        kill(stores["killed"])
+        os.kill(stores["stopped"].pid, signal.SIGSTOP)
+        for (what, rank), process in members.items():
+            process.join(20)
+            said = (tmp_path / f"{what}{rank}").read_text()
+            assert process.exitcode == 1 and "Traceback" not in said, (what, rank, process.exitcode, said)
+            assert any(words in said for words in ("nothing answers at 127.0.0.1:", "has not answered for 2 s",
+                                                   "no answer from 127.0.0.1:")), said
+    kill(stores["stopped"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_asked_to_stop_while_it_waits_does(store, monkeypatch, rank):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    waiting = SimpleNamespace(rank=rank, world_size=2, stop_signal="SIGTERM")
+    with pytest.raises(RunFailed, match="stopped by SIGTERM while waiting for the other processes"):
+        peers.wait_for_peers(waiting, ("127.0.0.1", store.port), 60)
+
+
+def test_rank_0_may_come_late_where_no_torchrun_has_a_store(monkeypatch):
+    """Under mpirun or srun, say: nothing answers yet, nor is the name known, and both may change."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(peers, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    runtime, begin = SimpleNamespace(rank=1, world_size=2, stop_signal=""), time.monotonic()
+    for host in ("127.0.0.1", "no-such-host.invalid"):
+        with pytest.raises(RunFailed, match=f"nothing answers at {host}:{port}, where rank 0 should be"):
+            peers.wait_for_peers(runtime, (host, port), 0.7)
+    assert time.monotonic() - begin > 1.4
