@@ -59,6 +59,18 @@ def test_on_a_parabola_it_finds_the_known_rates(make_shards, tmp_path, steps):
     assert 2 / CURVATURE < rates[-1] < 6 / CURVATURE and len(rows) < steps       # stopped, soon after the limit
 
 
+def test_the_rates_grow_from_low_to_high_and_each_group_keeps_its_proportion(make_shards, tmp_path):
+    run, config, runtime = toy_run(make_shards([20000]), 20)
+    run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.zeros(1))], peak_lr=30.0))
+    config.lr_low, config.lr_high, config.max_lr = 1e-4, 1e-2, 0.5
+    used = []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append([g["lr"] for g in optimizer.param_groups]))
+    rows = sweep(run, config, runtime, Tracker(config, tmp_path, "lr_finder"))
+    expected = np.geomspace(1e-4, 1e-2, 20)
+    np.testing.assert_allclose([row["lr"] for row in rows], expected)
+    np.testing.assert_allclose(used, np.outer(expected / 0.5, [1.0, 30.0]))
+
+
 def test_a_sweep_that_begins_too_high_says_so(make_shards, tmp_path):
     run, config, runtime = toy_run(make_shards([20000]), 120)
     config.lr_low, config.lr_high = 100.0, 1000.0
