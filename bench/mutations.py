@@ -65,8 +65,8 @@ def mutated(file, old, new):
     path = ROOT / file
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text.count(old) != 1 or old == new:
-        raise UserError(f"bench/mutations_table.py: {change(old, new)!r}: its first text must occur once in {file}, but "
-                        f"occurs {text.count(old)} times")
+        raise UserError(f"bench/mutations_table.py: the first text of {change(old, new)!r} must occur once in {file}, "
+                        f"but occurs {text.count(old)} times")
     return text.replace(old, new)
 
 

@@ -50,6 +50,12 @@ def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
         torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
 
 
+def test_a_long_text_is_read_from_its_beginning():
+    example = tokens("beginning" + "x" * 50)
+    assert Tokenizer([], "bytes").decode(example.tokens.tolist()) == "beginning" + "x" * 23
+    assert example.targets.tolist() == [-1] * 31 + [0]
+
+
 def test_the_score_layer_is_drawn_as_gpt2s_weights_are():
     torch.manual_seed(0)
     gpt, config = GPT(GPTConfig(8, 65, 1, 1, 512)), ClassifierConfig(8, 65, 1, 1, 512, labels=["a", "b"])

@@ -165,7 +165,7 @@ def test_a_killed_run_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
     assert read_files(out) == read_files(tmp_path / "not_killed")
 
 
-def test_a_run_interrupted_again_and_again_within_one_batch_continues_to_the_same_bytes(tmp_path, monkeypatch):
+def test_a_run_interrupted_again_and_again_in_a_batch_continues_to_the_same_bytes(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(random_texts(20, 1)))
     Tokenizer([], "bytes").save(tmp_path)
     flags = ["--data_files", tmp_path / "a.parquet", "--shard_tokens", 2500, "--num_proc", 0, "--tokenizer", tmp_path]

@@ -207,7 +207,7 @@ def test_threads_write_the_same_bytes(jsonl, tmp_path, monkeypatch):
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
 
 
-def test_the_texts_hash_changes_with_the_borders_of_documents_but_not_with_those_of_parts():
+def test_the_hash_of_a_text_depends_on_the_borders_of_its_documents_but_not_of_parts():
     whole, parts, two = ([("ab", True)], [("a", True), ("b", False)], [("a", True), ("b", True)])
     found = [prepare_text.scan_documents(documents) for documents in (whole, parts, two)]
     assert [(n, n_bytes) for n, n_bytes, _ in found] == [(1, 2), (1, 2), (2, 2)]
