@@ -51,8 +51,8 @@ def main(argv=None):
             rows[file, row["change"]] = row
             if not row["killed"]:
                 tqdm.write(f"survived: {file}: {row['change']}")
-    wanted = {(file, change(old, new)) for file, old, new, _ in MUTATIONS}
-    rows = [row for key, row in rows.items() if key in wanted]      # without those that the table has no longer
+    keys = [(file, change(old, new)) for file, old, new, _ in MUTATIONS]
+    rows = [rows[key] for key in keys if key in rows]      # in the table's order, without those that it has no longer
     killed = sum(row["killed"] for row in rows)
     write_results("mutations", dict(machine=describe_machine(), mutations=len(rows), killed=killed, rows=rows), [
         comparison_row("mistakes put into the code one at a time that a test notices", f"of {len(rows)}", killed)])
@@ -103,8 +103,9 @@ def run_tests(folder, tests):
     result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], cwd=folder,
                             env=env, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", result.stdout, re.MULTILINE)
-    if result.returncode and not failed:
-        raise UserError(f"pytest did not run: {' '.join((result.stdout + result.stderr)[-400:].split())}")
+    if result.returncode > 1 or (result.returncode and not failed):      # 1: tests failed; 2: a file cannot be imported
+        said = " ".join((result.stdout + result.stderr)[-400:].split())
+        raise UserError(f"pytest could not run {' '.join(tests)}: {said}")
     return failed[1] if failed else "", result.stdout
 
 

@@ -46,10 +46,9 @@ def test_a_survivor_is_status_1_and_what_was_tried_before_is_kept(repository, mo
         try_all(monkeypatch, NOTICED, UNNOTICED, old, only=["a.py"])
     assert caught.value.code == 1
     found = json.loads(path.read_text())
-    assert found["rows"] == [kept, dict(file="a.py", change="x + 1 -> x + 2", tests="test_a.py", killed=True,
-                                        by="test_a.py::test_more[a b]"),
-                             dict(file="a.py", change='"""Add one.""" -> """Add two."""', tests=UNNOTICED[-1],
-                                  killed=False, by="")]
+    assert found["rows"] == [
+        dict(file="a.py", change="x + 1 -> x + 2", tests="test_a.py", killed=True, by="test_a.py::test_more[a b]"),
+        dict(file="a.py", change='"""Add one.""" -> """Add two."""', tests=UNNOTICED[-1], killed=False, by=""), kept]
     assert (found["mutations"], found["killed"]) == (3, 2)
     assert "x + 1" in (repository / "a.py").read_text()      # the working tree is as it was
 
@@ -64,6 +63,11 @@ def test_a_mutation_that_cannot_be_tried_is_one_line(repository, monkeypatch, mu
     with pytest.raises(UserError) as caught:
         try_all(monkeypatch, mutation, only=only)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mutation_that_cannot_be_imported_is_not_taken_for_one_that_is_noticed(repository, monkeypatch):
+    with pytest.raises(UserError, match=r"pytest could not run test_a\.py: .*invalid syntax"):
+        try_all(monkeypatch, ("a.py", "x + 1", "x +", "test_a.py"))
 
 
 def test_tests_that_fail_without_a_mutation_end_it(repository, monkeypatch):

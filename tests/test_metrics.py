@@ -15,17 +15,14 @@ H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 
 @pytest.fixture
 def make_log(tmp_path, monkeypatch):
-    """make_log(step=0, flops_per_token=None, **more) -> (RunLog of a process on a CPU, its clock, a list with the time).
-
-    more: changes of the Runtime.
-    """
+    """make_log(flops_per_token=None, **fields of the Runtime) -> (RunLog of 100 steps, a list that holds the time)."""
     now = [0.0]
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
 
-    def make(step=0, flops_per_token=None, **more):
+    def make(flops_per_token=None, **more):
         runtime = SimpleNamespace(**{**dict(is_main=True, world_size=1, hardware=Hardware("cpu"),
                                             device=torch.device("cpu")), **more})
-        progress = SimpleNamespace(step=step, last_step=100)
+        progress = SimpleNamespace(step=0, last_step=100)
         return RunLog(progress, SimpleNamespace(mlflow=False), runtime, tmp_path, "train", 0, flops_per_token), now
     return make
 
