@@ -113,7 +113,7 @@ def test_pauses_double_up_to_a_minute_and_a_server_may_ask_for_ten(monkeypatch):
 
 
 @pytest.mark.parametrize("damaged, sha256", [(b"wrong", hashlib.sha256(b"right").hexdigest()),
-                                             (b"longer", "")])       # a file in git, not in LFS, has no hash
+                                             (b"longer", "")], ids=["hash", "size"])    # a file in git has no hash
 def test_a_download_with_another_hash_or_size_is_fetched_again(tmp_path, monkeypatch, damaged, sha256):
     contents = iter([damaged, b"right"])
 
