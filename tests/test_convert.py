@@ -79,7 +79,8 @@ def test_gpt_nano_converts_back_to_the_same_tensors(gpt_nano, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage, message", [
-    ("weights", "reads back differently"), ("config", "the logits of our reader differ"),
+    ("weights", "reads back differently"), ("one bit", "transformer.wte.weight reads back differently"),
+    ("config", "the logits of our reader differ"),
     ("tokenizer", "transformers' tokenizer gives other token ids"),
 ])
 def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, message):
@@ -87,6 +88,9 @@ def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, messa
         monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
             k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v
             for k, v in state_to_huggingface(*args).items()})
+    if damage == "one bit":      # too small a change for the logits to show it
+        monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
+            k: v.nextafter(v + 1) if k.endswith("wte.weight") else v for k, v in state_to_huggingface(*args).items()})
     if damage == "config":
         monkeypatch.setattr("exactgpt.open_model.write_json",
                             lambda path, value: write_json(path, {**value, "activation_function": "gelu_new"}))
@@ -96,6 +100,14 @@ def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, messa
     with pytest.raises(RunFailed, match=message):
         main("--checkpoint", trained[0], "--out", tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["ours.pt"]
+
+
+def test_what_is_known_of_a_model_goes_with_it(trained, tmp_path):
+    known = dict(step=7, val_loss=1.5, base=dict(source="gpt2", sha256="0" * 64))
+    save_checkpoint(tmp_path / "tuned.pt", {**read_checkpoint(trained[0]), **known})
+    main("--checkpoint", tmp_path / "tuned.pt", "--out", tmp_path / "copy.pt")
+    copied = read_checkpoint(tmp_path / "copy.pt")
+    assert {name: copied[name] for name in known} == known
 
 
 def test_a_diverged_model_can_be_converted(tmp_path):

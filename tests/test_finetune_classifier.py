@@ -20,6 +20,7 @@ from exactgpt.finetune import make_batches, print_examples
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
 from finetune_classifier import encode_example, read_splits, score_examples
+from model import GPT, GPTConfig
 from tests.common import SHARED_DATA, cpu_runtime
 from tests.signals import signalled
 
@@ -47,6 +48,36 @@ def test_scores_are_those_of_the_last_token_of_each_text_whatever_pads_it():
         ids = Tokenizer([], "bytes").encode(text)[:32] or [256]
         alone = model.score(model.hidden(torch.tensor([ids])))[0, -1]
         torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_long_text_is_read_from_its_beginning():
+    example = tokens("beginning" + "x" * 50)
+    assert Tokenizer([], "bytes").decode(example.tokens.tolist()) == "beginning" + "x" * 23
+    assert example.targets.tolist() == [-1] * 31 + [0]
+
+
+def test_the_score_layer_is_drawn_as_gpt2s_weights_are():
+    torch.manual_seed(0)
+    gpt, config = GPT(GPTConfig(8, 65, 1, 1, 512)), ClassifierConfig(8, 65, 1, 1, 512, labels=["a", "b"])
+    for model in (Classifier.from_gpt(gpt, list("abcd")), Classifier(config)):
+        weight = model.score.weight.detach()
+        assert abs(weight.std().item() - 0.02) < 0.002 and abs(weight.mean().item()) < 0.003
+
+
+def test_of_epochs_that_label_alike_the_one_with_the_lower_loss_is_better(classifier_flags, tmp_path, monkeypatch):
+    found = []
+
+    def evaluate_twice(run, progress, config, runtime, evaluate, write_results):
+        run.model.eval()
+        for scale in (1, 20):       # the same labels, with other probabilities
+            with torch.no_grad():
+                run.model.score.weight.mul_(scale)
+            found.append(evaluate())
+    monkeypatch.setattr(finetune, "train", evaluate_twice)
+    main(*classifier_flags(tmp_path / "out"))
+    (first, logged), (second, logged_then) = found
+    assert logged["macro_f1"] == logged_then["macro_f1"] and logged["val_loss"] != logged_then["val_loss"]
+    assert (second > first) == (logged_then["val_loss"] < logged["val_loss"]) and second != first
 
 
 def test_batches_hold_every_example_once_padded_with_what_does_not_count():

@@ -144,7 +144,10 @@ def test_it_follows_instructions_and_its_adapter_travels(data, base, tmp_path, c
     out = tmp_path / "out"
     main(*TINY, "--data", data, "--init_from", base[0], "--out", out, "--num_epochs", 12, "--max_lr", 2e-2, "--merge")
     report, said = metrics(out), capsys.readouterr().out
-    assert report["val_loss_after"] < 0.7 * report["val_loss_before"] and report["merged_logits_differ_by"] < 1e-4, said
+    before, after = report["val_loss_before"], report["val_loss_after"]
+    assert after < 0.7 * before and report["merged_logits_differ_by"] < 1e-4, said
+    assert report["val_loss_falls_by"] == pytest.approx(1 - after / before)
+    assert f"validation loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)" in said
     assert report["items"] == dict(train=43, validation=5, cut=0, left_out=0)
     assert report["base"] == json.loads((out / "adapter" / "base.json").read_text())
     merged = next(out.glob("model_*.pt"))

@@ -2,15 +2,17 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from exactgpt import generation
-from exactgpt.generation import Decoder, generate_ids, pack_linears, prefill, sample
+from exactgpt.generation import Decoder, generate, generate_ids, pack_linears, prefill, sample, write_samples
 from exactgpt.open_model import open_model
+from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from tests.common import gpt_from_transformers
+from tests.common import cpu_runtime, gpt_from_transformers
 
 RAGGED = [[5, 7, 11], [3], [60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [5, 7, 11, 13]]
 
@@ -160,6 +162,19 @@ def test_a_seed_gives_the_same_text_and_keeps_the_state_of_torchs_generator(mode
     assert generated_ids(model, RAGGED, temperature=1.0, seed=1) == first
     assert generated_ids(model, RAGGED, temperature=1.0, seed=2) != first
     assert generated_ids(model, RAGGED, temperature=1.0, seed=(1, 250)) != first   # train.py: (seed, step)
+
+
+def test_the_samples_of_a_run_are_other_ones_at_each_step_and_the_same_for_a_seed():
+    tokenizer = Tokenizer([], "bytes")
+    torch.manual_seed(0)
+    run = SimpleNamespace(raw_model=GPT(GPTConfig(32, 320, 1, 2, 16)), tokenizer=tokenizer)
+    texts = [write_samples(run, SimpleNamespace(seed=seed), cpu_runtime(), step)
+             for seed, step in ((3, 0), (3, 250), (4, 0), (3, 0))]
+    assert run.raw_model.training
+    assert texts[0] == texts[3] and texts[0] not in texts[1:3] and texts[1] != texts[2]
+    expected, _ = generate(run.raw_model.eval(), tokenizer, generation.SAMPLE_PROMPTS, max_tokens=48, seed=(3, 250))
+    assert texts[1] == expected
+    assert write_samples(run, SimpleNamespace(seed=3), SimpleNamespace(is_main=False), 0) == []
 
 
 def test_equal_prompts_get_different_continuations(model):

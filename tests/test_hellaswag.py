@@ -94,6 +94,15 @@ def test_the_styles_normalise_by_tokens_and_by_characters(bytes_tokenizer):
     assert scores == [[[5, 5, 3, 2]], [[2, 4, 2, 1]]]
 
 
+@pytest.mark.parametrize("block_size", [8, 11, 500])
+def test_an_ending_that_is_cut_counts_as_long_as_what_is_scored_of_it(bytes_tokenizer, block_size):
+    item = {**HELLASWAG_EXAMPLE, "endings": ["a" * 9, "b" * 10, "c" * 30, "d"]}
+    prepared = tokenize_examples([parse_example(item, "karpathy", "here")], bytes_tokenizer, block_size, "karpathy")
+    scored = [int(k) for sequence in prepared.questions[0] for k in sequence.targets[2]]
+    assert prepared.lengths.tolist() == [[scored.count(k) for k in range(4)]]
+    assert prepared.lengths.tolist() == [[min(n, block_size) for n in (10, 11, 31, 2)]]
+
+
 @torch.no_grad()
 def brute_force(model, examples, tokenizer, style):
     """Return the summed loss of each ending (n, 4): one ending at a time, full logits, context cut from the left."""

@@ -1,8 +1,10 @@
 """Test hub.py and prepare_fineweb.py against a local server that imitates the hub and its failures."""
 import hashlib
+import itertools
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +94,36 @@ def test_rate_limits_wait_for_retry_after(edu, prepare_from, tmp_path):
     with serve(edu, [("GET", f"/api/datasets/{EDU}", (429, {"Retry-After": "1.5"}))]) as server:
         rc, _, err = prepare_from(server, "--max_tokens", 2000, "--out", tmp_path / "out", "--num_proc", 0)
     assert rc == 0 and err.count("HTTP 429; retrying in 1.5 s") == 1, err
+
+
+def test_pauses_double_up_to_a_minute_and_a_server_may_ask_for_ten(monkeypatch):
+    pauses, asked, statuses = [], {}, itertools.cycle([408, 425, 429, 500])
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    monkeypatch.setattr(hub.random, "uniform", lambda low, high: (low + high) / 2)
+
+    def refuse():
+        error = ConnectionError("busy")
+        error.response = SimpleNamespace(status_code=next(statuses), headers=asked)
+        raise error
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"cannot get x from the hub \(HTTP 500\)"):
+            hub._with_retries(refuse, "x")
+        asked["Retry-After"] = "3600"
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, *[600] * 7]
+
+
+@pytest.mark.parametrize("damaged, sha256", [(b"wrong", hashlib.sha256(b"right").hexdigest()),
+                                             (b"longer", "")], ids=["hash", "size"])    # a file in git has no hash
+def test_a_download_with_another_hash_or_size_is_fetched_again(tmp_path, monkeypatch, damaged, sha256):
+    contents = iter([damaged, b"right"])
+
+    def fetch(dataset, path, **options):
+        (tmp_path / path).write_bytes(next(contents))
+        return str(tmp_path / path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "FIRST_PAUSE_S", 0.0)
+    file = dict(path="a", size=5, sha256=sha256)
+    assert hub.download_source_file("a/b", "main", file, tmp_path).read_bytes() == b"right"
 
 
 def test_retries_end(edu, prepare_from, tmp_path):

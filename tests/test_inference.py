@@ -6,6 +6,8 @@ import select
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -163,6 +165,14 @@ def test_bf16_works_with_packed_weights_and_with_compile_off(byte_model, saved, 
     for compile in ("auto", "off"):
         out, err = main(capsys, "--prompt", "Once", "--dtype", "bf16", "--compile", compile)
         assert out.count("> Once") == 2 and "on cpu in bf16" in err
+
+
+def test_a_prompt_that_is_typed_again_gets_another_text(byte_model, saved, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["Once", "", "Once", EOFError]))
+    out, _ = main(capsys, "--seed", 5)
+    texts = [expected_output(byte_model, ["Once"], seed=(5, number)) for number in (0, 2)]
+    assert out == "".join(texts) + "\n" and texts[0] != texts[1]
 
 
 @pytest.mark.slow

@@ -59,6 +59,27 @@ def test_on_a_parabola_it_finds_the_known_rates(make_shards, tmp_path, steps):
     assert 2 / CURVATURE < rates[-1] < 6 / CURVATURE and len(rows) < steps       # stopped, soon after the limit
 
 
+def test_a_loss_that_falls_again_after_it_has_diverged_suggests_nothing():
+    rates, steps = np.geomspace(1e-5, 1, 60), np.arange(60)
+    losses = 10 - 6 / (1 + np.exp((20 - steps) / 3))      # falls fastest at step 20
+    losses[45:] = 40 - 2 * np.arange(15)                  # and faster still where the rate is too high
+    found = suggest(rates, losses, half=1)
+    assert found["steepest slope"] == pytest.approx(rates[20])
+    assert found["one tenth of the minimum"] == pytest.approx(rates[44] / 10)
+
+
+def test_the_rates_grow_from_low_to_high_and_each_group_keeps_its_proportion(make_shards, tmp_path):
+    run, config, runtime = toy_run(make_shards([20000]), 20)
+    run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.zeros(1))], peak_lr=30.0))
+    config.lr_low, config.lr_high, config.max_lr = 1e-4, 1e-2, 0.5
+    used = []
+    run.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append([g["lr"] for g in optimizer.param_groups]))
+    rows = sweep(run, config, runtime, Tracker(config, tmp_path, "lr_finder"))
+    expected = np.geomspace(1e-4, 1e-2, 20)
+    np.testing.assert_allclose([row["lr"] for row in rows], expected)
+    np.testing.assert_allclose(used, np.outer(expected / 0.5, [1.0, 30.0]))
+
+
 def test_a_sweep_that_begins_too_high_says_so(make_shards, tmp_path):
     run, config, runtime = toy_run(make_shards([20000]), 120)
     config.lr_low, config.lr_high = 100.0, 1000.0

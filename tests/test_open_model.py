@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
 from exactgpt.open_model import open_model, read_pretrained
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
@@ -83,6 +84,14 @@ def test_half_precision_files_become_fp32(saved, dtype):
     ours = open_model(folder).model
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     torch.testing.assert_close(ours.transformer.wpe.weight, weights["transformer.wpe.weight"].float(), atol=0, rtol=0)
+
+
+def test_labels_come_in_the_order_of_their_numbers_whatever_that_of_the_file(tmp_path):
+    labels = [f"label {i}" for i in range(12)]
+    write_model(Classifier(ClassifierConfig(8, 65, 1, 1, 4, labels=labels)), tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    change_json(path, id2label=dict(sorted(json.loads(path.read_text())["id2label"].items())))     # "10" before "2"
+    assert open_model(tmp_path / "hf", classifiers=True).model.config.labels == labels
 
 
 def test_pytorch_model_bin_is_read_if_there_is_no_safetensors(saved):

@@ -211,6 +211,15 @@ def test_the_search_for_a_loss_scale_is_no_row_of_bad_steps():
         skipped.check()
 
 
+def test_skipped_updates_with_a_good_one_between_them_do_not_end_a_run():
+    scaler, skipped = SimpleNamespace(is_enabled=lambda: False), SkippedSteps()
+    for _ in range(3):
+        for _ in range(MAX_SKIPPED - 1):
+            skipped.record(StepResult(2.0, float("nan"), False), scaler)
+            skipped.check()
+        assert skipped.record(StepResult(2.0, 1.0, True), scaler) == ""
+
+
 # -----------------------------------------------------------------------------
 # learning rates
 

@@ -158,6 +158,14 @@ def test_smoothing_is_the_mean_of_a_window(n, half):
     np.testing.assert_allclose(smooth(values, half), expected, rtol=1e-10)
 
 
+def test_noisy_curves_are_averaged_over_a_fiftieth_of_a_run_and_others_are_not():
+    values = np.random.default_rng(0).normal(size=350)
+    run = made_up_run("a", loss=values, grad_norm=values, lr=values, val_loss=values)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(run.shown(name)[10:-10], np.convolve(values, np.ones(7) / 7, "same")[10:-10])
+    assert (run.shown("lr") == values).all() and (run.shown("val_loss") == values).all()
+
+
 def test_an_enormous_spike_stays_within_its_window():
     values = np.full(100, 0.123456789)
     values[50] = 1e25
@@ -167,6 +175,12 @@ def test_an_enormous_spike_stays_within_its_window():
 @pytest.mark.parametrize("n, text", [(0, "0"), (950, "950"), (2500, "2.5k"), (999_900, "1000k"), (9.9992e9, "10B")])
 def test_human_count(n, text):
     assert config.human_count(n) == text
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0m00s"), (59.4, "0m59s"), (59.6, "1m00s"), (725, "12m05s"),
+                                           (3599.7, "1h00m"), (5 * 3600 + 31 * 60 + 59, "5h31m")])
+def test_human_time(seconds, text):
+    assert config.human_time(seconds) == text
 
 
 # -----------------------------------------------------------------------------
@@ -302,7 +316,7 @@ def test_several_runs_to_svg(tmp_path):
 def test_tokens_per_step_of_log_txt_and_skipped_lines(tmp_path):
     folder = write_text(tmp_path / "build", BUILD_NANOGPT_LOG + "damaged\n")
     done = run_plot(folder, "--x", "tokens", "--tokens_per_step", "1000")
-    assert done.returncode == 0 and "1 unreadable line skipped" in done.stdout
+    assert done.returncode == 0 and "| 251k tokens |" in done.stdout and "1 unreadable line skipped" in done.stdout
     assert not is_blank(folder / "plot.png")
 
 

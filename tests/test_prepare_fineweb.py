@@ -165,6 +165,39 @@ def test_a_killed_run_continues_to_the_same_bytes(corpus, tmp_path, num_proc):
     assert read_files(out) == read_files(tmp_path / "not_killed")
 
 
+def test_a_run_interrupted_again_and_again_in_a_batch_continues_to_the_same_bytes(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(random_texts(20, 1)))
+    Tokenizer([], "bytes").save(tmp_path)
+    flags = ["--data_files", tmp_path / "a.parquet", "--shard_tokens", 2500, "--num_proc", 0, "--tokenizer", tmp_path]
+    prepare(tmp_path / "whole", *flags)
+    save, saved = shard_writer.save_shard, []
+
+    def save_one(*arguments):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(arguments)
+        return save(*arguments)
+    monkeypatch.setattr(shard_writer, "save_shard", save_one)
+    for n_shards in (1, 2, 3):
+        saved.clear()
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", *flags)
+        assert len(load_manifest(tmp_path / "out").shards) == n_shards
+    monkeypatch.undo()
+    prepare(tmp_path / "out", *flags)
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "whole")
+
+
+def test_a_source_that_ends_with_its_validation_shard_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Once upon a time"}) + "\n")
+    n = 1 + len(gpt2_tokenizer().encode("Once upon a time"))
+    for shard_tokens in (n, n + 1):
+        with pytest.raises(UserError, match=f"the source ends after {n} tokens, inside the validation shard of"):
+            prepare(tmp_path / f"{shard_tokens}", "--data_files", tmp_path / "a.jsonl", "--shard_tokens", shard_tokens)
+    prepare(tmp_path / "out", "--data_files", tmp_path / "a.jsonl", "--shard_tokens", n - 1)
+    assert [len(tokens) for tokens in load_shards(tmp_path / "out").values()] == [1, n - 1]
+
+
 @pytest.mark.parametrize("delay", [0.4, 1.0, None])
 def test_ctrl_c_stops_it_without_a_traceback(corpus, tmp_path, delay):
     out = tmp_path / "out"

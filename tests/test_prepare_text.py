@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import prepare_text
@@ -150,6 +151,29 @@ def test_parts_of_a_long_text_have_the_ids_of_the_whole(tmp_path, monkeypatch, s
     assert separator or len(parts) > 3
 
 
+def test_a_separator_with_white_space_is_found_wherever_a_part_ends(tmp_path, monkeypatch):
+    text = "".join(f"{'word ' * n}- -{'w' * n} - -" for n in range(12))
+    (tmp_path / "a.txt").write_text(text)
+    for part_chars in range(1, 40):
+        monkeypatch.setattr(documents, "PART_CHARS", part_chars)
+        found = []
+        for part, starts in read_documents(tmp_path / "a.txt", separator="- -"):
+            found += [""] * starts
+            found[-1] += part
+        assert [f for f in found if f] == [t for t in text.split("- -") if t], part_chars
+
+
+def test_columns_come_in_the_order_asked_for_not_in_the_files(tmp_path):
+    (tmp_path / "a.csv").write_text("label,n,text\nx,1,one\ny,2,two\n")
+    (tmp_path / "a.tsv").write_text("label\tn\ttext\nx\t1\tone\ny\t2\ttwo\n")
+    (tmp_path / "a.jsonl").write_text('{"label": "x", "text": "one"}\n{"label": "y", "text": "two"}\n')
+    table = pyarrow.table(dict(label=["x", "y"], n=[1, 2], text=["one", "two"]))
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for suffix in ("csv", "tsv", "jsonl", "parquet"):
+        rows = list(read_rows(tmp_path / f"a.{suffix}", ["text", "label"]))
+        assert rows == [("one", "x"), ("two", "y")], suffix
+
+
 def test_parts_become_one_document_in_the_shards(tmp_path, monkeypatch):
     text = "A long book with many words in it.\n" * 2000
     (tmp_path / "book.txt").write_text(text)
@@ -181,6 +205,13 @@ def test_threads_write_the_same_bytes(jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_writer, "BATCH_CHARS", 300)
     prepare_text.main([str(jsonl), "--out", str(tmp_path / "b" / "x")])
     assert contents(tmp_path / "a" / "x") == contents(tmp_path / "b" / "x")
+
+
+def test_the_hash_of_a_text_depends_on_the_borders_of_its_documents_but_not_of_parts():
+    whole, parts, two = ([("ab", True)], [("a", True), ("b", False)], [("a", True), ("b", True)])
+    found = [prepare_text.scan_documents(documents) for documents in (whole, parts, two)]
+    assert [(n, n_bytes) for n, n_bytes, _ in found] == [(1, 2), (1, 2), (2, 2)]
+    assert found[0][2] == found[1][2] != found[2][2]
 
 
 def test_repeating_a_command_does_nothing_and_another_command_is_refused(jsonl, tmp_path, capsys):

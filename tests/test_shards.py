@@ -272,12 +272,14 @@ def test_tokens_outside_the_vocabulary(make_shards, place):
     tokens = np.zeros(100_064, dtype=np.uint16)
     tokens[64 + place] = 300
     folder = ShardFolder(make_shards([100_000], tokens=tokens))
-    with pytest.raises(UserError, match=r"test_train_000001\.npy contains token 300, outside the vocabulary of 257"):
-        folder.verify(257)
+    for n_vocab in (257, 300):
+        with pytest.raises(UserError, match=rf"_000001\.npy contains token 300, outside the vocabulary of {n_vocab}"):
+            folder.verify(n_vocab)
+        if place != 50_000:         # the sample includes both ends
+            with pytest.raises(UserError, match="contains token 300"):
+                folder.check_vocabulary(n_vocab)
     folder.verify(301)
-    if place != 50_000:         # the sample includes both ends
-        with pytest.raises(UserError, match="contains token 300"):
-            folder.check_vocabulary(257)
+    folder.check_vocabulary(301)
 
 
 def test_verify_finds_a_changed_byte(make_shards):

@@ -262,6 +262,17 @@ def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
 
 
+def test_a_dry_run_knows_what_share_of_a_validation_it_did(make_shards, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(train.RunLog, "forecast", lambda log, n_steps, disk, **shares: found.append((n_steps, shares)))
+    train.main([str(word) for word in (*TINY, "--eval_every", 5, "--data_dir", make_shards([900], val_sizes=[200]),
+                                       "--total_batch_size", 64, "--max_steps", 50, "--log_dir", tmp_path / "logs",
+                                       "--dry_run")])
+    [(n_steps, shares)] = found
+    assert n_steps == 50 and shares["validation"] == 4 / 12      # windows of 16 tokens
+    assert shares["HellaSwag"] == 200 / 10042
+
+
 @pytest.mark.slow
 def test_a_dry_run_that_is_stopped_forecasts_nothing(run, make_shards, tmp_path):
     rc, out, err = run("tests/accidents.py", *TINY, "--total_batch_size", 64, "--eval_every", 1, "--data_dir",
