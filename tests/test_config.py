@@ -284,6 +284,44 @@ with atomic_write({str(path)!r}) as f:
     assert path.read_bytes() == "n\u00e9w".encode() and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.fixture
+def disk_calls(monkeypatch):
+    """The calls that force data to the disk and rename, in order: ("fsync", inode, bytes in it), ("rename", inode)."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        fsync(descriptor)
+        calls.append(("fsync", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    def note_replace(old, new, **options):
+        calls.append(("rename", os.stat(old).st_ino))
+        replace(old, new, **options)
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    return calls
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name_and_the_name_before_the_write_returns(tmp_path, disk_calls):
+    """A power cut loses what was not forced to the disk: it could leave the name on an empty file, or the old file."""
+    with atomic_write(tmp_path / "file") as f:
+        f.write(b"x" * 1000)
+    file, folder = (os.stat(path).st_ino for path in (tmp_path / "file", tmp_path))
+    renamed = disk_calls.index(("rename", file))
+    assert ("fsync", file, 1000) in disk_calls[:renamed]             # all of its bytes
+    assert folder in [inode for _, inode, *_ in disk_calls[renamed + 1:]]
+
+
+def test_every_file_in_a_folder_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, disk_calls):
+    with new_folder(tmp_path / "new") as temporary:
+        (temporary / "below").mkdir()
+        for name in ("a", "below/b"):
+            (temporary / name).write_bytes(b"x" * 1000)
+    renamed = disk_calls.index(("rename", os.stat(tmp_path / "new").st_ino))
+    before, after = ({inode for _, inode, *_ in calls} for calls in (disk_calls[:renamed], disk_calls[renamed + 1:]))
+    assert {os.stat(tmp_path / "new" / name).st_ino for name in (".", "a", "below", "below/b")} <= before
+    assert os.stat(tmp_path).st_ino in after
+
+
 def test_lines_of_a_text_end_in_one_way(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     assert read_text(tmp_path / "a.txt") == "one\ntwo\n"

@@ -1,14 +1,18 @@
-"""distributed.py, where no process is needed: what is sent from rank 0, and where it lies then."""
+"""distributed.py: what is sent from rank 0, and where it lies then; what two ranks come to together."""
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from exactgpt import checkpoint
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
+from tests import two_ranks
+from tests.common import cpu_runtime, write_shards
 
 
 @pytest.mark.parametrize("on_device, where", [(True, "meta"), (False, "cpu")])
@@ -42,3 +46,50 @@ def test_the_hash_of_the_code_covers_scripts_and_package_and_nothing_else(tmp_pa
     assert len({*hashes[:3]}) == 3 and hashes[3] == hashes[2]
     (tmp_path / "train.py").rename(tmp_path / "exactgpt" / "train.py")       # the same words in another place
     assert checkpoint.code_hash() not in hashes
+
+
+# -----------------------------------------------------------------------------
+# two ranks (two_ranks.py), compared with one
+
+@pytest.fixture(scope="module")
+def found(run_ranks, tmp_path_factory):
+    """The findings of both ranks; `data` is their folder of shards."""
+    folder = tmp_path_factory.mktemp("ranks")
+    data = write_shards(folder / "shards", [900], val_sizes=[two_ranks.VAL_TOKENS])
+    codes, output = run_ranks(2, "tests/two_ranks.py", data, folder / "rank", timeout=60)
+    assert codes == [0, 0], output
+    return [dict(torch.load(folder / f"rank{rank}.pt", weights_only=False), data=data) for rank in (0, 1)]
+
+
+def test_the_validation_loss_is_the_mean_over_all_tokens_of_all_ranks(found):
+    """One rank has a window less than the other, so it is not the mean of their means."""
+    [shard] = found[0]["data"].glob("*_val_*.npy")
+    tokens = torch.from_numpy(np.load(shard).astype(np.int64))
+    logits = two_ranks.random_gpt().eval()(tokens[:-1].view(7, 8))
+    each = F.cross_entropy(logits.flatten(0, 1), tokens[1:], reduction="none").view(7, 8).mean(1)
+    assert each.std() > 0.1                                   # so whose windows they are matters
+    for rank in found:
+        assert rank["validated"] == (pytest.approx(each.mean().item(), rel=1e-5), 56)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_of_two_ranks_is_that_of_one_and_leaves_both_with_the_same_weights(found, optimizer):
+    result, weights, _ = two_ranks.trained(cpu_runtime(), optimizer)
+    (first, one, _), (second, other, _) = (rank["trained"][optimizer] for rank in found)
+    assert first == second and (first.loss, first.grad_norm) == pytest.approx((result.loss, result.grad_norm), rel=1e-5)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.testing.assert_close(one, weights, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stop_that_one_rank_was_asked_for_is_heard_by_all(found):
+    for rank in found:
+        assert rank["stops"] == [True, True, False]
+        assert [stopping for _, _, stopping in rank["trained"].values()] == [True, True]     # at the end of a step
+
+
+@pytest.mark.parametrize("what", ["flags", "code", "token shards", "fine-tuning flags", "examples"])
+def test_ranks_that_were_started_differently_refuse_to_train(found, what):
+    messages = [rank["refusals"][what] for rank in found]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"other {what.removeprefix('fine-tuning ')} than on rank 0; make them equal (on ")
+    assert messages[0].endswith(", rank 1)")

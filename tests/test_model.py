@@ -181,6 +181,18 @@ def test_recomputing_blocks_gives_the_same_gradients(dropout):
         torch.testing.assert_close(recomputed[name], grad, atol=0, rtol=0)
 
 
+def test_recomputing_blocks_keeps_packed_rows_apart():
+    model, x, y = random_model().train(), random_ids(1, 12), random_ids(1, 12, seed=1)
+    row = torch.tensor([0] * 5 + [1] * 7)
+    mask = (row[:, None] == row[None, :]) & torch.ones(12, 12, dtype=torch.bool).tril()
+    found = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(x, y, attn_mask=mask).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_ragged_rows_read_through_a_kv_cache_give_the_uncached_logits():
     model = random_model()
     rows, lengths = random_ids(3, 32), torch.tensor([9, 1, 4])

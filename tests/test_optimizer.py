@@ -93,6 +93,27 @@ def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(name):
         assert muons == {id(p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2}
 
 
+def test_adamw_follows_its_formula_with_the_rates_of_the_flags():
+    """Decoupled weight decay, arXiv:1711.05101, in double precision."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 4)
+    flags = config(optimizer="adamw", max_lr=0.05, beta1=0.6, beta2=0.7, adam_eps=0.3, weight_decay=0.4)
+    optimizer = make_optimizer(layer, flags, runtime())
+    expected = {name: p.detach().double() for name, p in layer.named_parameters()}
+    means, squares = ({name: torch.zeros_like(p) for name, p in expected.items()} for _ in range(2))
+    for t in range(1, 4):
+        for name, p in layer.named_parameters():
+            p.grad = torch.randn(p.shape)
+            gradient, decay = p.grad.double(), 0.4 if name == "weight" else 0.0
+            means[name] = 0.6 * means[name] + 0.4 * gradient
+            squares[name] = 0.7 * squares[name] + 0.3 * gradient ** 2
+            direction = means[name] / (1 - 0.6 ** t) / ((squares[name] / (1 - 0.7 ** t)).sqrt() + 0.3)
+            expected[name] = expected[name] * (1 - 0.05 * decay) - 0.05 * direction
+        optimizer.step()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_the_pair_saves_and_restores_both_states():
     torch.manual_seed(0)
     models = [GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=8)) for _ in range(2)]
@@ -169,6 +190,23 @@ def test_a_skipped_update_leaves_every_bit_as_it_was(name, bad):
     model(x, x).backward()
     assert updated(model, optimizer).finite                 # and the next one is made
     assert any(not torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_scaled_gradients_are_clipped_and_applied_as_if_they_had_never_been_scaled(name):
+    """In fp16 gradients come 1024 times too large here. Clipped like that, they would shrink to nothing."""
+    (model, optimizer), (twin, other) = trained(name), trained(name)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))                           # as the backward pass would have begun
+    for p in model.parameters():
+        p.grad.mul_(1024)
+    assert updated(model, optimizer, scaler=scaler) == updated(twin, other)
+    torch.testing.assert_close(state(model, optimizer), state(twin, other), rtol=0, atol=0)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.inf)
+    before = state(model, optimizer)
+    assert not updated(model, optimizer, scaler=scaler).finite and scaler.get_scale() == 512
+    torch.testing.assert_close(state(model, optimizer), before, rtol=0, atol=0)
 
 
 class Watch(TorchDispatchMode):

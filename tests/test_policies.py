@@ -127,6 +127,19 @@ def test_a_stop_before_the_first_step_of_a_start_saves_nothing(make_shards, tmp_
     assert "stopped before step 0, nothing is lost" in capsys.readouterr().out and not list(log_dir.glob("*.pt"))
 
 
+def test_a_stop_that_another_rank_was_asked_for_ends_this_one_too(make_shards, tmp_path, monkeypatch, capsys):
+    real = train.train_step
+
+    def step_during_which_another_rank_gets_a_signal(run, config, runtime, tokens, step):
+        result = real(run, config, runtime, tokens, step)
+        runtime.stopping = step == 2                              # as the all-reduce at its end has told this rank
+        return result
+    monkeypatch.setattr(train, "train_step", step_during_which_another_rank_gets_a_signal)
+    log_dir = start(make_shards, tmp_path, "--max_steps", 5)
+    assert "stopped before step 3, nothing is lost" in capsys.readouterr().out
+    assert (log_dir / "model_00003.pt").exists() and len(logged_losses(log_dir)) == 3
+
+
 def test_a_dry_run_that_is_stopped_says_so_and_nothing_else(make_shards, tmp_path, monkeypatch, capsys):
     real = train.train_step
 

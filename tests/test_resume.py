@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from exactgpt.checkpoint import (
     AlreadyFinished,
     checkpoint_path,
@@ -19,6 +20,7 @@ from exactgpt.checkpoint import (
     save_checkpoint,
 )
 from exactgpt.config import UserError
+from exactgpt.metrics import AppendFile
 from tests.common import ROOT, start_process, torchrun_arguments
 from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, checkpoint_state
 
@@ -191,6 +193,32 @@ def test_a_full_disk_neither_ends_the_run_nor_costs_the_older_checkpoints(train_
     codes, out = train_ranks(1, *flags, ACCIDENT="full:save:9")
     assert codes == [0] and out.count("warning: checkpoint not written") == 2, out   # at 4 and 8; tried again at 10
     assert [p.name for p in sorted((tmp_path / "logs").glob("*.pt"))] == ["model_00010.pt", "model_00012.pt"]
+
+
+def test_a_run_stopped_and_resumed_in_one_process_is_bitwise_the_same(make_shards, tmp_path, monkeypatch):
+    """In fp16, whose loss scale is part of the state."""
+    folder, real = make_shards(SIZES, val_sizes=[120]), train.train_step
+
+    def step_that_is_asked_to_stop(run, config, runtime, tokens, step):
+        runtime.stop_signal = "SIGTERM" * (step == 6)
+        return real(run, config, runtime, tokens, step)
+    for name, step in (("straight", real), ("stopped", step_that_is_asked_to_stop), ("stopped", real)):
+        monkeypatch.setattr(train, "train_step", step)
+        flags = (*FLAGS, "--dtype", "fp16", "--dropout", 0.2, "--micro_batch_size", 4, "--sample_every", 0)
+        train.main(list(map(str, (*flags, "--data_dir", folder, "--log_dir", tmp_path / name))))
+    assert (tmp_path / "stopped" / "model_00007.pt").exists()
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("line", ['{{"step": {}, "tokens": 8}}', "{} train 3.950000"], ids=["metrics.jsonl", "log.txt"])
+def test_a_log_goes_on_with_the_step_that_the_run_goes_on_with(tmp_path, line):
+    """The checkpoint of step 9 holds the weights before that step: what was logged of it comes again."""
+    lines = [line.format(step) for step in (0, 8, 8, 9, 9, 10, 100)]       # steps, and evaluations before them
+    (tmp_path / "log").write_text("\n".join([*lines, line.format(8)[:-2]]))       # the kill tore the last one
+    log = AppendFile(tmp_path / "log", 9)
+    log.write(line.format(9) + "\n")
+    log.file.close()
+    assert (tmp_path / "log").read_text().splitlines() == [*lines[:3], line.format(9)]
 
 
 def stored(step, **more):

@@ -8,8 +8,10 @@ import torch
 
 import train
 from exactgpt.config import UserError
-from model import GPT
-from tests.common import TINY, brute_force_order, logged_losses, read_metrics, torchrun
+from exactgpt.dataloader import TokenStream
+from exactgpt.shards import ShardFolder
+from model import GPT, GPTConfig
+from tests.common import TINY, brute_force_order, cpu_runtime, logged_losses, read_metrics, torchrun
 
 
 def brute_force_windows(folder, block_size, seed, windows_per_step, n_steps):
@@ -84,6 +86,38 @@ def test_micro_batch_size_changes_neither_losses_nor_tokens(run, make_shards, tm
         assert rc == 0, err
         found.append(logged_losses(tmp_path / str(size)))
     assert np.allclose(found[0], found[1], atol=1e-5) and np.allclose(found[0], found[2], atol=1e-5)
+
+
+def tiny_run(**more):
+    """What train_step and validate read of a run: a model with dropout, and SGD at rate 1."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, dropout=0.5)).train()
+    return SimpleNamespace(raw_model=model, compiled=model, ddp=model, micro_batch_size=2,
+                           optimizer=torch.optim.SGD(model.parameters(), lr=1.0), scaler=cpu_runtime().grad_scaler(),
+                           **more)
+
+
+def test_validation_is_without_dropout_and_training_goes_on_with_it(make_shards):
+    folder = make_shards([100], val_sizes=[5 * 8 + 1], tokens=[k * 37 % 61 for k in range(141)])
+    run = tiny_run(val_stream=TokenStream(ShardFolder(folder).val, 8))
+    loss, n_tokens = train.validate(run, train.TrainConfig(), cpu_runtime())
+    x, tokens = torch.arange(40).view(5, 8) * 37 % 61, torch.arange(41) * 37 % 61
+    assert not torch.equal(run.raw_model(x), run.raw_model(x))      # dropout is on again
+    logits = run.raw_model.eval()(x)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:]).item()
+    assert (loss, n_tokens) == (pytest.approx(expected, abs=1e-6), 40)
+
+
+def test_an_update_is_clipped_to_the_norm_that_the_flag_gives():
+    """Plain gradient descent at rate 1: what the weights moved by is the gradient."""
+    for clip, moved_by in ((0.05, 0.05), (0.0, None), (100.0, None)):      # None: by the whole gradient
+        run = tiny_run()
+        before = [p.detach().clone() for p in run.raw_model.parameters()]
+        result = train.train_step(run, train.TrainConfig(grad_clip=clip), cpu_runtime(), torch.arange(36).view(4, 9), 0)
+        moved = [old - p.detach() for old, p in zip(before, run.raw_model.parameters())]
+        assert 0.5 < result.grad_norm < 100
+        norm = math.hypot(*(part.norm().item() for part in moved))
+        assert norm == pytest.approx(moved_by or result.grad_norm, rel=1e-3)
 
 
 def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):

@@ -22,7 +22,7 @@ def random_examples(n):
     return examples
 
 
-def one_step(examples, micro_batch_tokens, rank=0, world_size=1, weights=None):
+def one_step(examples, micro_batch_tokens, rank=0, world_size=1, weights=None, grad_clip=0.0):
     """Return (gradients, StepResult) of a step over all examples, of which this rank does its share."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(32, 65, 1, 2, 16))
@@ -32,7 +32,7 @@ def one_step(examples, micro_batch_tokens, rank=0, world_size=1, weights=None):
     run = Run(objective, model, ddp, optimizer, torch.amp.GradScaler("cpu", enabled=False), None, examples,
               micro_batch_tokens, steps_per_epoch=1, max_steps=1, warmup_steps=0, data_hash="", base={}, provenance={})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = InstructConfig(batch_size=len(examples), grad_clip=0.0)
+    config = InstructConfig(batch_size=len(examples), grad_clip=grad_clip)
     result, _ = train_step(run, config, cpu_runtime(rank, world_size), 0)
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}, result
 
