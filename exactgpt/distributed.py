@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 from exactgpt.config import FolderLock, RunConfig, RunFailed, UserError, read_ranks
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
-from exactgpt.peers import HANG_GRACE_S, peer_failure, report_error, wait_for_peers, watch_run
+from exactgpt.peers import HANG_GRACE_S, peer_failure, report_error, time_limit, wait_for_peers, watch_run
 
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
 BUCKET_MB = 100          # of gradients per all-reduce: large messages use a fast network better
@@ -200,6 +200,9 @@ def start(config):
     rank, world_size, local_rank = ranks.rank, ranks.world_size, ranks.local_rank
     # bench/ wants DDP even for a single process
     grouped = world_size > 1 or getattr(config, "process_group", False)
+    if getattr(config, "deterministic", False):
+        set_deterministic()
+    torch.set_float32_matmul_precision("high")      # fp32 matrix products in TF32, on cards that have it
     try:
         device = choose_device(config.device, local_rank, ranks.local_world_size)
         hardware = probe_hardware(device)
@@ -211,26 +214,18 @@ def start(config):
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or "TORCHELASTIC_RUN_ID" in os.environ:
             numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, runtime.note_stop) for number in numbers}
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         store, hosts = dist.HashStore(), {}
         if world_size > 1:
             store, hosts = wait_for_peers(runtime, ranks.master, START_TIMEOUT_S)
+        if grouped:
+            make_process_group(runtime, store)
+            store = store.clone()       # the main thread may block on its connection, so the watch gets another
     except UserError as error:
         if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own
             report_error(rank, error)
         raise
-    if getattr(config, "deterministic", False):
-        set_deterministic()
-    torch.set_float32_matmul_precision("high")      # fp32 matrix products in TF32, on cards that have it
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if grouped:
-        # torch's time-out is a little longer than the watch's, which can then report before torch aborts.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
-                                store=dist.PrefixStore("group", store),
-                                timeout=datetime.timedelta(seconds=START_TIMEOUT_S + HANG_GRACE_S),
-                                device_id=device if device.type == "cuda" else None)
-        runtime.last_progress = time.monotonic()    # waiting for late ranks was no hang
-        store = store.clone()       # the main thread may block on its connection, so the watch gets another
     threading.Thread(target=watch_run, args=(runtime, store, hosts), daemon=True, name="watch").start()
     try:
         yield runtime
@@ -253,6 +248,23 @@ def start(config):
             signal.signal(number, handler)
     if grouped:
         dist.destroy_process_group()
+
+
+def make_process_group(runtime, store):
+    """Create torch's process group of ranks that have met in the store. Raises RunFailed if one is lost meanwhile."""
+    on_card = runtime.device.type == "cuda"
+    try:
+        with time_limit(runtime.rank, runtime.timeout_s, "another process"):
+            # torch's time-out is a little longer than the watch's, which can then report before torch aborts.
+            dist.init_process_group("nccl" if on_card else "gloo", rank=runtime.rank, world_size=runtime.world_size,
+                                    store=dist.PrefixStore("group", store),
+                                    timeout=datetime.timedelta(seconds=START_TIMEOUT_S + HANG_GRACE_S),
+                                    device_id=runtime.device if on_card else None)
+    except RuntimeError as error:
+        if not peer_failure(error):
+            raise
+        raise RunFailed(peer_failure(error)) from error
+    runtime.last_progress = time.monotonic()    # waiting for late ranks was no hang
 
 
 def lock_folder(folder, runtime):

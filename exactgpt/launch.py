@@ -111,7 +111,12 @@ def command_line():
     return " ".join(["torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python", *map(shlex.quote, sys.argv)])
 
 
-codecs.register_error("escape", escape)
-die_with_launcher()
-end_quietly_on_ctrl_c()
-fill_closed_streams()
+def begin():
+    """Do what cannot wait until the other imports are done."""
+    die_with_launcher()
+    end_quietly_on_ctrl_c()
+    fill_closed_streams()
+    codecs.register_error("escape", escape)
+
+
+begin()

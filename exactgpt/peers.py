@@ -42,14 +42,14 @@ def wait_for_peers(runtime, address, timeout_s):
     """
     # torchrun's store still holds what dead processes wrote, and a new process that reads a dead peer's address from it
     # hangs. TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, because it may differ between nodes. So rank 0
-    # makes up a name for the start, and every other rank joins only after rank 0 has answered a nonce that this rank
-    # made up: a dead rank 0 cannot.
+    # makes up a name for the start, and every other rank joins only after rank 0 has met all and answered a nonce that
+    # this rank made up: a dead rank 0 cannot.
     rank, world_size, deadline = runtime.rank, runtime.world_size, time.monotonic() + timeout_s
     at = f"{address[0]}:{address[1]}"
     try:
         store = Store(open_store(runtime, *address, timeout_s), rank)
         if rank == 0:      # publish a name for the start, answer each rank's nonce
-            name, hosts = uuid.uuid4().hex, {0: socket.gethostname()}
+            name, hosts, nonces = uuid.uuid4().hex, {0: socket.gethostname()}, {}
             start = store.below(name)
             store.set("start", name)
             arrival = "arrival 1"
@@ -60,9 +60,10 @@ def wait_for_peers(runtime, address, timeout_s):
                     raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {at}; "
                                     f"missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
                 nonce, other, host = start.get(arrival).decode().split(maxsplit=2)
-                hosts[int(other)] = host
+                hosts[int(other)], nonces[int(other)] = host, nonce      # a rank that is restarted arrives again
+                arrival = f"arrival {int(arrival.split()[1]) + 1}"
+            for nonce in nonces.values():      # only now, since nothing limits the time that torch waits for the others
                 start.set(nonce, hosts[0])
-                arrival = f"arrival {int(arrival.split()[1]) + 1}"      # a rank that is restarted arrives again
             return start.store, hosts
         nonce, name, start = uuid.uuid4().hex, "", None
 
@@ -95,7 +96,7 @@ def open_store(runtime, host, port, timeout_s):
     if not is_master and not wait_until(answers, deadline, runtime):
         raise RunFailed(f"nothing answers at {host}:{port}, where {'torchrun' if by_torchrun else 'rank 0'} should be; "
                         "look at its log")
-    with time_limit(runtime.rank):
+    with time_limit(runtime.rank, ANSWER_S):
         return dist.TCPStore(host, port, multi_tenant=True, is_master=is_master,
                              timeout=datetime.timedelta(seconds=timeout_s))
 
@@ -108,7 +109,7 @@ class Store:
 
     def __getattr__(self, name):
         def request(*arguments):
-            with time_limit(self._rank):
+            with time_limit(self._rank, ANSWER_S):
                 return getattr(self.store, name)(*arguments)
         return request
 
@@ -118,13 +119,13 @@ class Store:
 
 
 @contextlib.contextmanager
-def time_limit(rank):
-    """End this process with an error if what the block asks of the store takes too long."""
+def time_limit(rank, seconds, what="the store of this run"):
+    """End this process with an error if the block takes longer, since torch's own time-outs are not reliable."""
     def give_up():
-        report_error(rank, f"the store of this run has not answered for {ANSWER_S} s (its process has died or is "
-                           "stopped, or the network to it is down)")
+        report_error(rank, f"{what} has not answered for {seconds:g} s (its process has died or is stopped, or the "
+                           "network to it is down)")
         os._exit(1)
-    timer = threading.Timer(ANSWER_S, give_up)
+    timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
     try:
