@@ -221,28 +221,38 @@ def run_script(main):
 
 # ---- files -------------------------------------------------------------------
 
-@contextlib.contextmanager
-def _whole_or_not_at_all(path, remove):
-    """Yield PATH.tmp, for the block to make a file or a folder there; then rename it. Raises UserError."""
-    # The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
-    # the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover.
-    def flush(path):
-        if os.name != "posix":           # Windows opens no folders
-            return
+def sync(path):
+    """Wait until a file or a folder is on the disk."""
+    if os.name == "posix":               # Windows opens no folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def make_folder(folder):
+    """Create a folder, and those above it, if it is not there, and wait until they are on the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(path, remove):
+    """Yield PATH.tmp, for the block to make a file or a folder there; then rename it. Raises UserError."""
+    # The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
+    # the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover.
     temporary = path.with_name(path.name + ".tmp")
     try:
         FolderLock.check(path.absolute())
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         yield temporary
         for made in (*temporary.rglob("*"), temporary):
-            flush(made)
+            sync(made)
         os.replace(temporary, path)      # after the fsync: a power cut must not leave the name on half of the data
-        flush(path.parent)               # it holds the name
+        sync(path.parent)                # it holds the name
     except BaseException as error:
         with contextlib.suppress(OSError):      # of the other kind: a foreign file or folder, which stays
             remove(temporary)
@@ -352,8 +362,8 @@ class FolderLock:
 
     def _open(self):
         try:
-            with contextlib.suppress(FileExistsError):
-                self._folder.mkdir(parents=True)
+            with contextlib.suppress(FileExistsError):      # it may be a file: the next line says so
+                make_folder(self._folder)
             self._file = open(self._path, "w")
             self._directory = os.open(self._folder, os.O_RDONLY)      # kept open, so that its inode is not used again
         except OSError as error:

@@ -1,8 +1,8 @@
 """Run train.py with an accident built in. Use it like train.py; the environment variable ACCIDENT says which one:
 
     WHAT:WHERE:STEP[:RANK]   WHAT   kill (SIGKILL), term, int, usr1 (signals), error (a Python exception), full (disk),
-                                    hup (SIGHUP), inf (an infinite gradient at STEP), infs (from STEP on), nan (a
-                                    weight at STEP), hang (then exit),
+                                    hup (SIGHUP), nohup (SIGHUP, ignored from the start), inf (an infinite gradient at
+                                    STEP), infs (from STEP on), hang (then exit),
                                     run (the shell command in ACCIDENT_COMMAND)
                              WHERE  step (before its update), save (half the file is written), validate, sample, start
 
@@ -24,6 +24,8 @@ n_happened = len(Path(count_file).read_text()) if count_file and Path(count_file
 accidents = [*os.environ.get("ACCIDENT", "none:none:0").split(","), "none:none:0"]
 what, where, at_step, *only_rank = accidents[min(n_happened, len(accidents) - 1)].split(":")
 at_step = int(at_step)
+if what == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 on_this_rank = not only_rank or only_rank[0] == os.environ.get("RANK", "0")
 
 
@@ -45,7 +47,7 @@ def cause_accident():
     if what == "error":
         raise ValueError("an accident in the code")
     signals = dict(kill=signal.SIGKILL, term=signal.SIGTERM, int=signal.SIGINT, usr1=signal.SIGUSR1,
-                   hup=signal.SIGHUP)
+                   hup=signal.SIGHUP, nohup=signal.SIGHUP)
     os.kill(os.getpid(), signals[what])
     time.sleep(0.1)
 

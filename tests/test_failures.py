@@ -9,10 +9,11 @@ import pytest
 
 import train
 from exactgpt import distributed
+from exactgpt.checkpoint import write_checkpoint
 from exactgpt.config import FolderLock, FolderLost, UserError, new_folder, write_json
 from exactgpt.dataloader import TokenStream
 from exactgpt.shards import ShardFolder
-from tests.common import TINY, read_metrics
+from tests.common import TINY, cpu_runtime, read_metrics
 from tests.killed_runs import SCRIPT
 
 FLAGS = (*TINY, "--total_batch_size", 64, "--checkpoint_every", 4)
@@ -169,6 +170,15 @@ def test_a_process_owns_the_folder_that_it_locked_and_no_other_of_that_name(tmp_
     write_json(logs.with_name("other") / "a.json", 1)      # other folders, and later ones, are nobody's
 
 
+def test_the_loss_of_the_folder_on_rank_0_is_raised_on_all_ranks(tmp_path):
+    rank_1 = cpu_runtime(rank=1, world_size=2)
+    rank_1.sum = lambda *values: [value + 1 for value in values]      # rank 0 could not write, and has lost the folder
+    with pytest.raises(FolderLost):
+        write_checkpoint(rank_1, tmp_path / "model_00001.pt", {})
+    rank_1.sum = lambda failed, lost: [failed + 1, lost]
+    assert write_checkpoint(rank_1, tmp_path / "model_00001.pt", {})
+
+
 def test_who_waits_for_a_folder_that_is_deleted_meanwhile_gets_the_new_one(tmp_path):
     logs, locks = tmp_path / "logs", []
     with FolderLock(logs, wait_s=0):
@@ -182,14 +192,11 @@ def test_who_waits_for_a_folder_that_is_deleted_meanwhile_gets_the_new_one(tmp_p
         FolderLock(logs, wait_s=0)
 
 
-@pytest.mark.slow
-def test_a_run_whose_folder_was_made_anew_ends_on_all_ranks_and_leaves_it_alone(run_ranks, make_shards, tmp_path):
+def test_a_run_whose_folder_was_made_anew_ends_and_leaves_it_alone(disturbed, make_shards, tmp_path):
     logs = tmp_path / "logs"
-    accident = dict(ACCIDENT="run:step:6:0",
-                    ACCIDENT_COMMAND=f"rm -r {logs}; mkdir {logs}; echo x > {logs}/metrics.jsonl")
-    codes, out = run_ranks(2, SCRIPT, *FLAGS, "--data_dir", make_shards([3000]), "--log_dir", logs, "--max_steps", 2000,
-                           env=accident)
-    assert codes == [1, 1] and out.count("was deleted, moved, or taken over by another run, so this run ends") == 1, out
+    rc, out = disturbed(6, f"rm -r {logs}; mkdir {logs}; echo x > {logs}/metrics.jsonl", *FLAGS, "--data_dir",
+                        make_shards([3000]), "--log_dir", logs, "--max_steps", 2000)
+    assert rc == 1 and out.count("was deleted, moved, or taken over by another run, so this run ends") == 1, out
     assert "Traceback" not in out and "step    8/2000" not in out
     assert [path.name for path in logs.iterdir()] == ["metrics.jsonl"] and (logs / "metrics.jsonl").read_text() == "x\n"
 

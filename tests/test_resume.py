@@ -80,6 +80,12 @@ def test_a_stopped_run_saves_exits_0_and_goes_on_bitwise(train_ranks, make_shard
     assert_same_run(reference, tmp_path / "stopped")
 
 
+def test_a_hang_up_that_nohup_ignores_stops_nothing(train_ranks, make_shards, tmp_path):
+    flags = ("--dtype", "fp32", "--data_dir", make_shards(SIZES, val_sizes=[120]), "--log_dir", tmp_path)
+    codes, out = train_ranks(1, *flags, ACCIDENT="nohup:step:7")
+    assert codes == [0] and "finished" in out and (tmp_path / "model_00012.pt").exists(), out
+
+
 def wait_for(folder, pattern, seconds=60):
     """Wait until a file matches."""
     deadline = time.monotonic() + seconds
@@ -105,7 +111,9 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     workers = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     launched.kill()
-    again = start_process(tmp_path, *launcher_words(*flags, "--log_dir", logs))   # waits for the lock, continues
+    nohup = ("import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    again = start_process(tmp_path, "-c", nohup, *launcher_words(*flags, "--log_dir", logs))     # waits for the lock
     launched.wait()
     deadline = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
@@ -115,8 +123,11 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     while "resuming from step" not in open(again.log.name).read():
         assert time.monotonic() < deadline and again.poll() is None, open(again.log.name).read()
         time.sleep(0.2)
-    again.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    again.send_signal(signal.SIGHUP)      # which torchrun passes on, under nohup or not
     again.wait(timeout=60)
+    saved = re.search(r"stopped before step (\d+), nothing is lost", open(again.log.name).read())
+    assert saved and (logs / f"model_{int(saved[1]):05d}.pt").exists()
 
 
 @pytest.mark.slow
