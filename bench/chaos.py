@@ -2,6 +2,7 @@
 
     python -m bench.chaos --kills 20
     python -m bench.chaos --matrix
+    python -m bench.chaos --launcher
 
 For 2 and for 4 CPU processes: one undisturbed run, then the same command, killed --kills times with SIGKILL and
 restarted until it finishes. The kills hit a worker, the launcher and the whole process group in turn, at random times,
@@ -10,6 +11,10 @@ undisturbed run. Writes bench/results/chaos.json.
 
 --matrix: a tiny run in every combination of processes, dtype, dropout and optimizer, killed once at each point of
 tests/killed_runs.py. Writes bench/results/chaos_matrix.json.
+
+--launcher: torchrun with four workers, killed 40 times at a random moment from its workers' first line on; in half of
+the starts one worker is stopped, so that the others wait for it at the store. None may be left. Writes
+bench/results/chaos_launcher.json.
 """
 import contextlib
 import json
@@ -30,9 +35,10 @@ from tqdm import tqdm
 from bench.common import comparison_row, describe_machine, write_results
 from exactgpt.config import flag, parse_config, run_script
 from tests import forks, killed_runs
-from tests.common import ROOT, write_shards
+from tests.common import ROOT, processes_with, write_shards
 
 STEPS = 200
+LAUNCHES = 40
 FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", 32, "--dropout", 0.1, "--device", "cpu",
          "--total_batch_size", 512, "--micro_batch_size", 2, "--max_steps", STEPS, "--eval_every", 7,
          "--val_tokens", 512, "--checkpoint_every", 3, "--sample_every", 50, "--hellaswag_every", 0)
@@ -42,6 +48,7 @@ FLAGS = ("--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", 32, "--
 class ChaosConfig:
     """The flags of this benchmark."""
     matrix: bool = flag(False, "kill tiny runs of every combination once at each point, instead of at random")
+    launcher: bool = flag(False, "kill torchrun while its workers start, and count the workers that are left")
     kills: int = flag(20, "number of kills of each run", low=1)
     seed: int = flag(0, "random seed for the times and targets of the kills", low=0)
 
@@ -53,6 +60,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         if config.matrix:
             return run_matrix(Path(folder))
+        if config.launcher:
+            return kill_launchers(Path(folder), config)
         data = write_shards(Path(folder) / "data", (5000, 7001, 3333), (2000,))
         for processes in (2, 4):
             rows.append(compare_with_killed_run(Path(folder), data, processes, config))
@@ -120,6 +129,37 @@ def run_matrix(folder):
         comparison_row(f"{len(kinds)} kinds of run killed in {len(kills)} places: bitwise equal at the end",
                        f"of {len(rows)}", sum(row["bitwise_equal"] and row["logs_equal"] for row in rows))])
     if failed:
+        sys.exit(1)
+
+
+def kill_launchers(folder, config):
+    """Kill torchrun 40 times while its workers start. Exits with status 1 if a worker is left."""
+    rng, rows = random.Random(config.seed), []
+    data = write_shards(folder / "data", (5000,), (2000,))
+    for i in tqdm(range(LAUNCHES), unit="launch"):
+        os.environ["MARK"] = mark = f"{os.getpid()}-{i}"
+        launcher = start_torchrun(data, folder / f"logs{i}", processes=4)
+        while len(workers := [pid for pid in processes_with(mark) if pid != launcher.pid]) < 4:
+            time.sleep(0.001)
+        slow = rng.choice(workers)
+        if i % 2:
+            os.kill(slow, signal.SIGSTOP)
+        pause = rng.uniform(0, 0.5 if i % 4 < 2 else 8)      # while Python starts and torch is imported, or any time
+        time.sleep(pause)
+        launcher.kill()
+        launcher.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(slow, signal.SIGCONT)      # it may not have asked for the death signal yet
+        begin = time.monotonic()
+        while (left := len(processes_with(mark))) and time.monotonic() < begin + 20:
+            time.sleep(0.01)
+        rows.append(dict(pause=round(pause, 3), stopped=i % 2, left=left, seconds=round(time.monotonic() - begin, 3)))
+        for pid in processes_with(mark):
+            os.kill(pid, signal.SIGKILL)
+    left = sum(row["left"] for row in rows)
+    write_results("chaos_launcher", dict(machine=describe_machine(), seed=config.seed, left=left, rows=rows), [
+        comparison_row(f"torchrun killed {LAUNCHES} times while its 4 workers start: workers left", "of 160", left)])
+    if left:
         sys.exit(1)
 
 

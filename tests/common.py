@@ -43,6 +43,18 @@ def start_process(tmp_path, *arguments, **env):
     return process
 
 
+def processes_with(mark):
+    """Return {pid: command} of the processes whose environment has MARK=mark."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes()
+        except OSError:      # it has ended, or is not ours
+            pass
+    return {pid: command for pid, command in found.items() if command}      # without those that have ended
+
+
 def torchrun_arguments(n, *more):
     """Return the arguments after `python` that start torchrun with n processes; more: further flags of torchrun."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more]

@@ -322,6 +322,15 @@ def test_every_file_in_a_folder_is_on_the_disk_before_the_folder_gets_its_name(t
     assert os.stat(tmp_path).st_ino in after
 
 
+@pytest.mark.parametrize("make", [lambda folder: FolderLock(folder, wait_s=0).__exit__(),
+                                  lambda folder: write_json(folder / "a.json", 1)])
+def test_folders_made_on_the_way_are_on_the_disk_too(tmp_path, disk_calls, make):
+    """Otherwise a power cut may take a new --log_dir away together with the first checkpoints in it."""
+    make(tmp_path / "new" / "deep")
+    synced = {inode for kind, inode, *_ in disk_calls if kind == "fsync"}
+    assert {os.stat(path).st_ino for path in (tmp_path, tmp_path / "new")} <= synced
+
+
 def test_lines_of_a_text_end_in_one_way(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     assert read_text(tmp_path / "a.txt") == "one\ntwo\n"

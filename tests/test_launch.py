@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -18,22 +17,19 @@ from exactgpt import launch
 from exactgpt.config import UserError, parse_config, read_ranks
 from plot import PlotConfig
 from tests import forks
-from tests.common import HELLASWAG_FILE, ROOT, TINY, read_metrics, script_env, start_process, torchrun_arguments
+from tests.common import (
+    HELLASWAG_FILE,
+    ROOT,
+    TINY,
+    processes_with,
+    read_metrics,
+    script_env,
+    start_process,
+    torchrun_arguments,
+)
 from tests.syntax import TREES
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "model")
-
-
-def processes_with(mark):
-    """Return {pid: command} of the processes whose environment has MARK=mark."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"MARK={mark}".encode() in (folder / "environ").read_bytes():
-                found[int(folder.name)] = (folder / "cmdline").read_bytes()
-        except OSError:      # it has ended, or is not ours
-            pass
-    return {pid: command for pid, command in found.items() if command}      # without those that have ended
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
