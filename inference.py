@@ -92,7 +92,7 @@ def run_interactively(decoder, tokenizer, config):
     config = with_changes(config, stream=True)
     for number in itertools.count():
         try:
-            prompt = input("prompt: ")
+            prompt = printable(input("prompt: "))
         except (EOFError, KeyboardInterrupt):
             print()
             return

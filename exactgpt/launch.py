@@ -92,10 +92,12 @@ class Output:
 
 def guard_streams():
     """Make standard output and error drop what they cannot write, and escape letters that their encoding lacks."""
+    with contextlib.suppress(AttributeError):      # closed, or a stream of a test or a notebook
+        sys.stdin.reconfigure(errors="surrogateescape")      # for printable()
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name) or open(number, "w", closefd=False)      # None: it was closed at the start
         if not isinstance(stream, Output):
-            with contextlib.suppress(AttributeError):      # a stream of a test or a notebook
+            with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="escape")
             setattr(sys, name, Output(stream))
 
