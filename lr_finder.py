@@ -52,7 +52,7 @@ def main(argv=None):
     if list_checkpoints(folder):
         raise UserError(f"{folder} already contains a run; use a new --log_dir")
     with start(config) as runtime, lock_folder(folder, runtime):
-        run, _ = set_up(config, runtime, saves=False)
+        run, _ = set_up(with_changes(config, eval_every=0), runtime, saves=False)
         tracker = Tracker(with_changes(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)

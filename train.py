@@ -9,7 +9,7 @@ Killed, preempted or crashed: the same command resumes from the newest checkpoin
 To understand one training step read four files: this one, exactgpt/dataloader.py (which tokens), model.py (the loss),
 exactgpt/optimizer.py (the update, the schedules); sums over ranks and stops are in exactgpt/distributed.py.
 """
-from exactgpt.launch import command_line  # first, see there
+import exactgpt.launch  # noqa: F401  first, see there
 
 import gc
 import math
@@ -37,7 +37,6 @@ from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 
 HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch, if training's micro-batches have as many
 DRY_RUN_ITEMS = 200        # HellaSwag items in a dry run, of 10,042
-RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
 SLOW_STEP_S = 5            # in longer steps check for a stop after each micro-batch: SIGTERM gives us 30 s in torchrun
 TOKENS_PER_STEP = 524288   # 2^19: the 0.5M of the GPT-3 paper's smallest model
 MAX_STEPS = 19073          # 10B tokens in such steps
@@ -296,6 +295,10 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
         lambda: device.choose_compile(config.compile, runtime.hardware, runtime.device))
     if notice:
         runtime.print(notice)
+    if runtime.sum(compile)[0] < runtime.world_size:      # all ranks must enter the same collectives
+        if compile:
+            runtime.print("torch.compile is off: it does not work on another rank")
+        compile = False
 
     def rows(size):      # (B, T) twice, each contiguous like those of validation
         return (torch.zeros(size, model.config.block_size, dtype=torch.long, device=runtime.device) for _ in range(2))
@@ -447,7 +450,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
                     log.samples(step, write_samples(run, config, runtime, step))
 
             # once in a while: a checkpoint, but not of the weights we started from, unless there is nothing to train
-            retry = progress.save_failed and step % RETRY_STEPS == 0
+            retry = progress.save_failed and step % checkpoint.RETRY_STEPS == 0
             if last or (step > first_step and (due(step, config.checkpoint_every) or retry)):
                 with log.timed("checkpoint", config.checkpoint_every):
                     checkpoint.save(run, progress, config, runtime, finished=last)
@@ -507,10 +510,7 @@ def train(config, runtime):
             runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
                           f"      python inference.py --checkpoint {path} --prompt \"...\"")
         except StopRequested:
-            saved = ("the checkpoint could not be written, so the steps since the last one will be repeated"
-                     if progress.save_failed else "nothing is lost")
-            runtime.print(f"stopped before step {progress.step}, {saved}; the same command continues:\n"
-                          f"{command_line()}")
+            runtime.print(checkpoint.stop_message(progress))
 
 
 def dry_run(config, runtime):

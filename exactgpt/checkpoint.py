@@ -12,6 +12,8 @@ A resumed run is bitwise equal to one that was never killed (on a GPU with --det
 5. warm_up settles the order of DDP's sums.
 Only the count of updates skipped in a row starts again at 0.
 """
+from exactgpt.launch import command_line
+
 import contextlib
 import datetime
 import hashlib
@@ -30,10 +32,10 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from exactgpt.config import FolderLost, RunFailed, UserError, atomic_write, human_bytes
+from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
-CHECKPOINT_NAME = re.compile(r"model_(\d{5,})\.pt")
+RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
 TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
                     "resolved": dict, "data": str, "best_val_loss": float, "finished": bool}
 
@@ -72,30 +74,41 @@ def save_checkpoint(path, checkpoint):
 
 def is_finite(entries):
     """Return True if no tensor in a checkpoint's entries contains inf or NaN."""
-    return all(tensor.isfinite().all() for tensor in tree_leaves(entries) if isinstance(tensor, torch.Tensor))
+    # A sum is finite only if all its terms are, and on a CPU takes a twentieth of the time. It may overflow, however.
+    return all(tensor.sum().isfinite() or tensor.isfinite().all() for tensor in tree_leaves(entries)
+               if isinstance(tensor, torch.Tensor))
 
 
 def write_checkpoint(runtime, path, entries):
-    """Write a checkpoint on rank 0; return "" on every rank, or why that failed. A full disk must not end the run.
+    """Write a checkpoint on rank 0; return on every rank "", or why it could not be written: the disk may be full.
 
-    Raises FolderLost on every rank if another run has taken the folder over.
+    Raises RunFailed on every rank if it contains inf or NaN, or if the folder is not this run's any more.
     """
-    problem, lost = "", False
+    error = None
     if runtime.is_main:
         try:
             if not is_finite(entries):      # it must not take the place of one that can be resumed
-                raise UserError(f"at step {entries['step']} the weights or the optimizer's state contain inf or NaN; "
-                                "start a new run in another folder, with a lower --max_lr or another --seed")
+                raise RunFailed(f"at step {entries['step']} the weights or the optimizer's state contain inf or NaN. "
+                                "They were not saved, and older checkpoints are intact; start a new run in another "
+                                "folder, with a lower --max_lr or another --seed")
             save_checkpoint(path, entries)
             print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
-        except UserError as error:
-            problem, lost = str(error), isinstance(error, FolderLost)
-            if not lost:
-                print(f"warning: checkpoint not written (older ones are intact): {problem}", flush=True)
-    failed, lost = runtime.sum(bool(problem), lost)
-    if lost:
-        raise FolderLost(problem)      # rank 0 prints it
-    return problem or "rank 0 could not write it" if failed else ""
+        except RunFailed as failure:
+            error = failure
+        except UserError as problem:
+            error = problem
+            print(f"warning: checkpoint not written (older ones are intact): {problem}", flush=True)
+    failed, ends = runtime.sum(error is not None, isinstance(error, RunFailed))
+    if ends:
+        raise error or RunFailed("rank 0 says why")
+    return str(error or "rank 0 could not write it") if failed else ""
+
+
+def stop_message(progress):
+    """Return what to print after a stop: what is lost, and the command that continues."""
+    lost = ("the checkpoint could not be written, so the steps since the last one will be repeated"
+            if progress.save_failed else "nothing is lost")
+    return f"stopped before step {progress.step}, {lost}; the same command continues:\n{command_line()}"
 
 
 def model_entries(run, progress):
@@ -174,9 +187,14 @@ def read_checkpoint(path):
 
 def list_checkpoints(log_dir, kind="model"):
     """Return [(step, path)] of the numbered checkpoints in a folder, the newest step first."""
-    name = re.compile(rf"{kind}_(\d{{5,}})\.pt")
-    found = [(int(m[1]), p) for p in Path(log_dir).glob(f"{kind}_*.pt") if (m := name.fullmatch(p.name))]
-    return sorted(found, reverse=True)
+    return sorted(((step, path) for path in Path(log_dir).glob(f"{kind}_*.pt")
+                   if (step := checkpoint_step(path, kind)) is not None), reverse=True)
+
+
+def checkpoint_step(path, kind="model"):
+    """Return the step in the name of a numbered checkpoint, None for other files."""
+    match = re.fullmatch(rf"{kind}_(\d{{5,}})\.pt", path.name)
+    return match and int(match[1])
 
 
 def read_training_checkpoint(path):
@@ -190,7 +208,7 @@ def check_entries(checkpoint, entries, path):
         if not isinstance(checkpoint.get(name), kind):
             advice = f"; to use its weights alone: --init_from {path}" if "model" in entries else ""
             raise CheckpointError(f"{path} cannot be resumed: its entry {name!r} is missing or damaged{advice}")
-    if not is_finite(checkpoint):      # the next one would be the same
+    if not is_finite(checkpoint):      # every later checkpoint would contain them, too
         raise CheckpointError(f"{path} cannot be resumed: its weights or its optimizer's state contain inf or NaN")
     return checkpoint
 
@@ -201,7 +219,7 @@ def newest_valid(log_dir, notice=print):
 
 
 def first_valid(paths, read, notice):
-    """Return read(path) of the first path that read() does not refuse, as `newest_valid` does."""
+    """Return read(path) of the first path that read() accepts, None if there are no paths. Raises CheckpointError."""
     problem = None
     for path in paths:
         try:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import importlib.util
 import json
@@ -163,25 +164,25 @@ class Ranks(typing.NamedTuple):
 
 def read_ranks():
     """Return the Ranks that torchrun, or another launcher, has set in the environment. Raises UserError."""
-    def number(name, low, high, default=None):
+    def read(name, default=None):
         value = os.environ.get(name) or default      # containers are given empty variables
-        if value is None:
-            raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set; start the processes "
-                            "with torchrun, or unset WORLD_SIZE to run a single one")
-        if not re.fullmatch(r"\d{1,9}", str(value)) or not low <= int(value) <= high:
-            raise UserError(f"the environment variable {name} is {value!r}, but must be a whole number from {low} to "
-                            f"{high}; start the processes with torchrun, or unset WORLD_SIZE to run a single one")
+        return value or refuse(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set")
+
+    def number(name, low, high, default=None):
+        value = read(name, default)
+        if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
+            refuse(f"the environment variable {name} is {value!r}, but must be a whole number from {low} to {high}")
         return int(value)
-    world_size = number("WORLD_SIZE", 1, 10**6, 1)
+
+    def refuse(problem):
+        raise UserError(f"{problem}; start the processes with torchrun, or unset WORLD_SIZE to run a single one")
+    world_size = number("WORLD_SIZE", 1, 10**6, "1")
     if world_size == 1:      # whatever an earlier launcher has left in the other variables
         return Ranks()
-    local_world_size = number("LOCAL_WORLD_SIZE", 1, world_size, 1)
-    most = local_world_size if os.environ.get("LOCAL_WORLD_SIZE") else world_size
-    host, port = os.environ.get("MASTER_ADDR"), number("MASTER_PORT", 1, 65535)
-    if not host:
-        number("MASTER_ADDR", 0, 0)      # raises: it is not set
-    return Ranks(number("RANK", 0, world_size - 1), world_size, number("LOCAL_RANK", 0, most - 1, 0), local_world_size,
-                 (host, port))
+    local_world_size = number("LOCAL_WORLD_SIZE", 1, world_size, "1")
+    most = local_world_size if os.environ.get("LOCAL_WORLD_SIZE") else world_size      # not every launcher sets it
+    return Ranks(number("RANK", 0, world_size - 1), world_size, number("LOCAL_RANK", 0, most - 1, "0"),
+                 local_world_size, (read("MASTER_ADDR"), number("MASTER_PORT", 1, 65535)))
 
 
 def run_script(main):
@@ -193,15 +194,16 @@ def run_script(main):
         try:
             main()
             sys.stdout.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if error is not getattr(sys.stdout, "lost", None):
                 raise
-            sys.stdout.required = False      # Python flushes it once more as it ends
             if isinstance(error, BrokenPipeError):      # the reader, as in `... | head`, has what it wanted
-                sys.exit(0)
-            raise UserError(f"cannot write to standard output: {error.strerror}") from error
+                leave(0)
+            raise UserError(f"cannot write to standard output: {getattr(error, 'strerror', error)}") from error
+        finally:
+            launch.require_output(False)      # Python flushes it once more as it ends
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except UserError as error:
         status, rank = 1 if isinstance(error, RunFailed) else 2, 0
         with contextlib.suppress(UserError):      # `error` itself, if the environment is wrong: each process reports it
@@ -213,10 +215,15 @@ def run_script(main):
             os._exit(status)
         script = os.path.basename(sys.argv[0])
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ:
-            sys.stdout.flush()
-            os._exit(status)  # not sys.exit: interpreter shutdown aborts while a process group exists
-        sys.exit(status)
+        leave(status)
+
+
+def leave(status):
+    """End the process with a status."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(status)      # not sys.exit: interpreter shutdown aborts while a process group exists
+    sys.exit(status)
 
 
 # ---- files -------------------------------------------------------------------
@@ -245,14 +252,17 @@ def _whole_or_not_at_all(path, remove):
     # The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
     # the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover.
     temporary = path.with_name(path.name + ".tmp")
+    FolderLock.check(path)
     try:
-        FolderLock.check(path.absolute())
         make_folder(path.parent)
         yield temporary
         for made in (*temporary.rglob("*"), temporary):
             sync(made)
+        FolderLock.check(path)           # again, since large files take minutes
         os.replace(temporary, path)      # after the fsync: a power cut must not leave the name on half of the data
         sync(path.parent)                # it holds the name
+    except FolderLost:                   # with the temporary file in it
+        raise
     except BaseException as error:
         with contextlib.suppress(OSError):      # of the other kind: a foreign file or folder, which stays
             remove(temporary)
@@ -273,7 +283,7 @@ def atomic_write(path, mode="wb"):
 @contextlib.contextmanager
 def new_folder(path):
     """Yield a temporary folder that becomes `path` when it is complete. Raises UserError, also if `path` is in use."""
-    FolderLock.check(Path(path).absolute())
+    FolderLock.check(path)
     path = Path(path).resolve()
     check_new(path, folder=True)
     with _whole_or_not_at_all(path, shutil.rmtree) as temporary:
@@ -330,7 +340,7 @@ def find_visible(folder, pattern):
 
 
 class FolderLost(RunFailed):
-    """The folder that this process has locked was deleted, moved or made anew."""
+    """The folder that this process has locked was deleted, moved or recreated."""
 
 
 class FolderLock:
@@ -394,16 +404,20 @@ class FolderLock:
                 return os.path.samestat(os.stat(path), os.fstat(descriptor))
             except (FileNotFoundError, NotADirectoryError):
                 return if_missing
-            except OSError:      # a network file system that does not answer at the moment
-                return True
+            except OSError as error:      # a network file system may not answer at the moment
+                return error.errno != errno.ESTALE      # NFS: deleted on another machine
         # Somebody may have deleted .lock alone, as "stale". Whoever locks the folder then makes a new one.
         return is_at(self._folder, self._directory, False) and is_at(self._path, self._file.fileno(), True)
 
     @classmethod
     def check(cls, path):
         """Raise FolderLost if `path` is in a folder that this process has locked, but that is not the same any more."""
+        try:
+            path = Path(path).absolute()
+        except FileNotFoundError:      # the working directory itself was deleted
+            path = None
         for lock in cls.held:
-            if lock._folder in (path, *path.parents) and not lock._is_ours():
+            if path is None or (lock._folder in (path, *path.parents) and not lock._is_ours()):
                 raise FolderLost(f"the folder {lock._folder} was deleted, moved, or taken over by another run, so this "
                                  "run ends; nothing was written there")
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -29,9 +30,10 @@ from torch.utils._pytree import tree_map_only
 
 from exactgpt.config import FolderLock, RunConfig, RunFailed, UserError, read_ranks
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
-from exactgpt.peers import HANG_GRACE_S, peer_failure, report_error, time_limit, wait_for_peers, watch_run
+from exactgpt.peers import HANG_GRACE_S, Store, peer_failure, report_error, time_limit, wait_for_peers, watch_run
 
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
+GROUP_S = 300            # for torch to connect processes that have met already
 BUCKET_MB = 100          # of gradients per all-reduce: large messages use a fast network better
 
 
@@ -209,19 +211,19 @@ def start(config):
         runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware),
                           timeout_s=getattr(config, "timeout", RunConfig.timeout))
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]      # Slurm can send the last ahead of the time limit
-        # nohup makes a process ignore SIGHUP: so be it. But torchrun passes a hang-up on even under nohup, and kills
-        # the workers that do not end within 30 s.
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or "TORCHELASTIC_RUN_ID" in os.environ:
+        # A hang-up that nohup ignores stays ignored. torchrun handles it even under nohup: it passes it on to its
+        # workers, and kills those that do not end within 30 s.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, runtime.note_stop) for number in numbers}
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        store, hosts = dist.HashStore(), {}
+        store, hosts = Store(dist.HashStore(), rank), {}
         if world_size > 1:
             store, hosts = wait_for_peers(runtime, ranks.master, START_TIMEOUT_S)
         if grouped:
             make_process_group(runtime, store)
-            store = store.clone()       # the main thread may block on its connection, so the watch gets another
+            store = store.on_another_connection()       # for the watch: the main thread may block on this one
     except UserError as error:
         if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own
             report_error(rank, error)
@@ -235,7 +237,7 @@ def start(config):
             dist.barrier()    # fails if rank 0 failed in what it does alone at the end
     except BaseException as error:
         known_to_all = isinstance(error, (SystemExit, RunFailed)) or (isinstance(error, UserError) and runtime.starting)
-        if known_to_all or world_size == 1:
+        if known_to_all or world_size == 1 or error is getattr(sys.stdout, "lost", None):     # run_script reports these
             raise
         # A failed rank must not wait for the others on its way out: torchrun sees it end and stops them.
         if not runtime.hangs:
@@ -251,19 +253,19 @@ def start(config):
 
 
 def make_process_group(runtime, store):
-    """Create torch's process group of ranks that have met in the store. Raises RunFailed if one is lost meanwhile."""
+    """Create torch's process group of the ranks that have met in the store. Raises RunFailed if that fails."""
     on_card = runtime.device.type == "cuda"
     try:
-        with time_limit(runtime.rank, runtime.timeout_s, "another process"):
+        with time_limit(runtime.rank, GROUP_S, "another process of this run"):
             # torch's time-out is a little longer than the watch's, which can then report before torch aborts.
             dist.init_process_group("nccl" if on_card else "gloo", rank=runtime.rank, world_size=runtime.world_size,
-                                    store=dist.PrefixStore("group", store),
+                                    store=dist.PrefixStore("group", store.of_torch),
                                     timeout=datetime.timedelta(seconds=START_TIMEOUT_S + HANG_GRACE_S),
                                     device_id=runtime.device if on_card else None)
-    except RuntimeError as error:
-        if not peer_failure(error):
-            raise
-        raise RunFailed(peer_failure(error)) from error
+    except RuntimeError as error:      # NCCL's own words come last
+        lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RunFailed(f"the processes cannot be connected ({'; '.join(dict.fromkeys([lines[0], lines[-1]]))})"
+                        ) from error
     runtime.last_progress = time.monotonic()    # waiting for late ranks was no hang
 
 

@@ -3,14 +3,13 @@
 Logs are metrics.jsonl, or log.txt in build-nanogpt's three columns. Figures do not use pyplot: no display and no global
 state, so that app.py may draw in several threads. Scripts draw last, so matplotlib is imported late: they start faster.
 """
-from exactgpt.launch import printable
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from exactgpt import launch
 from exactgpt.config import UserError, atomic_write, human_count, human_time
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
@@ -292,7 +291,7 @@ def style_axes(ax, title):
 
 def shorten(text, length):
     """Return the text, cut to `length` characters with an ellipsis if it is longer, and without what no font has."""
-    text = printable(text)
+    text = launch.printable(text)
     return text if len(text) <= length else text[:length - 1] + "\u2026"
 
 

@@ -3,8 +3,6 @@
 The loss of a step is the mean over all its targets: without dropout the gradient is the same, up to rounding, for any
 micro-batch size and number of processes. Shapes: B rows of a batch, T tokens.
 """
-from exactgpt.launch import command_line
-
 import hashlib
 import math
 import time
@@ -31,7 +29,6 @@ from model import IGNORED
 OLD_STATE = "state.pt"   # what runs of earlier versions resume from; now it is state_00012.pt
 STATE_ENTRIES = dict(config=dict, finished=bool, step=int, tokens=int, seconds=float, first=dict, best=dict, base=dict,
                      data=str, trained=dict, optimizer=dict, scaler=dict)
-RETRY_STEPS = 10         # steps between attempts to write a state that did not fit on the disk
 LENGTH_MULTIPLE = 16     # sequences are padded to a multiple of this, so that few shapes occur
 N_SHOWN = 3              # examples that a dry run prints
 
@@ -317,7 +314,7 @@ def loop(run, progress, config, runtime, log, evaluate):
                 runtime.print(f"stopped early: no better epoch in the last {config.patience}, the best was {best}")
                 progress.last_step, last = step, True
         epoch_ends = step % run.steps_per_epoch == 0 or last
-        if step > first_step and (epoch_ends or (progress.save_failed and step % RETRY_STEPS == 0)):
+        if step > first_step and (epoch_ends or (progress.save_failed and step % checkpoint.RETRY_STEPS == 0)):
             save_state(run, progress, config, runtime)
         if last:
             break
@@ -357,10 +354,7 @@ def train(run, progress, config, runtime, evaluate, write_results):
                 return
             if progress.step > first_step:
                 save_state(run, progress, config, runtime)
-            saved = ("the state could not be written, so the steps since the last one will be repeated"
-                     if progress.save_failed else "nothing is lost")
-            runtime.print(f"stopped before step {progress.step}, {saved}; the same command continues:\n"
-                          f"{command_line()}")
+            runtime.print(checkpoint.stop_message(progress))
             return
         best = progress.best
         if not best["weights"]:
@@ -450,6 +444,7 @@ def finish_state(progress, config, runtime):
         path = checkpoint.checkpoint_path(config.out, progress.step, "state")
         checkpoint.save_checkpoint(path, dict(config=asdict(config), finished=True))
         checkpoint.delete_old_checkpoints(config.out, 1, progress.step, "state")
+        (Path(config.out) / OLD_STATE).unlink(missing_ok=True)
 
 
 def save_model(path, run, progress):

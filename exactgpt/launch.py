@@ -13,15 +13,20 @@ import sys
 from pathlib import Path
 
 
+def by_torchrun():
+    """Return True if torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def die_with_launcher():
     """Under torchrun on Linux, ask the kernel to kill this process when torchrun dies, even by kill -9."""
     # Otherwise the workers of a killed launcher train on unnoticed. A plain `nohup python train.py &` keeps running.
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+    if not by_torchrun() or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # 1 = PR_SET_PDEATHSIG
     # If torchrun died before prctl took effect, init (or systemd --user) has adopted this process. In a container
-    # torchrun itself may be process 1, but then that is a Python process. (Other foster parents are not recognized
-    # here, but torchrun's store has died with it, and wait_for_peers gives up.)
+    # torchrun itself may be process 1, but then that is a Python process. Other foster parents are not recognized here;
+    # on one machine torchrun's store has died with it, and wait_for_peers gives up.
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
         if (os.getppid() == 1 or b"systemd" in command) and b"python" not in command:
@@ -29,7 +34,7 @@ def die_with_launcher():
 
 
 def end_quietly_on_ctrl_c():
-    """Let Ctrl-C end this process without a traceback, as long as it imports; run_script takes over."""
+    """Let Ctrl-C end this process without a traceback while it imports; run_script takes over."""
     main = getattr(sys.modules["__main__"], "__file__", None)
     ours = main and Path(main).resolve().parent == Path(__file__).resolve().parents[1]      # not pytest, for instance
     if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -61,7 +66,7 @@ def printable(text):
 
 
 class Output:
-    """Standard output or error whose writes do not fail, since a run must not end with its terminal or its log's disk.
+    """Standard output or error whose writes do not fail: a run must outlive its terminal and a full disk under its log.
 
     What cannot be written is dropped; `lost` is the last error. With `required` it is raised.
     """
@@ -91,7 +96,7 @@ class Output:
 
 
 def guard_streams():
-    """Make standard output and error drop what they cannot write, and escape letters that their encoding lacks."""
+    """Make standard output and error drop what they cannot write, and escape characters that their encoding lacks."""
     with contextlib.suppress(AttributeError):      # closed, or a stream of a test or a notebook
         sys.stdin.reconfigure(errors="surrogateescape")      # for printable()
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -102,15 +107,15 @@ def guard_streams():
             setattr(sys, name, Output(stream))
 
 
-def require_output():
+def require_output(required=True):
     """Let the script end with an error if standard output is lost, because what it prints is its result."""
     if isinstance(sys.stdout, Output):
-        sys.stdout.required = True
+        sys.stdout.required = required
 
 
 def command_line():
     """Return the command that started this process, as typed; under torchrun only the part that torchrun ran."""
-    return " ".join(["torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python", *map(shlex.quote, sys.argv)])
+    return " ".join(["torchrun ..." if by_torchrun() else "python", *map(shlex.quote, sys.argv)])
 
 
 def begin():

@@ -99,7 +99,7 @@ class RunLog:
             parts += [f"mfu {100 * mfu:.1f}%"] if mfu else []
         self.note(step, " | ".join([*parts, f"eta {self.eta(step)}"]), f"train {result.loss:.6f}", **values)
         try:
-            FolderLock.check(self._folder.absolute())
+            FolderLock.check(self._folder)
         except FolderLost:      # the next all-reduce stops all ranks, and the save then raises this on all
             self._runtime.stop_signal = "loss of the folder"
 
@@ -275,7 +275,10 @@ class Tracker:
             closing = self._closing.is_set()
             for action in (self._send, *(self._actions if closing else ())):
                 try:
+                    FolderLock.check(self._log_dir)      # the store and the artifacts are in there
                     action()
+                except FolderLost:      # the run ends, and says so
+                    return
                 except Exception as error:      # of a database, a disk, MLflow: training continues whatever it is
                     self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             self._closing.wait(SEND_EVERY_S)
@@ -287,7 +290,6 @@ class Tracker:
 
     def _send(self):
         """Send the queued metrics, oldest first. A failed batch stays queued; MLflow ignores what it has already."""
-        FolderLock.check(self._log_dir.absolute())      # whose store is in there
         if self._client is None:
             self._client = self._open()
         from mlflow.entities import Metric

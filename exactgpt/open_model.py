@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import CHECKPOINT_NAME, CheckpointError, read_checkpoint, weights_hash
+from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, weights_hash
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, load_tokenizer
 from model import GPT, GPTConfig
@@ -155,7 +155,7 @@ def build_model(config, state, source):
 
 def newest_model(log_dir="logs"):
     """Return the newest model_XXXXX.pt anywhere below a folder. Raises UserError if there is none."""
-    files = [p for p in find_visible(log_dir, "model_*.pt") if CHECKPOINT_NAME.fullmatch(p.name)]
+    files = [p for p in find_visible(log_dir, "model_*.pt") if checkpoint_step(p) is not None]
     if not files:
         raise UserError(f"no model_XXXXX.pt below {log_dir}/: train one (torchrun train.py), or name a "
                         "model (a file, a folder with a config.json, or gpt2)")

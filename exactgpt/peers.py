@@ -6,6 +6,7 @@ to the other processes through that store, since it cannot rely on a collective.
 """
 import contextlib
 import datetime
+import itertools
 import os
 import socket
 import sys
@@ -35,7 +36,7 @@ def report_error(rank, message):
 # ---- rendezvous --------------------------------------------------------------
 
 def wait_for_peers(runtime, address, timeout_s):
-    """Wait for the processes that torchrun (or another launcher) started together; return (store, hosts).
+    """Wait for the processes that torchrun (or another launcher) started together; return (Store, hosts).
 
     The store is shared by this start's processes only. hosts, {rank: host}: of all ranks on rank 0, else of rank 0.
     Raises RunFailed if processes are missing after timeout_s, or if this one is asked to stop meanwhile.
@@ -49,22 +50,25 @@ def wait_for_peers(runtime, address, timeout_s):
     try:
         store = Store(open_store(runtime, *address, timeout_s), rank)
         if rank == 0:      # publish a name for the start, answer each rank's nonce
-            name, hosts, nonces = uuid.uuid4().hex, {0: socket.gethostname()}, {}
-            start = store.below(name)
+            name, hosts, nonces, arrivals = uuid.uuid4().hex, {0: socket.gethostname()}, {}, itertools.count(1)
+            start, arrival = store.below(name), f"arrival {next(arrivals)}"
             store.set("start", name)
-            arrival = "arrival 1"
-            while len(hosts) < world_size:
-                if not wait_until(lambda: start.check([arrival]), deadline, runtime):      # noqa: B023  called at once
-                    missing = sorted(set(range(world_size)) - set(hosts))
-                    more = f" and {len(missing) - 8} more" * (len(missing) > 8)
-                    raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {at}; "
-                                    f"missing: ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
-                nonce, other, host = start.get(arrival).decode().split(maxsplit=2)
-                hosts[int(other)], nonces[int(other)] = host, nonce      # a rank that is restarted arrives again
-                arrival = f"arrival {int(arrival.split()[1]) + 1}"
-            for nonce in nonces.values():      # only now, since nothing limits the time that torch waits for the others
+
+            def all_arrived():
+                nonlocal arrival
+                while start.check([arrival]):
+                    nonce, other, host = start.get(arrival).decode().split(maxsplit=2)
+                    hosts[int(other)], nonces[int(other)] = host, nonce      # a rank that is restarted arrives again
+                    arrival = f"arrival {next(arrivals)}"
+                return len(hosts) == world_size
+            if not wait_until(all_arrived, deadline, runtime):
+                missing = sorted(set(range(world_size)) - set(hosts))
+                more = f" and {len(missing) - 8} more" * (len(missing) > 8)
+                raise RunFailed(f"only {world_size - len(missing)} of {world_size} processes reached {at}; missing: "
+                                f"ranks {', '.join(map(str, missing[:8]))}{more}; look at their logs")
+            for nonce in nonces.values():      # only now: torch would wait for the others without a limit
                 start.set(nonce, hosts[0])
-            return start.store, hosts
+            return start, hosts
         nonce, name, start = uuid.uuid4().hex, "", None
 
         def answered():
@@ -75,8 +79,9 @@ def wait_for_peers(runtime, address, timeout_s):
                 start.set(f"arrival {start.add('arrivals', 1)}", f"{nonce} {rank} {socket.gethostname()}")
             return start and start.check([nonce])
         if wait_until(answered, deadline, runtime):
-            return start.store, {0: start.get(nonce).decode()}
-        raise RunFailed(f"rank 0 did not reach {at}; look at the log of its node")
+            return start, {0: start.get(nonce).decode()}
+        raise RunFailed("not all processes came; look at rank 0's log" if start else
+                        f"rank 0 did not reach {at}; look at the log of its node")
     except dist.DistError as error:
         raise RunFailed(f"no answer from {at} ({type(error).__name__}); look at rank 0's log") from error
 
@@ -105,25 +110,28 @@ class Store:
     """Requests to a store of torch that end this process if there is no answer: torch ignores its own time-outs."""
 
     def __init__(self, store, rank):
-        self.store, self._rank = store, rank
+        self.of_torch, self._rank = store, rank
 
     def __getattr__(self, name):
         def request(*arguments):
             with time_limit(self._rank, ANSWER_S):
-                return getattr(self.store, name)(*arguments)
+                return getattr(self.of_torch, name)(*arguments)
         return request
 
     def below(self, prefix):
         """Return the part of the store whose keys have this prefix."""
-        return Store(dist.PrefixStore(prefix, self.store), self._rank)
+        return Store(dist.PrefixStore(prefix, self.of_torch), self._rank)
+
+    def on_another_connection(self):
+        """Return the same store on a connection of its own: a request blocks those of other threads."""
+        return Store(self.clone(), self._rank)
 
 
 @contextlib.contextmanager
-def time_limit(rank, seconds, what="the store of this run"):
+def time_limit(rank, seconds, what="this run's store"):
     """End this process with an error if the block takes longer, since torch's own time-outs are not reliable."""
     def give_up():
-        report_error(rank, f"{what} has not answered for {seconds:g} s (its process has died or is stopped, or the "
-                           "network to it is down)")
+        report_error(rank, f"{what} has been {NO_ANSWER} for {seconds:g} s")
         os._exit(1)
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
@@ -161,8 +169,8 @@ def watch_run(runtime, store, hosts):
     # During set-up: exit every rank with status 0 a few seconds after any of them was signalled. A main thread may be
     # compiling for minutes and cannot enter a collective meanwhile, so the request to stop travels through the store.
     # After runtime.patience_s without progress: find the rank that hangs and print it. HANG_GRACE_S later the
-    # collectives time out, which ends the run.
-    stop_time = None
+    # collectives time out, which ends the run; if they do not, this does.
+    stop_time, n_hangs = None, 0
     while not runtime.ended:
         time.sleep(0.3)
         if runtime.starting and stop_time is None:
@@ -175,13 +183,14 @@ def watch_run(runtime, store, hosts):
         if runtime.starting and stop_time and time.monotonic() - stop_time > START_GRACE_S:
             runtime.print("stopped during set-up; there was nothing to save")
             os._exit(0)
-        if not runtime.alone and time.monotonic() - runtime.last_progress > runtime.patience_s and not runtime.ended:
-            runtime.hangs = True
-            backstop = threading.Timer(REPORT_S + 3 * HANG_GRACE_S, os._exit, [1])      # if torch's time-outs fail
-            backstop.daemon = True
-            backstop.start()
-            report_hang(runtime, store, hosts)
-            return
+        idle_s = 0.0 if runtime.alone or runtime.ended else time.monotonic() - runtime.last_progress
+        if idle_s > runtime.patience_s and not runtime.hangs:
+            runtime.hangs, n_hangs = True, n_hangs + 1
+            report_hang(runtime, store.below(f"hang {n_hangs}"), hosts)
+        elif idle_s > runtime.patience_s + REPORT_S + 3 * HANG_GRACE_S:
+            os._exit(1)
+        elif idle_s < runtime.patience_s:
+            runtime.hangs = False      # it was slow
 
 
 def report_hang(runtime, store, hosts):

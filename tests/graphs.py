@@ -2,7 +2,7 @@
 
 Use it like train.py. As on a GPU, the micro-batch size is tried out (device.fits_in_memory) and the embedding stays in
 the graph. DDP's buckets hold one megabyte, so that a small model fills several. With COMPILATION=fails in the
-environment, compilation fails after the first trial step.
+environment, compilation fails after the first trial step; with COMPILATION=differs only rank 0 can compile at all.
 """
 import functools
 import os
@@ -39,7 +39,8 @@ if __name__ == "__main__":
     sys.argv[0] = "train.py"
     torch.compile = functools.partial(torch.compile, backend=counting_backend)
     torch.compiler.disable = lambda function: function
-    device.choose_compile = lambda *_: (True, None)
+    compiles = os.environ.get("COMPILATION") != "differs" or os.environ["RANK"] == "0"
+    device.choose_compile = lambda *_: (compiles, None)
     device.find_micro_batch_size = find_micro_batch_size_by_trial
     distributed.BUCKET_MB = 1
     config.run_script(train.main)

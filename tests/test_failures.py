@@ -1,17 +1,20 @@
 """What the world does to a run: full and read-only disks, shards that vanish, a second run (docs/failures.md)."""
 import fcntl
+import os
 import shutil
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import train
 from exactgpt import distributed
 from exactgpt.checkpoint import write_checkpoint
-from exactgpt.config import FolderLock, FolderLost, UserError, new_folder, write_json
+from exactgpt.config import FolderLock, FolderLost, RunFailed, UserError, atomic_write, new_folder, write_json
 from exactgpt.dataloader import TokenStream
+from exactgpt.metrics import Tracker
 from exactgpt.shards import ShardFolder
 from tests.common import TINY, cpu_runtime, read_metrics
 from tests.killed_runs import SCRIPT
@@ -170,12 +173,44 @@ def test_a_process_owns_the_folder_that_it_locked_and_no_other_of_that_name(tmp_
     write_json(logs.with_name("other") / "a.json", 1)      # other folders, and later ones, are nobody's
 
 
+def test_a_relative_folder_is_lost_with_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    os.chdir("work")
+    with FolderLock("logs", wait_s=0):
+        write_json("logs/a.json", 1)
+        shutil.rmtree(tmp_path / "work")
+        with pytest.raises(FolderLost):
+            write_json("logs/b.json", 1)
+    os.chdir(tmp_path)
+
+
+def test_a_folder_lost_during_a_write_keeps_what_its_new_owner_is_writing(tmp_path):
+    logs = tmp_path / "logs"
+    with FolderLock(logs, wait_s=0), pytest.raises(FolderLost), atomic_write(logs / "model_00010.pt"):
+        shutil.rmtree(logs)
+        logs.mkdir()
+        (logs / "model_00010.pt.tmp").write_bytes(b"half of the other's")
+    assert [path.name for path in logs.iterdir()] == ["model_00010.pt.tmp"]
+
+
+def test_the_tracker_writes_nothing_in_a_lost_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(Tracker, "_send", lambda self: None)
+    logs, done = tmp_path / "logs", []
+    with FolderLock(logs, wait_s=0):
+        tracker = Tracker(SimpleNamespace(mlflow=True), logs, "train")
+        shutil.rmtree(logs)
+        tracker._actions.append(lambda: done.append("an artifact"))
+        tracker.close()
+    assert done == [] and not logs.exists()
+
+
 def test_the_loss_of_the_folder_on_rank_0_is_raised_on_all_ranks(tmp_path):
     rank_1 = cpu_runtime(rank=1, world_size=2)
-    rank_1.sum = lambda *values: [value + 1 for value in values]      # rank 0 could not write, and has lost the folder
-    with pytest.raises(FolderLost):
+    rank_1.sum = lambda *values: [value + 1 for value in values]      # rank 0 could not write, and the run ends
+    with pytest.raises(RunFailed):
         write_checkpoint(rank_1, tmp_path / "model_00001.pt", {})
-    rank_1.sum = lambda failed, lost: [failed + 1, lost]
+    rank_1.sum = lambda failed, ends: [failed + 1, ends]
     assert write_checkpoint(rank_1, tmp_path / "model_00001.pt", {})
 
 

@@ -33,6 +33,13 @@ def test_start_up_leaves_ddp_the_graph_cut_where_its_buckets_end(run_ranks, make
     assert (breaks, captured) == (0, 2) and compiled >= 1 + 4       # the validation's, and the pieces
 
 
+def test_where_one_rank_cannot_compile_none_does(run_ranks, make_shards, tmp_path):
+    flags = ("--n_layer", 1, "--data_dir", make_shards([900], [100]), "--log_dir", tmp_path / "logs")
+    codes, out = run_ranks(2, "tests/graphs.py", *FLAGS, *flags, env=dict(COMPILATION="differs"))
+    assert codes == [0, 0] and "torch.compile is off: it does not work on another rank" in out, out
+    assert out.count("0 graphs, 0 breaks") == 2
+
+
 def test_a_model_that_cannot_be_compiled_trains_without_in_a_ddp_of_its_own(run_ranks, make_shards, tmp_path):
     """As one that was started with --compile off, after a DDP of the compiled model."""
     flags = ("--n_layer", 1, "--data_dir", make_shards([900], [100]), "--log_dir")

@@ -1,12 +1,15 @@
 """peers.py: messages about hanging and lost ranks. test_multinode.py has real processes."""
+import os
 import re
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
 
-from exactgpt import config
+from exactgpt import config, peers
 from exactgpt.peers import describe_hang, main_thread_location, peer_failure
+from tests.common import cpu_runtime
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
 
@@ -21,6 +24,27 @@ HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
 ])
 def test_the_rank_that_hangs_is_named_with_its_host_and_comes_first(places, words):
     assert describe_hang(places, HOSTS) == words
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_run_that_was_only_slow_goes_on_and_one_that_torch_does_not_end_is_ended(monkeypatch, recovers):
+    ends, reports = [], []
+    monkeypatch.setattr(peers, "REPORT_S", 0.1)
+    monkeypatch.setattr(peers, "HANG_GRACE_S", 0.2)
+    monkeypatch.setattr(peers, "report_hang", lambda runtime, *_: reports.append(runtime.last_progress))
+    runtime = cpu_runtime(world_size=2)
+    runtime.starting, runtime.patience_s, runtime.last_progress = False, 1.0, time.monotonic() - 1.1
+    monkeypatch.setattr(os, "_exit", lambda status: (ends.append(status), setattr(runtime, "ended", True)))
+    watch = threading.Thread(target=peers.watch_run, args=(runtime, peers.Store(dist.HashStore(), 0), {}))
+    watch.start()
+    begin = time.monotonic()
+    while not runtime.ended and time.monotonic() < begin + 1.5:
+        if reports and recovers:
+            runtime.last_progress = time.monotonic()
+        time.sleep(0.05)
+    runtime.ended = True
+    watch.join()
+    assert len(reports) == 1 and ends == ([] if recovers else [1]) and runtime.hangs != recovers
 
 
 def test_thousands_of_silent_ranks_make_a_short_message():

@@ -45,7 +45,7 @@ LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.ar
 @pytest.mark.parametrize("by_torchrun", [True, False])
 def test_a_worker_ends_with_its_launcher_and_a_run_started_by_hand_goes_on(tmp_path, by_torchrun):
     """kill -9 of the launcher. Both have our end of a pipe: it closes when the last of them has ended."""
-    env = script_env(tmp_path, {"TORCHELASTIC_RUN_ID": "one"} if by_torchrun else {})
+    env = script_env(tmp_path, {"TORCHELASTIC_RUN_ID": "one", **({"WORLD_SIZE": "1"} if by_torchrun else {})})
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, WORKER], stdout=subprocess.PIPE, env=env,
                                 start_new_session=True)
     try:
@@ -66,6 +66,7 @@ def test_a_worker_ends_with_its_launcher_and_a_run_started_by_hand_goes_on(tmp_p
 ], ids=["init", "systemd --user", "torchrun in a container", "torchrun", "another program"])
 def test_a_worker_whose_launcher_died_before_it_could_ask_for_the_signal_ends(monkeypatch, parent, command, ends):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     asked, ended = [], []
     monkeypatch.setattr(launch.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *call: asked.append(call)))
     monkeypatch.setattr(launch.os, "getppid", lambda: parent)
@@ -214,6 +215,19 @@ def test_what_only_prints_says_that_its_output_is_lost(byte_model, tmp_path):
         assert process.exitcode == 2
         last = (tmp_path / "err").read_text().splitlines()[-1]
         assert last == f"{script}: error: cannot write to standard output: No space left on device"
+
+
+@pytest.mark.parametrize("ending, status, words", [
+    ("pass", 2, "-c: error: cannot write to standard output: No space left on device\n"),
+    ("raise config.UserError('bad thing')", 2, "-c: error: bad thing\n"), ("raise KeyboardInterrupt", 130, ""),
+])
+def test_lost_results_do_not_hide_how_a_script_ends(tmp_path, ending, status, words):
+    code = ("from exactgpt import config, launch\ndef main():\n    launch.require_output()\n    print('x')\n"
+            f"    {ending}\nconfig.run_script(main)")
+    env = {name: value for name, value in script_env(tmp_path).items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    assert (result.returncode, result.stderr) == (status, words)
 
 
 def test_a_closed_stream_is_not_given_to_the_next_file(tmp_path):
