@@ -148,32 +148,36 @@ def test_a_store_that_is_silent_or_gone_ends_the_waiting_processes_within_second
     """torchrun's: dead from the start, killed or stopped while they wait, or a stopped one that takes connections."""
     for name, code in (("store", STORE), ("join", JOIN)):
         (tmp_path / f"{name}.py").write_text(code)
-    stores = {what: forks.start(tmp_path / "store.py", [], script_env(tmp_path), tmp_path / what)
-              for what in ("killed", "stopped")}
-    with socket.create_server(("127.0.0.1", 0)) as deaf, socket.create_server(("127.0.0.1", 0)) as closed:
-        ports = dict(deaf=deaf.getsockname()[1], dead=closed.getsockname()[1])
-        closed.close()
-        for what in stores:
-            until(lambda what=what: (tmp_path / what).exists() and (tmp_path / what).read_text().endswith("\n"))
-            ports[what] = int((tmp_path / what).read_text())
-        members = {}
-        for what, port in ports.items():
-            for rank in (0, 1):
-                env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank,
-                           LOCAL_RANK=0, WORLD_SIZE=4)
-                members[what, rank] = forks.start(tmp_path / "join.py", [], script_env(tmp_path, env),
-                                                  tmp_path / f"{what}{rank}")
-        time.sleep(2)      # some still start, some wait for the others
-        kill(stores["killed"])
-        os.kill(stores["stopped"].pid, signal.SIGSTOP)
-        known = re.compile(r"nothing answers at 127|this run's store has been without an answer|no answer from 127")
-        for (what, rank), process in members.items():
-            said = tmp_path / f"{what}{rank}"
-            until(lambda said=said: known.search(said.read_text()), 20)
-            process.terminate()      # as torchrun would; a rank above 0 waits for that
-            process.join(20)
-            assert process.exitcode == 1 and "Traceback" not in said.read_text(), (what, rank, said.read_text())
-    kill(stores["stopped"])
+    started = []
+
+    def start(script, output, **env):
+        started.append(forks.start(tmp_path / script, [], script_env(tmp_path, env), output))
+        return started[-1]
+    try:
+        stores = {what: start("store.py", tmp_path / what) for what in ("killed", "stopped")}
+        with socket.create_server(("127.0.0.1", 0)) as deaf, socket.create_server(("127.0.0.1", 0)) as closed:
+            ports = dict(deaf=deaf.getsockname()[1], dead=closed.getsockname()[1])
+            closed.close()
+            for what in stores:
+                until(lambda what=what: (tmp_path / what).exists() and (tmp_path / what).read_text().endswith("\n"))
+                ports[what] = int((tmp_path / what).read_text())
+            members = {(what, rank): start("join.py", tmp_path / f"{what}{rank}", MASTER_ADDR="127.0.0.1",
+                                           MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True", RANK=rank,
+                                           LOCAL_RANK=0, WORLD_SIZE=4)
+                       for what, port in ports.items() for rank in (0, 1)}
+            time.sleep(2)      # some still start, some wait for the others
+            kill(stores["killed"])
+            os.kill(stores["stopped"].pid, signal.SIGSTOP)
+            known = re.compile(r"nothing answers at 127|this run's store has been without an answer|no answer from 127")
+            for (what, rank), process in members.items():
+                said = tmp_path / f"{what}{rank}"
+                until(lambda said=said: known.search(said.read_text()), 20)
+                process.terminate()      # as torchrun would; a rank above 0 waits for that
+                process.join(20)
+                assert process.exitcode == 1 and "Traceback" not in said.read_text(), (what, rank, said.read_text())
+    finally:
+        for process in started:
+            kill(process)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
