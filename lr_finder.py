@@ -63,6 +63,7 @@ def main(argv=None):
             finished = True
         except StopRequested:
             runtime.print("stopped; nothing was written")
+            raise SystemExit(130)
         finally:
             tracker.close(finished)
         del run      # its DDP object must not outlive the process group, see start()

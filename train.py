@@ -525,7 +525,7 @@ def dry_run(config, runtime):
                 loop(run, progress, small, runtime, log, hellaswag)
         except StopRequested:
             runtime.print("the dry run was stopped")
-            return
+            raise SystemExit(130)
         checkpoint.restore_optimizer(
             run, runtime.broadcast(lambda: checkpoint.find_checkpoint(small, runtime.print), on_device=True))
         shares = dict(HellaSwag=DRY_RUN_ITEMS / N_EXAMPLES)      # of a full evaluation that were done here

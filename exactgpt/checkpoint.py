@@ -79,6 +79,14 @@ def is_finite(entries):
                if isinstance(tensor, torch.Tensor))
 
 
+def require_finite(state, source):
+    """Return a state dict to train from. Raises CheckpointError if it contains inf or NaN."""
+    if not is_finite(state):
+        raise CheckpointError(f"the weights in {source} contain inf or NaN: they cannot be trained; use an older "
+                              "checkpoint or another model")
+    return state
+
+
 def write_checkpoint(runtime, path, entries):
     """Write a checkpoint on rank 0; return on every rank "", or why it could not be written: the disk may be full.
 

@@ -204,6 +204,8 @@ def run_script(main):
             launch.require_output(False)      # Python flushes it once more as it ends
     except KeyboardInterrupt:
         leave(130)
+    except SystemExit as error:
+        leave(error.code)
     except UserError as error:
         status, rank = 1 if isinstance(error, RunFailed) else 2, 0
         with contextlib.suppress(UserError):      # `error` itself, if the environment is wrong: each process reports it
@@ -222,7 +224,7 @@ def leave(status):
     """End the process with a status."""
     if "RANK" in os.environ:
         sys.stdout.flush()
-        os._exit(status)      # not sys.exit: interpreter shutdown aborts while a process group exists
+        os._exit(status or 0)      # not sys.exit: interpreter shutdown aborts while a process group exists
     sys.exit(status)
 
 

@@ -55,6 +55,7 @@ class Runtime:
     slow_steps: bool = False   # steps last so long that a stop is checked for within them
     starting: bool = True      # until setup_done(): there is nothing to save yet, and compilation may take minutes
     ended: bool = False        # the work is over, the watch has nothing to watch
+    hidden: Path | None = None     # the folder of a dry run, to be deleted
     hangs: bool = False        # no progress for patience_s; the watch reports why
     timeout_s: float = RunConfig.timeout    # once the first step is done: more than rank 0 does alone, a save
     patience_s: float = START_TIMEOUT_S     # how long to wait for the other ranks now
@@ -176,6 +177,12 @@ class Runtime:
             return received if on_device else received.cpu()
         return tree_map_only(torch.Tensor, send, value if self.is_main else box[0])
 
+    def delete_hidden(self):
+        """Delete the folder of a dry run, if there is one. Raises FolderLost."""
+        if self.hidden:
+            FolderLock.check(self.hidden)
+            shutil.rmtree(self.hidden, ignore_errors=True)
+
     def setup_done(self):
         """Note that set-up is over on all ranks. Raises StopRequested if a rank was signalled meanwhile."""
         self.check_for_stop()
@@ -288,12 +295,11 @@ def temporary_folder(runtime, place):
     place = Path(place).resolve()
     hidden = next(path for path in (place, *place.parents) if path.exists()) / ".dry_run"     # rank 0's counts
     with lock_folder(hidden, runtime):
+        runtime.hidden = hidden if runtime.is_main else None
         try:
             yield runtime.broadcast(renew)
         finally:
-            if runtime.is_main:
-                FolderLock.check(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
+            runtime.delete_hidden()
 
 
 def seed_everything(*key):

@@ -124,7 +124,7 @@ def open_base_model(config, runtime):
     """Return (GPT on the device, Tokenizer, {"source", "sha256"}) of --init_from, cropped. Raises UserError."""
     def read():
         opened = open_model(config.init_from, tokenizer=config.tokenizer).with_tokenizer()
-        state = opened.model.state_dict()
+        state = checkpoint.require_finite(opened.model.state_dict(), config.init_from)
         return dict(config=opened.model.config_dict(), model=state, tokenizer=opened.tokenizer.to_checkpoint(),
                     sha256=checkpoint.weights_hash(state), title=opened.summary())
     stored = runtime.broadcast(read)
@@ -351,7 +351,7 @@ def train(run, progress, config, runtime, evaluate, write_results):
         except StopRequested:           # raised on all ranks at the same collective
             if config.dry_run:
                 runtime.print("the dry run was stopped")
-                return
+                raise SystemExit(130)
             if progress.step > first_step:
                 save_state(run, progress, config, runtime)
             runtime.print(checkpoint.stop_message(progress))

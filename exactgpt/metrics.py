@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import FolderLock, FolderLost, atomic_write, human_bytes, human_time
+from exactgpt.config import FolderLock, FolderLost, UserError, atomic_write, human_bytes, human_time
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit
@@ -178,7 +178,7 @@ class AppendFile:
     """A log that lines are appended to, each beginning with its step; failed writes are retried with the next line."""
 
     def __init__(self, path, first_step):
-        """Open the file to append to it; create it if it does not exist. Raises UserError, OSError."""
+        """Open the file to append to it; create it if it does not exist. Raises UserError."""
         # Lines from `first_step` on, and torn ones, are deleted: a run that resumes at step k logs step k again.
         self._path, self._pending, self._warned = path, b"", False
         if path.exists():
@@ -186,7 +186,10 @@ class AppendFile:
             whole = [re.match(r'(?:\{"step": )?(\d+)\b.*\n', line) for line in lines]
             with atomic_write(path, "w") as f:
                 f.writelines(line[0] for line in whole if line and int(line[1]) < first_step)
-        self.file = open(path, "ab", buffering=0)
+        try:
+            self.file = open(path, "ab", buffering=0)
+        except OSError as error:      # the disk is full, or has no more room for names
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def write(self, line):
         """Append a line, which includes its newline, after those that could not be written. Warns once."""
@@ -308,6 +311,7 @@ class Tracker:
         for name in ("mlflow", "alembic"):          # they report every table that a new store gets
             logging.getLogger(name).setLevel(logging.WARNING)
         folder = self._log_dir.resolve()
+        FolderLock.check(self._log_dir)             # again: the import took seconds, and MLflow would create the folder
         client = MlflowClient(f"sqlite:///{folder / STORE}")
         experiment = client.get_experiment_by_name(self._experiment)
         # Without an explicit location MLflow would put the artifacts into ./mlruns.

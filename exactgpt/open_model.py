@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, weights_hash
+from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, require_finite, weights_hash
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, load_tokenizer
 from model import GPT, GPTConfig
@@ -91,7 +91,7 @@ def open_weights(source, tokenizer, folder):
     rows = opened.model.config.vocab_size
     if tokenizer.n_vocab > rows:
         raise UserError(f"{source} has a vocabulary of {rows}, but the shards need {tokenizer.n_vocab}")
-    return dict(config=opened.model.config_dict(), model=opened.model.state_dict())
+    return dict(config=opened.model.config_dict(), model=require_finite(opened.model.state_dict(), source))
 
 
 def _open_adapter(folder, tokenizer):

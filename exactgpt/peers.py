@@ -182,6 +182,7 @@ def watch_run(runtime, store, hosts):
                     stop_time = time.monotonic()
         if runtime.starting and stop_time and time.monotonic() - stop_time > START_GRACE_S:
             runtime.print("stopped during set-up; there was nothing to save")
+            runtime.delete_hidden()
             os._exit(0)
         idle_s = 0.0 if runtime.alone or runtime.ended else time.monotonic() - runtime.last_progress
         if idle_s > runtime.patience_s and not runtime.hangs:

@@ -14,7 +14,7 @@ from exactgpt import distributed
 from exactgpt.checkpoint import write_checkpoint
 from exactgpt.config import FolderLock, FolderLost, RunFailed, UserError, atomic_write, new_folder, write_json
 from exactgpt.dataloader import TokenStream
-from exactgpt.metrics import Tracker
+from exactgpt.metrics import AppendFile, Tracker
 from exactgpt.shards import ShardFolder
 from tests.common import TINY, cpu_runtime, read_metrics
 from tests.killed_runs import SCRIPT
@@ -192,6 +192,13 @@ def test_a_folder_lost_during_a_write_keeps_what_its_new_owner_is_writing(tmp_pa
         logs.mkdir()
         (logs / "model_00010.pt.tmp").write_bytes(b"half of the other's")
     assert [path.name for path in logs.iterdir()] == ["model_00010.pt.tmp"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+def test_a_log_that_cannot_be_created_is_one_line(tmp_path, name):
+    (tmp_path / name).symlink_to(tmp_path / "absent" / name)
+    with pytest.raises(UserError, match=rf"cannot write .*{name}: No such file or directory"):
+        AppendFile(tmp_path / name, 0)
 
 
 def test_the_tracker_writes_nothing_in_a_lost_folder(tmp_path, monkeypatch):

@@ -26,6 +26,16 @@ def test_the_rank_that_hangs_is_named_with_its_host_and_comes_first(places, word
     assert describe_hang(places, HOSTS) == words
 
 
+def test_a_dry_run_stopped_during_set_up_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "START_GRACE_S", 0.1)
+    runtime, ends = cpu_runtime(), []
+    runtime.hidden, runtime.stop_signal = tmp_path / ".dry_run", "SIGTERM"
+    runtime.hidden.mkdir()
+    monkeypatch.setattr(os, "_exit", lambda status: (ends.append(status), setattr(runtime, "ended", True)))
+    peers.watch_run(runtime, peers.Store(dist.HashStore(), 0), {})
+    assert ends == [0] and not (tmp_path / ".dry_run").exists()
+
+
 @pytest.mark.parametrize("recovers", [True, False])
 def test_a_run_that_was_only_slow_goes_on_and_one_that_torch_does_not_end_is_ended(monkeypatch, recovers):
     ends, reports = [], []

@@ -141,6 +141,20 @@ def test_two_processes_with_other_micro_batches_see_the_same_losses(make_shards,
     assert len(one) == 12 and np.allclose(one, two, rtol=1e-4)
 
 
+def test_a_sweep_that_is_stopped_says_so_by_its_status_too(make_shards, tmp_path, monkeypatch, capsys):
+    real = lr_finder.train_step
+
+    def step_during_which_a_signal_comes(run, config, runtime, tokens, step):
+        runtime.stop_signal = "SIGTERM"
+        return real(run, config, runtime, tokens, step)
+    monkeypatch.setattr(lr_finder, "train_step", step_during_which_a_signal_comes)
+    with pytest.raises(SystemExit) as ended:
+        lr_finder.main(list(map(str, (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 64, "--log_dir",
+                                      tmp_path / "logs"))))
+    assert ended.value.code == 130 and "stopped; nothing was written" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == [".lock"]
+
+
 LAUNCHED = dict(WORLD_SIZE="8", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
 
 

@@ -8,7 +8,7 @@ import finetune_classifier
 import train
 from exactgpt import checkpoint, finetune
 from exactgpt.checkpoint import checkpoint_path, list_checkpoints, newest_valid, read_checkpoint, save_checkpoint
-from exactgpt.config import RunFailed
+from exactgpt.config import RunFailed, UserError
 from tests.common import TINY, logged_losses
 from tests.killed_runs import checkpoint_differences
 
@@ -111,6 +111,18 @@ def test_fine_tuning_keeps_its_last_good_state_and_its_best_epoch(classifier_fla
     finetune_classifier.main(flags)
     assert "resuming from step 7" in capsys.readouterr().out
     assert checkpoint.is_finite(read_checkpoint(tmp_path / "out" / "classifier.pt"))
+
+
+def test_weights_to_start_from_are_refused(byte_model, classifier_flags, make_shards, tmp_path):
+    stored = read_checkpoint(byte_model[0])
+    stored["model"]["transformer.wte.weight"][7, 0] = math.nan
+    save_checkpoint(byte_model[0], stored)
+    with pytest.raises(UserError, match=r"the weights in .*base\.pt contain inf or NaN: they cannot be trained"):
+        finetune_classifier.main(list(map(str, classifier_flags(tmp_path / "out"))))
+    flags = ["--init_from", byte_model[0], "--data_dir", make_shards([3000], vocab=256), "--total_batch_size", 64,
+             "--log_dir", tmp_path / "logs", "--device", "cpu", "--hellaswag_every", 0]
+    with pytest.raises(UserError, match=r"the weights in .*base\.pt contain inf or NaN: they cannot be trained"):
+        train.main(list(map(str, flags)))
 
 
 def test_a_large_number_is_finite_although_the_sum_of_all_is_not():

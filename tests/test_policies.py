@@ -147,9 +147,10 @@ def test_a_dry_run_that_is_stopped_says_so_and_nothing_else(make_shards, tmp_pat
         runtime.stop_signal = "SIGTERM"
         return real(run, config, runtime, tokens, step)
     monkeypatch.setattr(train, "train_step", step_during_which_a_signal_comes)
-    start(make_shards, tmp_path, "--max_steps", 5, "--dry_run")
+    with pytest.raises(SystemExit) as ended:
+        start(make_shards, tmp_path, "--max_steps", 5, "--dry_run")
     out = capsys.readouterr().out
-    assert out.endswith("the dry run was stopped\n") and "full run" not in out
+    assert out.endswith("the dry run was stopped\n") and "full run" not in out and ended.value.code == 130
 
 
 def test_the_weights_that_a_run_starts_with_are_no_best_model(make_shards, tmp_path, monkeypatch):

@@ -312,5 +312,5 @@ def test_a_dry_run_that_is_stopped_forecasts_nothing(run, make_shards, tmp_path)
     rc, out, err = run("tests/accidents.py", *TINY, "--total_batch_size", 64, "--eval_every", 1, "--data_dir",
                        make_shards([900], val_sizes=[100]), "--log_dir", tmp_path / "logs", "--dry_run",
                        env={"ACCIDENT": "term:validate:2"})
-    assert rc == 0 and "the dry run was stopped" in out and "takes about" not in out, err
+    assert rc == 130 and "the dry run was stopped" in out and "takes about" not in out, err
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
