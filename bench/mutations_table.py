@@ -251,7 +251,7 @@ MUTATIONS = [
      "tests/test_not_finite.py"),
     ("exactgpt/checkpoint.py", "    if ends:\n        raise error", "    if False:\n        raise error",
      "tests/test_failures.py"),
-    ("exactgpt/finetune.py", "and all(map(math.isfinite, score))\n", "\n", "tests/test_not_finite.py"),
+    ("exactgpt/finetune.py", "and all(map(math.isfinite, score))\n", "\n", "tests/test_finetune.py"),
     ("exactgpt/finetune.py", "checkpoint.delete_old_checkpoints(config.out, 2, progress.step, \"state\")",
      "checkpoint.delete_old_checkpoints(config.out, 1, progress.step, \"state\")",
      "tests/test_finetune_classifier.py"),

@@ -29,7 +29,7 @@ from exactgpt.distributed import Runtime, temporary_folder
 from exactgpt.open_model import build_model, newest_model, open_model
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from model import GPT, GPTConfig
-from tests.common import gpt_from_transformers, in_our_layout
+from tests.common import cpu_runtime, gpt_from_transformers, in_our_layout
 
 IDS = torch.randint(65, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -422,7 +422,7 @@ def test_weights_in_half_precision_open_in_fp32(tmp_path):
 
 def test_a_dry_run_is_never_the_newest_model_and_is_gone_after_an_error(tmp_path):
     save_checkpoint(checkpoint_path(tmp_path, 7), dict(step=7))
-    runtime = SimpleNamespace(is_main=True, broadcast=lambda action: action(), on_all_ranks=lambda action: action())
+    runtime = cpu_runtime()
     left = checkpoint_path(tmp_path / ".dry_run" / "run", 1)       # of one that was killed
     left.parent.mkdir(parents=True)
     left.touch()

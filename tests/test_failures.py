@@ -237,7 +237,7 @@ def test_who_waits_for_a_folder_that_is_deleted_meanwhile_gets_the_new_one(tmp_p
 def test_a_run_whose_folder_was_made_anew_ends_and_leaves_it_alone(disturbed, make_shards, tmp_path):
     logs = tmp_path / "logs"
     rc, out = disturbed(6, f"rm -r {logs}; mkdir {logs}; echo x > {logs}/metrics.jsonl", *FLAGS, "--data_dir",
-                        make_shards([3000]), "--log_dir", logs, "--max_steps", 2000)
+                        make_shards([3000]), "--log_dir", logs, "--max_steps", 2000, "--checkpoint_every", 0)
     assert rc == 1 and out.count("was deleted, moved, or taken over by another run, so this run ends") == 1, out
     assert "Traceback" not in out and "step    8/2000" not in out
     assert [path.name for path in logs.iterdir()] == ["metrics.jsonl"] and (logs / "metrics.jsonl").read_text() == "x\n"

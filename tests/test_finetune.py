@@ -36,7 +36,7 @@ def tuned(folder, scores, **flags):
     def evaluate():
         note(noted.evaluated)
         score = scores[len(noted.evaluated) - 1]
-        return (score,), dict(val_loss=-score)
+        return (score, -score), dict(val_loss=-score)
 
     def write_results():
         note(noted.written)
@@ -48,6 +48,7 @@ def tuned(folder, scores, **flags):
 @pytest.mark.parametrize("scores, best", [
     ([9, 1, 3, 2, 3], 2),                    # not the untrained model, and the first of equals
     ([0, 1, 2, 3], 3), ([0, 3, 2, 1], 1), ([0, math.nan, 1, math.nan], 2),
+    ([0, 1, math.inf, 2], 3),                # as the F1 of a classifier whose loss is NaN may be the highest
 ])
 def test_the_results_are_those_of_the_best_epoch(tmp_path, scores, best):
     found = tuned(tmp_path, scores)
