@@ -300,8 +300,14 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
             runtime.print("torch.compile is off: it does not work on another rank")
         compile = False
 
-    def rows(size):      # (B, T) twice, each contiguous like those of validation
-        return (torch.zeros(size, model.config.block_size, dtype=torch.long, device=runtime.device) for _ in range(2))
+    def validate_zeros(compiled, size):
+        x, y = (torch.zeros(size, model.config.block_size, dtype=torch.long, device=runtime.device) for _ in range(2))
+        model.eval()
+        try:
+            with torch.no_grad(), runtime.autocast():
+                compiled(x, y, reduction="sum")
+        finally:
+            model.train()
 
     def wrap(compile):
         compiled = torch.compile(model, dynamic=False) if compile else model
@@ -312,7 +318,7 @@ def compile_and_wrap(model, plan, config, runtime, wanted_rows):
         size = device.find_micro_batch_size(ddp, model.config.block_size, wanted_rows, plan.local_windows, runtime,
                                             insist=bool(config.micro_batch_size), compiled=compile)
         if compile and config.eval_every:      # validation has a graph of its own
-            device.check_compilation(lambda: validation_sum(model, compiled, *rows(size), runtime), runtime)
+            device.check_compilation(lambda: validate_zeros(compiled, size), runtime)
         return compiled, ddp, dict(attention=attention, compile=compile, micro_batch_size=size)
     if compile:
         runtime.print("compiling: a minute or two, unless it is in the cache")
@@ -381,25 +387,18 @@ def train_step(run, config, runtime, tokens, step):
 # ---- evaluation ---------------------------------------------------------
 
 @torch.no_grad()
-def validation_sum(raw_model, compiled, x, y, runtime):
-    """Return the loss in nats of a batch x, y (B, T), summed over its targets."""
-    raw_model.eval()
-    try:
-        with runtime.autocast():
-            return compiled(x, y, reduction="sum")
-    finally:
-        raw_model.train()
-
-
 def validate(run, config, runtime):
     """Return (mean loss in nats, tokens) over the first val_tokens of the val split. Raises StopRequested."""
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
     loss, count = torch.zeros((), device=runtime.device), 0
+    run.raw_model.eval()
     batches = val_batches(run.val_stream, n_windows, run.micro_batch_size, runtime)
     for x, y in tqdm(batches, "validation", unit="batch", leave=False, disable=None if runtime.is_main else True):
-        loss = loss + validation_sum(run.raw_model, run.compiled, x, y, runtime)
+        with runtime.autocast():
+            loss = loss + run.compiled(x, y, reduction="sum")
         count += int((y != IGNORED).sum())
         runtime.check_for_stop()
+    run.raw_model.train()
     # Sum over ranks, then divide: a mean of means would give too much weight to ranks whose last batch is padding.
     loss, count = runtime.sum(loss, count)
     return loss / count, int(count)

@@ -12,8 +12,6 @@ A resumed run is bitwise equal to one that was never killed (on a GPU with --det
 5. warm_up settles the order of DDP's sums.
 Only the count of updates skipped in a row starts again at 0.
 """
-from exactgpt.launch import command_line
-
 import contextlib
 import datetime
 import hashlib
@@ -32,6 +30,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
+from exactgpt import launch
 from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
@@ -101,22 +100,31 @@ def write_checkpoint(runtime, path, entries):
                                 "folder, with a lower --max_lr or another --seed")
             save_checkpoint(path, entries)
             print(f"step {entries['step']}: wrote {path} ({human_bytes(path.stat().st_size)})", flush=True)
-        except RunFailed as failure:
-            error = failure
         except UserError as problem:
             error = problem
-            print(f"warning: checkpoint not written (older ones are intact): {problem}", flush=True)
+            if not isinstance(error, RunFailed):
+                print(f"warning: checkpoint not written (older ones are intact): {error}", flush=True)
     failed, ends = runtime.sum(error is not None, isinstance(error, RunFailed))
     if ends:
         raise error or RunFailed("rank 0 says why")
     return str(error or "rank 0 could not write it") if failed else ""
 
 
+def write_and_rotate(runtime, progress, folder, keep, entries, kind="model"):
+    """Write the numbered checkpoint of progress.step and keep the newest few; return as `write_checkpoint` does."""
+    problem = write_checkpoint(runtime, checkpoint_path(folder, progress.step, kind), entries)
+    progress.save_failed = bool(problem)
+    # While updates are being skipped, something is wrong, and an older checkpoint may be the last good one.
+    if runtime.is_main and not problem and not progress.skipped.in_a_row:
+        delete_old_checkpoints(folder, keep, progress.step, kind)
+    return problem
+
+
 def stop_message(progress):
     """Return what to print after a stop: what is lost, and the command that continues."""
     lost = ("the checkpoint could not be written, so the steps since the last one will be repeated"
             if progress.save_failed else "nothing is lost")
-    return f"stopped before step {progress.step}, {lost}; the same command continues:\n{command_line()}"
+    return f"stopped before step {progress.step}, {lost}; the same command continues:\n{launch.command_line()}"
 
 
 def model_entries(run, progress):
@@ -127,14 +135,10 @@ def model_entries(run, progress):
 
 def save(run, progress, config, runtime, finished=False):
     """Write model_XXXXX.pt, to resume from; keep the newest few. Raises RunFailed if the last one cannot be written."""
-    problem = write_checkpoint(runtime, checkpoint_path(config.log_dir, progress.step), dict(
+    problem = write_and_rotate(runtime, progress, config.log_dir, config.keep_checkpoints, dict(
         model_entries(run, progress), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
         best_val_loss=progress.best_val_loss, last_step=progress.last_step, train_config=asdict(config),
         resolved=run.resolved, data=run.shards.fingerprint(), finished=finished, provenance=run.provenance))
-    progress.save_failed = bool(problem)
-    # While updates are being skipped, something is wrong, and an older checkpoint may be the last good one.
-    if runtime.is_main and not problem and not progress.skipped.in_a_row:
-        delete_old_checkpoints(config.log_dir, config.keep_checkpoints, progress.step)
     if finished and problem:
         raise RunFailed(f"the last checkpoint could not be written: {problem}. The same command repeats the steps "
                         "since the newest one")

@@ -195,7 +195,7 @@ def run_script(main):
             main()
             sys.stdout.flush()
         except (OSError, ValueError) as error:
-            if error is not getattr(sys.stdout, "lost", None):
+            if not launch.is_lost_output(error):
                 raise
             if isinstance(error, BrokenPipeError):      # the reader, as in `... | head`, has what it wanted
                 leave(0)

@@ -1,6 +1,7 @@
 """Detect the hardware and resolve "auto" for device, dtype, compile, attention and micro-batch size."""
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -215,8 +216,7 @@ def find_micro_batch_size(module, block_size, wanted, local_windows, runtime, in
     if runtime.device.type != "cuda" and not compiled:
         return size
     while size:
-        def trial(size=size):
-            return fits_in_memory(module, block_size, size, runtime)
+        trial = functools.partial(fits_in_memory, module, block_size, size, runtime)
         fits = check_compilation(trial, runtime) if compiled else trial()
         if not runtime.sum(not fits)[0]:
             return size

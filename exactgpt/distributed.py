@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -28,7 +27,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from exactgpt.config import FolderLock, RunConfig, RunFailed, UserError, read_ranks
+from exactgpt import launch
+from exactgpt.config import FolderLock, FolderLost, RunConfig, RunFailed, UserError, read_ranks
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
 from exactgpt.peers import HANG_GRACE_S, Store, peer_failure, report_error, time_limit, wait_for_peers, watch_run
 
@@ -55,7 +55,7 @@ class Runtime:
     slow_steps: bool = False   # steps last so long that a stop is checked for within them
     starting: bool = True      # until setup_done(): there is nothing to save yet, and compilation may take minutes
     ended: bool = False        # the work is over, the watch has nothing to watch
-    hidden: Path | None = None     # the folder of a dry run, to be deleted
+    hidden: Path | None = None     # on rank 0 of a dry run: its folder, to be deleted
     hangs: bool = False        # no progress for patience_s; the watch reports why
     timeout_s: float = RunConfig.timeout    # once the first step is done: more than rank 0 does alone, a save
     patience_s: float = START_TIMEOUT_S     # how long to wait for the other ranks now
@@ -178,10 +178,11 @@ class Runtime:
         return tree_map_only(torch.Tensor, send, value if self.is_main else box[0])
 
     def delete_hidden(self):
-        """Delete the folder of a dry run, if there is one. Raises FolderLost."""
+        """Delete the folder of a dry run, if there is one and it is still this run's."""
         if self.hidden:
-            FolderLock.check(self.hidden)
-            shutil.rmtree(self.hidden, ignore_errors=True)
+            with contextlib.suppress(FolderLost):
+                FolderLock.check(self.hidden)
+                shutil.rmtree(self.hidden, ignore_errors=True)
 
     def setup_done(self):
         """Note that set-up is over on all ranks. Raises StopRequested if a rank was signalled meanwhile."""
@@ -244,7 +245,7 @@ def start(config):
             dist.barrier()    # fails if rank 0 failed in what it does alone at the end
     except BaseException as error:
         known_to_all = isinstance(error, (SystemExit, RunFailed)) or (isinstance(error, UserError) and runtime.starting)
-        if known_to_all or world_size == 1 or error is getattr(sys.stdout, "lost", None):     # run_script reports these
+        if known_to_all or world_size == 1 or launch.is_lost_output(error):     # run_script reports these
             raise
         # A failed rank must not wait for the others on its way out: torchrun sees it end and stops them.
         if not runtime.hangs:

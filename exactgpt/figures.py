@@ -290,7 +290,7 @@ def style_axes(ax, title):
 
 
 def shorten(text, length):
-    """Return the text, cut to `length` characters with an ellipsis if it is longer, and without what no font has."""
+    """Return the text, cut to `length` characters with an ellipsis if it is longer, and without undecoded bytes."""
     text = launch.printable(text)
     return text if len(text) <= length else text[:length - 1] + "\u2026"
 

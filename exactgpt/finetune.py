@@ -290,7 +290,7 @@ def loop(run, progress, config, runtime, log, evaluate):
         runtime.raise_if_stopping()                   # the last all-reduce has told all ranks
         step, last = progress.step, progress.step == progress.last_step
 
-        # once an epoch: validation (all ranks take part), and the state, unless this start began with it
+        # once an epoch: validation (all ranks take part)
         if step % run.steps_per_epoch == 0 or last:
             epoch = -(-step // run.steps_per_epoch)   # a dry run ends within the first
             run.model.eval()
@@ -299,12 +299,10 @@ def loop(run, progress, config, runtime, log, evaluate):
             run.model.train()
             if epoch == 0:
                 progress.first = metrics
-            weights = trained_weights(run.model)
-            # A loss or weight that is not finite is never better, whatever the other metrics are.
-            better = (epoch > 0 and score > progress.best["score"] and all(map(math.isfinite, score))
-                      and checkpoint.is_finite(weights))
+            # A loss that is not finite is never better, however high the other metrics are.
+            better = epoch > 0 and score > progress.best["score"] and all(map(math.isfinite, score))
             if better:
-                weights = {name: w.to("cpu", copy=True) for name, w in weights.items()}
+                weights = {name: w.to("cpu", copy=True) for name, w in trained_weights(run.model).items()}
                 progress.best = dict(score=score, epoch=epoch, facts=metrics, weights=weights)
             words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + " (the best so far)" * better
             log.note(step, f"epoch {epoch}/{config.num_epochs}: {words}", epoch=epoch, **metrics)
@@ -313,6 +311,8 @@ def loop(run, progress, config, runtime, log, evaluate):
             if not last and config.patience and best and epoch - best >= config.patience:
                 runtime.print(f"stopped early: no better epoch in the last {config.patience}, the best was {best}")
                 progress.last_step, last = step, True
+
+        # once an epoch: the state, unless this start began with it; sooner again if the disk was full
         epoch_ends = step % run.steps_per_epoch == 0 or last
         if step > first_step and (epoch_ends or (progress.save_failed and step % checkpoint.RETRY_STEPS == 0)):
             save_state(run, progress, config, runtime)
@@ -428,14 +428,10 @@ def read_state(config, notice):
 
 def save_state(run, progress, config, runtime):
     """Write what the run resumes from, and keep the state before it, in case this one is damaged."""
-    path = checkpoint.checkpoint_path(config.out, progress.step, "state")
-    problem = checkpoint.write_checkpoint(runtime, path, dict(
+    checkpoint.write_and_rotate(runtime, progress, config.out, 2, dict(
         {name: getattr(progress, name) for name in STORED}, base=run.base, data=run.data_hash, config=asdict(config),
         trained=trained_weights(run.model), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
-        finished=False))
-    progress.save_failed = bool(problem)
-    if runtime.is_main and not problem and not progress.skipped.in_a_row:
-        checkpoint.delete_old_checkpoints(config.out, 2, progress.step, "state")
+        finished=False), kind="state")
 
 
 def finish_state(progress, config, runtime):

@@ -53,7 +53,7 @@ def fill_closed_streams():
 
 
 def escape(error):
-    """Encode what an encoding lacks: a file name's undecodable bytes as they are, other letters as \\xfc or \\u2019."""
+    """Encode what an encoding lacks: a file name's undecodable bytes as they are, characters as \\xfc or \\u2019."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -61,7 +61,7 @@ def escape(error):
 
 
 def printable(text):
-    """Return a text with whole characters only, also one from a command line in a locale without them (LC_ALL=C)."""
+    """Return a text without undecoded bytes, which Python makes of a command line in a locale like LC_ALL=C."""
     return text.encode("utf-8", "escape").decode("utf-8", "replace")
 
 
@@ -105,6 +105,11 @@ def guard_streams():
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="escape")
             setattr(sys, name, Output(stream))
+
+
+def is_lost_output(error):
+    """Return True if the error is that of writing required output."""
+    return error is getattr(sys.stdout, "lost", None)
 
 
 def require_output(required=True):

@@ -90,16 +90,16 @@ def open_store(runtime, host, port, timeout_s):
     """Return the TCPStore at an address. Rank 0 makes it, unless torchrun has. Raises RunFailed if there is none."""
     # torchrun's store was there before this process: without an answer torchrun is dead, even if it died too early for
     # the kernel to tell this process (launch.py). Other launchers have none, and there rank 0 may come late.
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = runtime.rank == 0 and not by_torchrun
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = runtime.rank == 0 and not of_torchrun
 
     def answers():      # torch's own attempts print thirty lines each
         with contextlib.suppress(OSError):      # refused, no route, a name that is not known yet
             socket.create_connection((host, port), timeout=ANSWER_S).close()
             return True
-    deadline = time.monotonic() + (ANSWER_S if by_torchrun else timeout_s)
+    deadline = time.monotonic() + (ANSWER_S if of_torchrun else timeout_s)
     if not is_master and not wait_until(answers, deadline, runtime):
-        raise RunFailed(f"nothing answers at {host}:{port}, where {'torchrun' if by_torchrun else 'rank 0'} should be; "
+        raise RunFailed(f"nothing answers at {host}:{port}, where {'torchrun' if of_torchrun else 'rank 0'} should be; "
                         "look at its log")
     with time_limit(runtime.rank, ANSWER_S):
         return dist.TCPStore(host, port, multi_tenant=True, is_master=is_master,

@@ -55,6 +55,14 @@ def processes_with(mark):
     return {pid: command for pid, command in found.items() if command}      # without those that have ended
 
 
+def signalled_during(train_step):
+    """Return the train_step with a stop signal that comes during each step."""
+    def wrapped(run, config, runtime, *more):
+        runtime.stop_signal = "SIGTERM"
+        return train_step(run, config, runtime, *more)
+    return wrapped
+
+
 def torchrun_arguments(n, *more):
     """Return the arguments after `python` that start torchrun with n processes; more: further flags of torchrun."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *more]

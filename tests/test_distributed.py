@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from exactgpt import checkpoint
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
+from exactgpt.optimizer import StepResult
 from tests import two_ranks
 from tests.common import cpu_runtime, write_shards
 
@@ -58,7 +59,8 @@ def found(run_ranks, tmp_path_factory):
     data = write_shards(folder / "shards", [900], val_sizes=[two_ranks.VAL_TOKENS])
     codes, output = run_ranks(2, "tests/two_ranks.py", data, folder / "rank", timeout=60)
     assert codes == [0, 0], output
-    return [dict(torch.load(folder / f"rank{rank}.pt", weights_only=False), data=data) for rank in (0, 1)]
+    with torch.serialization.safe_globals([StepResult]):
+        return [dict(torch.load(folder / f"rank{rank}.pt"), data=data) for rank in (0, 1)]
 
 
 def test_the_validation_loss_is_the_mean_over_all_tokens_of_all_ranks(found):

@@ -15,7 +15,7 @@ from exactgpt.dataloader import TokenStream
 from exactgpt.metrics import Tracker
 from exactgpt.shards import ShardFolder
 from lr_finder import FinderConfig, suggest, sweep, train_command
-from tests.common import TINY, cpu_runtime, logged_losses, mlflow_runs, torchrun
+from tests.common import TINY, cpu_runtime, logged_losses, mlflow_runs, signalled_during, torchrun
 
 CURVATURE = 4.0
 
@@ -142,12 +142,7 @@ def test_two_processes_with_other_micro_batches_see_the_same_losses(make_shards,
 
 
 def test_a_sweep_that_is_stopped_says_so_by_its_status_too(make_shards, tmp_path, monkeypatch, capsys):
-    real = lr_finder.train_step
-
-    def step_during_which_a_signal_comes(run, config, runtime, tokens, step):
-        runtime.stop_signal = "SIGTERM"
-        return real(run, config, runtime, tokens, step)
-    monkeypatch.setattr(lr_finder, "train_step", step_during_which_a_signal_comes)
+    monkeypatch.setattr(lr_finder, "train_step", signalled_during(lr_finder.train_step))
     with pytest.raises(SystemExit) as ended:
         lr_finder.main(list(map(str, (*TINY, "--data_dir", make_shards([3000]), "--total_batch_size", 64, "--log_dir",
                                       tmp_path / "logs"))))

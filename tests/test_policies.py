@@ -9,7 +9,7 @@ import torch
 import train
 from exactgpt.config import UserError
 from exactgpt.distributed import Runtime
-from tests.common import HELLASWAG_FILE, TINY, logged_losses, read_metrics, torchrun
+from tests.common import HELLASWAG_FILE, TINY, logged_losses, read_metrics, signalled_during, torchrun
 from tests.killed_runs import FLAGS, SCRIPT, SIZES
 
 
@@ -141,12 +141,7 @@ def test_a_stop_that_another_rank_was_asked_for_ends_this_one_too(make_shards, t
 
 
 def test_a_dry_run_that_is_stopped_says_so_and_nothing_else(make_shards, tmp_path, monkeypatch, capsys):
-    real = train.train_step
-
-    def step_during_which_a_signal_comes(run, config, runtime, tokens, step):
-        runtime.stop_signal = "SIGTERM"
-        return real(run, config, runtime, tokens, step)
-    monkeypatch.setattr(train, "train_step", step_during_which_a_signal_comes)
+    monkeypatch.setattr(train, "train_step", signalled_during(train.train_step))
     with pytest.raises(SystemExit) as ended:
         start(make_shards, tmp_path, "--max_steps", 5, "--dry_run")
     out = capsys.readouterr().out
