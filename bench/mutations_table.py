@@ -229,9 +229,9 @@ MUTATIONS = [
      "tests/test_failures.py"),
     ("exactgpt/config.py", "    FolderLock.check(path)\n    try:", "    try:", "tests/test_failures.py"),
     ("exactgpt/config.py", "    for path in missing:\n        sync(path.parent)", "", "tests/test_config.py"),
-    ("exactgpt/distributed.py", "            numbers.append(signal.SIGHUP)", "            pass",
+    ("exactgpt/distributed.py", "[*numbers, signal.SIGHUP]", "numbers",
      "tests/test_resume.py::test_a_stopped_run_saves_exits_0_and_goes_on_bitwise"),
-    ("exactgpt/distributed.py", "if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:", "if True:",
+    ("exactgpt/distributed.py", "numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else ", "",
      "tests/test_resume.py::test_a_hang_up_that_nohup_ignores_stops_nothing"),
     ("exactgpt/peers.py", "(ANSWER_S if of_torchrun else timeout_s)", "timeout_s",
      "tests/test_rendezvous.py::test_a_store_that_is_silent_or_gone_ends_the_waiting_processes_within_seconds"),
@@ -284,4 +284,5 @@ MUTATIONS = [
      "tests/test_failures.py"),
     ("exactgpt/checkpoint.py", "tensor.sum().isfinite() or tensor.isfinite().all()", "tensor.sum().isfinite()",
      "tests/test_not_finite.py"),
+    ("exactgpt/distributed.py", "        watch.join()", "        pass", "tests/test_hang_watch.py"),
 ]

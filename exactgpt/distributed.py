@@ -54,7 +54,7 @@ class Runtime:
     stopping: bool = False     # all ranks know that one of them has: raise_if_stopping() raises
     slow_steps: bool = False   # steps last so long that a stop is checked for within them
     starting: bool = True      # until setup_done(): there is nothing to save yet, and compilation may take minutes
-    ended: bool = False        # the work is over, the watch has nothing to watch
+    ended: threading.Event = field(default_factory=threading.Event)    # the work is over: the watch ends, too
     hidden: Path | None = None     # on rank 0 of a dry run: its folder, to be deleted
     hangs: bool = False        # no progress for patience_s; the watch reports why
     timeout_s: float = RunConfig.timeout    # once the first step is done: more than rank 0 does alone, a save
@@ -218,12 +218,7 @@ def start(config):
         hardware = probe_hardware(device)
         runtime = Runtime(rank, local_rank, world_size, device, hardware, choose_dtype(config.dtype, hardware),
                           timeout_s=getattr(config, "timeout", RunConfig.timeout))
-        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]      # Slurm can send the last ahead of the time limit
-        # A hang-up that nohup ignores stays ignored. torchrun handles it even under nohup: it passes it on to its
-        # workers, and kills those that do not end within 30 s.
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        previous = {number: signal.signal(number, runtime.note_stop) for number in numbers}
+        previous = {number: signal.signal(number, runtime.note_stop) for number in stop_signals()}
         if device.type == "cuda":
             torch.cuda.set_device(device)
         store, hosts = Store(dist.HashStore(), rank), {}
@@ -236,7 +231,8 @@ def start(config):
         if rank and not local_rank:    # one rank of each further node reports; rank 0 reports for its own
             report_error(rank, error)
         raise
-    threading.Thread(target=watch_run, args=(runtime, store, hosts), daemon=True, name="watch").start()
+    watch = threading.Thread(target=watch_run, args=(runtime, store, hosts), daemon=True, name="watch")
+    watch.start()
     try:
         yield runtime
         if grouped:
@@ -253,11 +249,21 @@ def start(config):
                          peer_failure(error) or f"it failed:\n{traceback.format_exc()}")
         os._exit(2 if isinstance(error, UserError) else 1)
     finally:
-        runtime.starting, runtime.ended = False, True
+        runtime.starting = False
+        runtime.ended.set()
+        watch.join()      # a thread that is inside torch while Python ends would abort the process
         for number, handler in previous.items():
             signal.signal(number, handler)
     if grouped:
         dist.destroy_process_group()
+
+
+def stop_signals():
+    """Return the signals that ask this process to stop."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]      # Slurm can send the last ahead of the time limit
+    # A hang-up that nohup ignores stays ignored. torchrun handles it even under nohup: it passes it on to its workers,
+    # and kills those that do not end within 30 s.
+    return numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*numbers, signal.SIGHUP]
 
 
 def make_process_group(runtime, store):

@@ -165,14 +165,13 @@ def wait_for_key(store, key, seconds):
 
 
 def watch_run(runtime, store, hosts):
-    """Watch one process, in a thread, until runtime.ended."""
+    """Watch one process, in a thread, until runtime.ended is set."""
     # During set-up: exit every rank with status 0 a few seconds after any of them was signalled. A main thread may be
     # compiling for minutes and cannot enter a collective meanwhile, so the request to stop travels through the store.
     # After runtime.patience_s without progress: find the rank that hangs and print it. HANG_GRACE_S later the
     # collectives time out, which ends the run; if they do not, this does.
     stop_time, n_hangs = None, 0
-    while not runtime.ended:
-        time.sleep(0.3)
+    while not runtime.ended.wait(0.3):
         if runtime.starting and stop_time is None:
             with contextlib.suppress(dist.DistError):      # the store is gone: the main thread will report that
                 if runtime.stop_signal:
@@ -184,7 +183,7 @@ def watch_run(runtime, store, hosts):
             runtime.print("stopped during set-up; there was nothing to save")
             runtime.delete_hidden()
             os._exit(0)
-        idle_s = 0.0 if runtime.alone or runtime.ended else time.monotonic() - runtime.last_progress
+        idle_s = 0.0 if runtime.alone else time.monotonic() - runtime.last_progress
         if idle_s > runtime.patience_s and not runtime.hangs:
             runtime.hangs, n_hangs = True, n_hangs + 1
             report_hang(runtime, store.below(f"hang {n_hangs}"), hosts)

@@ -3,11 +3,12 @@ import os
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from exactgpt import config, peers
+from exactgpt import config, distributed, peers
 from exactgpt.peers import describe_hang, main_thread_location, peer_failure
 from tests.common import cpu_runtime
 
@@ -26,12 +27,19 @@ def test_the_rank_that_hangs_is_named_with_its_host_and_comes_first(places, word
     assert describe_hang(places, HOSTS) == words
 
 
+def test_the_watch_has_ended_when_the_work_is_over():
+    """A thread in a request to the store, while Python ends, aborts the process: status 134 after a good run."""
+    with distributed.start(SimpleNamespace(device="cpu", dtype="fp32")):
+        assert "watch" in [thread.name for thread in threading.enumerate()]
+    assert "watch" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_a_dry_run_stopped_during_set_up_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "START_GRACE_S", 0.1)
     runtime, ends = cpu_runtime(), []
     runtime.hidden, runtime.stop_signal = tmp_path / ".dry_run", "SIGTERM"
     runtime.hidden.mkdir()
-    monkeypatch.setattr(os, "_exit", lambda status: (ends.append(status), setattr(runtime, "ended", True)))
+    monkeypatch.setattr(os, "_exit", lambda status: (ends.append(status), runtime.ended.set()))
     peers.watch_run(runtime, peers.Store(dist.HashStore(), 0), {})
     assert ends == [0] and not (tmp_path / ".dry_run").exists()
 
@@ -44,15 +52,15 @@ def test_a_run_that_was_only_slow_goes_on_and_one_that_torch_does_not_end_is_end
     monkeypatch.setattr(peers, "report_hang", lambda runtime, *_: reports.append(runtime.last_progress))
     runtime = cpu_runtime(world_size=2)
     runtime.starting, runtime.patience_s, runtime.last_progress = False, 1.0, time.monotonic() - 1.1
-    monkeypatch.setattr(os, "_exit", lambda status: (ends.append(status), setattr(runtime, "ended", True)))
+    monkeypatch.setattr(os, "_exit", lambda status: (ends.append(status), runtime.ended.set()))
     watch = threading.Thread(target=peers.watch_run, args=(runtime, peers.Store(dist.HashStore(), 0), {}))
     watch.start()
     begin = time.monotonic()
-    while not runtime.ended and time.monotonic() < begin + 1.5:
+    while not runtime.ended.is_set() and time.monotonic() < begin + 1.5:
         if reports and recovers:
             runtime.last_progress = time.monotonic()
         time.sleep(0.05)
-    runtime.ended = True
+    runtime.ended.set()
     watch.join()
     assert len(reports) == 1 and ends == ([] if recovers else [1]) and runtime.hangs != recovers
 
