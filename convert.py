@@ -17,7 +17,8 @@ import torch
 
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.config import RunFailed, TokenizerConfig, check_new, flag, human_bytes, parse_config, run_script
-from exactgpt.open_model import build_model, open_model, read_pretrained, write_pretrained
+from exactgpt.huggingface import read_pretrained, write_pretrained
+from exactgpt.open_model import build_model, open_model
 
 TEST_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
 

@@ -20,7 +20,8 @@ import torch
 from exactgpt.checkpoint import read_training_checkpoint, save_checkpoint
 from exactgpt.config import UserError
 from exactgpt.dataloader import TokenStream
-from exactgpt.open_model import open_model, write_pretrained
+from exactgpt.huggingface import write_pretrained
+from exactgpt.open_model import open_model
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import Tokenizer
 from finetune_instruct import encode_item, read_items

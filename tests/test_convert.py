@@ -10,7 +10,8 @@ import inference
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError, write_json
 from exactgpt.generation import generate_ids
-from exactgpt.open_model import open_model, state_to_huggingface, tokenizer_files
+from exactgpt.huggingface import state_to_huggingface, tokenizer_files
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 from tests.common import in_our_layout
@@ -85,17 +86,17 @@ def test_gpt_nano_converts_back_to_the_same_tensors(gpt_nano, tmp_path, capsys):
 ])
 def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, message):
     if damage == "weights":
-        monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
+        monkeypatch.setattr("exactgpt.huggingface.state_to_huggingface", lambda *args: {
             k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v
             for k, v in state_to_huggingface(*args).items()})
     if damage == "one bit":      # too small a change for the logits to show it
-        monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
+        monkeypatch.setattr("exactgpt.huggingface.state_to_huggingface", lambda *args: {
             k: v.nextafter(v + 1) if k.endswith("wte.weight") else v for k, v in state_to_huggingface(*args).items()})
     if damage == "config":
-        monkeypatch.setattr("exactgpt.open_model.write_json",
+        monkeypatch.setattr("exactgpt.huggingface.write_json",
                             lambda path, value: write_json(path, {**value, "activation_function": "gelu_new"}))
     if damage == "tokenizer":
-        monkeypatch.setattr("exactgpt.open_model.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
+        monkeypatch.setattr("exactgpt.huggingface.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
             Tokenizer(tokenizer.merges[:-2], ""), n))
     with pytest.raises(RunFailed, match=message):
         main("--checkpoint", trained[0], "--out", tmp_path / "hf")

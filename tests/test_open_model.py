@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from exactgpt.classifier import Classifier, ClassifierConfig
 from exactgpt.config import UserError
-from exactgpt.open_model import open_model, read_pretrained
+from exactgpt.huggingface import read_pretrained
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 from tests.common import in_our_layout, write_model
@@ -356,7 +357,7 @@ def test_a_failed_write_leaves_nothing_behind(run, tmp_path):
     rc, out, err = run("-c", f"""
 import resource
 from exactgpt.config import run_script
-from exactgpt.open_model import write_pretrained
+from exactgpt.huggingface import write_pretrained
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(8, 65, 8, 2, 64))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
