@@ -31,6 +31,7 @@ from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer
 
+HUB_NOTES = ".cache/huggingface"     # of huggingface_hub, in the folder of downloads
 FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 
@@ -168,11 +169,24 @@ def verify_shards(folder, tokenizer=""):
         print(f"{folder} is incomplete; run the same prepare command again to complete it")
 
 
+def delete_downloads(folder, files):
+    """Delete the downloaded files and the hub's notes on them; leave whatever else has been put into the folder."""
+    for file in files:
+        (folder / file["path"]).unlink(missing_ok=True)
+    shutil.rmtree(folder / HUB_NOTES, ignore_errors=True)
+    for here, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):      # not empty
+            os.rmdir(here)
+
+
 def make_shards(config, manifest, tokenizer):
     """Write the vocabulary, then the shards from the manifest's position on."""
+    downloads = Path(config.out, "downloads")
+    if downloads.is_symlink():
+        raise UserError(f"{downloads} is a link, which is not followed; delete it, or link {config.out} instead")
     manifest.save(config.out)
     tokenizer.save(config.out)
-    for leftover in Path(config.out, "downloads").rglob("*.incomplete"):      # of a process that was killed
+    for leftover in (downloads / HUB_NOTES).rglob("*.incomplete"):      # of a process that was killed
         leftover.unlink()
     if manifest.shards:
         ShardFolder(config.out, need_complete=False)        # raises if the shards to continue from are damaged
@@ -183,7 +197,7 @@ def make_shards(config, manifest, tokenizer):
     with contextlib.closing(tokenize(config, manifest, tokenizer)) as pieces:
         write_shards(config.out, config.prefix(), manifest, pieces, config.val_tokens(), config.shard_tokens)
     if not config.keep_downloads:
-        shutil.rmtree(Path(config.out, "downloads"), ignore_errors=True)
+        delete_downloads(downloads, manifest.files)
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt import launch
-from exactgpt.config import UserError, atomic_write, human_count, human_time
+from exactgpt.config import UserError, atomic_write, human_count, human_time, reading
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
 TRAINED = ("loss", "lr", "grad_norm", "ms")
@@ -86,30 +86,29 @@ def read_run(folder, tokens_per_step=TOKENS_PER_STEP):
     """Read the LoggedRun in a folder from metrics.jsonl, else log.txt (ours or build-nanogpt's). Raises UserError."""
     # log.txt does not record tokens, so they are computed from `tokens_per_step`.
     folder, names = Path(folder), ("metrics.jsonl", "log.txt")
-    try:
+    with reading(folder):
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path is None:
             inside = sorted({p.parent.name for name in names for p in folder.glob(f"*/{name}")})
             raise UserError(f"no metrics.jsonl or log.txt in {folder}" + (
                 f", but in its folders {', '.join(inside[:5])}" if inside else "; name the --log_dir of a run"))
+    with reading(path):
         *lines, partial = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     is_json = path.suffix == ".jsonl"
-    parsed = [_parse_line(line, is_json) for line in lines if line.strip()]
+    parsed = [parse_line(line, is_json) for line in lines if line.strip()]
     skipped = parsed.count(None)
     if is_json:      # it may lack only its newline; in log.txt it may lack digits, unnoticed
-        parsed.append(_parse_line(partial, is_json))
+        parsed.append(parse_line(partial, is_json))
     entries = [entry for entry in parsed if entry]
     series = _build_series(entries, None if is_json else tokens_per_step)
     if not series.keys() & {"loss", *EVALUATED}:
         raise UserError(f"{path} holds no losses yet; wait for the run's first step, or name another folder")
-    samples = {entry["step"]: [str(text) for text in entry["samples"]] for entry in entries
+    samples = {entry["step"]: [text for text in entry["samples"] if isinstance(text, str)] for entry in entries
                if isinstance(entry.get("samples"), list)}
     return LoggedRun(folder.resolve().name, path, series, samples, skipped)
 
 
-def _parse_line(line, is_json):
+def parse_line(line, is_json=True):
     """Parse a line of metrics.jsonl, or of log.txt (`250 val 3.9123`), into {"step": int, name: value, ...} or None."""
     try:
         if is_json:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError, read_json, write_json
+from exactgpt.config import UserError, read_json, reading, write_json
 from exactgpt.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -79,10 +79,8 @@ class Shard:
 
     def open(self):
         """Open the file, unbuffered, for `read_tokens`. Raises UserError."""
-        try:
+        with reading(self.path):
             return open(self.path, "rb", buffering=0)
-        except OSError as error:
-            raise UserError(f"cannot open shard {self.path}: {error.strerror}") from error
 
     def read_tokens(self, file, start, out):
         """Fill the uint16 array `out` with the tokens from `start` on. Raises UserError if the file ends early."""
@@ -91,7 +89,8 @@ class Shard:
         file.seek(self.header_bytes + 2 * start)
         view = memoryview(out).cast("B")
         while len(view):
-            n = file.readinto(view)
+            with reading(self.path):
+                n = file.readinto(view)
             if not n:
                 raise UserError(f"shard {self.path} became shorter while it was read; recreate it")
             view = view[n:]
@@ -101,12 +100,9 @@ def open_shard(path):
     """Return the Shard of a .npy or .bin file. Raises UserError unless magic, version, dtype and length are correct."""
     path = Path(path)
     match = _SHARD_NAME.fullmatch(path.name)
-    try:
+    with reading(path), open(path, "rb") as f:
         size = path.stat().st_size
-        with open(path, "rb") as f:
-            n_tokens, header_bytes = HEADER_READERS[path.suffix](f, path)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from error
+        n_tokens, header_bytes = HEADER_READERS[path.suffix](f, path)
     if size != header_bytes + 2 * n_tokens:
         raise UserError(f"shard {path} is damaged: its header promises {n_tokens:,} tokens, but its size is "
                         f"{max(0, size - header_bytes) // 2:,} tokens; recreate it")
@@ -119,6 +115,8 @@ def _read_npy_header(f, path):
     try:
         np.lib.format.read_magic(f)
         shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+    except OSError:
+        raise
     except Exception as error:      # NumPy's parser may raise anything on garbage
         raise UserError(f"shard {path} is not a NumPy .npy file; recreate it") from error
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
@@ -194,19 +192,29 @@ class ShardFolder:
                             f"{tokenizer.name!r}; restore their vocab.bpe or recreate the shards")
         return tokenizer
 
-    def fingerprint(self):
-        """Return a hash of the names, splits and sizes of all shards. A copy of the folder has the same one."""
+    def fingerprint(self, sample):
+        """Return the checkpoint's entries {name: hash} that tell other data. A copy of the folder has the same ones.
+
+        sample: what check_vocabulary returned.
+        """
         # The path is left out: folders may move.
-        return hashlib.sha256(repr([(s.path.name, s.split, s.n_tokens) for s in self.shards]).encode()).hexdigest()
+        entries = dict(data=_hash([(s.path.name, s.split, s.n_tokens) for s in self.shards]), data_sample=sample)
+        if self.manifest:
+            hashes = {entry["file"]: entry["sha256"] for entry in self.manifest.shards}
+            entries["data_sha256"] = _hash([hashes[s.path.name] for s in self.shards])
+        return entries
 
     def check_vocabulary(self, n_vocab, sample=8192, places=4):
-        """Raise UserError if a token is outside the vocabulary. Reads `sample` tokens at `places` places per shard."""
+        """Read `sample` tokens at `places` places per shard; return a hash of them. Raises UserError for a wrong id."""
+        digest = hashlib.sha256()
         for shard in self.shards:
             tokens = np.empty(min(sample, shard.n_tokens), dtype="<u2")
             with shard.open() as file:
                 for start in np.linspace(0, shard.n_tokens - len(tokens), places, dtype=np.int64).tolist():
                     shard.read_tokens(file, start, tokens)
                     _check_token_ids(shard, tokens, n_vocab)
+                    digest.update(tokens)
+        return digest.hexdigest()
 
     def verify(self, n_vocab, progress=lambda n_bytes: None):
         """Raise UserError if a token is outside the vocabulary, or a file differs from its hash in the manifest."""
@@ -214,7 +222,8 @@ class ShardFolder:
         buffer = np.empty(1 << 22, dtype="<u2")
         for shard in self.shards:
             with shard.open() as file:
-                digest = hashlib.sha256(file.read(shard.header_bytes))
+                with reading(shard.path):
+                    digest = hashlib.sha256(file.read(shard.header_bytes))
                 for start in range(0, shard.n_tokens, len(buffer)):
                     tokens = buffer[:min(len(buffer), shard.n_tokens - start)]
                     shard.read_tokens(file, start, tokens)
@@ -224,6 +233,10 @@ class ShardFolder:
             if digest.hexdigest() != hashes.get(shard.path.name, digest.hexdigest()):
                 raise UserError(f"shard {shard.path} differs from its hash in manifest.json; delete {self.folder} "
                                 "and recreate it")
+
+
+def _hash(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _check_token_ids(shard, tokens, n_vocab):
