@@ -3,18 +3,21 @@
 `open_model` reads all of them; huggingface.py reads and writes the folders of Hugging Face format.
 """
 import re
-from dataclasses import dataclass
+import sys
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, require_finite, weights_hash
 from exactgpt.config import UserError, find_visible, read_json
-from exactgpt.huggingface import download_model, folder_tokenizer, read_pretrained, stored_tokenizer
-from exactgpt.tokenizer import Tokenizer
-from model import GPT, GPTConfig
+from exactgpt.huggingface import MASKS, download_model, folder_tokenizer, read_pretrained, read_tensors
+from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, default_tokenizer, from_checkpoint
+from model import GPT, GPTConfig, padded_vocab
 
 ADAPTER_CONFIG = "adapter_config.json"      # of a LoRA adapter in peft's format
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_BASE = "base.json"    # beside it: {"source", "sha256"} of the weights that it was trained on
 
 
@@ -27,9 +30,19 @@ class OpenedModel:
     step: int | None = None
     val_loss: float | None = None
     base: dict | None = None      # the record of the model that it was fine-tuned from
+    tokenizer_problem: str = ""   # why its own tokenizer cannot be used: "it has a Lowercase normalizer"
+    folder: Path | None = None    # what was read, if that is in Hugging Face format
+
+    def without_foreign_tokenizer(self):
+        """Return self. Raises UserError if the model has a tokenizer that may give other ids than ours."""
+        if self.tokenizer_problem:
+            raise UserError(f"{self.source} needs its own tokenizer, which may give other ids than the one here: "
+                            f"{self.tokenizer_problem}; use it with transformers, or choose another model")
+        return self
 
     def with_tokenizer(self):
         """Return self. Raises UserError if there is no tokenizer to encode text for the model."""
+        self.without_foreign_tokenizer()
         if self.tokenizer is None:
             raise UserError(f"{self.source} has no tokenizer for its {self.model.config.vocab_size:,} tokens; name a "
                             "folder that has one with --tokenizer")
@@ -54,17 +67,18 @@ def open_model(source, classifiers=False, tokenizer=""):
         opened = _open_file(path, tokenizer)
     elif (path / ADAPTER_CONFIG).is_file():
         opened = _open_adapter(path, tokenizer)
-    elif path.is_dir() and not (path / "config.json").exists():
+    elif path.is_dir() and not (path / "config.json").is_file():
         opened = _open_file(newest_model(path), tokenizer)
     else:
-        folder = path if path.is_dir() else download_model(str(source))
-        model = build_model(*read_pretrained(folder), source)
-        opened = OpenedModel(model, folder_tokenizer(folder, model.config.vocab_size, tokenizer), str(source))
-    n_rows = opened.model.config.vocab_size
-    if opened.tokenizer and opened.tokenizer.n_vocab > n_rows:      # the model was not trained with it
+        opened = _open_folder(path if path.is_dir() else download_model(str(source)), str(source), tokenizer)
+    rows = opened.model.config.vocab_size
+    if tokenizer:
+        opened.without_foreign_tokenizer()
+    if opened.tokenizer and opened.tokenizer.n_vocab > rows:      # the model was not trained with it
+        opened.tokenizer_problem = f"it has {opened.tokenizer.n_vocab:,} entries, but the model has only {rows:,}"
         opened.tokenizer = None
     if tokenizer and opened.tokenizer is None:
-        raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {opened.source}, which has {n_rows:,} "
+        raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {opened.source}, which has {rows:,} "
                         "tokens; leave it out or name the right folder")
     labels = getattr(opened.model.config, "labels", None)
     if labels and not classifiers:
@@ -75,7 +89,7 @@ def open_model(source, classifiers=False, tokenizer=""):
 
 def open_weights(source, tokenizer, folder):
     """Return config and weights of a model to start training from. Raises UserError if its vocabulary differs."""
-    opened = open_model(source, tokenizer=folder)
+    opened = open_model(source, tokenizer=folder).without_foreign_tokenizer()
     if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
         raise UserError(f"{source} uses the vocabulary {opened.tokenizer.name}, but the shards use {tokenizer.name}")
     rows = opened.model.config.vocab_size
@@ -86,9 +100,8 @@ def open_weights(source, tokenizer, folder):
 
 def _open_adapter(folder, tokenizer):
     """Open the base model of a LoRA adapter and merge the adapter into it."""
-    source, record = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"), folder / ADAPTER_BASE
-    if not source:
-        raise UserError(f"{folder / ADAPTER_CONFIG} does not name the model that the adapter belongs to")
+    stored, record = read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_BASE
+    source, tensors = stored.get("base_model_name_or_path"), _read_adapter(folder, stored)
     sha256 = read_json(record).get("sha256") if record.exists() else None
     try:
         opened = open_model(source, tokenizer=tokenizer)
@@ -96,15 +109,54 @@ def _open_adapter(folder, tokenizer):
         raise UserError(f"cannot open {source}, the base model that the adapter in {folder} names: {error}") from error
     if sha256 and weights_hash(opened.model.state_dict()) != sha256:
         raise CheckpointError(f"the weights in {source} are not those that the adapter in {folder} was trained on")
+    if opened.model.config.tie_word_embeddings and any(re.search(r"\.(wte|lm_head)\.", name) for name in tensors):
+        raise UserError(f"the adapter in {folder} cannot be merged: it changes the embedding or the output layer, "
+                        f"but in {source} the two are one")
     try:
         import peft
-        merged = peft.PeftModel.from_pretrained(opened.model, str(folder), torch_device="cpu").merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # what matters in them becomes an error below
+            wrapped = peft.PeftModel.from_pretrained(opened.model, str(folder), torch_device="cpu")
+            expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+            merged = wrapped.merge_and_unload()
     except ImportError as error:
         raise UserError("LoRA adapters need peft: pip install -r requirements-extras.txt") from error
     except Exception as error:      # peft, safetensors and torch raise many kinds of errors here
         why = " ".join(str(error).split())[:160]
         raise UserError(f"the adapter in {folder} does not fit its model ({type(error).__name__}: {why})") from error
-    return OpenedModel(merged.requires_grad_(True), opened.tokenizer, str(folder))
+    for names, why in ((tensors.keys() - expected, "of its tensors have no place there"),
+                       (expected - tensors.keys(), "tensors that its config announces are missing")):
+        if names:
+            raise UserError(f"the adapter in {folder} does not fit its model: {len(names)} {why}, such as {min(names)}")
+    own, problem = folder_tokenizer(folder)
+    if own and opened.tokenizer and own.name != opened.tokenizer.name:
+        problem = "it is not that of the base model"
+    return replace(opened, model=merged.requires_grad_(True), source=str(folder), step=None, val_loss=None, base=None,
+                   tokenizer=None if problem else opened.tokenizer,
+                   tokenizer_problem=opened.tokenizer_problem or problem)
+
+
+def _read_adapter(folder, stored):
+    """Return the tensors {name: tensor} of a LoRA adapter with the given config. Raises UserError."""
+    path, source = folder / ADAPTER_CONFIG, stored.get("base_model_name_or_path")
+    if not isinstance(source, str) or not source:
+        raise UserError(f"{path} does not name the model that the adapter belongs to")
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path} names {source} as its base model, which is itself an adapter; merge that one first")
+    extras = [name for name in ("layer_replication", "megatron_config") if stored.get(name)]
+    if stored.get("peft_type") != "LORA" or extras:
+        what = extras[0] if extras else f"peft_type = {stored.get('peft_type')!r:.40}"
+        raise UserError(f"{path}: {what} is not supported; only plain LORA adapters are")
+    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:      # peft would look for them on the hub
+        raise UserError(f"{folder} has an {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS[0]}; get the whole adapter")
+    tensors = dict(read_tensors(file))
+    largest = max((len(tensor) for name, tensor in tensors.items() if "lora_" in name and tensor.dim()), default=0)
+    ranks = stored.get("rank_pattern") or {}
+    for rank in [stored.get("r"), *(ranks.values() if isinstance(ranks, dict) else [ranks])]:
+        if type(rank) is not int or not 0 < rank <= largest:      # peft would make matrices that fill the memory
+            raise UserError(f"{path}: the rank {rank!r:.40} is not that of the tensors in {file.name}")
+    return tensors
 
 
 def _open_file(path, folder):
@@ -118,8 +170,35 @@ def _open_file(path, folder):
         val_loss = val_loss.item()
     val_loss = val_loss if isinstance(val_loss, (int, float)) else None
     model = build_model(config, checkpoint.get("model"), path)
-    tokenizer = stored_tokenizer(checkpoint.get("tokenizer"), model.config.vocab_size, folder)
+    tokenizer = _stored_tokenizer(checkpoint.get("tokenizer"), model.config.vocab_size, folder, path)
     return OpenedModel(model, tokenizer, str(path), step, val_loss, checkpoint.get("base"))
+
+
+def _open_folder(folder, source, fallback):
+    """Open a folder in Hugging Face format. fallback: --tokenizer."""
+    model = build_model(*read_pretrained(folder), source)
+    tokenizer, problem = folder_tokenizer(folder)
+    if tokenizer and fallback:
+        default_tokenizer(fallback, tokenizer.name, source)      # raises if it is another one
+    elif not problem:
+        tokenizer = tokenizer or _assumed_tokenizer(model.config.vocab_size, (GPT2_ENTRIES,), fallback, source)
+    return OpenedModel(model, tokenizer, source, tokenizer_problem=problem, folder=folder)
+
+
+def _stored_tokenizer(entry, rows, folder, path):
+    """Return the Tokenizer of a checkpoint's entry, else that in --tokenizer's folder, else GPT-2's if it must be."""
+    if entry is not None:
+        return from_checkpoint(entry, folder)
+    return _assumed_tokenizer(rows, (GPT2_ENTRIES, padded_vocab(GPT2_ENTRIES)), folder, path)
+
+
+def _assumed_tokenizer(rows, sizes, folder, source):
+    """Return the Tokenizer in --tokenizer's folder, else GPT-2's for a model of its size (in rows), else None."""
+    if not folder:
+        if rows not in sizes:
+            return None
+        print(f"{source} has no tokenizer of its own; with {rows:,} entries it gets GPT-2's", file=sys.stderr)
+    return default_tokenizer(folder)
 
 
 def build_model(config, state, source):
@@ -127,7 +206,7 @@ def build_model(config, state, source):
     if not isinstance(config, dict) or not isinstance(state, dict):
         raise CheckpointError(f"{source} holds no model: the entries 'config' and 'model' are missing or damaged")
     state = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(k)): v for k, v in state.items()}      # torch.compile's, DDP's
-    state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}    # causal masks
+    state = {k: v for k, v in state.items() if not k.endswith(MASKS)}
     kind = GPT
     if "labels" in config:
         from exactgpt.classifier import Classifier as kind
