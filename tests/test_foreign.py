@@ -163,6 +163,7 @@ def test_a_run_deletes_and_replaces_only_its_own_checkpoints(train_steps, tmp_pa
             (logs / name).write_bytes(value)
     save_checkpoint(logs / "model_00000.pt", {"model": {}})      # an export
     theirs["model_00000.pt"] = (logs / "model_00000.pt").read_bytes()
+    (logs / "model_000001.pt").write_bytes((logs / "model_00002.pt").read_bytes()[:-999])      # damaged, but ours
     with pytest.raises(RunFailed, match=r"model_00004\.pt exists, and another run or tool has written it; move it aw"):
         train_steps()
     after = contents(logs)
