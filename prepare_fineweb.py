@@ -135,8 +135,7 @@ def tokenize(config, manifest, tokenizer):
               smoothing=0.05) as bar:
         for position, tokens in encode_in_order(iter_documents(config, manifest), tokenizer, n_threads):
             if not (config.data_files or config.keep_downloads):
-                for file in manifest.files[first:position["file"]]:      # all their tokens have arrived
-                    Path(config.out, "downloads", file["path"]).unlink(missing_ok=True)
+                delete_files(Path(config.out, "downloads"), manifest.files[first:position["file"]])    # read to the end
                 first = position["file"]
             dropped = min(skip, len(tokens))        # these are already in finished shards
             skip -= dropped
@@ -169,10 +168,17 @@ def verify_shards(folder, tokenizer=""):
         print(f"{folder} is incomplete; run the same prepare command again to complete it")
 
 
+def delete_files(folder, files):
+    """Delete downloaded files, entries of the manifest. Their paths come from a file, and must not lead elsewhere."""
+    for file in files:
+        path = folder / file["path"]
+        if folder.resolve() in path.parent.resolve().joinpath(path.name).parents:
+            path.unlink(missing_ok=True)
+
+
 def delete_downloads(folder, files):
     """Delete the downloaded files and the hub's notes on them; leave whatever else has been put into the folder."""
-    for file in files:
-        (folder / file["path"]).unlink(missing_ok=True)
+    delete_files(folder, files)
     shutil.rmtree(folder / HUB_NOTES, ignore_errors=True)
     for here, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):      # not empty
@@ -196,7 +202,7 @@ def make_shards(config, manifest, tokenizer):
     print(f"{manifest.source}{at}: {len(manifest.files)} files, {size}{resumed}", flush=True)
     with contextlib.closing(tokenize(config, manifest, tokenizer)) as pieces:
         write_shards(config.out, config.prefix(), manifest, pieces, config.val_tokens(), config.shard_tokens)
-    if not config.keep_downloads:
+    if not (config.data_files or config.keep_downloads):
         delete_downloads(downloads, manifest.files)
 
 

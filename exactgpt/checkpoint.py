@@ -69,7 +69,7 @@ def save_checkpoint(path, checkpoint):
     """
     mark = FolderLock.mark_of(Path(path).parent)
     if mark:
-        checkpoint = {**checkpoint, "run_id": mark}
+        checkpoint = {"run_id": mark, **checkpoint}
         if os.path.lexists(path) and not is_ours(path, mark):
             raise UserError(f"{path} exists, and another run or tool has written it; move it away")
     tensors = {t.data_ptr(): t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor)}
@@ -86,17 +86,16 @@ def save_checkpoint(path, checkpoint):
 
 
 def is_ours(path, mark):
-    """Return True if a file is a checkpoint that has the mark of this folder's runs."""
-    if path.is_symlink():
+    """Return True if a file is a checkpoint that has the mark of this folder's runs; None: it is not locked."""
+    if mark is None or path.is_symlink():
         return False
     try:
-        with zipfile.ZipFile(path) as archive:      # nothing is unpickled, and of the weights nothing is read
-            [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            pickled = archive.read(name)
-    except Exception:      # damaged, or no checkpoint: zipfile raises many types
+        with open(path, "rb") as f:
+            start = f.read(1000)      # the mark is the first entry, so that a damaged file has it, too
+    except OSError:
         return False
     # Checkpoints of earlier versions have no mark. A run that resumed from one counts all of those as its own.
-    return mark.encode() in pickled or (mark.startswith("old-") and b"run_id" not in pickled)
+    return mark.encode() in start or (mark.startswith("old-") and b"run_id" not in start)
 
 
 def is_finite(entries):

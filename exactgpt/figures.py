@@ -34,6 +34,7 @@ REFERENCES = {"auto": HELLASWAG, "gpt2": {**HELLASWAG, "loss": {"GPT-2 124M": 3.
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+SIGNED = {".png": "Software", ".svg": "Title"}      # suffix -> where a figure says that it is ours
 INK, GREY, LIGHT = "#222222", "#6f6f6f", "#e6e6e6"
 
 
@@ -295,9 +296,16 @@ def shorten(text, length):
 
 
 def save_figure(figure, path):
-    """Write a figure atomically as .png or .svg, by the suffix of the path. Raises UserError if that fails."""
+    """Write a figure atomically as .png or .svg, by the suffix of the path, also over an older one of ours.
+
+    Raises UserError if that fails, or if another program has made the file that is there.
+    """
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"cannot write {path}: the file name must end in .png or .svg")
+    if path.suffix.lower() not in SIGNED:
+        raise UserError(f"cannot write {path}: the file name must end in {' or '.join(SIGNED)}")
+    if path.exists():
+        with reading(path), open(path, "rb") as f:
+            if b"exactgpt" not in f.read(2000):
+                raise UserError(f"{path} exists, and it is no figure of ours; move it away or choose another name")
     with atomic_write(path) as f:
-        figure.savefig(f, format=path.suffix.lower()[1:])
+        figure.savefig(f, format=path.suffix.lower()[1:], metadata={SIGNED[path.suffix.lower()]: "exactgpt"})

@@ -163,6 +163,7 @@ def test_a_run_deletes_and_replaces_only_its_own_checkpoints(train_steps, tmp_pa
             (logs / name).write_bytes(value)
     save_checkpoint(logs / "model_00000.pt", {"model": {}})      # an export
     theirs["model_00000.pt"] = (logs / "model_00000.pt").read_bytes()
+    (logs / "model_000001.pt").write_bytes((logs / "model_00002.pt").read_bytes()[:-999])      # damaged, but ours
     with pytest.raises(RunFailed, match=r"model_00004\.pt exists, and another run or tool has written it; move it aw"):
         train_steps()
     after = contents(logs)
@@ -256,9 +257,14 @@ def test_downloads_go_but_what_others_put_there_stays(tmp_path):
     for name in ("data/1.parquet", "data/mine.txt", ".cache/huggingface/download/x.metadata", "empty/2.parquet"):
         (tmp_path / "downloads" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "downloads" / name).write_text("x")
-    delete_downloads(tmp_path / "downloads", [{"path": "data/1.parquet"}, {"path": "empty/2.parquet"}, {"path": "3"}])
-    assert contents(tmp_path) == {"downloads": None, "downloads/data": None, "downloads/data/mine.txt": b"x"}
-    (tmp_path / "downloads/data/mine.txt").unlink()
+    (tmp_path / "theirs").write_text("x")
+    (tmp_path / "downloads/data/link").symlink_to(tmp_path)
+    names = ("data/1.parquet", "empty/2.parquet", "3", "../theirs", str(tmp_path / "theirs"), "data/link/theirs")
+    delete_downloads(tmp_path / "downloads", [{"path": name} for name in names])
+    assert contents(tmp_path) == {"downloads": None, "downloads/data": None, "downloads/data/mine.txt": b"x",
+                                  "downloads/data/link": str(tmp_path), "theirs": b"x"}
+    for name in ("downloads/data/mine.txt", "downloads/data/link", "theirs"):
+        (tmp_path / name).unlink()
     delete_downloads(tmp_path / "downloads", [])
     assert contents(tmp_path) == {}
 

@@ -276,8 +276,14 @@ def test_a_log_dir_of_another_run_is_left_alone(run, make_shards, tmp_path):
         with pytest.raises(UserError) as caught:
             train.main(list(map(str, [*flags, *more])))
         assert expected in str(caught.value)
-    with pytest.raises(UserError, match="other token shards"):
-        train.main(list(map(str, [*flags, "--data_dir", make_shards([901], name="other")])))
+    # of another size; of the same size with other tokens; with other hashes, as where the samples happen to be equal
+    others = [make_shards([n], name=name, seed=seed) for n, name, seed in ((901, "a", 0), (900, "b", 1), (900, "c", 0))]
+    (others[1] / "manifest.json").unlink()
+    manifest = others[2] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "x'))
+    for other in others:
+        with pytest.raises(UserError, match="other token shards"):
+            train.main(list(map(str, [*flags, "--data_dir", other])))
     assert {p.name: p.read_bytes() for p in (tmp_path / "logs").iterdir()} == before
     rc, out, _ = run("train.py", *flags)
     assert rc == 0 and "finished" in out                # the same command: nothing left to do
