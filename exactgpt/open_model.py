@@ -152,10 +152,13 @@ def _read_adapter(folder, stored):
         raise UserError(f"{folder} has an {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS[0]}; get the whole adapter")
     tensors = dict(read_tensors(file))
     largest = max((len(tensor) for name, tensor in tensors.items() if "lora_" in name and tensor.dim()), default=0)
-    ranks = stored.get("rank_pattern") or {}
-    for rank in [stored.get("r"), *(ranks.values() if isinstance(ranks, dict) else [ranks])]:
-        if type(rank) is not int or not 0 < rank <= largest:      # peft would make matrices that fill the memory
-            raise UserError(f"{path}: the rank {rank!r:.40} is not that of the tensors in {file.name}")
+    # With a damaged rank peft would make matrices that fill the memory, with a damaged factor numbers that are none.
+    for name, pattern, kinds, lowest, highest in (("r", "rank_pattern", (int,), 1, largest),
+                                                  ("lora_alpha", "alpha_pattern", (int, float), -1e6, 1e6)):
+        others = stored.get(pattern) or {}
+        for value in [stored.get(name), *(others.values() if isinstance(others, dict) else [others])]:
+            if type(value) not in kinds or not lowest <= value <= highest:
+                raise UserError(f"{path}: {name} = {value!r:.40} is not possible with the tensors in {file.name}")
     return tensors
 
 

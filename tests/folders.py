@@ -27,7 +27,7 @@ def write_folder(folder, rows=0, gpt2=False, forms=("tokenizer.json", "merges.tx
     """Write a model and its tokenizer.
 
     rows: of the embedding, 0: as many as there are tokens. forms: of the vocabulary. shards: the largest size in bytes.
-    whole: {part: value} to change in tokenizer.json, "model.NAME" in its model. files: {name with __ for the dot: JSON}.
+    whole: {part: value} to change in tokenizer.json, "model.NAME" in its model. files: {name, __ for its dot: JSON}.
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel

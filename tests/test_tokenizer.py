@@ -206,7 +206,8 @@ def test_a_tokenizer_folder_is_for_models_without_a_vocabulary_and_must_match(tm
             write_model(model, sources[n_rows, "hf"])
     for kind in (False, True, "hf"):
         assert open_model(sources[50304, kind], tokenizer=tmp_path / "gpt2").tokenizer.name == "gpt2"
-        assert "--tokenizer FOLDER" in error_message(open_model, sources[50304, kind])
+        if kind != "hf":      # a folder has to have just as many rows as GPT-2
+            assert "--tokenizer FOLDER" in error_message(open_model, sources[50304, kind])
     for kind in (False, "hf"):
         assert open_model(sources[320, kind]).tokenizer is None      # GPT-2's is not tried: it does not fit
         assert open_model(sources[320, kind], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
