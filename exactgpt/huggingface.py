@@ -148,7 +148,7 @@ def read_index(path):
     """Return {name of a tensor: name of its file} from an index of weights in several files. Raises UserError."""
     index, suffix = read_json(path).get("weight_map"), path.name.removesuffix(INDEX).rpartition(".")[2]
     if not (isinstance(index, dict) and index and all(
-            isinstance(file, str) and re.fullmatch(rf"\w[\w.-]*\.{suffix}", file) for file in index.values())):
+            isinstance(file, str) and re.fullmatch(rf"\w[\w.-]{{0,99}}\.{suffix}", file) for file in index.values())):
         raise UserError(f"{path} does not list which .{suffix} file beside it holds which weight; use another copy of "
                         "the model")
     return index
@@ -240,7 +240,7 @@ def _differences(names, files):
     yield from (f"it has a {one} without a {other}" for one, other in (
         ("vocab.json", "merges.txt"), ("merges.txt", "vocab.json"), ("encoder.json", "vocab.bpe"))
         if one in names and other not in names and "tokenizer.json" not in names)
-    yield from (f"it has a {name} without a vocabulary" for name in TOKENIZER_SETTINGS
+    yield from (f"it has {name} without a vocabulary" for name in TOKENIZER_SETTINGS
                 if name in names and names.isdisjoint(VOCABULARY))
     config, added = files.get("config.json", {}), [*files.get("added_tokens.json", {})]
     settings = {"config.json": dict(tokenizer_class=config.get("tokenizer_class"),

@@ -2,6 +2,7 @@
 
 `open_model` reads all of them; huggingface.py reads and writes the folders of Hugging Face format.
 """
+import os
 import re
 import sys
 import warnings
@@ -36,8 +37,8 @@ class OpenedModel:
     def without_foreign_tokenizer(self):
         """Return self. Raises UserError if the model has a tokenizer that may give other ids than ours."""
         if self.tokenizer_problem:
-            raise UserError(f"{self.source} needs its own tokenizer, which may give other ids than the one here: "
-                            f"{self.tokenizer_problem}; use it with transformers, or choose another model")
+            raise UserError(f"the tokenizer of {self.source} cannot be used here, because {self.tokenizer_problem}; "
+                            "use the model with transformers, or choose another one")
         return self
 
     def with_tokenizer(self):
@@ -63,19 +64,20 @@ def open_model(source, classifiers=False, tokenizer=""):
     Raises UserError naming the file and what is wrong with it, or if the vocabulary is not the model's.
     """
     path = Path(source or newest_model())
-    if path.is_file() or path.suffix == ".pt":
+    is_folder = os.path.isdir(path)      # not path.is_dir(), which raises an error for a very long name
+    if os.path.isfile(path) or path.suffix == ".pt":
         opened = _open_file(path, tokenizer)
-    elif (path / ADAPTER_CONFIG).is_file():
+    elif is_folder and (path / ADAPTER_CONFIG).is_file():
         opened = _open_adapter(path, tokenizer)
-    elif path.is_dir() and not (path / "config.json").is_file():
+    elif is_folder and not (path / "config.json").is_file():
         opened = _open_file(newest_model(path), tokenizer)
     else:
-        opened = _open_folder(path if path.is_dir() else download_model(str(source)), str(source), tokenizer)
+        opened = _open_folder(path if is_folder else download_model(str(source)), str(source), tokenizer)
     rows = opened.model.config.vocab_size
     if tokenizer:
         opened.without_foreign_tokenizer()
     if opened.tokenizer and opened.tokenizer.n_vocab > rows:      # the model was not trained with it
-        opened.tokenizer_problem = f"it has {opened.tokenizer.n_vocab:,} entries, but the model has only {rows:,}"
+        opened.tokenizer_problem = f"it has {opened.tokenizer.n_vocab:,} entries, but the model has only {rows:,} rows"
         opened.tokenizer = None
     if tokenizer and opened.tokenizer is None:
         raise UserError(f"--tokenizer {tokenizer} is not the vocabulary of {opened.source}, which has {rows:,} "
@@ -124,10 +126,11 @@ def _open_adapter(folder, tokenizer):
     except Exception as error:      # peft, safetensors and torch raise many kinds of errors here
         why = " ".join(str(error).split())[:160]
         raise UserError(f"the adapter in {folder} does not fit its model ({type(error).__name__}: {why})") from error
-    for names, why in ((tensors.keys() - expected, "of its tensors have no place there"),
-                       (expected - tensors.keys(), "tensors that its config announces are missing")):
+    for names, why in ((tensors.keys() - expected, "tensors without a place there"),
+                       (expected - tensors.keys(), "tensors missing that its config announces")):
         if names:
-            raise UserError(f"the adapter in {folder} does not fit its model: {len(names)} {why}, such as {min(names)}")
+            raise UserError(f"the adapter in {folder} does not fit its model: it has {why} ({len(names)}, such as "
+                            f"{min(names)})")
     own, problem = folder_tokenizer(folder)
     if own and opened.tokenizer and own.name != opened.tokenizer.name:
         problem = "it is not that of the base model"
@@ -141,7 +144,7 @@ def _read_adapter(folder, stored):
     path, source = folder / ADAPTER_CONFIG, stored.get("base_model_name_or_path")
     if not isinstance(source, str) or not source:
         raise UserError(f"{path} does not name the model that the adapter belongs to")
-    if (Path(source) / ADAPTER_CONFIG).is_file():
+    if os.path.isfile(Path(source) / ADAPTER_CONFIG):
         raise UserError(f"{path} names {source} as its base model, which is itself an adapter; merge that one first")
     extras = [name for name in ("layer_replication", "megatron_config") if stored.get(name)]
     if stored.get("peft_type") != "LORA" or extras:

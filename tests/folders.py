@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 EQUAL = "equal ids and logits"
-CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u6771\u4eac don't\t!"] * 3
+CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u6771\u4eac don't\t!", "in an other"] * 3
 SPECIAL = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
 
 
@@ -173,7 +173,7 @@ FOLDERS = {
     "vocab.txt": case("it has a vocab.txt, another kind of vocabulary", gpt2=True, forms=(), vocab__txt="[UNK]\nthe\n"),
     "sentencepiece": case("it has a spiece.model, another kind", gpt2=True, forms=(), spiece__model="\n\x0e"),
     "vocab.json alone": case("it has a vocab.json without a merges.txt", gpt2=True, forms=(), vocab__json={"a": 0}),
-    "tokenizer_config.json alone": case("it has a tokenizer_config.json without a vocabulary", gpt2=True, forms=(),
+    "tokenizer_config.json alone": case("it has tokenizer_config.json without a vocabulary", gpt2=True, forms=(),
                                         tokenizer_config__json=dict(model_max_length=16)),
 }
 

@@ -72,10 +72,10 @@ def rename(old, new):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (rename("base_model.model.", ""), "4 of its tensors have no place there, such as transformer.h.0."),
-    (rename("h.1.", "h.9."), "2 of its tensors have no place there, such as base_model.model.transformer.h.9."),
-    (rename("h.1.attn.c_attn", "h.1.mlp.c_fc"), "2 of its tensors have no place there"),
-    (lambda weights: dict(sorted(weights.items())[:3]), "1 tensors that its config announces are missing"),
+    (rename("base_model.model.", ""), "tensors without a place there (4, such as transformer.h.0."),
+    (rename("h.1.", "h.9."), "without a place there (2, such as base_model.model.transformer.h.9."),
+    (rename("h.1.attn.c_attn", "h.1.mlp.c_fc"), "it has tensors without a place there (2, such"),
+    (lambda weights: dict(sorted(weights.items())[:3]), "it has tensors missing that its config announces (1"),
     (lambda weights: {**weights, "base_model.model.transformer.wte.weight": torch.zeros(258, 8)}, "cannot be merged"),
     (lambda weights: {name: tensor.t().contiguous() for name, tensor in weights.items()}, "does not fit its model"),
     (lambda weights: {}, "r = 2 is not possible with the tensors"),
@@ -92,6 +92,7 @@ def test_an_adapter_of_the_output_layer_alone_is_refused_where_the_layer_is_the_
 
 @pytest.mark.parametrize("entries, message", [
     *((dict(base_model_name_or_path=base), "does not name the model") for base in (None, "", 3, ["gpt2"], {})),
+    *((dict(base_model_name_or_path=base), "cannot be downloaded from") for base in ("x" * 300, "a\0")),
     (dict(peft_type="IA3"), "peft_type = 'IA3' is not supported; only plain LORA adapters are"),
     (dict(peft_type=None), "peft_type = None is not supported"), (dict(peft_type=["LORA"]), "is not supported"),
     (dict(layer_replication=[[0, 10**9]]), "layer_replication is not supported"),
@@ -141,7 +142,7 @@ def test_tensors_in_a_bin_file_are_read(adapt, tmp_path):
 def test_a_tokenizer_beside_an_adapter_must_be_that_of_its_base(adapt):
     folder = adapt()
     (folder / "added_tokens.json").write_text('{"<|user|>": 258}')
-    with pytest.raises(UserError, match=r"needs its own tokenizer.*without a vocabulary"):
+    with pytest.raises(UserError, match=r"cannot be used here, because it has added_tokens\.json without a vocabulary"):
         open_model(folder).with_tokenizer()
     (folder / "added_tokens.json").unlink()
     for merges, fits in (([("a", "b")], True), ([("a", "c")], False)):

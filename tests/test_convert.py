@@ -7,6 +7,7 @@ import torch
 import convert
 import hellaswag
 import inference
+from exactgpt import huggingface
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError, write_json
 from exactgpt.generation import generate_ids
@@ -14,6 +15,7 @@ from exactgpt.huggingface import state_to_huggingface, tokenizer_files
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
+from tests import folders
 from tests.common import in_our_layout
 
 CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u6771\u4eac don't\t!"] * 3
@@ -102,6 +104,39 @@ def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, messa
     with pytest.raises(RunFailed, match=message):
         main("--checkpoint", trained[0], "--out", tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["ours.pt"]
+
+
+@pytest.mark.parametrize("name, text", [("single digits", "2024"), ("a Lowercase normalizer", "Hello"),
+                                        ("add_prefix_space in tokenizer.json", "Hello")])
+def test_what_slips_past_the_rules_is_found_by_the_comparison_with_the_sources_own_tokenizer(tmp_path, monkeypatch,
+                                                                                             name, text):
+    folder = folders.make(name, tmp_path / "hf")
+    monkeypatch.setattr(huggingface, "_differences", lambda names, files: iter(()))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')     # takes all as it is
+    for out in ("new", "new.pt"):
+        with pytest.raises(RunFailed, match=r"tokenizer of .*hf gives other token ids.*nothing was written") as caught:
+            main("--checkpoint", folder, "--out", tmp_path / out)
+        assert text in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_rows_that_are_not_known_to_be_padding_are_kept(tmp_path, capsys):
+    """As many rows as our padding would make, in a folder: they may be tokens of somebody who lost the tokenizer."""
+    from safetensors.torch import load_file
+    folders.write_folder(tmp_path / "hf", rows=320)
+    main("--checkpoint", tmp_path / "hf", "--out", tmp_path / "a.pt")
+    assert f"token ids: equal to those of {tmp_path / 'hf'} in " in capsys.readouterr().out
+    main("--checkpoint", tmp_path / "a.pt", "--out", tmp_path / "again")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert open_model(tmp_path / "a.pt").tokenizer.n_vocab == 300
+
+
+def test_without_transformers_it_says_that_it_has_not_compared(trained, tmp_path, monkeypatch, capsys):
+    main("--checkpoint", trained[0], "--out", tmp_path / "hf")
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    main("--checkpoint", tmp_path / "hf", "--out", tmp_path / "back.pt")
+    assert f"token ids: not compared with those of {tmp_path / 'hf'}, because trans" in capsys.readouterr().out
 
 
 def test_what_is_known_of_a_model_goes_with_it(trained, tmp_path):

@@ -68,7 +68,8 @@ def test_parts_of_both_formats_are_read_to_the_bit_and_nothing_of_them_changes(w
      f"contains x, but {INDEX} does not list it there"),
     (lambda folder, index: index.update({EMBEDDING: PARTS[1]}), f"lacks {EMBEDDING}, which"),
     *((lambda folder, index, place=place: index.update({EMBEDDING: place}), "does not list which .safetensors file")
-      for place in ("../hf/model-1.safetensors", "/etc/model-1.safetensors", "model-1.bin", "", ".safetensors", 1)),
+      for place in ("../hf/model-1.safetensors", "/etc/model-1.safetensors", "model-1.bin", "", ".safetensors", 1,
+                    f"{300 * chr(97)}.safetensors")),
     (lambda folder, index: index.clear(), "does not list which .safetensors file"),
 ], ids=str)
 def test_a_part_that_is_not_what_the_index_says_is_named(parts, damage, message):
