@@ -148,7 +148,8 @@ def read_index(path):
     """Return {name of a tensor: name of its file} from an index of weights in several files. Raises UserError."""
     index, suffix = read_json(path).get("weight_map"), path.name.removesuffix(INDEX).rpartition(".")[2]
     if not (isinstance(index, dict) and index and all(
-            isinstance(file, str) and re.fullmatch(rf"\w[\w.-]{{0,99}}\.{suffix}", file) for file in index.values())):
+            name.isprintable() and isinstance(file, str) and re.fullmatch(rf"\w[\w.-]{{0,99}}\.{suffix}", file)
+            for name, file in index.items())):
         raise UserError(f"{path} does not list which .{suffix} file beside it holds which weight; use another copy of "
                         "the model")
     return index
@@ -156,14 +157,19 @@ def read_index(path):
 
 def read_tensors(path):
     """Yield (name, tensor) of a .safetensors or .bin file, in any order. Raises UserError."""
-    if path.suffix == ".bin":
-        tensors = read_checkpoint(path)
-        while tensors:      # each is let go, because what is made of it takes memory, too
-            name, tensor = tensors.popitem()
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise UserError(f"{path} holds something else than a dict of tensors; use another copy of the model")
-            yield name, tensor
-        return
+    for name, tensor in (_read_bin if path.suffix == ".bin" else _read_safetensors)(path):
+        if not isinstance(name, str) or not name.isprintable() or not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path} holds something else than a dict of tensors; use another copy of it")
+        yield name, tensor
+
+
+def _read_bin(path):
+    tensors = read_checkpoint(path)
+    while tensors:      # each is let go, because what is made of it takes memory, too
+        yield tensors.popitem()
+
+
+def _read_safetensors(path):
     with reading(path), open(path, "rb") as f:
         while f.read(1 << 24):      # what the disk cannot read is an error here; in mapped memory it kills the process
             pass
@@ -193,8 +199,9 @@ def folder_tokenizer(folder):
 
     The reason is a clause such as "it has a Lowercase normalizer". Raises UserError for a damaged file.
     """
-    names = {path.name for path in folder.iterdir()
-             if (is_tokenizer_file(path.name) or path.name == "config.json") and path.is_file()}
+    with reading(folder):
+        names = {path.name for path in folder.iterdir()
+                 if (is_tokenizer_file(path.name) or path.name == "config.json") and path.is_file()}
     files = {name: read_json(folder / name) for name in names if name.endswith(".json") and not _is_foreign(name)}
     try:
         reason = next(_differences(names, files), "")

@@ -67,9 +67,9 @@ def open_model(source, classifiers=False, tokenizer=""):
     is_folder = os.path.isdir(path)      # not path.is_dir(), which raises an error for a very long name
     if os.path.isfile(path) or path.suffix == ".pt":
         opened = _open_file(path, tokenizer)
-    elif is_folder and (path / ADAPTER_CONFIG).is_file():
+    elif os.path.isfile(path / ADAPTER_CONFIG):
         opened = _open_adapter(path, tokenizer)
-    elif is_folder and not (path / "config.json").is_file():
+    elif is_folder and not os.path.isfile(path / "config.json"):
         opened = _open_file(newest_model(path), tokenizer)
     else:
         opened = _open_folder(path if is_folder else download_model(str(source)), str(source), tokenizer)

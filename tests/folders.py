@@ -86,9 +86,9 @@ def write_vocabulary_of_bytes(folder):
     (folder / "vocab.json").write_text(tokenizer.encoder_json())
 
 
-def old_form(merges):
-    """Return merges as texts, as tokenizer.json held them until 2024."""
-    return [" ".join(merge) for merge in merges]
+def old_form(model):
+    """Return the model of a tokenizer.json as GPT-2's on the hub has it: without its type, the merges as texts."""
+    return {**{k: model[k] for k in model if k != "type"}, "merges": [" ".join(merge) for merge in model["merges"]]}
 
 
 def shifted(ids):
@@ -115,7 +115,8 @@ FOLDERS = {
     "tokenizer.json alone": case(EQUAL, forms=JSON),
     "merges.txt and vocab.json alone": case(EQUAL, forms=MERGES),
     "saved again by transformers 5": case(EQUAL, save_again, forms=MERGES),
-    "tokenizer.json of 2021: merges as texts": case(EQUAL, forms=JSON, whole={"model.merges": old_form}),
+    "tokenizer.json of 2020, merges as texts": case(EQUAL, forms=JSON, whole=dict(model=old_form, pre_tokenizer=dict(
+        type="ByteLevel", add_prefix_space=False, trim_offsets=True))),
     "PreTrainedTokenizerFast": case(EQUAL, forms=JSON, tokenizer_config__json=dict(
         tokenizer_class="PreTrainedTokenizerFast", pad_token="<|endoftext|>", chat_template="{{ messages }}")),
     "truncation and padding in tokenizer.json": case(EQUAL, forms=JSON, whole=SHORT),

@@ -67,6 +67,8 @@ def test_parts_of_both_formats_are_read_to_the_bit_and_nothing_of_them_changes(w
     (lambda folder, index: save_file({EMBEDDING: torch.ones(2), "x": torch.ones(2)}, folder / PARTS[0]),
      f"contains x, but {INDEX} does not list it there"),
     (lambda folder, index: index.update({EMBEDDING: PARTS[1]}), f"lacks {EMBEDDING}, which"),
+    (lambda folder, index: index.update({"x\ny": PARTS[0]}), "does not list which .safetensors file"),
+    (lambda folder, index: save_file({"x\ny": torch.ones(2)}, folder / PARTS[0]), "holds something else than a dict"),
     *((lambda folder, index, place=place: index.update({EMBEDDING: place}), "does not list which .safetensors file")
       for place in ("../hf/model-1.safetensors", "/etc/model-1.safetensors", "model-1.bin", "", ".safetensors", 1,
                     f"{300 * chr(97)}.safetensors")),
