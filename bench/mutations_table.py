@@ -114,8 +114,8 @@ MUTATIONS = [
      "tests/test_plot.py::test_tokens_per_step_of_log_txt_and_skipped_lines"),
 
     # ---- what an outsider found that no test noticed
-    ("exactgpt/config.py", "        for written in (*temporary.rglob(\"*\"), temporary):\n            sync(written)\n", "",
-     "tests/test_config.py"),
+    ("exactgpt/config.py", "        for written in (*temporary.rglob(\"*\"), temporary):\n            sync(written)\n",
+     "", "tests/test_config.py"),
     ("exactgpt/config.py", "for written in (*temporary.rglob(\"*\"), temporary):", "for written in (temporary,):",
      "tests/test_config.py"),
     ("exactgpt/config.py", "            os.fsync(descriptor)\n", "            pass\n", "tests/test_config.py"),
