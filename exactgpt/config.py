@@ -284,6 +284,7 @@ def _whole_or_not_at_all(path, make, remove):
             with contextlib.suppress(OSError):
                 remove(temporary)
         if isinstance(error, OSError):
+            FolderLock.check(path)       # it may be the reason
             raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
                             ) from error
         raise

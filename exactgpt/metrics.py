@@ -8,6 +8,7 @@ seconds and a call 10 ms. Training neither waits for it nor fails with it: a fai
 retried with the next.
 """
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -191,7 +192,8 @@ class AppendFile:
             self.file = open(path, "ab", buffering=0,      # not through a link to a file that is not ours
                              opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
         except OSError as error:      # the disk is full, or has no more room for names
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+            why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise UserError(f"cannot write {path}: {why}") from error
 
     def write(self, line):
         """Append a line, which includes its newline, after those that could not be written. Warns once."""

@@ -79,7 +79,7 @@ class Shard:
 
     def open(self):
         """Open the file, unbuffered, for `read_tokens`. Raises UserError."""
-        with reading(self.path):
+        with reading(f"shard {self.path}"):
             return open(self.path, "rb", buffering=0)
 
     def read_tokens(self, file, start, out):
@@ -89,7 +89,7 @@ class Shard:
         file.seek(self.header_bytes + 2 * start)
         view = memoryview(out).cast("B")
         while len(view):
-            with reading(self.path):
+            with reading(f"shard {self.path}"):
                 n = file.readinto(view)
             if not n:
                 raise UserError(f"shard {self.path} became shorter while it was read; recreate it")
@@ -100,7 +100,7 @@ def open_shard(path):
     """Return the Shard of a .npy or .bin file. Raises UserError unless magic, version, dtype and length are correct."""
     path = Path(path)
     match = _SHARD_NAME.fullmatch(path.name)
-    with reading(path), open(path, "rb") as f:
+    with reading(f"shard {path}"), open(path, "rb") as f:
         size = path.stat().st_size
         n_tokens, header_bytes = HEADER_READERS[path.suffix](f, path)
     if size != header_bytes + 2 * n_tokens:
@@ -222,7 +222,7 @@ class ShardFolder:
         buffer = np.empty(1 << 22, dtype="<u2")
         for shard in self.shards:
             with shard.open() as file:
-                with reading(shard.path):
+                with reading(f"shard {shard.path}"):
                     digest = hashlib.sha256(file.read(shard.header_bytes))
                 for start in range(0, shard.n_tokens, len(buffer)):
                     tokens = buffer[:min(len(buffer), shard.n_tokens - start)]

@@ -140,7 +140,7 @@ def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):
     assert not any("_orig_mod" in k or "module." in k for k in checkpoint["model"])
     assert checkpoint["val_loss"] == pytest.approx([r["val_loss"] for r in rows if "val_loss" in r][-1])
     best = torch.load(log_dir / "model_best.pt", weights_only=True)
-    assert set(best) == {"model", "config", "tokenizer", "step", "val_loss"}
+    assert set(best) == {"run_id", "model", "config", "tokenizer", "step", "val_loss"}
     assert GPT.from_state(best["config"], best["model"]).config.vocab_size == 320    # 257 padded to a multiple of 64
     assert "eta" in out and "tok/s" in out and "10/10" not in out and "finished" in out
 

@@ -91,5 +91,5 @@ def test_a_shard_that_cannot_be_read_any_more_is_named(tmp_path):
     path = shard.path
     path.unlink()
     path.symlink_to(UNREADABLE)
-    assert refusal(shards.check_vocabulary, 257) == f"cannot read {path}: Input/output error"
-    assert refusal(shards.verify, 257) == f"cannot read {path}: Input/output error"
+    assert refusal(shards.check_vocabulary, 257) == f"cannot read shard {path}: Input/output error"
+    assert refusal(shards.verify, 257) == f"cannot read shard {path}: Input/output error"
