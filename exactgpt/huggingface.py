@@ -227,7 +227,7 @@ def _vocabularies(folder, names, files):
         model, added = files["tokenizer.json"]["model"], files["tokenizer.json"].get("added_tokens") or []
         yield ("tokenizer.json", [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
                {**model["vocab"], **{token["content"]: token["id"] for token in added}})
-    if "merges.txt" in names:
+    if {"merges.txt", "vocab.json"} <= names:
         added = files.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
         yield ("merges.txt", read_text(folder / "merges.txt").split("\n"), {
             **files["vocab.json"], **files.get("added_tokens.json", {}),

@@ -14,13 +14,18 @@ SPECIAL = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, 
 
 @functools.cache
 def vocabulary(gpt2=False):
-    """Return (Tokenizer, the text of its tokenizer.json as transformers writes it, its vocab.json, its merges.txt)."""
-    from transformers import GPT2Tokenizer
-
+    """Return GPT-2's Tokenizer, or one of 300 entries."""
     from exactgpt.tokenizer import gpt2_tokenizer, train_tokenizer
-    tokenizer = gpt2_tokenizer() if gpt2 else train_tokenizer(CORPUS, 300)
+    return gpt2_tokenizer() if gpt2 else train_tokenizer(CORPUS, 300)
+
+
+@functools.cache
+def tokenizer_json(gpt2=False):
+    """Return the text of a vocabulary's tokenizer.json as transformers writes it."""
+    from transformers import GPT2Tokenizer
+    tokenizer = vocabulary(gpt2)
     theirs = GPT2Tokenizer(vocab=json.loads(tokenizer.encoder_json()), merges=tokenizer.merges)
-    return tokenizer, theirs.backend_tokenizer.to_str(), tokenizer.encoder_json(), tokenizer.vocab_bpe()
+    return theirs.backend_tokenizer.to_str()
 
 
 def write_folder(folder, rows=0, gpt2=False, forms=("tokenizer.json", "merges.txt"), shards=0, whole=None, **files):
@@ -31,21 +36,21 @@ def write_folder(folder, rows=0, gpt2=False, forms=("tokenizer.json", "merges.tx
     """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
-    tokenizer, text, ids, merges = vocabulary(gpt2)
+    tokenizer = vocabulary(gpt2)
     torch.manual_seed(0)
     config = dict(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=rows or tokenizer.n_vocab,
                   bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, initializer_range=0.5)
     model = GPT2LMHeadModel(GPT2Config(**config, **files.pop("config", {})))
     model.save_pretrained(folder, **(dict(max_shard_size=shards) if shards else {}))
     if "tokenizer.json" in forms:
-        stored = json.loads(text)
+        stored = json.loads(tokenizer_json(gpt2))
         for name, value in (whole or {}).items():
             part = stored["model"] if name.startswith("model.") else stored
             part[name.removeprefix("model.")] = value(part[name.removeprefix("model.")]) if callable(value) else value
         (folder / "tokenizer.json").write_text(json.dumps(stored))
     if "merges.txt" in forms:
-        (folder / "merges.txt").write_text(merges, encoding="utf-8")
-        (folder / "vocab.json").write_text(ids)
+        (folder / "merges.txt").write_text(tokenizer.vocab_bpe(), encoding="utf-8")
+        (folder / "vocab.json").write_text(tokenizer.encoder_json())
     for name, value in files.items():
         (folder / name.replace("__", ".")).write_text(value if isinstance(value, str) else json.dumps(value))
 
@@ -122,7 +127,7 @@ FOLDERS = {
     "truncation and padding in tokenizer.json": case(EQUAL, forms=JSON, whole=SHORT),
     "more rows than tokens": case(EQUAL, rows=310),
     "an output layer of its own": case(EQUAL, config=dict(tie_word_embeddings=False)),
-    "50,304 rows with GPT-2's tokenizer": case(EQUAL, gpt2=True, rows=50304, forms=JSON),
+    "50,304 rows with GPT-2's tokenizer": case(EQUAL, gpt2=True, rows=50304, forms=MERGES),
     "50,257 rows without a tokenizer": case(EQUAL, gpt2=True, forms=()),
     "safetensors in several files": case(EQUAL, shards=4000),
     "pytorch_model.bin in several files": case(EQUAL, split_bin),

@@ -23,7 +23,7 @@ def test_an_accepted_folder_gives_the_ids_and_logits_of_transformers(name, tmp_p
     assert capsys.readouterr().err == (f"{folder} {told}" if is_bare else "")
     reference = folder
     if is_bare:
-        folders.write_folder(reference := tmp_path / "whole", gpt2=True)
+        folders.write_folder(reference := tmp_path / "whole", gpt2=True, forms=folders.MERGES)
     theirs, texts = AutoTokenizer.from_pretrained(reference), convert.sample_texts(opened.tokenizer)
     assert len(texts) > 200
     for text, ids in zip(texts, theirs(texts)["input_ids"]):
@@ -39,10 +39,10 @@ def test_a_refused_folder_is_refused_by_name_and_nothing_is_written(name, tmp_pa
     actions = [lambda: open_model(folder).with_tokenizer()]
     if "tokenizer for its" not in words:      # a model that is only short of a tokenizer can still be converted
         (tmp_path / "own").mkdir()
-        folders.vocabulary()[0].save(tmp_path / "own")
+        folders.vocabulary().save(tmp_path / "own")
         actions += [lambda: convert.main(["--checkpoint", str(folder), "--out", str(tmp_path / "new")]),
                     lambda: convert.main(["--checkpoint", str(folder), "--out", str(tmp_path / "new.pt")]),
-                    lambda: open_weights(str(folder), folders.vocabulary()[0], ""),
+                    lambda: open_weights(str(folder), folders.vocabulary(), ""),
                     lambda: open_model(folder, tokenizer=tmp_path / "own")]      # no --tokenizer overrides it
     for action in actions:
         with pytest.raises(UserError) as caught:

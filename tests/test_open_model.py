@@ -310,7 +310,7 @@ def test_the_tokenizer_files_are_read_by_every_reader(tmp_path, monkeypatch):
     model = GPT(GPTConfig(8, 320, 1, 2, 8))
     write_model(model, tmp_path / "hf", tokenizer)
     text = texts[0] + " unseen \U0001f600 \x00\x7f words"
-    for changed in ("", "merges.txt", "tokenizer.json"):
+    for changed in ("", "merges.txt", "vocab.json", "tokenizer.json"):
         folder = tmp_path / f"without {changed}"
         shutil.copytree(tmp_path / "hf", folder)
         if changed:
