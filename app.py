@@ -35,10 +35,8 @@ FRAME_S = 0.05           # between two redraws of a growing text
 REFRESH_S = 5            # between two reads of the logs
 CARET = '<span class="caret">\u258c</span>'
 WHITESPACE_SYMBOLS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"}
-MAKE_ONE = """make demo                                                       # a small GPT-2, in a few minutes
-python prepare_text.py mybook.txt --out data/mybook             # or one of your own text
-python train.py --data_dir data/mybook --log_dir logs/mybook
-streamlit run app.py -- --checkpoint gpt2                       # or OpenAI's GPT-2"""
+MAKE_ONE = """make demo                                             # a small GPT-2, in a few minutes
+python prepare_text.py README.md --out data/readme    # or one of your own text: it says how to train on that"""
 STYLE = """<style>
 .stMainBlockContainer {padding-top: 2.5rem;}
 .gpt-cards {display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));}

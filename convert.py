@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import save_checkpoint
-from exactgpt.config import RunFailed, TokenizerConfig, check_new, flag, human_bytes, parse_config, run_script
+from exactgpt.config import RunFailed, TokenizerConfig, check_new, command, flag, human_bytes, parse_config, run_script
+from exactgpt.generation import example_prompt
 from exactgpt.open_model import build_model, open_model, read_pretrained, write_pretrained
 
 TEST_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
@@ -54,9 +55,9 @@ def main(argv=None):
         return
     script, text, task = (("finetune_classifier.py", "--predict", "classification") if hasattr(model.config, "labels")
                           else ("inference.py", "--prompt", "generation"))
-    print(f'next: python {script} --checkpoint {out} {text} "..."')
+    print("next: " + command(script, "--checkpoint", out, text, example_prompt(tokenizer)))
     if out.suffix != ".pt":
-        print(f'or in Python: transformers.pipeline("text-{task}", "{out}")')
+        print(f'or in Python: transformers.pipeline("text-{task}", {str(out)!r})')
 
 
 @torch.no_grad()

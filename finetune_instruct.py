@@ -9,7 +9,6 @@ Only the answers count in the loss. If a run is killed or stopped, the same comm
 """
 import exactgpt.launch  # noqa: F401  first, see there
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,18 @@ import torch
 
 from exactgpt import finetune
 from exactgpt.checkpoint import checkpoint_path
-from exactgpt.config import RunFailed, UserError, flag, human_bytes, new_folder, parse_config, run_script, write_json
+from exactgpt.config import (
+    RunFailed,
+    UserError,
+    command,
+    flag,
+    human_bytes,
+    new_folder,
+    one_line,
+    parse_config,
+    run_script,
+    write_json,
+)
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
 from exactgpt.generation import alpaca_prompt, generate
@@ -153,8 +163,8 @@ def write_results(config, run, progress, wrapped, val_items, counts):
     for item in answers[:3]:
         print(f"> {item['instruction']}\n  {item['response']}")
     print(f"validation loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
-    return report, paths, (f"python inference.py --checkpoint {paths[0]} --temperature 0 --num_seq 1 --instruction "
-                           f"{shlex.quote(val_items[0][0])}")
+    return report, paths, command("inference.py", "--checkpoint", paths[0], "--temperature", 0, "--num_seq", 1,
+                                  "--instruction", one_line(val_items[0][0]))
 
 
 def save_adapter(wrapped, folder, base):

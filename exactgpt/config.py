@@ -22,6 +22,7 @@ import operator
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -237,6 +238,16 @@ def leave(status):
         sys.stdout.flush()
         os._exit(status or 0)      # not sys.exit: interpreter shutdown aborts while a process group exists
     sys.exit(status)
+
+
+def command(script, *words):
+    """Return a command that starts a script, as it can be pasted into a shell."""
+    return f"python {shlex.join(map(str, (script, *words)))}"
+
+
+def one_line(text):
+    """Return a text as the value of a flag: on one line, and not beginning as a flag does."""
+    return " ".join(text.split()).lstrip("- ") or "?"
 
 
 # ---- files -------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from exactgpt.config import UserError
 from exactgpt.device import attention_without_cudnn, keep_freed_memory
 from exactgpt.distributed import seed_from
 
@@ -80,6 +81,14 @@ def write_samples(run, config, runtime, step):
                             seed=(config.seed, step))
     run.raw_model.train()
     return texts
+
+
+def example_prompt(tokenizer):
+    """Return a prompt that the vocabulary can encode, for a command to try."""
+    try:
+        return SAMPLE_PROMPTS[1] if tokenizer.encode(SAMPLE_PROMPTS[1]) else ""
+    except UserError:      # a vocabulary of a few characters
+        return ""
 
 
 def alpaca_prompt(instruction, input=""):
