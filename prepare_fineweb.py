@@ -193,7 +193,7 @@ def main(argv=None):
         return verify_shards(config.out, config.tokenizer)
     # Every file is downloaded once, so Xet's chunk cache would only double the disk space.
     os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
-    tokenizer = require_end_of_text(default_tokenizer(config.tokenizer), "prepare_fineweb.py")
+    tokenizer = require_end_of_text(default_tokenizer(config.tokenizer), "preparing text")
     compared = ("dataset", "name", "text_column", "data_files", "shard_tokens", "max_tokens")
     source = f"files {config.data_files}" if config.data_files else f"{config.dataset} {config.name or ''}".strip()
     wanted = Manifest(source=source, tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, eot=tokenizer.eot,

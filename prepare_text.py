@@ -139,7 +139,7 @@ def main(argv=None):
     """Make shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
     config = parse_config(PrepareTextConfig, argv, description=__doc__.split("\n\n")[0])
     tokenizer = None if config.train_tokenizer else default_tokenizer(config.tokenizer)
-    tokenizer_name = require_end_of_text(tokenizer, "prepare_text.py").name if tokenizer else ""
+    tokenizer_name = require_end_of_text(tokenizer, "preparing text").name if tokenizer else ""
     files = find_files(config.paths)
     n_documents, n_bytes, digest = scan_documents(iter_documents(config, files))
     if not n_documents:

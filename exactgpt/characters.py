@@ -9,7 +9,7 @@ from pathlib import Path
 from exactgpt.config import UserError
 
 META = "meta.pkl"
-MAX_META_BYTES = 4 << 20      # 65,535 characters take 2.6 MB in protocol 0, the most verbose one
+MAX_META_BYTES = 3 << 20      # 65,535 characters take 2.8 MB in protocol 0, the most verbose one
 # The instructions of protocols 0 to 5, by what they do here.
 PUSH = {"INT", "BININT", "BININT1", "BININT2", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 PUT, GET = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
@@ -46,8 +46,8 @@ def read_plain_pickle(data):
     for opcode, value, _ in pickletools.genops(data):
         name = opcode.name
         if name in PUSH:
-            if value not in NUMBERS and type(value) is not str:      # huge ones can be made to collide in a dict
-                raise ValueError("it holds a number that is no id")
+            if type(value) is int and value not in NUMBERS:      # huge ones can be made to collide in a dict
+                raise ValueError("a number in it is not between 0 and 65535")
             stack.append(value)
         elif name == "EMPTY_DICT":
             stack.append({})
