@@ -5,6 +5,8 @@ import lzma
 import os
 import pickle
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +17,16 @@ from torch.nn import functional as F
 import convert
 import finetune_instruct
 import hellaswag
+import inference
 import prepare_fineweb
 import prepare_text
 from exactgpt.checkpoint import read_checkpoint
 from exactgpt.config import UserError
-from exactgpt.generation import generate, generate_ids
+from exactgpt.generation import generate, generate_ids, top_next_tokens
 from exactgpt.open_model import open_model, open_weights
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import CharacterTokenizer, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer
+from finetune_classifier import encode_example
 from tests.common import HELLASWAG_FILE, SHARED_DATA, TINY, in_our_layout, read_metrics
 from tests.mutants import Bomb
 
@@ -348,6 +352,23 @@ def test_generation_ends_at_no_character_and_begins_an_empty_prompt_with_a_new_l
                          temperature=9.0)
     assert text == "".join(CHARACTERS[step[0]] for step in steps)
     assert n_tokens == len(text) == 300 and set(text) == set(CHARACTERS)     # none of them ends it
+
+
+def test_every_script_takes_characters(data, checkpoint, capsys, monkeypatch):
+    path, _ = checkpoint
+    opened = open_model(path)
+    assert encode_example("", 3, opened.tokenizer, 32).tokens == [CHARACTERS.index("\n")]
+    typed = iter(["caf\u00e9", "Thanks"])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or sys.exit())
+    with pytest.raises(SystemExit):
+        inference.main(["--checkpoint", str(path), "--device", "cpu", "--num_seq", "1", "--max_tokens", "9"])
+    out, err = capsys.readouterr()      # an unknown character ends nothing
+    assert "the character 'f' is not among" in err and out.startswith("> Thanks") and len(out) == len("> Thanks\n") + 9
+    page = pytest.importorskip("app", exc_type=ImportError)
+    _, table = page.look_up(str(path), 0, "", SimpleNamespace(tokenizer="", device="cpu", dtype="fp32"))
+    expected = top_next_tokens(opened.model.eval(), [CHARACTERS.index("\n")], len(CHARACTERS))
+    assert table["Token"] == [{"\n": "\u21b5", " ": "\u00b7"}.get(CHARACTERS[i], CHARACTERS[i]) for i, _ in expected]
 
 
 def val_loss_of(theirs, data, block_size=32):
