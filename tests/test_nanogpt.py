@@ -27,7 +27,15 @@ from exactgpt.open_model import open_model, open_weights
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import CharacterTokenizer, Tokenizer, from_checkpoint, gpt2_tokenizer, load_tokenizer
 from finetune_classifier import encode_example
-from tests.common import HELLASWAG_FILE, SHARED_DATA, TINY, in_our_layout, read_metrics
+from tests.common import (
+    HELLASWAG_FILE,
+    SHARED_DATA,
+    TINY,
+    in_our_layout,
+    read_metrics,
+    write_nanogpt_checkpoint,
+    write_nanogpt_data,
+)
 from tests.mutants import Bomb
 
 TEXT = "MARCIUS:\nThanks. What's the matter, you dissentious rogues,\nThat, rubbing the poor itch!\n" * 40
@@ -35,11 +43,10 @@ CHARACTERS = sorted(set(TEXT))
 
 
 def write_meta(folder, characters=CHARACTERS, protocol=None, **entries):
-    """Write meta.pkl as nanoGPT's prepare.py does; entries: to replace some of the dict's."""
+    """Write a meta.pkl of characters; entries: to replace some of the dict's."""
     meta = dict(vocab_size=len(characters), itos=dict(enumerate(characters)),
                 stoi={c: i for i, c in enumerate(characters)})
     (folder / "meta.pkl").write_bytes(pickle.dumps({**meta, **entries}, protocol=protocol))
-    return meta
 
 
 def write_tokens(path, ids, dtype="<u2"):
@@ -50,11 +57,7 @@ def write_tokens(path, ids, dtype="<u2"):
 def data(tmp_path):
     """Return nano/data/play: the folder that nanoGPT's prepare.py makes of TEXT."""
     folder = tmp_path / "nano" / "data" / "play"
-    folder.mkdir(parents=True)
-    stoi = write_meta(folder)["stoi"]
-    ids, cut = [stoi[c] for c in TEXT], int(len(TEXT) * 0.9)
-    write_tokens(folder / "train.bin", ids[:cut])
-    write_tokens(folder / "val.bin", ids[cut:])
+    write_nanogpt_data(folder, TEXT)
     return folder
 
 
@@ -67,12 +70,9 @@ def checkpoint(tiny_gpt2, tmp_path):
         if name.endswith("bias"):
             tensor.zero_()
         else:
-            state[f"_orig_mod.{name}"] = in_our_layout(theirs, name, tensor).contiguous().clone()
-    args = dict(n_layer=2, n_head=3, n_embd=24, block_size=32, bias=False, vocab_size=len(CHARACTERS), dropout=0.2)
+            state[name] = in_our_layout(theirs, name, tensor).contiguous().clone()
     path = tmp_path / "nano" / "out-play" / "ckpt.pt"
-    path.parent.mkdir(parents=True)
-    torch.save(dict(model=state, optimizer={"state": {}, "param_groups": []}, model_args=args, iter_num=5000,
-                    best_val_loss=torch.tensor(1.47), config=dict(out_dir="out-play", dataset="play")), path)
+    write_nanogpt_checkpoint(path, state, "play", n_layer=2, n_head=3, n_embd=24, vocab_size=len(CHARACTERS))
     return path, theirs
 
 
