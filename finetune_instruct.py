@@ -10,7 +10,6 @@ Only the answers count in the loss. If a run is killed or stopped, the same comm
 import exactgpt.launch  # noqa: F401  first, see there
 
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from exactgpt.config import RunFailed, UserError, flag, human_bytes, new_folder,
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.open_model import ADAPTER_BASE
+from exactgpt.open_model import ADAPTER_BASE, ADAPTER_CONFIG
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import require_end_of_text
 from model import IGNORED
@@ -163,8 +162,8 @@ def write_results(config, run, progress, wrapped, val_items, counts):
 def save_adapter(wrapped, folder, base):
     """Write an adapter in peft's format, and the record of its base ({"source", "sha256"}). Raises UserError."""
     from safetensors import SafetensorError
-    shutil.rmtree(folder, ignore_errors=True)                  # left by a process that was killed here
-    with new_folder(folder) as temporary:
+    # A process that was killed after this has left one.
+    with new_folder(folder, replaces=(ADAPTER_CONFIG, "adapter_model.safetensors", ADAPTER_BASE)) as temporary:
         try:
             wrapped.save_pretrained(temporary, save_embedding_layers=False)
         except SafetensorError as error:

@@ -31,6 +31,7 @@ from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, ShardFolder
 from exactgpt.tokenizer import default_tokenizer, require_end_of_text
 
+HUB_NOTES = ".cache/huggingface"     # of huggingface_hub, in the folder of downloads
 FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 
@@ -134,8 +135,7 @@ def tokenize(config, manifest, tokenizer):
               smoothing=0.05) as bar:
         for position, tokens in encode_in_order(iter_documents(config, manifest), tokenizer, n_threads):
             if not (config.data_files or config.keep_downloads):
-                for file in manifest.files[first:position["file"]]:      # all their tokens have arrived
-                    Path(config.out, "downloads", file["path"]).unlink(missing_ok=True)
+                delete_files(Path(config.out, "downloads"), manifest.files[first:position["file"]])    # read to the end
                 first = position["file"]
             dropped = min(skip, len(tokens))        # these are already in finished shards
             skip -= dropped
@@ -168,11 +168,31 @@ def verify_shards(folder, tokenizer=""):
         print(f"{folder} is incomplete; run the same prepare command again to complete it")
 
 
+def delete_files(folder, files):
+    """Delete downloaded files, entries of the manifest. Their paths come from a file, and must not lead elsewhere."""
+    for file in files:
+        path = folder / file["path"]
+        if folder.resolve() in path.parent.resolve().joinpath(path.name).parents:
+            path.unlink(missing_ok=True)
+
+
+def delete_downloads(folder, files):
+    """Delete the downloaded files and the hub's notes on them; leave whatever else has been put into the folder."""
+    delete_files(folder, files)
+    shutil.rmtree(folder / HUB_NOTES, ignore_errors=True)
+    for here, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):      # not empty
+            os.rmdir(here)
+
+
 def make_shards(config, manifest, tokenizer):
     """Write the vocabulary, then the shards from the manifest's position on."""
+    downloads = Path(config.out, "downloads")
+    if downloads.is_symlink():
+        raise UserError(f"{downloads} is a link, which is not followed; delete it, or link {config.out} instead")
     manifest.save(config.out)
     tokenizer.save(config.out)
-    for leftover in Path(config.out, "downloads").rglob("*.incomplete"):      # of a process that was killed
+    for leftover in (downloads / HUB_NOTES).rglob("*.incomplete"):      # of a process that was killed
         leftover.unlink()
     if manifest.shards:
         ShardFolder(config.out, need_complete=False)        # raises if the shards to continue from are damaged
@@ -182,8 +202,8 @@ def make_shards(config, manifest, tokenizer):
     print(f"{manifest.source}{at}: {len(manifest.files)} files, {size}{resumed}", flush=True)
     with contextlib.closing(tokenize(config, manifest, tokenizer)) as pieces:
         write_shards(config.out, config.prefix(), manifest, pieces, config.val_tokens(), config.shard_tokens)
-    if not config.keep_downloads:
-        shutil.rmtree(Path(config.out, "downloads"), ignore_errors=True)
+    if not (config.data_files or config.keep_downloads):
+        delete_downloads(downloads, manifest.files)
 
 
 def main(argv=None):

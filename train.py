@@ -175,6 +175,7 @@ class Run:
     """The objects of a run, made once by set_up. The weights and the optimizer's state change in place."""
     plan: Plan
     shards: ShardFolder
+    fingerprint: dict                         # of the shards: hashes, by their names in a checkpoint
     tokenizer: Tokenizer
     train_stream: TokenStream
     val_stream: TokenStream
@@ -207,9 +208,9 @@ def set_up(config, runtime, saves=True):
     # data, flags and code, the same on all ranks
     shards = runtime.on_all_ranks(lambda: ShardFolder(config.data_dir))
     tokenizer = runtime.on_all_ranks(lambda: shards.tokenizer(config.tokenizer))
-    runtime.on_all_ranks(lambda: shards.check_vocabulary(tokenizer.n_vocab))
+    fingerprint = shards.fingerprint(runtime.on_all_ranks(lambda: shards.check_vocabulary(tokenizer.n_vocab)))
     for what, value in (("flags", asdict(config)), ("code", checkpoint.code_hash()),
-                        ("token shards", shards.fingerprint())):
+                        ("token shards", fingerprint)):
         runtime.require_equal(what, value)
 
     # weights. Rank 0 alone reads the checkpoint, since other machines may not see its disk (full_checkpoint is None on
@@ -229,7 +230,7 @@ def set_up(config, runtime, saves=True):
         plan = replace(plan, warmup_steps=stored["resolved"].get("warmup_steps", plan.warmup_steps))
     progress = Progress(step=0, last_step=plan.max_steps)
     if stored:
-        checkpoint.check_same_run(config, stored, requested_shape(config), shards.fingerprint(), plan)
+        checkpoint.check_same_run(config, stored, requested_shape(config), fingerprint, plan)
         progress = Progress(stored["step"], checkpoint.final_step(config, stored, plan), stored["best_val_loss"])
     if saves:
         checkpoint.check_disk(config, model.n_params(), plan.max_steps, runtime)
@@ -243,7 +244,7 @@ def set_up(config, runtime, saves=True):
     resolved = dict(choices, device=runtime.device.type, hardware=runtime.hardware.name, torch=str(torch.__version__),
                     dtype=runtime.dtype_name, world_size=runtime.world_size, threads=torch.get_num_threads(),
                     max_steps=plan.max_steps, warmup_steps=plan.warmup_steps, decay_start=decay_start(plan))
-    run = Run(plan, shards, tokenizer, train_stream, val_stream, model, compiled, ddp, optimizer, scaler,
+    run = Run(plan, shards, fingerprint, tokenizer, train_stream, val_stream, model, compiled, ddp, optimizer, scaler,
               choices["micro_batch_size"], resolved, checkpoint.provenance())
     if stored:
         # Load the optimizer's state last, so that it does not take up GPU memory during the micro-batch search. It

@@ -4,9 +4,8 @@ The file is the pickle of {"vocab_size": n, "itos": {id: character}, "stoi": {ch
 takes a few instructions that only make plain values; a file with any other instruction is refused.
 """
 import pickletools
-from pathlib import Path
 
-from exactgpt.config import UserError
+from exactgpt.config import UserError, reading
 
 META = "meta.pkl"
 MAX_META_BYTES = 3 << 20      # 65,535 characters take 2.8 MB in protocol 0, the most verbose one
@@ -19,11 +18,12 @@ IGNORED = {"PROTO", "FRAME", "STOP"}
 
 def read_characters(path):
     """Return the characters of a meta.pkl as one string, in the order of their ids. Raises UserError."""
-    path = Path(path)
+    with reading(path), open(path, "rb") as f:
+        data = f.read(MAX_META_BYTES + 1)
     try:
-        if path.stat().st_size > MAX_META_BYTES:
+        if len(data) > MAX_META_BYTES:
             raise ValueError(f"it is larger than {MAX_META_BYTES >> 20} MB")
-        stored = read_plain_pickle(path.read_bytes())
+        stored = read_plain_pickle(data)
         itos, stoi, n = (stored[key] for key in ("itos", "stoi", "vocab_size"))
         characters = [itos[i] for i in range(n)]
         if not all(type(c) is str and len(c) == 1 for c in characters):
@@ -31,8 +31,6 @@ def read_characters(path):
         if len(itos) != n or stoi != {c: i for i, c in enumerate(characters)}:
             raise ValueError("itos and stoi do not have the same characters")
         return "".join(characters)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:      # pickletools and the lines above may raise anything on garbage
         why = str(error) if type(error) is ValueError else "it is damaged or of another kind"
         raise UserError(f"{path} is not a vocabulary of characters as nanoGPT's prepare.py writes it ({why:.200}); "

@@ -31,9 +31,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from exactgpt import launch
-from exactgpt.config import RunFailed, UserError, atomic_write, human_bytes
+from exactgpt.config import FolderLock, RunFailed, UserError, atomic_write, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 
+MAX_VALUES = 1_000_000     # in a checkpoint: numbers, texts and tensors; there are some thousands
+RUN_FILES = ("log.txt", "metrics.jsonl", "model_best.pt", "lr_finder.csv", "lr_finder.png")     # written in --log_dir
 RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
 TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,
                     "resolved": dict, "data": str, "best_val_loss": float, "finished": bool}
@@ -41,6 +43,10 @@ TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dic
 
 class CheckpointError(UserError):
     """A file is not a checkpoint, or is damaged."""
+
+
+class Untrusted(ValueError):
+    """A file describes more data than it has."""
 
 
 class AlreadyFinished(Exception):
@@ -57,7 +63,15 @@ def checkpoint_path(log_dir, step, kind="model"):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of plain data to a file, whole or not at all. Raises UserError if the disk refuses."""
+    """Write a dict of plain data to a file, whole or not at all. Raises UserError if the disk refuses.
+
+    In a folder that this process has locked it gets the folder's mark, and replaces only a checkpoint that has it, too.
+    """
+    mark = FolderLock.mark_of(Path(path).parent)
+    if mark:
+        checkpoint = {"run_id": mark, **checkpoint}
+        if os.path.lexists(path) and not is_ours(path, mark):
+            raise UserError(f"{path} exists, and another run or tool has written it; move it away")
     tensors = {t.data_ptr(): t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor)}
     needed = sum(tensors.values())
     try:
@@ -69,6 +83,19 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint, f)
     except RuntimeError as error:      # torch's zip writer hides the disk's own error
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space") from error
+
+
+def is_ours(path, mark):
+    """Return True if a file is a checkpoint that has the mark of this folder's runs; None: it is not locked."""
+    if mark is None or path.is_symlink():
+        return False
+    try:
+        with open(path, "rb") as f:
+            start = f.read(1000)      # the mark is the first entry, so that a damaged file has it, too
+    except OSError:
+        return False
+    # Checkpoints of earlier versions have no mark. A run that resumed from one counts all of those as its own.
+    return mark.encode() in start or (mark.startswith("old-") and b"run_id" not in start)
 
 
 def is_finite(entries):
@@ -138,7 +165,7 @@ def save(run, progress, config, runtime, finished=False):
     problem = write_and_rotate(runtime, progress, config.log_dir, config.keep_checkpoints, dict(
         model_entries(run, progress), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
         best_val_loss=progress.best_val_loss, last_step=progress.last_step, train_config=asdict(config),
-        resolved=run.resolved, data=run.shards.fingerprint(), finished=finished, provenance=run.provenance))
+        resolved=run.resolved, **run.fingerprint, finished=finished, provenance=run.provenance))
     if finished and problem:
         raise RunFailed(f"the last checkpoint could not be written: {problem}. The same command repeats the steps "
                         "since the newest one")
@@ -167,8 +194,9 @@ def disk_bytes(config, n_params, max_steps):
 def check_disk(config, n_params, max_steps, runtime):
     """Raise UserError on every rank if the checkpoints of the run will not fit on the disk."""
     def check():
-        free, present = shutil.disk_usage(config.log_dir).free, Path(config.log_dir).glob("model_*.pt")
-        needed = disk_bytes(config, n_params, max_steps) - sum(path.stat().st_size for path in present)
+        free, folder = shutil.disk_usage(config.log_dir).free, Path(config.log_dir)
+        present = [*(path for _, path in list_checkpoints(folder)), *folder.glob("model_best.pt")]
+        needed = disk_bytes(config, n_params, max_steps) - sum(path.lstat().st_size for path in present)
         if free < needed:
             raise UserError(f"the checkpoints need {human_bytes(needed)} more, but the disk that holds "
                             f"{config.log_dir} has {human_bytes(free)} free; free some space, use another --log_dir, "
@@ -180,7 +208,12 @@ def read_checkpoint(path):
     """Load the dict in a checkpoint file to the CPU. Raises CheckpointError, in one line, if anything is wrong."""
     try:
         open(path, "rb").close()
+        size = os.stat(path).st_size
         with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else contextlib.nullcontext() as archive:
+            # torch.save compresses nothing, so what it writes cannot unpack to more than the file has.
+            if archive and (any(part.compress_type for part in archive.infolist())
+                            or sum(part.file_size for part in archive.infolist()) > size):
+                raise Untrusted("it unpacks to more than its size")
             if archive and archive.testzip():      # torch.load does not compare a part with its checksum
                 raise ValueError("a part differs from its checksum")
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
@@ -188,13 +221,43 @@ def read_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(checkpoint.get("config"), _ForeignConfig):
             checkpoint["config"] = vars(checkpoint["config"])
+        require_plain(checkpoint, size)
         return checkpoint
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except Untrusted as error:
+        raise CheckpointError(f"{path} will not be loaded: {error}; use another copy of it") from error
     except Exception as error:      # a damaged zip, a pickle that asks for code: torch raises many types
         why = "it would run code" if "GLOBAL" in str(error) else "it is damaged"
         raise CheckpointError(
             f"cannot load {path}: {why}, or it is not a checkpoint ({type(error).__name__})") from error
+
+
+def require_plain(value, size):
+    """Raise Untrusted unless a loaded value holds only dense tensors on the CPU, no larger than its file of `size`."""
+    # A few bytes can describe a tensor of many: one that is sparse, without data, or whose elements share memory.
+    # Using it would take the memory. In the same way a few lists can contain each other a million times.
+    left, n_values, n_bytes = [value], 0, 0
+    while left:
+        value = left.pop()
+        n_values += 1
+        if n_values > MAX_VALUES:
+            raise Untrusted(f"it contains more than {MAX_VALUES:,} values")
+        if isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            left += value
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise Untrusted("it contains a tensor that is sparse, quantized or without data")
+            n_bytes += value.nbytes
+            reach = 0      # of the dimensions so far: the next must step over it
+            for stride, length in sorted(zip(value.stride(), value.shape)):
+                if length > 1 and stride <= reach:
+                    raise Untrusted("it contains a tensor whose elements share memory")
+                reach += stride * (length - 1)
+    if n_bytes > 2 * size:      # twice, because the output layer may be the token embedding
+        raise Untrusted(f"its tensors take {human_bytes(n_bytes)}, but it has only {human_bytes(size)}")
 
 
 def list_checkpoints(log_dir, kind="model"):
@@ -204,9 +267,9 @@ def list_checkpoints(log_dir, kind="model"):
 
 
 def checkpoint_step(path, kind="model"):
-    """Return the step in the name of a numbered checkpoint, None for other files."""
-    match = re.fullmatch(rf"{kind}_(\d{{5,}})\.pt", path.name)
-    return match and int(match[1])
+    """Return the step in the name of a numbered checkpoint, None for whatever else has such a name."""
+    match = re.fullmatch(rf"{kind}_([0-9]{{5,18}})\.pt", path.name)
+    return int(match[1]) if match and path.is_file() else None
 
 
 def read_training_checkpoint(path):
@@ -246,10 +309,12 @@ def first_valid(paths, read, notice):
 
 
 def delete_old_checkpoints(log_dir, keep, step, kind="model"):
-    """Delete all numbered checkpoints up to `step` but the `keep` newest, and what a killed save left half-written."""
-    # Files of later steps do not count: they were damaged, and must not push out what has been saved since.
-    until_now = [path for number, path in list_checkpoints(log_dir, kind) if number <= step]
-    for path in [*until_now[keep:], *Path(log_dir).glob(f"{kind}_*.pt.tmp")]:
+    """Delete all numbered checkpoints of this folder's runs up to `step` but the `keep` newest."""
+    # Files of later steps do not count: they were damaged, and must not push out what has been saved since. And files
+    # that others have put there are not ours to delete.
+    mark = FolderLock.mark_of(log_dir)
+    ours = [path for number, path in list_checkpoints(log_dir, kind) if number <= step and is_ours(path, mark)]
+    for path in ours[keep:]:
         path.unlink(missing_ok=True)
 
 
@@ -265,7 +330,26 @@ def weights_hash(state):
 # ---- resume: find the checkpoint, check that it is this run's, restore -----------
 
 def find_checkpoint(config, notice):
-    """Return the checkpoint (a dict) that --resume asks for, or None for a new run. Raises UserError."""
+    """Return the checkpoint (a dict) that --resume asks for, or None for a new run. Raises UserError.
+
+    Claims --log_dir for the run, if this process has locked it, and refuses one with another program's logs.
+    """
+    found = _find_checkpoint(config, notice)
+    claim_folder(config.log_dir, found if list_checkpoints(config.log_dir) else None, RUN_FILES)
+    return found
+
+
+def claim_folder(folder, found, names):
+    """Claim a locked folder for the run of a checkpoint that was found in it, or for a new one. Raises UserError."""
+    # names: the files that it writes
+    lock = FolderLock.of(folder)
+    if lock and found:
+        lock.claim(mark=found.get("run_id", f"old-{lock.mark}"))
+    elif lock:
+        lock.claim(names)
+
+
+def _find_checkpoint(config, notice):
     if config.resume == "never":
         if list_checkpoints(config.log_dir) or (Path(config.log_dir) / "metrics.jsonl").exists():
             raise UserError(f"--resume never, but {config.log_dir} already contains a run; use another --log_dir, or "
@@ -294,7 +378,7 @@ def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     for name, value in requested_shape.items():
         if value is not None and value != checkpoint["config"].get(name):
             differing.append(f"--{name} {value} (it has {checkpoint['config'].get(name)})")
-    if fingerprint != checkpoint["data"]:
+    if any(checkpoint.get(name, value) != value for name, value in fingerprint.items()):      # old ones have fewer
         differing.append("other token shards in --data_dir")
     if plan.warmup_steps != resolved.get("warmup_steps"):
         differing.append(f"--warmup_steps {plan.warmup_steps} (it has {resolved.get('warmup_steps')})")

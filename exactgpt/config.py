@@ -21,6 +21,7 @@ import math
 import operator
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ from pathlib import Path
 
 from exactgpt import launch
 
+MARK = "(old-)?[0-9a-f]{16}"       # of a folder, see FolderLock; "old-": it holds checkpoints without a mark, too
 BOUNDS = dict(low=(">=", operator.ge), high=("<=", operator.le), above=(">", operator.gt), below=("<", operator.lt))
 
 
@@ -141,6 +143,8 @@ def with_changes(config, **changes):
         for value in values if isinstance(values, list) else [values]:
             if value is None:
                 continue
+            if value == "" and f.default not in ("", None) and not isinstance(values, list):
+                raise UserError(f"--{f.name} must not be empty")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{f.name} must be a finite number, but is {value}")
             for bound, (sign, holds) in BOUNDS.items():
@@ -196,7 +200,7 @@ def run_script(main):
             sys.stdout.flush()
         except (OSError, ValueError) as error:
             if not launch.is_lost_output(error):
-                raise
+                raise file_error(error) or error
             if isinstance(error, BrokenPipeError):      # the reader, as in `... | head`, has what it wanted
                 leave(0)
             raise UserError(f"cannot write to standard output: {getattr(error, 'strerror', error)}") from error
@@ -218,6 +222,13 @@ def run_script(main):
         script = os.path.basename(sys.argv[0])
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         leave(status)
+
+
+def file_error(error):
+    """Return the UserError for a file that the system could not open, read or write; None for other errors."""
+    if isinstance(error, OSError) and error.filename:
+        return UserError(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
+    return None
 
 
 def leave(status):
@@ -249,26 +260,31 @@ def make_folder(folder):
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(path, remove):
-    """Yield PATH.tmp, for the block to make a file or a folder there; then rename it. Raises UserError."""
+def _whole_or_not_at_all(path, make, remove):
+    """Yield what make(temporary path) opens, for the block to fill; then rename it to `path`. Raises UserError."""
     # The order is write, fsync, rename, fsync of the parent: after kill -9 or a power cut `path` is the complete old or
-    # the complete new one. The temporary name is fixed, so that the next attempt overwrites a leftover.
-    temporary = path.with_name(path.name + ".tmp")
+    # the complete new one. make() fails if the temporary name is taken, so nobody else's file is written or removed.
+    made = None
     FolderLock.check(path)
     try:
         make_folder(path.parent)
-        yield temporary
-        for made in (*temporary.rglob("*"), temporary):
-            sync(made)
+        temporary = path.with_name(f"{path.name}.{FolderLock.mark_of(path.parent) or secrets.token_hex(8)}.tmp")
+        made = make(temporary)
+        with made as opened:
+            yield opened
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
         FolderLock.check(path)           # again, since large files take minutes
         os.replace(temporary, path)      # after the fsync: a power cut must not leave the name on half of the data
         sync(path.parent)                # it holds the name
     except FolderLost:                   # with the temporary file in it
         raise
     except BaseException as error:
-        with contextlib.suppress(OSError):      # of the other kind: a foreign file or folder, which stays
-            remove(temporary)
+        if made is not None:
+            with contextlib.suppress(OSError):
+                remove(temporary)
         if isinstance(error, OSError):
+            FolderLock.check(path)       # it may be the reason
             raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
                             ) from error
         raise
@@ -277,21 +293,34 @@ def _whole_or_not_at_all(path, remove):
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Open a file that gets its name only when it is complete and flushed to disk. Raises UserError."""
-    with (_whole_or_not_at_all(Path(path), Path.unlink) as temporary,
-          open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f):
+    def make(temporary):
+        return open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+    with _whole_or_not_at_all(Path(path), make, Path.unlink) as f:
         yield f
 
 
 @contextlib.contextmanager
-def new_folder(path):
-    """Yield a temporary folder that becomes `path` when it is complete. Raises UserError, also if `path` is in use."""
-    FolderLock.check(path)
-    path = Path(path).resolve()
-    check_new(path, folder=True)
-    with _whole_or_not_at_all(path, shutil.rmtree) as temporary:
-        shutil.rmtree(temporary, ignore_errors=True)       # left by an export that was killed
+def new_folder(path, replaces=()):
+    """Yield a temporary folder that becomes `path` when it is complete. Raises UserError, also if `path` is in use.
+
+    replaces: names of files; a folder at `path` that contains nothing else is an older version, and is replaced.
+    """
+    def make(temporary):
         temporary.mkdir()
+        return contextlib.nullcontext(temporary)
+    FolderLock.check(path)
+    path, old = Path(os.path.abspath(path)), []
+    if replaces and path.is_dir() and not path.is_symlink():
+        old = list(path.iterdir())
+        others = sorted({p.name for p in old} - set(replaces))
+        if others:
+            raise UserError(f"{path} will not be replaced, because it also contains {others[0]}; move that away")
+    else:
+        check_new(path, folder=True)
+    with _whole_or_not_at_all(path, make, shutil.rmtree) as temporary:
         yield temporary
+        for file in old:
+            file.unlink()
 
 
 def write_json(path, value):
@@ -301,14 +330,22 @@ def write_json(path, value):
         f.write("\n")
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Turn an OSError of the block, which reads a file, into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def read_text(path):
     """Return the text of a UTF-8 file (None: standard input), without a byte-order mark. Raises UserError."""
     name = path or "standard input"
-    try:
+    with reading(name):
         data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
+    try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text (at byte {error.start}); convert it first, for instance with iconv "
                         "-f latin1 -t utf-8") from error
@@ -328,7 +365,7 @@ def read_json(path, kind=dict):
 def check_new(path, folder=False):
     """Raise UserError if `path` exists already, or cannot be created. folder: it may be an empty folder."""
     path = Path(path).absolute()
-    if path.exists() and not (folder and path.is_dir() and not any(path.iterdir())):
+    if os.path.lexists(path) and not (folder and path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
         raise UserError(f"{path} already exists and will not be overwritten; choose another name or move it away")
     here = next(parent for parent in path.parents if parent.exists())
     if not (here.is_dir() and os.access(here, os.W_OK)):
@@ -346,7 +383,11 @@ class FolderLost(RunFailed):
 
 
 class FolderLock:
-    """An exclusive lock on FOLDER/.lock, until its `with` block or the process ends, even by kill -9."""
+    """An exclusive lock on FOLDER/.lock, until its `with` block or the process ends, even by kill -9.
+
+    The file contains the folder's mark, a random word by which later starts recognize what earlier ones wrote: it is in
+    the temporary names of files and in checkpoints.
+    """
 
     held = []      # all of this process
 
@@ -363,7 +404,28 @@ class FolderLock:
                 print(f"another run is using {folder}; waiting up to {wait_s:g} s for it to finish", flush=True)
             waits = True
             time.sleep(0.2)
+        words = self._file.read(100).decode(errors="replace").split()
+        self._is_new = len(words) != 2 or words[0] != "exactgpt" or not re.fullmatch(MARK, words[1])
+        self.mark = secrets.token_hex(8) if self._is_new else words[1]
+        for leftover in self._folder.glob(f"*.{self.mark}.tmp"):      # of a process of ours that was killed
+            with contextlib.suppress(OSError):
+                leftover.unlink() if leftover.is_symlink() or not leftover.is_dir() else shutil.rmtree(leftover)
         self.held.append(self)
+
+    def claim(self, names=(), mark=None):
+        """Write the mark into .lock, if no run of ours has been here. Raises UserError if a file of these names is.
+
+        names: what runs write. mark: the one to take over from a checkpoint.
+        """
+        taken = [name for name in names if os.path.lexists(self._folder / name)]
+        if self._is_new and taken:
+            raise UserError(f"{self._folder} contains {taken[0]}, which no run of exactgpt has written there, or one "
+                            "whose .lock was deleted; move it away or use another folder")
+        if self._is_new:
+            self.mark, self._is_new = mark if re.fullmatch(MARK, str(mark)) else self.mark, False
+            if not os.fstat(self._file.fileno()).st_size:      # else it is somebody else's file, which stays as it is
+                self._file.write(b"exactgpt %s\n" % self.mark.encode())
+                sync(self._path)
 
     def __enter__(self):
         return self
@@ -376,7 +438,11 @@ class FolderLock:
         try:
             with contextlib.suppress(FileExistsError):      # it may be a file: the next line says so
                 make_folder(self._folder)
-            self._file = open(self._path, "w")
+            if os.path.lexists(self._path) and (self._path.is_symlink() or not self._path.is_file()):
+                raise UserError(f"{self._path} is a link or no file at all; delete it or use another folder")
+            # Not truncated: it may be the file of another program.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._file = open(os.open(self._path, flags, 0o666), "r+b", buffering=0)
             self._directory = os.open(self._folder, os.O_RDONLY)      # kept open, so that its inode is not used again
         except OSError as error:
             raise UserError(f"cannot write in {self._folder}: {error.strerror}") from error
@@ -410,6 +476,17 @@ class FolderLock:
                 return error.errno != errno.ESTALE      # NFS: deleted on another machine
         # Somebody may have deleted .lock alone, as "stale". Whoever locks the folder then makes a new one.
         return is_at(self._folder, self._directory, False) and is_at(self._path, self._file.fileno(), True)
+
+    @classmethod
+    def of(cls, folder):
+        """Return the lock that this process holds on a folder, or None."""
+        return next((lock for lock in cls.held if os.path.realpath(lock._folder) == os.path.realpath(folder)), None)
+
+    @classmethod
+    def mark_of(cls, folder):
+        """Return the mark of a folder that this process has locked, else None."""
+        lock = cls.of(folder)
+        return lock and lock.mark
 
     @classmethod
     def check(cls, path):

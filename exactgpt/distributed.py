@@ -13,6 +13,7 @@ import datetime
 import gc
 import hashlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -28,12 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from exactgpt import launch
-from exactgpt.config import FolderLock, FolderLost, RunConfig, RunFailed, UserError, read_ranks
+from exactgpt.config import FolderLock, FolderLost, RunConfig, RunFailed, UserError, file_error, read_ranks
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
 from exactgpt.peers import HANG_GRACE_S, Store, peer_failure, report_error, time_limit, wait_for_peers, watch_run
 
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time
 GROUP_S = 300            # for torch to connect processes that have met already
+DRY_RUN = ".dry_run_"    # what the names of dry runs' folders begin with
 BUCKET_MB = 100          # of gradients per all-reduce: large messages use a fast network better
 
 
@@ -246,7 +248,7 @@ def start(config):
         # A failed rank must not wait for the others on its way out: torchrun sees it end and stops them.
         if not runtime.hangs:
             report_error(rank, error if isinstance(error, UserError) else
-                         peer_failure(error) or f"it failed:\n{traceback.format_exc()}")
+                         file_error(error) or peer_failure(error) or f"it failed:\n{traceback.format_exc()}")
         os._exit(2 if isinstance(error, UserError) else 1)
     finally:
         runtime.starting = False
@@ -291,20 +293,29 @@ def lock_folder(folder, runtime):
 @contextlib.contextmanager
 def temporary_folder(runtime, place):
     """Yield a new, empty folder, the same on all ranks, and delete it at the end. Raises UserError."""
-    # It lies in `place`/.dry_run, or above if `place` does not exist; what a killed process left there goes first.
+    # It lies in `place`, or above if `place` does not exist, and its name is its lock's mark: one that a killed process
+    # of ours left there is known by that, and goes first.
     def renew():
-        shutil.rmtree(hidden / "run", ignore_errors=True)
+        above = next(path for path in (place, *place.parents) if path.exists())
+        for left in above.glob(f"{DRY_RUN}*"):
+            if (left / ".lock").is_file() and not left.is_symlink():
+                with contextlib.suppress(UserError), FolderLock(left, wait_s=0) as lock:
+                    if left.name == DRY_RUN + lock.mark:
+                        shutil.rmtree(left, ignore_errors=True)
+        folder = above / (DRY_RUN + secrets.token_hex(8))
         try:
-            (hidden / "run").mkdir()
+            folder.mkdir()
         except OSError as error:
-            raise UserError(f"cannot make {hidden / 'run'}: {error.strerror}") from error
-        return str(hidden / "run")
+            raise UserError(f"cannot make {folder}: {error.strerror}") from error
+        return str(folder)
     place = Path(place).resolve()
-    hidden = next(path for path in (place, *place.parents) if path.exists()) / ".dry_run"     # rank 0's counts
-    with lock_folder(hidden, runtime):
-        runtime.hidden = hidden if runtime.is_main else None
+    folder = runtime.broadcast(renew)
+    with lock_folder(folder, runtime) as lock:
+        if runtime.is_main:
+            runtime.hidden = Path(folder)
         try:
-            yield runtime.broadcast(renew)
+            runtime.broadcast(lambda: lock.claim(mark=Path(folder).name.removeprefix(DRY_RUN)))
+            yield folder
         finally:
             runtime.delete_hidden()
 

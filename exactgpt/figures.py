@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt import launch
-from exactgpt.config import UserError, atomic_write, human_count, human_time
+from exactgpt.config import UserError, atomic_write, human_count, human_time, reading
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
 TRAINED = ("loss", "lr", "grad_norm", "ms")
@@ -34,6 +34,7 @@ REFERENCES = {"auto": HELLASWAG, "gpt2": {**HELLASWAG, "loss": {"GPT-2 124M": 3.
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; their yellow is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+SIGNED = {".png": "Software", ".svg": "Title"}      # suffix -> where a figure says that it is ours
 INK, GREY, LIGHT = "#222222", "#6f6f6f", "#e6e6e6"
 
 
@@ -86,30 +87,29 @@ def read_run(folder, tokens_per_step=TOKENS_PER_STEP):
     """Read the LoggedRun in a folder from metrics.jsonl, else log.txt (ours or build-nanogpt's). Raises UserError."""
     # log.txt does not record tokens, so they are computed from `tokens_per_step`.
     folder, names = Path(folder), ("metrics.jsonl", "log.txt")
-    try:
+    with reading(folder):
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path is None:
             inside = sorted({p.parent.name for name in names for p in folder.glob(f"*/{name}")})
             raise UserError(f"no metrics.jsonl or log.txt in {folder}" + (
                 f", but in its folders {', '.join(inside[:5])}" if inside else "; name the --log_dir of a run"))
+    with reading(path):
         *lines, partial = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     is_json = path.suffix == ".jsonl"
-    parsed = [_parse_line(line, is_json) for line in lines if line.strip()]
+    parsed = [parse_line(line, is_json) for line in lines if line.strip()]
     skipped = parsed.count(None)
     if is_json:      # it may lack only its newline; in log.txt it may lack digits, unnoticed
-        parsed.append(_parse_line(partial, is_json))
+        parsed.append(parse_line(partial, is_json))
     entries = [entry for entry in parsed if entry]
     series = _build_series(entries, None if is_json else tokens_per_step)
     if not series.keys() & {"loss", *EVALUATED}:
         raise UserError(f"{path} holds no losses yet; wait for the run's first step, or name another folder")
-    samples = {entry["step"]: [str(text) for text in entry["samples"]] for entry in entries
+    samples = {entry["step"]: [text for text in entry["samples"] if isinstance(text, str)] for entry in entries
                if isinstance(entry.get("samples"), list)}
     return LoggedRun(folder.resolve().name, path, series, samples, skipped)
 
 
-def _parse_line(line, is_json):
+def parse_line(line, is_json=True):
     """Parse a line of metrics.jsonl, or of log.txt (`250 val 3.9123`), into {"step": int, name: value, ...} or None."""
     try:
         if is_json:
@@ -296,9 +296,16 @@ def shorten(text, length):
 
 
 def save_figure(figure, path):
-    """Write a figure atomically as .png or .svg, by the suffix of the path. Raises UserError if that fails."""
+    """Write a figure atomically as .png or .svg, by the suffix of the path, also over an older one of ours.
+
+    Raises UserError if that fails, or if another program has made the file that is there.
+    """
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"cannot write {path}: the file name must end in .png or .svg")
+    if path.suffix.lower() not in SIGNED:
+        raise UserError(f"cannot write {path}: the file name must end in {' or '.join(SIGNED)}")
+    if path.exists():
+        with reading(path), open(path, "rb") as f:
+            if b"exactgpt" not in f.read(2000):
+                raise UserError(f"{path} exists, and it is no figure of ours; move it away or choose another name")
     with atomic_write(path) as f:
-        figure.savefig(f, format=path.suffix.lower()[1:])
+        figure.savefig(f, format=path.suffix.lower()[1:], metadata={SIGNED[path.suffix.lower()]: "exactgpt"})

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from exactgpt import checkpoint
-from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes, write_json
+from exactgpt.config import FolderLock, RunConfig, RunFailed, UserError, flag, with_changes, write_json
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
 from exactgpt.metrics import RunLog
@@ -26,6 +26,7 @@ from exactgpt.shards import permutation
 from exactgpt.tokenizer import Tokenizer, from_checkpoint
 from model import IGNORED
 
+RUN_FILES = ("metrics.jsonl", "metrics.json", "responses.json", "adapter", "classifier.pt", "confusion.png")
 OLD_STATE = "state.pt"   # what runs of earlier versions resume from; now it is state_00012.pt
 STATE_ENTRIES = dict(config=dict, finished=bool, step=int, tokens=int, seconds=float, first=dict, best=dict, base=dict,
                      data=str, trained=dict, optimizer=dict, scaler=dict)
@@ -405,7 +406,7 @@ def work_in_folder(config, runtime, finetune):
 def read_state(config, notice):
     """Return the newest state of the run in --out that can be resumed, None if there is no run. Raises UserError."""
     paths = [path for _, path in checkpoint.list_checkpoints(config.out, "state")]
-    paths += [path for path in [Path(config.out) / OLD_STATE] if path.exists()]
+    paths += [path for path in [Path(config.out) / OLD_STATE] if path.is_file()]
     if paths and config.resume == "never":
         raise UserError(f"--resume never, but {config.out} already contains a run; delete it or use another --out")
 
@@ -414,6 +415,7 @@ def read_state(config, notice):
         names = ("config", "finished") if state.get("finished") else STATE_ENTRIES
         return checkpoint.check_entries(state, {name: STATE_ENTRIES[name] for name in names}, path)
     state = checkpoint.first_valid(paths, read, notice)
+    checkpoint.claim_folder(config.out, state, RUN_FILES)
     if not state:
         return None
     differing = checkpoint.changed_flags(config, state["config"])
@@ -440,7 +442,9 @@ def finish_state(progress, config, runtime):
         path = checkpoint.checkpoint_path(config.out, progress.step, "state")
         checkpoint.save_checkpoint(path, dict(config=asdict(config), finished=True))
         checkpoint.delete_old_checkpoints(config.out, 1, progress.step, "state")
-        (Path(config.out) / OLD_STATE).unlink(missing_ok=True)
+        old = Path(config.out) / OLD_STATE
+        if checkpoint.is_ours(old, FolderLock.mark_of(config.out)):
+            old.unlink()
 
 
 def save_model(path, run, progress):

@@ -8,6 +8,7 @@ seconds and a call 10 ms. Training neither waits for it nor fails with it: a fai
 retried with the next.
 """
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import FolderLock, FolderLost, UserError, atomic_write, human_bytes, human_time
+from exactgpt.config import FolderLock, FolderLost, UserError, atomic_write, human_bytes, human_time, reading
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit
@@ -182,14 +183,17 @@ class AppendFile:
         # Lines from `first_step` on, and torn ones, are deleted: a run that resumes at step k logs step k again.
         self._path, self._pending, self._warned = path, b"", False
         if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            whole = [re.match(r'(?:\{"step": )?(\d+)\b.*\n', line) for line in lines]
+            with reading(path):
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            whole = [re.match(r'(?:\{"step": )?([0-9]{1,15})\b.*\n', line) for line in lines]
             with atomic_write(path, "w") as f:
                 f.writelines(line[0] for line in whole if line and int(line[1]) < first_step)
         try:
-            self.file = open(path, "ab", buffering=0)
+            self.file = open(path, "ab", buffering=0,      # not through a link to a file that is not ours
+                             opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
         except OSError as error:      # the disk is full, or has no more room for names
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+            why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise UserError(f"cannot write {path}: {why}") from error
 
     def write(self, line):
         """Append a line, which includes its newline, after those that could not be written. Warns once."""
@@ -232,9 +236,13 @@ class Tracker:
         self._closing = threading.Event()
         written = self._log_dir / "metrics.jsonl"
         if resumed and written.exists():
-            for line in written.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, TypeError):      # a line torn by a full disk
-                    self.log(**json.loads(line))
+            from exactgpt.figures import parse_line  # only MLflow needs it here
+            with reading(written):
+                lines = written.read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in lines:
+                entry = parse_line(line)
+                if entry:      # else it was torn by a full disk
+                    self._queue(entry.pop("step"), entry)
         self._thread = threading.Thread(target=self._work, daemon=True, name="MLflow")
         self._thread.start()
         if not resumed:
@@ -244,9 +252,12 @@ class Tracker:
     def log(self, step, **values):
         """Queue the numbers of a line of metrics.jsonl, but for those that are not finite."""
         if self._enabled:
-            now = round(1000 * time.time())
-            self._metrics.extend((name, value, now, step) for name, value in values.items()
-                                 if type(value) in (int, float) and math.isfinite(value))
+            self._queue(step, values)
+
+    def _queue(self, step, values):
+        now = round(1000 * time.time())
+        self._metrics.extend((name, value, now, step) for name, value in values.items()
+                             if type(value) in (int, float) and abs(value) < 1e300)
 
     def artifact(self, path, draw=False):
         """Queue a copy of a file. draw: first draw the run's curves there, in the tracker's thread."""

@@ -70,9 +70,10 @@ def prepare_folder(folder, wanted, write, check=lambda manifest: None):
         print(f"{folder} is already complete; nothing to do")
     else:
         check(manifest)
-        with FolderLock(folder, wait_s=0):
+        with FolderLock(folder, wait_s=0) as lock:
             if _load_matching_manifest(folder, wanted) != found:
                 raise UserError(f"another process wrote shards to {folder} in the meantime; run the same command again")
+            lock.claim()
             write(manifest)
     shards = ShardFolder(folder)
     for name, split in (("train", shards.train), ("val", shards.val)):

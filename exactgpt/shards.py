@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.characters import META
-from exactgpt.config import UserError, read_json, write_json
+from exactgpt.config import UserError, read_json, reading, write_json
 from exactgpt.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -85,10 +85,8 @@ class Shard:
 
     def open(self):
         """Open the file, unbuffered, for `read_tokens`. Raises UserError."""
-        try:
+        with reading(f"shard {self.path}"):
             return open(self.path, "rb", buffering=0)
-        except OSError as error:
-            raise UserError(f"cannot open shard {self.path}: {error.strerror}") from error
 
     def read_tokens(self, file, start, out):
         """Fill the uint16 array `out` with the tokens from `start` on. Raises UserError if the file ends early."""
@@ -97,7 +95,8 @@ class Shard:
         file.seek(self.header_bytes + 2 * start)
         view = memoryview(out).cast("B")
         while len(view):
-            n = file.readinto(view)
+            with reading(f"shard {self.path}"):
+                n = file.readinto(view)
             if not n:
                 raise UserError(f"shard {self.path} became shorter while it was read; recreate it")
             view = view[n:]
@@ -107,12 +106,9 @@ def open_shard(path):
     """Return the Shard of a .npy or .bin file. Raises UserError unless magic, version, dtype and length are correct."""
     path = Path(path)
     match = _SHARD_NAME.fullmatch(path.name)
-    try:
+    with reading(f"shard {path}"), open(path, "rb") as f:
         size = path.stat().st_size
-        with open(path, "rb") as f:
-            n_tokens, header_bytes = HEADER_READERS[path.suffix](f, path)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from error
+        n_tokens, header_bytes = HEADER_READERS[path.suffix](f, path)
     if size != header_bytes + 2 * n_tokens:
         raise UserError(f"shard {path} is damaged: its header promises {n_tokens:,} tokens, but its size is "
                         f"{max(0, size - header_bytes) // 2:,} tokens; recreate it")
@@ -125,6 +121,8 @@ def _read_npy_header(f, path):
     try:
         np.lib.format.read_magic(f)
         shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+    except OSError:
+        raise
     except Exception as error:      # NumPy's parser may raise anything on garbage
         raise UserError(f"shard {path} is not a NumPy .npy file; recreate it") from error
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
@@ -233,16 +231,26 @@ class ShardFolder:
                             "where the files were made")
         return tokenizer
 
-    def fingerprint(self):
-        """Return a hash of the names, splits and sizes of all shards. A copy of the folder has the same one."""
+    def fingerprint(self, sample):
+        """Return the checkpoint's entries {name: hash} that tell other data. A copy of the folder has the same ones.
+
+        sample: what check_vocabulary returned.
+        """
         # The path is left out: folders may move.
-        return hashlib.sha256(repr([(s.path.name, s.split, s.n_tokens) for s in self.shards]).encode()).hexdigest()
+        entries = dict(data=_hash([(s.path.name, s.split, s.n_tokens) for s in self.shards]), data_sample=sample)
+        if self.manifest:
+            hashes = {entry["file"]: entry["sha256"] for entry in self.manifest.shards}
+            entries["data_sha256"] = _hash([hashes[s.path.name] for s in self.shards])
+        return entries
 
     def check_vocabulary(self, n_vocab):
-        """Raise UserError if a token is outside the vocabulary. Reads only samples of each shard."""
+        """Read samples of each shard; return a hash of them. Raises UserError if a token is outside the vocabulary."""
+        digest = hashlib.sha256()
         for shard in self.shards:
             for tokens in _samples(shard):
                 _check_token_ids(shard, tokens, n_vocab)
+                digest.update(tokens)
+        return digest.hexdigest()
 
     def verify(self, n_vocab, progress=lambda n_bytes: None):
         """Raise UserError if a token is outside the vocabulary, or a file differs from its hash in the manifest."""
@@ -250,7 +258,8 @@ class ShardFolder:
         buffer = np.empty(1 << 22, dtype="<u2")
         for shard in self.shards:
             with shard.open() as file:
-                digest = hashlib.sha256(file.read(shard.header_bytes))
+                with reading(f"shard {shard.path}"):
+                    digest = hashlib.sha256(file.read(shard.header_bytes))
                 for start in range(0, shard.n_tokens, len(buffer)):
                     tokens = buffer[:min(len(buffer), shard.n_tokens - start)]
                     shard.read_tokens(file, start, tokens)
@@ -260,6 +269,10 @@ class ShardFolder:
             if digest.hexdigest() != hashes.get(shard.path.name, digest.hexdigest()):
                 raise UserError(f"shard {shard.path} differs from its hash in manifest.json; delete {self.folder} "
                                 "and recreate it")
+
+
+def _hash(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _samples(shard, size=8192, places=4):

@@ -69,7 +69,7 @@ def save_with_accident(path, entries):
     if what == "full" and entries["step"] < at_step and on_this_rank:
         raise config.UserError("cannot write: No space left on device")
     if where == "save" and what != "full" and entries["step"] == at_step:
-        Path(f"{path}.tmp").write_bytes(b"PK\x03\x04 half of a file")
+        Path(f"{path}.{config.FolderLock.mark_of(path.parent)}.tmp").write_bytes(b"PK\x03\x04 half of a file")
         cause_accident()
     return save_checkpoint(path, entries)
 

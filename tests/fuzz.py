@@ -29,7 +29,7 @@ from hellaswag import STYLES, load_hellaswag, tokenize_examples
 from model import GPT, GPTConfig
 from tests import forks
 from tests.common import write_shards
-from tests.mutants import TIME_LIMIT_S, TookTooLong, mutate, pickle_bomb, time_and_memory_limits
+from tests.mutants import TIME_LIMIT_S, TookTooLong, mutate, odd_checkpoint, pickle_bomb, time_and_memory_limits
 
 SCRIPT_TIME_LIMIT_S = 120
 TINY_MODEL = ("--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8")
@@ -43,6 +43,7 @@ class Target:
     read: Callable        # read(folder) -> a value to compare, read as the scripts do; raises UserError
     command: Callable     # command(folder, file) -> [script, arguments...] of a script that reads the damaged file
     detectable: Callable  # detectable(good bytes, bad bytes) -> True if a hash or header reveals the damage
+    craft: Callable | None = None     # craft(entries, rng, marker) -> a bad checkpoint, instead of damage to a good one
 
 
 class Fuzzer:
@@ -59,8 +60,8 @@ class Fuzzer:
     def _one_file_damaged(self, rng):
         file = rng.choice(sorted(self.good))
         good = self.good[file]
-        is_bomb = self.target is TARGETS["pickle bomb"]
-        bad = pickle_bomb(training_entries(), rng, self.marker) if is_bomb else mutate(good, rng, file)
+        craft = self.target.craft
+        bad = craft(training_entries(), rng, self.marker) if craft else mutate(good, rng, file)
         (self.folder / file).write_bytes(bad)
         try:
             yield file, good, bad
@@ -293,7 +294,9 @@ TARGETS = {
     "checkpoint": Target(make_checkpoint, ("model_00003.pt",), read_as_a_resumed_run,
                          inference_command("model_00003.pt"), always),
     "pickle bomb": Target(make_checkpoint, ("model_00003.pt",), read_as_a_resumed_run,
-                          inference_command("model_00003.pt"), never),
+                          inference_command("model_00003.pt"), never, pickle_bomb),
+    "odd checkpoint": Target(make_checkpoint, ("model_00003.pt",), read_as_a_resumed_run,
+                             inference_command("model_00003.pt"), always, odd_checkpoint),
     "config.json": Target(make_pretrained, ("hf/config.json",), read_pretrained, inference_command("hf"), never),
     "safetensors": Target(make_pretrained, ("hf/model.safetensors",), read_pretrained, inference_command("hf"), never),
     "vocabulary of a model": Target(make_pretrained, ("hf/merges.txt", "hf/vocab.json"), read_pretrained,

@@ -4,6 +4,7 @@ Damage means bits flipped, bytes dropped, inserted or repeated, the end cut off,
 randomness comes from a random.Random, so that each mutant can be made again.
 """
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -158,3 +161,36 @@ def pickle_bomb(entries, rng, marker):
                 main_module.GPTConfig = old_class
         data = Path(f.name).read_bytes() if rng.random() < 0.9 else pickle.dumps(Bomb(os.mkdir, marker))
     return mutate(data, rng, "") if rng.random() < 0.3 else data
+
+
+def odd_checkpoint(entries, rng, marker):
+    """Return the bytes of a checkpoint with one tensor, list or zip part that stands for more data than is there.
+
+    entries: those of a good checkpoint (a dict).
+    """
+    n = rng.choice((1, 100, 10**5))
+    endless = []
+    endless.append(endless)
+    shared = ["x"]
+    for _ in range(30):
+        shared = [shared] * 10
+    odd = [lambda: torch.sparse_coo_tensor([[0]], [1.0], (n * 10**5,)), lambda: torch.eye(3).to_sparse_csr(),
+           lambda: torch.empty(n * 10**5, device="meta"), lambda: torch.zeros(1).expand(n * 10**5),
+           lambda: torch.zeros(8).as_strided((5, 4), (1, 1)), lambda: torch.zeros(64).as_strided((3, 8), (0, 1)),
+           lambda: torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8), lambda: endless, lambda: shared,
+           lambda: {i: entries["model"] for i in range(9)}]
+    choice = rng.randrange(len(odd) + 1)
+    if choice < len(odd):
+        holder = rng.choice([entries, entries["model"], entries["optimizer"]])
+        with warnings.catch_warnings(action="ignore"):      # torch's, about sparse and quantized tensors
+            holder[rng.choice(["extra", *holder])] = odd[choice]()
+    plain = io.BytesIO()
+    torch.save(entries, plain, _use_new_zipfile_serialization=choice == len(odd) or rng.random() < 0.8)
+    if choice < len(odd):
+        return plain.getvalue()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(plain) as good, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as bad:
+        for name in good.namelist():
+            bad.writestr(name, good.read(name))
+        bad.writestr("archive/data/99", bytes(10**7))
+    return packed.getvalue()

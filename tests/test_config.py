@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -265,23 +266,31 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, e
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_kill_9_while_writing_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path):
-    path = tmp_path / "file"
+def test_kill_9_while_writing_leaves_the_old_file_and_the_next_run_cleans_up(tmp_path):
+    path, mine = tmp_path / "file", tmp_path / "file.tmp"
     path.write_text("old")
+    mine.write_text("a stranger's")
     writer = background(f"""
 import time
-from exactgpt.config import atomic_write
-with atomic_write({str(path)!r}) as f:
+from exactgpt.config import FolderLock, atomic_write, new_folder
+lock = FolderLock({str(tmp_path)!r}, wait_s=0)
+lock.claim()
+with atomic_write({str(path)!r}) as f, new_folder({str(tmp_path / "new")!r}) as folder:
     f.write(b"half")
     f.flush()
-    print("writing", flush=True)
+    (folder / "x").touch()
+    print(f.name, folder, flush=True)
     time.sleep(60)""", tmp_path)
-    assert writer.stdout.readline() == "writing\n"
+    half, folder = map(Path, writer.stdout.readline().split())
     kill(writer)
-    assert path.read_text() == "old" and (tmp_path / "file.tmp").read_bytes() == b"half"
-    with atomic_write(path, "w") as f:
+    assert path.read_text() == "old" and half.read_bytes() == b"half" and (folder / "x").exists()
+    assert half.parent == folder.parent == tmp_path
+    with atomic_write(path, "w") as f:      # of a process without the lock: another temporary name
         f.write("n\u00e9w")
-    assert path.read_bytes() == "n\u00e9w".encode() and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == "n\u00e9w".encode() and half.exists()
+    with FolderLock(tmp_path, wait_s=0):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "file", "file.tmp"]
+    assert mine.read_text() == "a stranger's"
 
 
 @pytest.fixture
@@ -407,8 +416,6 @@ def test_a_new_file_overwrites_nothing(tmp_path):
 
 
 def test_a_folder_gets_its_name_only_when_it_is_complete(tmp_path):
-    (tmp_path / "new.tmp").mkdir()
-    (tmp_path / "new.tmp" / "rubbish").touch()                      # left by an export that was killed
     with new_folder(tmp_path / "new") as temporary:
         (temporary / "file").touch()
         assert not (tmp_path / "new").exists()
@@ -417,17 +424,6 @@ def test_a_folder_gets_its_name_only_when_it_is_complete(tmp_path):
         (temporary / "file").touch()
         raise ValueError
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
-
-
-def test_a_foreign_file_or_folder_named_like_a_temporary_one_stays(tmp_path):
-    (tmp_path / "x.tmp").mkdir()
-    (tmp_path / "x.tmp" / "mine").touch()
-    (tmp_path / "y.tmp").touch()
-    with pytest.raises(UserError, match="cannot write"), atomic_write(tmp_path / "x"):
-        pass
-    with pytest.raises(UserError, match="cannot write"), new_folder(tmp_path / "y"):
-        pass
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "x.tmp", "y.tmp"]
 
 
 def test_hidden_and_vanished_folders_are_skipped(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""metrics.py: the figures of a log, from steps and evaluations of known length."""
+"""metrics.py: the figures of a log, from steps and evaluations of known length; logs that are damaged."""
 import json
 from types import SimpleNamespace
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from exactgpt import metrics
+from exactgpt.config import UserError
 from exactgpt.device import Hardware
+from exactgpt.figures import read_run
 from exactgpt.metrics import RunLog
 from exactgpt.optimizer import StepResult
 
@@ -51,3 +53,33 @@ def test_the_forecast_of_a_dry_run_counts_whole_evaluations_also_before_the_firs
     # 100 steps of 2 s, 11 validations of which half took 30 s, one checkpoint
     assert "5 tokens/s" in log.forecast(100, validation=0.5)
     assert "100 steps takes about 14m30s and 2 GB of disk." in log.forecast(100, 2e9, validation=0.5)
+
+
+def test_a_resumed_run_sends_mlflow_only_the_good_lines_of_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.Tracker, "_work", lambda self: None)      # no MLflow
+    lines = ['{"step": 1, "loss": 2.5, "tokens": 64}', '{"step": Infinity, "loss": 1.0}', "[" * 10**5, '{"loss": 1.0}',
+             '{"step": 2, "loss": Infinity, "lr": NaN, "norm": 1' + "0" * 400 + "}", '{"step": 3, "step": true}',
+             '{"step": 4, "self": 7}', '{"step": 5, "loss": 2.0']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n\xff")
+    tracker = metrics.Tracker(SimpleNamespace(mlflow=True), tmp_path, "train", resumed=True)
+    assert [(name, value, step) for name, value, _, step in tracker._metrics] == [
+        ("loss", 2.5, 1), ("tokens", 64, 1), ("self", 7, 4)]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
+def test_a_log_that_cannot_be_read_is_named(name, tmp_path):
+    path = tmp_path / name
+    path.symlink_to("/proc/self/mem")      # reading its first bytes is an EIO
+    for read in (lambda: metrics.AppendFile(path, 0), lambda: read_run(tmp_path)):
+        with pytest.raises(UserError, match=f"cannot read .*{name}: Input/output error"):
+            read()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=f"cannot read .*{name}: Is a directory"):
+        metrics.AppendFile(path, 0)
+
+
+def test_a_log_with_absurd_step_numbers_is_cut_without_them(tmp_path):
+    (tmp_path / "log.txt").write_text(f"{'9' * 5000} train 1\n2 train 1.0\n3 train 1.0\n\u0663 train 1\n")
+    metrics.AppendFile(tmp_path / "log.txt", 3).file.close()
+    assert (tmp_path / "log.txt").read_text() == "2 train 1.0\n"

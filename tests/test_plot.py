@@ -270,14 +270,24 @@ def test_other_figures(tmp_path):
         assert not is_blank(tmp_path / "figure.svg")
 
 
-def test_saving_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "plot.png"
-    path.write_text("before")
-    figure = figures.draw_runs([made_up_run("a", loss=[3, 2])])
-    monkeypatch.setattr(figure, "savefig", lambda f, format: (f.write(b"half"), 1 / 0))
+@pytest.mark.parametrize("name", ["plot.png", "plot.SVG"])
+def test_saving_is_atomic_and_only_over_a_figure_of_ours(name, tmp_path, monkeypatch):
+    path, figure = tmp_path / name, figures.draw_runs([made_up_run("a", loss=[3, 2])])
+    figure.savefig(path, format=name[-3:].lower())        # any program's
+    theirs = path.read_bytes()
+    with pytest.raises(UserError, match=f"{name} exists, and it is no figure of ours; move it away or choose another"):
+        figures.save_figure(figure, path)
+    assert path.read_bytes() == theirs
+    path.unlink()
+    figures.save_figure(figure, path)
+    path.write_bytes(path.read_bytes() + b"an older one")
+    figures.save_figure(figure, path)
+    ours = path.read_bytes()
+    assert not ours.endswith(b"an older one")
+    monkeypatch.setattr(figure, "savefig", lambda f, **_: (f.write(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         figures.save_figure(figure, path)
-    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["plot.png"]
+    assert path.read_bytes() == ours and [p.name for p in tmp_path.iterdir()] == [name]
 
 
 # -----------------------------------------------------------------------------

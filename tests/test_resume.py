@@ -19,7 +19,7 @@ from exactgpt.checkpoint import (
     find_checkpoint,
     save_checkpoint,
 )
-from exactgpt.config import UserError
+from exactgpt.config import FolderLock, UserError
 from exactgpt.metrics import AppendFile
 from tests.common import ROOT, start_process, torchrun_arguments
 from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, checkpoint_state
@@ -255,12 +255,12 @@ def test_going_back_to_an_older_checkpoint_goes_on_from_there_when_killed(tmp_pa
 
 def test_the_same_resume_file_goes_on_when_rotation_has_deleted_it(tmp_path):
     file = checkpoint_path(tmp_path, 4)
-    save_checkpoint(file, stored(4))
-    for step in (8, 12, 16):
-        save_checkpoint(checkpoint_path(tmp_path, step), stored(step, train_config={"resume": str(file)}))
-        delete_old_checkpoints(tmp_path, 3, step)
-    assert not file.exists()
-    assert find_checkpoint(SimpleNamespace(resume=str(file), log_dir=str(tmp_path)), print)["step"] == 16
+    with FolderLock(tmp_path, 0):
+        for step in (4, 8, 12, 16):
+            save_checkpoint(checkpoint_path(tmp_path, step), stored(step, train_config={"resume": str(file)}))
+            delete_old_checkpoints(tmp_path, 3, step)
+        assert not file.exists()
+        assert find_checkpoint(SimpleNamespace(resume=str(file), log_dir=str(tmp_path)), print)["step"] == 16
 
 
 def test_a_file_from_elsewhere_is_gone_on_from_where_log_dir_is_damaged(tmp_path):

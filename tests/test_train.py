@@ -140,7 +140,7 @@ def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):
     assert not any("_orig_mod" in k or "module." in k for k in checkpoint["model"])
     assert checkpoint["val_loss"] == pytest.approx([r["val_loss"] for r in rows if "val_loss" in r][-1])
     best = torch.load(log_dir / "model_best.pt", weights_only=True)
-    assert set(best) == {"model", "config", "tokenizer", "step", "val_loss"}
+    assert set(best) == {"run_id", "model", "config", "tokenizer", "step", "val_loss"}
     assert GPT.from_state(best["config"], best["model"]).config.vocab_size == 320    # 257 padded to a multiple of 64
     assert "eta" in out and "tok/s" in out and "10/10" not in out and "finished" in out
 
@@ -276,8 +276,14 @@ def test_a_log_dir_of_another_run_is_left_alone(run, make_shards, tmp_path):
         with pytest.raises(UserError) as caught:
             train.main(list(map(str, [*flags, *more])))
         assert expected in str(caught.value)
-    with pytest.raises(UserError, match="other token shards"):
-        train.main(list(map(str, [*flags, "--data_dir", make_shards([901], name="other")])))
+    # of another size; of the same size with other tokens; with other hashes, as where the samples happen to be equal
+    others = [make_shards([n], name=name, seed=seed) for n, name, seed in ((901, "a", 0), (900, "b", 1), (900, "c", 0))]
+    (others[1] / "manifest.json").unlink()
+    manifest = others[2] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "x'))
+    for other in others:
+        with pytest.raises(UserError, match="other token shards"):
+            train.main(list(map(str, [*flags, "--data_dir", other])))
     assert {p.name: p.read_bytes() for p in (tmp_path / "logs").iterdir()} == before
     rc, out, _ = run("train.py", *flags)
     assert rc == 0 and "finished" in out                # the same command: nothing left to do
