@@ -90,8 +90,11 @@ def open_weights(source, tokenizer, folder):
     if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
         raise UserError(f"{source} uses the vocabulary {opened.tokenizer.name}, but the shards use {tokenizer.name}")
     rows = opened.model.config.vocab_size
-    if tokenizer.n_vocab > rows or not (opened.tokenizer or may_be_trained_with(tokenizer, rows)):
+    if tokenizer.n_vocab > rows or not (opened.tokenizer or _may_be_its_vocabulary(tokenizer, rows)):
         raise UserError(f"{source} has a vocabulary of {rows}, but the shards need {tokenizer.n_vocab}")
+    if opened.tokenizer is None:
+        print(f"{source} does not say which vocabulary it was trained with; that of the shards, {tokenizer.name}, is "
+              "assumed", file=sys.stderr)
     return dict(config=opened.model.config_dict(), model=require_finite(opened.model.state_dict(), source))
 
 
@@ -138,19 +141,19 @@ def _stored_tokenizer(entry, vocab_size, folder):
     """Return the Tokenizer of a checkpoint's entry, else that in --tokenizer's folder, else GPT-2's if it may fit."""
     has_gpt2_size = 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
     tokenizer = from_checkpoint(entry, folder) if entry is not None or folder or has_gpt2_size else None
-    return tokenizer if entry is not None or may_be_trained_with(tokenizer, vocab_size) else None
+    return tokenizer if entry is not None or _may_be_its_vocabulary(tokenizer, vocab_size) else None
 
 
-def may_be_trained_with(tokenizer, vocab_size):
-    """Return True unless the tokenizer cannot be that of a model of `vocab_size` rows which does not name its own."""
-    # Only we pad an embedding for characters, and our checkpoints have their vocabulary.
-    return not (tokenizer and tokenizer.eot is None and tokenizer.n_vocab != vocab_size)
+def _may_be_its_vocabulary(tokenizer, rows):
+    """Return False if a model of so many rows that comes without a vocabulary cannot have this one."""
+    # Nobody but us pads the rows of a model of characters, and our checkpoints come with their vocabulary.
+    return not (tokenizer and tokenizer.eot is None and tokenizer.n_vocab != rows)
 
 
 def _nanogpt_data(config, path):
     """Return the folder with the meta.pkl that a nanoGPT checkpoint was trained on, "" if it is not found."""
     name = config.get("dataset") if isinstance(config, dict) else None
-    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name):      # not a path that leads elsewhere
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]{,99}", name, re.ASCII):      # not a path that leads elsewhere
         for root in (Path(path).absolute().parent.parent, Path()):       # nanoGPT/out/ckpt.pt; the working directory
             if (root / "data" / name / META).is_file():
                 print(f"{path}: the characters are those of {root / 'data' / name / META}", file=sys.stderr)

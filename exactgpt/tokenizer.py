@@ -205,7 +205,7 @@ def load_tokenizer(folder, fallback_folder=""):
 
 def default_tokenizer(folder="", name="", source=""):
     """Return the tokenizer in the --tokenizer folder, else GPT-2's. Raises UserError if `source` needs another one."""
-    if folder and not any((Path(folder) / name).exists() for name in ("vocab.bpe", META)):
+    if folder and not any((Path(folder) / file).exists() for file in ("vocab.bpe", META)):
         raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder with vocab.bpe and "
                         f"encoder.json, such as a folder of shards, or with nanoGPT's {META}")
     tokenizer = load_tokenizer(folder) if folder else gpt2_tokenizer()

@@ -321,7 +321,7 @@ def test_a_checkpoint_finds_its_characters_by_flag_beside_it_or_in_the_working_d
     assert open_model(tmp_path / "ckpt.pt", tokenizer=data).tokenizer.name == opened.tokenizer.name
     monkeypatch.chdir(tmp_path / "nano")
     assert open_model(tmp_path / "ckpt.pt").tokenizer.name == opened.tokenizer.name
-    for name in ("../data/play", "/etc", "..", ".", "", "play/", 3, None, {}):       # a plain name only
+    for name in ("../data/play", "/etc", "..", ".", "", "play/", "a" * 999, 3, None, {}):       # a plain name only
         change(tmp_path / "ckpt.pt", config=dict(dataset=name))
         assert open_model(tmp_path / "ckpt.pt").tokenizer is None
     change(tmp_path / "ckpt.pt", config=None)
@@ -329,7 +329,7 @@ def test_a_checkpoint_finds_its_characters_by_flag_beside_it_or_in_the_working_d
 
 
 @pytest.mark.parametrize("characters", [CHARACTERS[1:], [*CHARACTERS, "\u00e9"]], ids=["fewer", "more"])
-def test_other_characters_are_refused(data, checkpoint, tmp_path, characters):
+def test_other_characters_are_refused(data, checkpoint, capsys, characters):
     path, _ = checkpoint
     mine = open_weights(path, load_tokenizer(data), "")["model"]
     assert len(mine["transformer.wte.weight"]) == len(CHARACTERS)    # not padded
@@ -340,6 +340,9 @@ def test_other_characters_are_refused(data, checkpoint, tmp_path, characters):
     assert open_model(path).tokenizer is None
     assert f"--tokenizer {data} is not the vocabulary of" in refusal(open_model, path, tokenizer=str(data))
     (data / "meta.pkl").unlink()
+    capsys.readouterr()
+    open_weights(path, other, "")
+    assert f"{path} does not say which vocabulary" in capsys.readouterr().err
     assert f"has a vocabulary of {len(CHARACTERS)}, but the shards need {len(characters)}" in refusal(
         open_weights, path, CharacterTokenizer("".join(characters)), "")
 
