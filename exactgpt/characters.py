@@ -55,7 +55,7 @@ def read_plain_pickle(data):
             del stack[start:]
             if name == "DICT":
                 stack.append({})
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            stack[-1].update(zip(items[::2], items[1::2]))
         elif name == "MARK":
             marks.append(len(stack))
         elif name in PUT:

@@ -134,11 +134,21 @@ def test_no_code_in_meta_pkl_runs(tmp_path):
     b"", b".", b"hello", b"}" * 100_000 + b".", b"(" * 100_000 + b".", b"}" + b"K\1}" * 100_000 + b"s" * 100_000 + b".",
     b"}r\xff\xff\xff\xff.", b"}j\xff\xff\xff\xff.", b"X\xff\xff\xff\x7fa.", b"\x8d" + b"\xff" * 8 + b"a.",
     b"\x8d" + b"\xff" * 7 + b"\x3fa.", b"I" + b"9" * 100_000 + b"\n.", b"I70000\n.", b"K\1K\2s.", b"}K\1s.", b"s.",
-    b"}q\0h\0h\0s.", b"\x80\x05}\x94h\0.", bytes(4 << 20)], ids=lambda data: repr(data[:12]))
+    b"}q\0h\0h\0s.", b"\x80\x05}\x94h\0."], ids=lambda data: repr(data[:12]))
 def test_a_damaged_meta_pkl_is_one_line(tmp_path, data):
     (tmp_path / "meta.pkl").write_bytes(data)
     message = refusal(load_tokenizer, tmp_path)
     assert str(tmp_path / "meta.pkl") in message and len(message) < 400 + len(str(tmp_path))
+
+
+def test_what_would_take_long_is_refused(tmp_path):
+    write_meta(tmp_path, more="a" * (4 << 20))
+    assert "it is larger than 3 MB" in refusal(load_tokenizer, tmp_path)
+    write_meta(tmp_path, itos={k * (2**61 - 1): "a" for k in range(9)}, protocol=0)      # equal hashes
+    assert "might run code" in refusal(load_tokenizer, tmp_path)       # LONG, for what is beyond 32 bits
+    for data in (b"I70000\n.", b"J\xff\xff\xff\xff.", b"I2305843009213693951\n."):
+        (tmp_path / "meta.pkl").write_bytes(data)
+        assert "not between 0 and 65535" in refusal(load_tokenizer, tmp_path)
 
 
 def test_every_truncation_of_meta_pkl_is_one_line(tmp_path):
@@ -191,6 +201,9 @@ def test_a_checkpoint_keeps_the_characters_and_trusts_nothing_that_it_says(tmp_p
     assert "but --tokenizer" in refusal(from_checkpoint, tokenizer.to_checkpoint(), tmp_path)
     assert "but --tokenizer" in refusal(from_checkpoint, gpt2_tokenizer().to_checkpoint(), tmp_path)
     assert from_checkpoint(None, tmp_path).characters == "".join(CHARACTERS)
+    (tmp_path / "other").mkdir()
+    write_meta(tmp_path / "other", ["a"])
+    assert "but --tokenizer" in refusal(load_tokenizer, tmp_path, tmp_path / "other")
 
 
 # -----------------------------------------------------------------------------
@@ -222,12 +235,13 @@ def test_without_meta_pkl_they_are_gpt2s_tokens_unless_they_look_like_characters
     shutil.move(data / "meta.pkl", tmp_path)
     assert ShardFolder(data).tokenizer().name == "gpt2"
     write_tokens(data / "train.bin", [256] + [0] * 20_000)        # a single merge is enough
+    write_tokens(data / "val.bin", [0] * 100)
     assert ShardFolder(data).tokenizer().name == "gpt2"
     for name in ("train.bin", "val.bin"):
         write_tokens(data / name, np.arange(10_000) % 256)
     assert f"{data} seems to hold characters, but its meta.pkl is missing" in refusal(ShardFolder(data).tokenizer)
-    write_meta(tmp_path, [chr(i) for i in range(256)])
-    assert ShardFolder(data).tokenizer(tmp_path).n_vocab == 256
+    write_meta(tmp_path, [chr(i) for i in range(300)])
+    assert ShardFolder(data).tokenizer(tmp_path).n_vocab == 300
 
 
 def test_a_header_is_read_and_what_is_no_row_of_tokens_is_refused(data):
