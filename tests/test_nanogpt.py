@@ -38,7 +38,7 @@ from tests.common import (
 )
 from tests.mutants import Bomb
 
-TEXT = "MARCIUS:\nThanks. What's the matter, you dissentious rogues,\nThat, rubbing the poor itch!\n" * 40
+TEXT = "MARCIUS:\n\tThanks. What's the matter, you dissentious rogues,\nThat, rubbing the poor itch!\n" * 40
 CHARACTERS = sorted(set(TEXT))
 
 
@@ -385,7 +385,7 @@ def test_every_script_takes_characters(data, checkpoint, capsys, monkeypatch):
     page = pytest.importorskip("app", exc_type=ImportError)
     _, table = page.look_up(str(path), 0, "", SimpleNamespace(tokenizer="", device="cpu", dtype="fp32"))
     expected = top_next_tokens(opened.model.eval(), [CHARACTERS.index("\n")], len(CHARACTERS))
-    assert table["Token"] == [{"\n": "\u21b5", " ": "\u00b7"}.get(CHARACTERS[i], CHARACTERS[i]) for i, _ in expected]
+    assert table["Token"] == [page.WHITESPACE_SYMBOLS.get(CHARACTERS[i], CHARACTERS[i]) for i, _ in expected]
 
 
 def val_loss_of(theirs, data, block_size=32):
