@@ -100,6 +100,9 @@ def test_the_mark_stays_and_another_programs_lock_file_is_not_changed(tmp_path):
             lock.claim()
             marks.append(lock.mark)
     assert marks[0] == marks[1] and (tmp_path / "ours" / ".lock").read_text() == f"exactgpt {marks[0]}\n"
+    (tmp_path / "ours" / "log.txt").touch()      # of a run that was killed before its first checkpoint
+    with FolderLock(tmp_path / "ours", wait_s=0) as lock:
+        lock.claim(["log.txt"])
     (tmp_path / ".lock").write_text("theirs")
     with FolderLock(tmp_path, wait_s=0) as lock:
         lock.claim()
@@ -182,13 +185,16 @@ def test_an_old_versions_run_goes_on_and_rotates_its_checkpoints(train_steps, tm
     for path in logs.glob("*.pt"):      # as earlier versions wrote them
         torch.save({name: value for name, value in read_checkpoint(path).items() if name != "run_id"}, path)
     (logs / ".lock").write_bytes(b"")
+    with FolderLock(tmp_path / "other", 0):
+        save_checkpoint(tmp_path / "other" / "x.pt", {})
+    (tmp_path / "other" / "x.pt").rename(logs / "model_00000.pt")      # of another run, as today's versions write them
     train_steps(1)
-    assert sorted(p.name for p in logs.glob("*.pt")) == ["model_00002.pt", "model_best.pt"]
+    assert sorted(p.name for p in logs.glob("*.pt")) == ["model_00000.pt", "model_00002.pt", "model_best.pt"]
     mark = read_checkpoint(logs / "model_00002.pt")["run_id"]
     assert mark.startswith("old-") and (logs / ".lock").read_text() == f"exactgpt {mark}\n"
     (logs / ".lock").unlink()           # as people do who take it for a leftover: the checkpoint has the mark, too
     train_steps(1)
-    assert [step for step, _ in list_checkpoints(logs)] == [3]
+    assert [step for step, _ in list_checkpoints(logs)] == [3, 0]
     assert read_checkpoint(logs / "model_00003.pt")["run_id"] == mark
 
 
