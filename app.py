@@ -154,7 +154,7 @@ def locked_model(source, config, on_wait=lambda: None):
 def look_up(source, modified, text, _config):
     """Return a model's facts and a table of its ten likeliest next tokens after a text, {column: list}."""
     with locked_model(source, _config) as (decoder, tokenizer, facts):
-        likeliest = top_next_tokens(decoder.model, tokenizer.encode(text) or [tokenizer.eot], tokenizer.n_vocab)
+        likeliest = top_next_tokens(decoder.model, tokenizer.encode(text) or [tokenizer.start], tokenizer.n_vocab)
     return facts, {"Token": [printable_token(tokenizer, token) for token, _ in likeliest],
                    "Probability": [p for _, p in likeliest]}
 

@@ -16,7 +16,17 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import save_checkpoint
-from exactgpt.config import RunFailed, TokenizerConfig, check_new, command, flag, human_bytes, parse_config, run_script
+from exactgpt.config import (
+    RunFailed,
+    TokenizerConfig,
+    UserError,
+    check_new,
+    command,
+    flag,
+    human_bytes,
+    parse_config,
+    run_script,
+)
 from exactgpt.generation import example_prompt
 from exactgpt.open_model import build_model, open_model, read_pretrained, write_pretrained
 
@@ -39,6 +49,9 @@ def main(argv=None):
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
     model, tokenizer = opened.model.eval(), opened.tokenizer
     print(opened.summary())
+    if out.suffix != ".pt" and tokenizer and tokenizer.eot is None:
+        raise UserError("a Hugging Face folder cannot hold a vocabulary of characters, as transformers has no such "
+                        "tokenizer; use --out NAME.pt")
     if out.suffix == ".pt":
         base = dict(base=opened.base) if opened.base else {}
         save_checkpoint(out, dict(model=model.state_dict(), config=model.config_dict(), step=opened.step,

@@ -203,7 +203,7 @@ def read_labelled_texts(path, config, labels=None):
 
 def encode_example(text, label, tokenizer, block_size):
     """Encode a text as an Example: its first block_size tokens, with the label (an int) as target of the last one."""
-    tokens = tokenizer.encode(text)[:block_size] or [tokenizer.eot]
+    tokens = tokenizer.encode(text)[:block_size] or [tokenizer.start]
     return finetune.Example(tokens, [IGNORED] * (len(tokens) - 1) + [label])
 
 

@@ -33,6 +33,7 @@ from exactgpt.documents import read_objects
 from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.open_model import ADAPTER_BASE, ADAPTER_CONFIG
 from exactgpt.shards import permutation
+from exactgpt.tokenizer import require_end_of_text
 from model import IGNORED
 
 ROUNDING = 1e-4     # largest difference of merged logits, relative to the largest logit, that counts as rounding
@@ -70,6 +71,7 @@ def tune(config, runtime, state):
     """Train on instructions, from the first step or from a state, and write the results to --out."""
     items = runtime.on_all_ranks(lambda: read_items(config.data))
     model, tokenizer, base = finetune.open_base_model(config, runtime)
+    require_end_of_text(tokenizer, "an answer")
     block_size = model.config.block_size
     order = permutation(len(items), config.seed, "split").tolist()
     n_val = min(max(1, round(config.val_fraction * len(items))), len(items) - 1)

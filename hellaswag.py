@@ -201,7 +201,10 @@ def parse_example(item, style, where):
 def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="", limit=0):
     """Return the examples in a file (default: the data set) as a PreparedHellaSwag. A collective; rank 0 reads it."""
     examples = runtime.broadcast(lambda: load_hellaswag(path or fetch_hellaswag(), style, limit))
-    return tokenize_examples(examples, tokenizer, block_size, style)
+    try:
+        return tokenize_examples(examples, tokenizer, block_size, style)
+    except UserError as error:      # a vocabulary of characters
+        raise UserError(f"this model cannot be scored on HellaSwag: {error}") from error
 
 
 def tokenize_examples(examples, tokenizer, block_size, style):

@@ -63,8 +63,8 @@ def flag(default=MISSING, help="", *, group="", choices=None, low=None, high=Non
 @dataclass(kw_only=True)
 class TokenizerConfig:
     """The flag of every script that opens a model."""
-    tokenizer: str = flag("", "folder with the vocabulary (vocab.bpe, encoder.json) for text, and for models and "
-                          "shards stored without one (default: GPT-2's)", group="system")
+    tokenizer: str = flag("", "folder with the vocabulary (vocab.bpe, encoder.json, or nanoGPT's meta.pkl) for text, "
+                          "and for models and shards stored without one (default: GPT-2's)", group="system")
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from exactgpt.characters import META
 from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, require_finite, weights_hash
 from exactgpt.config import UserError, find_visible, new_folder, read_json, read_text, write_json
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, from_checkpoint, from_merges, load_tokenizer
@@ -42,7 +43,7 @@ class OpenedModel:
         """Return self. Raises UserError if there is no tokenizer to encode text for the model."""
         if self.tokenizer is None:
             raise UserError(f"{self.source} has no tokenizer for its {self.model.config.vocab_size:,} tokens; name a "
-                            "folder that has one with --tokenizer")
+                            f"folder that has one (vocab.bpe, or nanoGPT's {META}) with --tokenizer")
         return self
 
     def summary(self):
@@ -89,8 +90,11 @@ def open_weights(source, tokenizer, folder):
     if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
         raise UserError(f"{source} uses the vocabulary {opened.tokenizer.name}, but the shards use {tokenizer.name}")
     rows = opened.model.config.vocab_size
-    if tokenizer.n_vocab > rows:
+    if tokenizer.n_vocab > rows or not (opened.tokenizer or _may_be_its_vocabulary(tokenizer, rows)):
         raise UserError(f"{source} has a vocabulary of {rows}, but the shards need {tokenizer.n_vocab}")
+    if opened.tokenizer is None:
+        print(f"{source} does not say which vocabulary it was trained with; that of the shards, {tokenizer.name}, is "
+              "assumed", file=sys.stderr)
     return dict(config=opened.model.config_dict(), model=require_finite(opened.model.state_dict(), source))
 
 
@@ -124,6 +128,7 @@ def _open_file(path, folder):
         args, names = checkpoint["model_args"], GPTConfig.__dataclass_fields__
         config = {k: args[k] for k in args if k in names} | {"activation": "gelu"} if isinstance(args, dict) else None
         step, val_loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+        folder = folder or _nanogpt_data(checkpoint.get("config"), path)
     if isinstance(val_loss, torch.Tensor) and val_loss.numel() == 1:
         val_loss = val_loss.item()
     val_loss = val_loss if isinstance(val_loss, (int, float)) else None
@@ -135,7 +140,25 @@ def _open_file(path, folder):
 def _stored_tokenizer(entry, vocab_size, folder):
     """Return the Tokenizer of a checkpoint's entry, else that in --tokenizer's folder, else GPT-2's if it may fit."""
     has_gpt2_size = 0 <= vocab_size - GPT2_ENTRIES < PADDING_ROWS
-    return from_checkpoint(entry, folder) if entry is not None or folder or has_gpt2_size else None
+    tokenizer = from_checkpoint(entry, folder) if entry is not None or folder or has_gpt2_size else None
+    return tokenizer if entry is not None or _may_be_its_vocabulary(tokenizer, vocab_size) else None
+
+
+def _may_be_its_vocabulary(tokenizer, rows):
+    """Return False if a model of so many rows that comes without a vocabulary cannot have this one."""
+    # Nobody but us pads the rows of a model of characters, and our checkpoints come with their vocabulary.
+    return not (tokenizer and tokenizer.eot is None and tokenizer.n_vocab != rows)
+
+
+def _nanogpt_data(config, path):
+    """Return the folder with the meta.pkl that a nanoGPT checkpoint was trained on, "" if it is not found."""
+    name = config.get("dataset") if isinstance(config, dict) else None
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]{,99}", name, re.ASCII):      # not a path that leads elsewhere
+        for root in (Path(path).absolute().parent.parent, Path()):       # nanoGPT/out/ckpt.pt; the working directory
+            if (root / "data" / name / META).is_file():
+                print(f"{path}: the characters are those of {root / 'data' / name / META}", file=sys.stderr)
+                return root / "data" / name
+    return ""
 
 
 def build_model(config, state, source):
