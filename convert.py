@@ -6,10 +6,15 @@
     python convert.py --checkpoint logs/spam/classifier.pt --out spam      # a classifier, for transformers
 
 Existing files are never overwritten. A Hugging Face folder gets its name only after reading it back gave equal logits.
+Where transformers is installed, texts of every kind must have the token ids that the source's own tokenizer gives them.
 """
 import exactgpt.launch  # noqa: F401  first, see there
 
+import collections
+import functools
 import importlib.util
+import random
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +33,21 @@ from exactgpt.config import (
     run_script,
 )
 from exactgpt.generation import example_prompt
-from exactgpt.open_model import build_model, open_model, read_pretrained, write_pretrained
+from exactgpt.huggingface import exported_rows, read_pretrained, write_pretrained
+from exactgpt.open_model import build_model, open_model
+from exactgpt.tokenizer import EOT_TEXT
 
-TEST_TEXT = "Hello, I'm a language model,\n\n  déjà vu in 2024: 東京 <|x|> don't\t!"
+READ_BY_TRANSFORMERS = ("tokenizer.json", "merges.txt")
+SPACES = " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u2028\u2029\u202f\u205f\u3000"
+TEXTS = [
+    "", "Hello, I'm a language model,\n\n  d\xe9j\xe0 vu in 2024: \u6771\u4eac <|x|> don't\t!",
+    "we'll WE'LL it's IT'S I'd they've 'tis o'clock ''s 're",
+    "12345 1,234.50 0x1F 3e-4 \u0663\u0664 \xbd\u2167 1\u20443",
+    "def f(x):\n    return {'a': x[1:]}  # ok\n\n\tif (a != b) { i++; }\r\n",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1eb\U0001f1f7 e\u0301 \u212b \ufb01",
+    "\u4eca\u65e5\u306f\u3001\u4e16\u754c\u3002 \uc548\ub155 \u0e44\u0e17\u0e22 \u0939\u093f\u0928\u094d\u0926\u0940 "
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629", "\ufefftext\x00\x1b[0m\u200b\xad",
+    "[PAD] [UNK] <s> </s> <pad> <mask> <|user|> <|assistant|> ##ing \u2581the \u0120the"]
 
 
 @dataclass(kw_only=True)
@@ -46,12 +63,14 @@ def main(argv=None):
     config = parse_config(ConvertConfig, argv, __doc__.splitlines()[0])
     out = Path(config.out)
     check_new(out, folder=out.suffix != ".pt")
-    opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer)
+    opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer).without_foreign_tokenizer()
     model, tokenizer = opened.model.eval(), opened.tokenizer
     print(opened.summary())
     if out.suffix != ".pt" and tokenizer and tokenizer.eot is None:
         raise UserError("a Hugging Face folder cannot hold a vocabulary of characters, as transformers has no such "
                         "tokenizer; use --out NAME.pt")
+    if tokenizer and opened.folder and any((opened.folder / name).is_file() for name in READ_BY_TRANSFORMERS):
+        check_ids(tokenizer, opened.folder, opened.source, "nothing was written")
     if out.suffix == ".pt":
         base = dict(base=opened.base) if opened.base else {}
         save_checkpoint(out, dict(model=model.state_dict(), config=model.config_dict(), step=opened.step,
@@ -77,10 +96,10 @@ def main(argv=None):
 def verify_export(folder, model, tokenizer):
     """Raise RunFailed if our reader or transformers (if installed) reads something else than was exported."""
     print("written; comparing it with the original ...", flush=True)
-    n_vocab = tokenizer.n_vocab if tokenizer else model.config.vocab_size
-    ids = torch.randint(n_vocab, (2, min(64, model.config.block_size)), generator=torch.Generator().manual_seed(0))
+    rows = exported_rows(model.config_dict(), tokenizer)
+    ids = torch.randint(rows, (2, min(64, model.config.block_size)), generator=torch.Generator().manual_seed(0))
     ids[:, -1] = 0      # because transformers' classifier would take end-of-text there for padding
-    expected = model(ids)[..., :n_vocab]                # (2, T, n_vocab), of a classifier (2, labels)
+    expected = model(ids)[..., :rows]                   # (2, T, rows), of a classifier (2, labels)
 
     def check_logits(logits, reader):
         rounding = 1e-5 + 1e-4 * expected.abs().nan_to_num().max().item()
@@ -93,27 +112,72 @@ def verify_export(folder, model, tokenizer):
     for name, tensor in reread.state_dict().items():
         wanted = weights.get(name, torch.zeros_like(tensor))            # absent biases count as zeros
         if name in ("transformer.wte.weight", "lm_head.weight"):
-            wanted = wanted[:n_vocab]
+            wanted = wanted[:rows]
         if not torch.equal(wanted.float().view(torch.int32), tensor.view(torch.int32)):   # as bits, because NaN != NaN
             raise RunFailed(f"the export is wrong and was deleted: {name} reads back differently; check the disk")
     results = [check_logits(reread(ids), "our reader")]
     del reread, weights
     if importlib.util.find_spec("transformers"):
-        import transformers
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        transformers = quiet_transformers()
         classifies = hasattr(model.config, "labels")
         kind = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
         theirs = kind.from_pretrained(folder).eval()
         results.append(check_logits(theirs(ids).logits, f"transformers {transformers.__version__}"))
         if tokenizer:
-            reader = transformers.AutoTokenizer.from_pretrained(folder)
-            if (reader(TEST_TEXT)["input_ids"], reader.eos_token_id) != (tokenizer.encode(TEST_TEXT), tokenizer.eot):
-                raise RunFailed("the export is wrong and was deleted: transformers' tokenizer gives other token ids")
-            results[-1] += " (same token ids)"
+            check_ids(tokenizer, folder, "the export", "it was deleted")
     else:
         results.append("transformers is not installed")
     print(f"verified: the weights are bitwise equal; largest difference of logits: {', '.join(results)}")
+
+
+def quiet_transformers():
+    """Return the module transformers, told to print only errors."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def check_ids(tokenizer, folder, name, consequence):
+    """Raise RunFailed unless transformers' tokenizer of a folder, called `name`, gives all sampled texts our ids."""
+    if not importlib.util.find_spec("transformers"):
+        print(f"token ids: not compared with those of {name}, because transformers is not installed")
+        return
+    transformers, texts = quiet_transformers(), sample_texts(tokenizer)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        pairs = [*zip(texts, theirs(texts)["input_ids"]), (EOT_TEXT, [theirs.convert_tokens_to_ids(EOT_TEXT)])]
+    except Exception as error:      # of any kind
+        raise RunFailed(f"transformers cannot use the tokenizer of {name} ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:120]}); {consequence}") from error
+    for text, ids in pairs:
+        if ids != ([tokenizer.eot] if text == EOT_TEXT else tokenizer.encode(text)):
+            raise RunFailed(f"transformers' tokenizer of {name} gives other token ids, for instance for "
+                            f"{text[:60]!r}; {consequence}")
+    print(f"token ids: equal to those of {name} in {len(texts)} texts of every kind (transformers "
+          f"{transformers.__version__})")
+
+
+@functools.cache
+def characters_by_kind():
+    """Return [the characters of a category of Unicode in a plane], without the halves of surrogate pairs."""
+    kinds = collections.defaultdict(list)
+    for character in map(chr, range(0x110000)):
+        kinds[unicodedata.category(character), ord(character) >> 16].append(character)
+    return [characters for (category, _), characters in kinds.items() if category != "Cs"]
+
+
+def sample_texts(tokenizer):
+    """Return texts of every kind, always the same ones: each kind of character, runs of spaces, tokens in disorder."""
+    rng = random.Random(0)
+    texts = list(TEXTS)
+    for characters in characters_by_kind():
+        texts.append("".join(rng.choice(characters) + rng.choice(["", " ", "a", "1", "'s", "!"]) for _ in range(24)))
+    for space in SPACES:
+        texts += [f"a{space}b{space * 2}c{space * 7}", f"{space}1 {space}!{space}\n{space * 3}x"]
+    texts += ["".join(rng.choices(SPACES + "aB1!", weights=[1] * len(SPACES) + [6] * 4, k=60)) for _ in range(20)]
+    texts += [tokenizer.decode(rng.choices(range(tokenizer.eot), k=20)) for _ in range(100)]
+    return [text for text in texts if EOT_TEXT not in text]      # in ours it is ordinary text
 
 
 if __name__ == "__main__":

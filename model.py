@@ -37,7 +37,7 @@ def padded_vocab(n_vocab):
 class GPTConfig:
     """Shape of a model. Raises ValueError for one that cannot be built."""
     block_size: int = 1024
-    vocab_size: int = 50304            # rows of the embedding; 50257 in imported weights
+    vocab_size: int = 50304            # rows of the embedding; 50257 in GPT-2's weights
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -46,6 +46,7 @@ class GPTConfig:
     tie_word_embeddings: bool = True   # the output layer is the token embedding
     activation: str = "gelu_tanh"
     layer_norm_eps: float = 1e-5
+    padded: bool = True                # rows that no token needs are padding (not in imported weights)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -56,7 +57,7 @@ class GPTConfig:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be >= 0 and < 1, but is {self.dropout!r}")
-        for name in ("bias", "tie_word_embeddings"):
+        for name in ("bias", "tie_word_embeddings", "padded"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, but is {getattr(self, name)!r}")
         if type(self.layer_norm_eps) not in (int, float) or not 0 < self.layer_norm_eps < 1:
@@ -214,8 +215,8 @@ class GPT(nn.Module):
                 raise ValueError(f"missing weights: n_layer is {shape.n_layer}, there are {len(state)} in all")
             with torch.device("meta"):        # no memory and no initialisation: the tensors come from `state`
                 model = cls(shape)
-        except TypeError as error:
-            raise ValueError(f"not a GPT-2 config ({error})") from error
+        except (TypeError, OverflowError, RuntimeError) as error:      # the last two if sizes overflow
+            raise ValueError(f"not a GPT-2 config ({str(error).splitlines()[0]})") from error
         if model.config.tie_word_embeddings:
             state = {**state, "lm_head.weight": state.get("transformer.wte.weight")}
         expected = model.state_dict()

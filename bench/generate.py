@@ -20,7 +20,7 @@ from bench.sizes import SizeConfig
 from exactgpt.config import flag, parse_config, run_script
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.generation import generate_ids, make_decoder
-from exactgpt.open_model import write_pretrained
+from exactgpt.huggingface import write_pretrained
 from model import GPT, GPTConfig
 
 N_VOCAB = 50257

@@ -56,7 +56,7 @@ MUTATIONS = [
      "tests/test_app.py::test_it_generates_the_text_of_generate_with_the_settings_of_the_sliders"),
 
     # ---- models in other formats
-    ("exactgpt/open_model.py", "[names[str(i)] for i in range(len(names))]", "list(names.values())",
+    ("exactgpt/huggingface.py", "[names[str(i)] for i in range(len(names))]", "list(names.values())",
      "tests/test_open_model.py::test_labels_come_in_the_order_of_their_numbers_whatever_that_of_the_file"),
     ("convert.py", "base = dict(base=opened.base) if opened.base else {}", "base = {}",
      "tests/test_convert.py::test_what_is_known_of_a_model_goes_with_it"),

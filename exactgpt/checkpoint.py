@@ -214,8 +214,9 @@ def read_checkpoint(path):
             if archive and (any(part.compress_type for part in archive.infolist())
                             or sum(part.file_size for part in archive.infolist()) > size):
                 raise Untrusted("it unpacks to more than its size")
-            if archive and archive.testzip():      # torch.load does not compare a part with its checksum
-                raise ValueError("a part differs from its checksum")
+            # torch.load does not compare a part with its checksum, and reads nothing of one that is marked as a folder.
+            if archive and (archive.testzip() or any(part.external_attr & 0x10 for part in archive.infolist())):
+                raise ValueError("a part differs from its checksum, or is a folder")
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_ForeignConfig, "__main__.GPTConfig")]):
             warnings.simplefilter("ignore")      # about a pickle protocol; what matters becomes an error below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

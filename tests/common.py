@@ -209,5 +209,5 @@ def gpt_from_transformers(theirs, activation="gelu_tanh"):
 
 def write_model(model, folder, tokenizer=None):
     """Write a GPT to a folder in Hugging Face format."""
-    from exactgpt.open_model import write_pretrained
+    from exactgpt.huggingface import write_pretrained
     write_pretrained(folder, model.config_dict(), model.state_dict(), tokenizer)

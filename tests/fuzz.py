@@ -21,14 +21,17 @@ import torch
 from exactgpt.checkpoint import read_training_checkpoint, save_checkpoint
 from exactgpt.config import UserError
 from exactgpt.dataloader import TokenStream
-from exactgpt.open_model import open_model, write_pretrained
+from exactgpt.finetune import add_adapter
+from exactgpt.huggingface import write_pretrained
+from exactgpt.open_model import open_model
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import Tokenizer
-from finetune_instruct import encode_item, read_items
+from finetune_instruct import InstructConfig, encode_item, read_items, save_adapter
 from hellaswag import STYLES, load_hellaswag, tokenize_examples
 from model import GPT, GPTConfig
 from tests import forks
 from tests.common import write_shards
+from tests.folders import split_bin
 from tests.mutants import TIME_LIMIT_S, TookTooLong, mutate, odd_checkpoint, pickle_bomb, time_and_memory_limits
 
 SCRIPT_TIME_LIMIT_S = 120
@@ -218,6 +221,30 @@ def read_pretrained(folder):
             hash_tree(logits_of_two_tokens(opened)))
 
 
+def make_parts(folder):
+    """Write such a model with its weights in two files and an index."""
+    make_pretrained(folder)
+    split_bin(folder / "hf")
+
+
+def read_tokenizer(folder):
+    """Open the model for text; return its tokenizer's name: what is accepted must have the ids of the good files."""
+    return open_model(folder / "hf").with_tokenizer().tokenizer.name
+
+
+def make_adapter(folder):
+    """Write an adapter of a checkpoint as finetune_instruct.py does."""
+    make_checkpoint(folder)
+    model = open_model(folder / "model_00003.pt").model
+    config = InstructConfig(data="", out="", init_from=str(folder / "model_00003.pt"), lora_r=2)
+    save_adapter(add_adapter(model, config), folder / "adapter", dict(source=config.init_from, sha256=""))
+
+
+def read_adapter(folder):
+    """Open the model with its adapter; return a hash of the weights."""
+    return hash_tree(open_model(folder / "adapter").model.state_dict())
+
+
 def make_hellaswag(folder):
     """Write HellaSwag examples in the hub's format and a model to score them with."""
     make_checkpoint(folder)
@@ -299,8 +326,13 @@ TARGETS = {
                              inference_command("model_00003.pt"), always, odd_checkpoint),
     "config.json": Target(make_pretrained, ("hf/config.json",), read_pretrained, inference_command("hf"), never),
     "safetensors": Target(make_pretrained, ("hf/model.safetensors",), read_pretrained, inference_command("hf"), never),
-    "vocabulary of a model": Target(make_pretrained, ("hf/merges.txt", "hf/vocab.json"), read_pretrained,
-                                    inference_command("hf"), never),
+    "weights in parts": Target(make_parts, ("hf/pytorch_model.bin.index.json", "hf/pytorch_model-00001-of-00002.bin"),
+                               read_pretrained, inference_command("hf"), never),
+    "tokenizer of a model": Target(make_pretrained, tuple(f"hf/{name}" for name in (
+        "merges.txt", "vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")),
+        read_tokenizer, inference_command("hf"), always),
+    "adapter": Target(make_adapter, ("adapter/adapter_config.json", "adapter/adapter_model.safetensors"), read_adapter,
+                      inference_command("adapter"), never),
     "instructions": Target(make_instructions, ("items.json", "items.jsonl"), read_instructions, instruct_command,
                            never),
     "HellaSwag": Target(make_hellaswag, ("hellaswag.jsonl",), read_hellaswag,

@@ -7,12 +7,15 @@ import torch
 import convert
 import hellaswag
 import inference
+from exactgpt import huggingface
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
 from exactgpt.config import RunFailed, UserError, write_json
 from exactgpt.generation import generate_ids
-from exactgpt.open_model import open_model, state_to_huggingface, tokenizer_files
+from exactgpt.huggingface import state_to_huggingface, tokenizer_files
+from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer, train_tokenizer
 from model import GPT, GPTConfig
+from tests import folders
 from tests.common import in_our_layout
 
 CORPUS = ["the cat and the hat; the d\u00e9j\u00e0 vu\n\n  of the year 2024 \u6771\u4eac don't\t!"] * 3
@@ -46,7 +49,8 @@ def test_our_model_converts_to_transformers_and_back_bit_for_bit(trained, tmp_pa
     path, model, tokenizer = trained
     main("--checkpoint", path, "--out", tmp_path / "hf")
     out = capsys.readouterr().out
-    assert "the weights are bitwise equal" in out and "with transformers" in out and "(same token ids)" in out
+    assert "the weights are bitwise equal" in out and "with transformers" in out
+    assert "token ids: equal to those of the export in " in out and "of every kind" in out
     assert f'next: python inference.py --checkpoint {tmp_path / "hf"} --prompt "..."' in out
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
@@ -62,7 +66,7 @@ def test_our_model_converts_to_transformers_and_back_bit_for_bit(trained, tmp_pa
     main("--checkpoint", tmp_path / "hf", "--out", tmp_path / "back.pt")
     back = open_model(tmp_path / "back.pt")
     assert (back.tokenizer.name, back.tokenizer.merges) == (tokenizer.name, tokenizer.merges)
-    assert back.model.config == GPTConfig(32, tokenizer.n_vocab, 2, 3, 24, activation="gelu")
+    assert back.model.config == GPTConfig(32, tokenizer.n_vocab, 2, 3, 24, activation="gelu", padded=False)
     for name, tensor in back.model.state_dict().items():
         original = model.state_dict()[name]
         assert torch.equal(tensor, original[:tokenizer.n_vocab] if "wte" in name or "lm_head" in name else original)
@@ -81,25 +85,58 @@ def test_gpt_nano_converts_back_to_the_same_tensors(gpt_nano, tmp_path, capsys):
 @pytest.mark.parametrize("damage, message", [
     ("weights", "reads back differently"), ("one bit", "transformer.wte.weight reads back differently"),
     ("config", "the logits of our reader differ"),
-    ("tokenizer", "transformers' tokenizer gives other token ids"),
+    ("tokenizer", "tokenizer of the export gives other token ids"),
 ])
 def test_a_wrong_export_is_deleted(trained, tmp_path, monkeypatch, damage, message):
     if damage == "weights":
-        monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
+        monkeypatch.setattr("exactgpt.huggingface.state_to_huggingface", lambda *args: {
             k: v.clone().t().contiguous() if k.endswith("attn.c_proj.weight") else v
             for k, v in state_to_huggingface(*args).items()})
     if damage == "one bit":      # too small a change for the logits to show it
-        monkeypatch.setattr("exactgpt.open_model.state_to_huggingface", lambda *args: {
+        monkeypatch.setattr("exactgpt.huggingface.state_to_huggingface", lambda *args: {
             k: v.nextafter(v + 1) if k.endswith("wte.weight") else v for k, v in state_to_huggingface(*args).items()})
     if damage == "config":
-        monkeypatch.setattr("exactgpt.open_model.write_json",
+        monkeypatch.setattr("exactgpt.huggingface.write_json",
                             lambda path, value: write_json(path, {**value, "activation_function": "gelu_new"}))
     if damage == "tokenizer":
-        monkeypatch.setattr("exactgpt.open_model.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
+        monkeypatch.setattr("exactgpt.huggingface.tokenizer_files", lambda tokenizer, n, **options: tokenizer_files(
             Tokenizer(tokenizer.merges[:-2], ""), n))
     with pytest.raises(RunFailed, match=message):
         main("--checkpoint", trained[0], "--out", tmp_path / "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["ours.pt"]
+
+
+@pytest.mark.parametrize("name, text", [("single digits", "2024"), ("a Lowercase normalizer", "Hello"),
+                                        ("add_prefix_space in tokenizer.json", "Hello")])
+def test_what_slips_past_the_rules_is_found_by_the_comparison_with_the_sources_own_tokenizer(tmp_path, monkeypatch,
+                                                                                             name, text):
+    folder = folders.make(name, tmp_path / "hf")
+    monkeypatch.setattr(huggingface, "_differences", lambda names, files: iter(()))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')     # takes all as it is
+    for out in ("new", "new.pt"):
+        with pytest.raises(RunFailed, match=r"tokenizer of .*hf gives other token ids.*nothing was written") as caught:
+            main("--checkpoint", folder, "--out", tmp_path / out)
+        assert text in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_rows_that_are_not_known_to_be_padding_are_kept(tmp_path, capsys):
+    """As many rows as our padding would make, in a folder: they may be tokens of somebody who lost the tokenizer."""
+    from safetensors.torch import load_file
+    folders.write_folder(tmp_path / "hf", rows=320)
+    main("--checkpoint", tmp_path / "hf", "--out", tmp_path / "a.pt")
+    assert f"token ids: equal to those of {tmp_path / 'hf'} in " in capsys.readouterr().out
+    main("--checkpoint", tmp_path / "a.pt", "--out", tmp_path / "again")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert open_model(tmp_path / "a.pt").tokenizer.n_vocab == 300
+
+
+def test_without_transformers_it_says_that_it_has_not_compared(trained, tmp_path, monkeypatch, capsys):
+    main("--checkpoint", trained[0], "--out", tmp_path / "hf")
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    main("--checkpoint", tmp_path / "hf", "--out", tmp_path / "back.pt")
+    assert f"token ids: not compared with those of {tmp_path / 'hf'}, because trans" in capsys.readouterr().out
 
 
 def test_what_is_known_of_a_model_goes_with_it(trained, tmp_path):

@@ -206,7 +206,8 @@ def test_a_tokenizer_folder_is_for_models_without_a_vocabulary_and_must_match(tm
             write_model(model, sources[n_rows, "hf"])
     for kind in (False, True, "hf"):
         assert open_model(sources[50304, kind], tokenizer=tmp_path / "gpt2").tokenizer.name == "gpt2"
-        assert "--tokenizer FOLDER" in error_message(open_model, sources[50304, kind])
+        if kind != "hf":      # a folder has to have just as many rows as GPT-2
+            assert "--tokenizer FOLDER" in error_message(open_model, sources[50304, kind])
     for kind in (False, "hf"):
         assert open_model(sources[320, kind]).tokenizer is None      # GPT-2's is not tried: it does not fit
         assert open_model(sources[320, kind], tokenizer=tmp_path / "own").tokenizer.merges == own.merges
@@ -216,6 +217,24 @@ def test_a_tokenizer_folder_is_for_models_without_a_vocabulary_and_must_match(tm
     write_model(GPT(GPTConfig(8, 320, 1, 2, 8)), tmp_path / "hf_own", own)
     for source, folder in ((sources[320, True], "gpt2"), (sources[50304, True], "own"), (tmp_path / "hf_own", "gpt2")):
         assert "but --tokenizer" in error_message(open_model, source, False, tmp_path / folder)
+
+
+@pytest.mark.parametrize("rows, fits", [(50256, False), (50257, True), (50258, False), (50300, False), (50304, True)])
+def test_a_checkpoint_without_a_tokenizer_gets_gpt2s_if_it_has_just_as_many_rows(tmp_path, capsys, rows, fits):
+    path = tmp_path / "a.pt"
+    model = GPT(GPTConfig(8, rows, 1, 1, 1))
+    save_checkpoint(path, dict(model=model.state_dict(), config=model.config_dict()))
+    assert open_model(path).tokenizer is (gpt2_tokenizer() if fits else None)
+    assert capsys.readouterr().err == (
+        f"{path} has no tokenizer of its own; with {rows:,} entries it gets GPT-2's\n" if fits else "")
+
+
+def test_a_tokenizer_that_is_larger_than_its_model_is_named(tmp_path):
+    model = GPT(GPTConfig(8, 257, 1, 1, 1))
+    save_checkpoint(tmp_path / "a.pt", dict(model=model.state_dict(), config=model.config_dict(),
+                                            tokenizer=Tokenizer([("a", "b")], "").to_checkpoint()))
+    message = error_message(open_model(tmp_path / "a.pt").with_tokenizer)
+    assert "it has 258 entries, but the model has only 257 rows" in message and len(message.splitlines()) == 1
 
 
 def test_every_script_passes_its_tokenizer_flag_to_open_model():
