@@ -19,7 +19,7 @@ demo: $(VENV)/.core
 	$(PY) prepare_text.py --demo --train_tokenizer 4096 --out data/demo
 	$(PY) train.py --data_dir data/demo --log_dir logs/demo --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 \
 	    --total_batch_size 2048 --max_steps 600 --optimizer muon --max_lr 2e-3 --min_lr 0 --schedule wsd \
-	    --eval_every 100 --val_tokens 65536 --hellaswag_every 0 --sample_every 200 --checkpoint_every 200
+	    --eval_every 100 --val_tokens 65536 --sample_every 200 --checkpoint_every 200
 	$(PY) plot.py logs/demo
 	$(PY) inference.py --checkpoint logs/demo/model_00600.pt --prompt "Return a new" --num_seq 3 --max_tokens 60
 	@echo; echo "The curves: logs/demo/plot.png"

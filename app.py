@@ -35,10 +35,8 @@ FRAME_S = 0.05           # between two redraws of a growing text
 REFRESH_S = 5            # between two reads of the logs
 CARET = '<span class="caret">\u258c</span>'
 WHITESPACE_SYMBOLS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"}
-MAKE_ONE = """make demo                                                       # a small GPT-2, in a few minutes
-python prepare_text.py mybook.txt --out data/mybook             # or one of your own text
-python train.py --data_dir data/mybook --log_dir logs/mybook
-streamlit run app.py -- --checkpoint gpt2                       # or OpenAI's GPT-2"""
+MAKE_ONE = """make demo                                             # a small GPT-2, in a few minutes
+python prepare_text.py README.md --out data/readme    # or one of your own text: it says how to train on that"""
 STYLE = """<style>
 .stMainBlockContainer {padding-top: 2.5rem;}
 .gpt-cards {display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr));}
@@ -156,7 +154,7 @@ def locked_model(source, config, on_wait=lambda: None):
 def look_up(source, modified, text, _config):
     """Return a model's facts and a table of its ten likeliest next tokens after a text, {column: list}."""
     with locked_model(source, _config) as (decoder, tokenizer, facts):
-        likeliest = top_next_tokens(decoder.model, tokenizer.encode(text) or [tokenizer.eot], tokenizer.n_vocab)
+        likeliest = top_next_tokens(decoder.model, tokenizer.encode(text) or [tokenizer.start], tokenizer.n_vocab)
     return facts, {"Token": [printable_token(tokenizer, token) for token, _ in likeliest],
                    "Probability": [p for _, p in likeliest]}
 

@@ -21,7 +21,18 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import save_checkpoint
-from exactgpt.config import RunFailed, TokenizerConfig, check_new, flag, human_bytes, parse_config, run_script
+from exactgpt.config import (
+    RunFailed,
+    TokenizerConfig,
+    UserError,
+    check_new,
+    command,
+    flag,
+    human_bytes,
+    parse_config,
+    run_script,
+)
+from exactgpt.generation import example_prompt
 from exactgpt.huggingface import exported_rows, read_pretrained, write_pretrained
 from exactgpt.open_model import build_model, open_model
 from exactgpt.tokenizer import EOT_TEXT
@@ -55,6 +66,9 @@ def main(argv=None):
     opened = open_model(config.checkpoint, classifiers=True, tokenizer=config.tokenizer).without_foreign_tokenizer()
     model, tokenizer = opened.model.eval(), opened.tokenizer
     print(opened.summary())
+    if out.suffix != ".pt" and tokenizer and tokenizer.eot is None:
+        raise UserError("a Hugging Face folder cannot hold a vocabulary of characters, as transformers has no such "
+                        "tokenizer; use --out NAME.pt")
     if tokenizer and opened.folder and any((opened.folder / name).is_file() for name in READ_BY_TRANSFORMERS):
         check_ids(tokenizer, opened.folder, opened.source, "nothing was written")
     if out.suffix == ".pt":
@@ -73,9 +87,9 @@ def main(argv=None):
         return
     script, text, task = (("finetune_classifier.py", "--predict", "classification") if hasattr(model.config, "labels")
                           else ("inference.py", "--prompt", "generation"))
-    print(f'next: python {script} --checkpoint {out} {text} "..."')
+    print("next: " + command(script, "--checkpoint", out, text, example_prompt(tokenizer)))
     if out.suffix != ".pt":
-        print(f'or in Python: transformers.pipeline("text-{task}", "{out}")')
+        print(f'or in Python: transformers.pipeline("text-{task}", {str(out)!r})')
 
 
 @torch.no_grad()

@@ -23,7 +23,17 @@ from torch.nn import functional as F
 
 from exactgpt import finetune
 from exactgpt.classifier import Classifier
-from exactgpt.config import UserError, atomic_write, check_new, flag, parse_config, read_text, run_script
+from exactgpt.config import (
+    UserError,
+    atomic_write,
+    check_new,
+    command,
+    flag,
+    one_line,
+    parse_config,
+    read_text,
+    run_script,
+)
 from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
 from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
@@ -141,8 +151,9 @@ def tune(config, runtime, state):
         print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
               f"{sizes[name]:,} examples, with the weights of epoch {progress.best['epoch']}, after "
               f"{progress.seconds:.0f} s")
+        example = shorten(one_line(splits[name][0][0]), 60)
         return (dict(labels=labels, examples=sizes, **reports, train=config.train), [path, picture],
-                f'python finetune_classifier.py --checkpoint {path} --predict "..."')
+                command("finetune_classifier.py", "--checkpoint", path, "--predict", example))
 
     finetune.train(run, progress, config, runtime, evaluate, write_results)
 
@@ -192,7 +203,7 @@ def read_labelled_texts(path, config, labels=None):
 
 def encode_example(text, label, tokenizer, block_size):
     """Encode a text as an Example: its first block_size tokens, with the label (an int) as target of the last one."""
-    tokens = tokenizer.encode(text)[:block_size] or [tokenizer.eot]
+    tokens = tokenizer.encode(text)[:block_size] or [tokenizer.start]
     return finetune.Example(tokens, [IGNORED] * (len(tokens) - 1) + [label])
 
 

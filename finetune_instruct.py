@@ -9,7 +9,6 @@ Only the answers count in the loss. If a run is killed or stopped, the same comm
 """
 import exactgpt.launch  # noqa: F401  first, see there
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,24 @@ import torch
 
 from exactgpt import finetune
 from exactgpt.checkpoint import checkpoint_path
-from exactgpt.config import RunFailed, UserError, flag, human_bytes, new_folder, parse_config, run_script, write_json
+from exactgpt.config import (
+    RunFailed,
+    UserError,
+    command,
+    flag,
+    human_bytes,
+    new_folder,
+    one_line,
+    parse_config,
+    run_script,
+    write_json,
+)
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
 from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.open_model import ADAPTER_BASE, ADAPTER_CONFIG
 from exactgpt.shards import permutation
+from exactgpt.tokenizer import require_end_of_text
 from model import IGNORED
 
 ROUNDING = 1e-4     # largest difference of merged logits, relative to the largest logit, that counts as rounding
@@ -60,6 +71,7 @@ def tune(config, runtime, state):
     """Train on instructions, from the first step or from a state, and write the results to --out."""
     items = runtime.on_all_ranks(lambda: read_items(config.data))
     model, tokenizer, base = finetune.open_base_model(config, runtime)
+    require_end_of_text(tokenizer, "an answer")
     block_size = model.config.block_size
     order = permutation(len(items), config.seed, "split").tolist()
     n_val = min(max(1, round(config.val_fraction * len(items))), len(items) - 1)
@@ -153,8 +165,8 @@ def write_results(config, run, progress, wrapped, val_items, counts):
     for item in answers[:3]:
         print(f"> {item['instruction']}\n  {item['response']}")
     print(f"validation loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
-    return report, paths, (f"python inference.py --checkpoint {paths[0]} --temperature 0 --num_seq 1 --instruction "
-                           f"{shlex.quote(val_items[0][0])}")
+    return report, paths, command("inference.py", "--checkpoint", paths[0], "--temperature", 0, "--num_seq", 1,
+                                  "--instruction", one_line(val_items[0][0]))
 
 
 def save_adapter(wrapped, folder, base):

@@ -13,6 +13,7 @@ There are two styles; their scores are not comparable:
 """
 from exactgpt.launch import require_output  # first, see there
 
+import contextlib
 import itertools
 import json
 import math
@@ -25,11 +26,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exactgpt.config import DeviceConfig, UserError, atomic_write, check_new, flag, parse_config, run_script, write_json
+from exactgpt.config import (
+    DeviceConfig,
+    UserError,
+    atomic_write,
+    check_new,
+    command,
+    flag,
+    parse_config,
+    run_script,
+    write_json,
+)
 from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
 from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
-from exactgpt.open_model import open_model
+from exactgpt.open_model import newest_model, open_model
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # of its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
@@ -80,7 +91,9 @@ def main(argv=None):
         try:
             if config.download:
                 path = runtime.broadcast(fetch_hellaswag)
-                runtime.print(f"{DATASET} is in {path}\nnext: python hellaswag.py --checkpoint gpt2")
+                runtime.print(f"{DATASET} is in {path}")
+                with contextlib.suppress(UserError):      # there is no model yet
+                    runtime.print("next: " + command("hellaswag.py", "--checkpoint", newest_model()))
             else:
                 score_checkpoint(config, runtime)
         except StopRequested:
@@ -124,9 +137,10 @@ def fetch_hellaswag():
     """Return the path of the data set, after downloading it if it is missing. Raises UserError if that fails."""
     if Path(DATA_FILE).exists():
         return DATA_FILE
-    print(f"downloading {DATASET} to {DATA_FILE}", flush=True)
     from exactgpt import hub
-    if not hub.reachable():     # use the hub's cache or fail at once, without retries
+    if hub.reachable():
+        print(f"downloading {DATASET} to {DATA_FILE}", flush=True)
+    else:      # use the hub's cache or fail at once, without retries
         hub.work_offline()
     try:
         from datasets import load_dataset
@@ -187,7 +201,10 @@ def parse_example(item, style, where):
 def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="", limit=0):
     """Return the examples in a file (default: the data set) as a PreparedHellaSwag. A collective; rank 0 reads it."""
     examples = runtime.broadcast(lambda: load_hellaswag(path or fetch_hellaswag(), style, limit))
-    return tokenize_examples(examples, tokenizer, block_size, style)
+    try:
+        return tokenize_examples(examples, tokenizer, block_size, style)
+    except UserError as error:      # a vocabulary of characters
+        raise UserError(f"this model cannot be scored on HellaSwag: {error}") from error
 
 
 def tokenize_examples(examples, tokenizer, block_size, style):

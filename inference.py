@@ -101,6 +101,8 @@ def run_interactively(decoder, tokenizer, config):
                 print_continuations(decoder, tokenizer, [prompt], config, (config.seed, number))
         except KeyboardInterrupt:
             print()
+        except UserError as error:      # characters that the model does not know
+            print(error, file=sys.stderr)
 
 
 def print_continuations(decoder, tokenizer, prompts, config, seed):

@@ -10,14 +10,23 @@ tenth of the minimum as in fastai's lr_find.)
 import exactgpt.launch  # noqa: F401  first, see there
 
 import csv
-import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from exactgpt.checkpoint import list_checkpoints
-from exactgpt.config import RunFailed, UserError, atomic_write, flag, parse_config, read_ranks, run_script, with_changes
+from exactgpt.config import (
+    RunFailed,
+    UserError,
+    atomic_write,
+    command,
+    flag,
+    parse_config,
+    read_ranks,
+    run_script,
+    with_changes,
+)
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
 from exactgpt.figures import COLOURS, GREY, INK, save_figure, smooth, style_axes
@@ -52,7 +61,7 @@ def main(argv=None):
     if list_checkpoints(folder):
         raise UserError(f"{folder} already contains a run; use a new --log_dir")
     with start(config) as runtime, lock_folder(folder, runtime):
-        run, _ = set_up(with_changes(config, eval_every=0), runtime, saves=False)
+        run, _ = set_up(with_changes(config, eval_every=0, hellaswag_every=0), runtime, saves=False)
         tracker = Tracker(with_changes(config, mlflow=config.mlflow and runtime.is_main), folder, "lr_finder")
         try:
             warm_up(run, runtime)
@@ -164,11 +173,11 @@ def train_command(config, rate):
         value = getattr(scaled, f.name)
         if value != f.default and (f.name != "muon_lr" or config.optimizer == "muon"):
             words.append(f"--{f.name}")
-            words += [] if value is True else [shlex.quote(str(value))]
+            words += [] if value is True else [value]
     ranks = read_ranks()
     on_one_node = f"torchrun --nproc_per_node={ranks.world_size}" if ranks.world_size > 1 else "python"
     launcher = on_one_node if ranks.local_world_size == ranks.world_size else "torchrun ..."
-    return " ".join([launcher, "train.py", *words])
+    return command("train.py", *words).replace("python", launcher, 1)
 
 
 if __name__ == "__main__":

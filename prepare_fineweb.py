@@ -29,7 +29,7 @@ from exactgpt.documents import RESUMABLE, read_texts
 from exactgpt.hub import download_source_file, resolve_dataset
 from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, ShardFolder
-from exactgpt.tokenizer import default_tokenizer
+from exactgpt.tokenizer import default_tokenizer, require_end_of_text
 
 HUB_NOTES = ".cache/huggingface"     # of huggingface_hub, in the folder of downloads
 FINEWEB_EDU, SAMPLE_10BT = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -213,7 +213,7 @@ def main(argv=None):
         return verify_shards(config.out, config.tokenizer)
     # Every file is downloaded once, so Xet's chunk cache would only double the disk space.
     os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
-    tokenizer = default_tokenizer(config.tokenizer)
+    tokenizer = require_end_of_text(default_tokenizer(config.tokenizer), "preparing text")
     compared = ("dataset", "name", "text_column", "data_files", "shard_tokens", "max_tokens")
     source = f"files {config.data_files}" if config.data_files else f"{config.dataset} {config.name or ''}".strip()
     wanted = Manifest(source=source, tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, eot=tokenizer.eot,

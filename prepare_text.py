@@ -22,7 +22,7 @@ from exactgpt.config import TokenizerConfig, UserError, flag, human_bytes, parse
 from exactgpt.documents import find_files, python_documents, read_documents
 from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, permutation
-from exactgpt.tokenizer import default_tokenizer, train_tokenizer
+from exactgpt.tokenizer import default_tokenizer, require_end_of_text, train_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -128,7 +128,8 @@ def make_shards(config, manifest, files, n_documents):
                 documents = [last[-n_val:], *others, last[:-n_val]]
             bar = tqdm(documents, total=n_documents, desc="writing", unit="doc", disable=None, leave=False)
             pieces = (({}, document) for document in bar)
-            write_shards(config.out, Path(config.out).resolve().name, manifest, pieces, n_val, config.shard_tokens)
+            name = Path(config.out).resolve().name.lstrip(".")      # the name of a shard begins with no dot
+            write_shards(config.out, name, manifest, pieces, n_val, config.shard_tokens)
     except OSError as error:
         raise UserError(f"cannot write to {config.out}: {error.strerror or error}; fix that and run the same command "
                         "again") from error
@@ -137,7 +138,8 @@ def make_shards(config, manifest, files, n_documents):
 def main(argv=None):
     """Make shards. argv: the flags (default: sys.argv). Raises UserError for user mistakes."""
     config = parse_config(PrepareTextConfig, argv, description=__doc__.split("\n\n")[0])
-    tokenizer_name = "" if config.train_tokenizer else default_tokenizer(config.tokenizer).name
+    tokenizer = None if config.train_tokenizer else default_tokenizer(config.tokenizer)
+    tokenizer_name = require_end_of_text(tokenizer, "preparing text").name if tokenizer else ""
     files = find_files(config.paths)
     n_documents, n_bytes, digest = scan_documents(iter_documents(config, files))
     if not n_documents:

@@ -23,18 +23,19 @@ from torch import nn
 from tqdm import tqdm
 
 from exactgpt import checkpoint, device
-from exactgpt.config import RunConfig, UserError, flag, parse_config, run_script, with_changes
+from exactgpt.config import RunConfig, UserError, command, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
-from exactgpt.generation import write_samples
+from exactgpt.generation import example_prompt, write_samples
 from exactgpt.metrics import RunLog, print_banner
 from exactgpt.open_model import build_model, open_weights
 from exactgpt.optimizer import SkippedSteps, decay_start, finish_step, learning_rate_factor, make_optimizer
 from exactgpt.shards import ShardFolder
 from exactgpt.tokenizer import Tokenizer
-from hellaswag import N_EXAMPLES, evaluate_hellaswag, prepare_hellaswag
+from hellaswag import DATA_FILE, N_EXAMPLES, evaluate_hellaswag, fetch_hellaswag, prepare_hellaswag
 from model import GPT, GPT2_SIZES, IGNORED, GPTConfig, padded_vocab
 
+HELLASWAG_EVERY = 250      # steps, unless the flag says otherwise
 HELLASWAG_TOKENS = 8192    # tokens in the largest HellaSwag batch, if training's micro-batches have as many
 DRY_RUN_ITEMS = 200        # HellaSwag items in a dry run, of 10,042
 SLOW_STEP_S = 5            # in longer steps check for a stop after each micro-batch: SIGTERM gives us 30 s in torchrun
@@ -88,7 +89,9 @@ class TrainConfig(RunConfig):
 
     eval_every: int = flag(250, "steps between validations (0: never)", group="evaluation", low=0)
     val_tokens: int = flag(10485760, "tokens per validation, the same ones each time", low=1)
-    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations (0: never)", low=0)
+    hellaswag_every: int | None = flag(None, "steps between HellaSwag evaluations, 0: never (default: "
+                                             f"{HELLASWAG_EVERY} with GPT-2's vocabulary where the data is there or "
+                                             "can be downloaded, else 0)", low=0)
     sample_every: int = flag(250, "steps between text samples (0: never)", low=0)
 
     log_dir: str = flag("logs", "folder for checkpoints and logs", group="checkpoints")
@@ -243,7 +246,8 @@ def set_up(config, runtime, saves=True):
     optimizer, scaler = make_optimizer(model, config, runtime), runtime.grad_scaler()
     resolved = dict(choices, device=runtime.device.type, hardware=runtime.hardware.name, torch=str(torch.__version__),
                     dtype=runtime.dtype_name, world_size=runtime.world_size, threads=torch.get_num_threads(),
-                    max_steps=plan.max_steps, warmup_steps=plan.warmup_steps, decay_start=decay_start(plan))
+                    max_steps=plan.max_steps, warmup_steps=plan.warmup_steps, decay_start=decay_start(plan),
+                    hellaswag_every=choose_hellaswag(config, runtime, tokenizer, stored))
     run = Run(plan, shards, fingerprint, tokenizer, train_stream, val_stream, model, compiled, ddp, optimizer, scaler,
               choices["micro_batch_size"], resolved, checkpoint.provenance())
     if stored:
@@ -283,6 +287,24 @@ def make_model(config, runtime, tokenizer, stored):
         if value not in (None, getattr(model.config, name)):
             raise UserError(f"--{name} {value}, but {config.init_from} has {getattr(model.config, name)}; leave it out")
     return model
+
+
+def choose_hellaswag(config, runtime, tokenizer, stored):
+    """Return the steps between HellaSwag evaluations: as the flag says, as the run began, or what is possible here."""
+    if config.hellaswag_every is not None:
+        return config.hellaswag_every
+    every = stored["resolved"].get("hellaswag_every", HELLASWAG_EVERY) if stored else HELLASWAG_EVERY
+    if every and tokenizer.name != "gpt2":
+        runtime.print(f"no HellaSwag: its published scores are for GPT-2's vocabulary, not for {tokenizer.name} "
+                      "(--hellaswag_every N evaluates it all the same)")
+        return 0
+    try:
+        if every:
+            runtime.broadcast(fetch_hellaswag)
+    except UserError:
+        runtime.print(f"no HellaSwag: {DATA_FILE} is missing and cannot be downloaded now")
+        return 0
+    return every
 
 
 def compile_and_wrap(model, plan, config, runtime, wanted_rows):
@@ -440,8 +462,9 @@ def loop(run, progress, config, runtime, log, hellaswag):
 
             # once in a while: HellaSwag (all ranks take part), with raw_model, not compiled: lengths vary here and in
             # samples, and the compiled model would compile for each.
-            if due(step, config.hellaswag_every, last):
-                with log.timed("HellaSwag", config.hellaswag_every):
+            hellaswag_every = run.resolved["hellaswag_every"]
+            if due(step, hellaswag_every, last):
+                with log.timed("HellaSwag", hellaswag_every):
                     log.hellaswag(step, evaluate_hellaswag(run.raw_model, hellaswag, runtime, hellaswag_tokens))
 
             # once in a while: sample text (rank 0 only; the others wait for it in their next collective)
@@ -479,7 +502,7 @@ def loop(run, progress, config, runtime, log, hellaswag):
 def prepare(run, progress, config, runtime, limit=0):
     """Warm up; return (HellaSwag or None if it is never due, the RunLog of this start). limit: HellaSwag items."""
     hellaswag = None
-    if config.hellaswag_every:
+    if run.resolved["hellaswag_every"]:
         hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
     warm_up(run, runtime)
     runtime.setup_done()
@@ -507,8 +530,9 @@ def train(config, runtime):
                         checkpoint.save(run, progress, config, runtime)
                     raise
             path = checkpoint.checkpoint_path(config.log_dir, progress.step)
-            runtime.print(f"finished: {path}\nnext: python plot.py {config.log_dir}\n"
-                          f"      python inference.py --checkpoint {path} --prompt \"...\"")
+            prompt = example_prompt(run.tokenizer)
+            runtime.print(f"finished: {path}\nnext: {command('plot.py', config.log_dir)}\n"
+                          f"      {command('inference.py', '--checkpoint', path, '--prompt', prompt)}")
         except StopRequested:
             runtime.print(checkpoint.stop_message(progress))
 

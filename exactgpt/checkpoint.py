@@ -455,7 +455,7 @@ def restore_optimizer(run, state):
 def resolved_differences(stored, resolved):
     """Return what "auto" chose differently this time: ["dtype bf16 instead of fp32"]."""
     return [f"{k} {v} instead of {stored[k]}" for k, v in resolved.items()
-            if stored.get(k, v) != v and k not in ("max_steps", "decay_start")]
+            if stored.get(k, v) != v and k not in ("max_steps", "decay_start", "hellaswag_every")]
 
 
 # ---- provenance: where results come from -------------------------------------

@@ -22,6 +22,7 @@ import operator
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -62,8 +63,8 @@ def flag(default=MISSING, help="", *, group="", choices=None, low=None, high=Non
 @dataclass(kw_only=True)
 class TokenizerConfig:
     """The flag of every script that opens a model."""
-    tokenizer: str = flag("", "folder with the vocabulary (vocab.bpe, encoder.json) for text, and for models and "
-                          "shards stored without one (default: GPT-2's)", group="system")
+    tokenizer: str = flag("", "folder with the vocabulary (vocab.bpe, encoder.json, or nanoGPT's meta.pkl) for text, "
+                          "and for models and shards stored without one (default: GPT-2's)", group="system")
 
 
 @dataclass(kw_only=True)
@@ -237,6 +238,16 @@ def leave(status):
         sys.stdout.flush()
         os._exit(status or 0)      # not sys.exit: interpreter shutdown aborts while a process group exists
     sys.exit(status)
+
+
+def command(script, *words):
+    """Return a command that starts a script, as it can be pasted into a shell."""
+    return f"python {shlex.join(map(str, (script, *words)))}"
+
+
+def one_line(text):
+    """Return a text as the value of a flag: on one line, and not beginning as a flag does."""
+    return " ".join(text.split()).lstrip("- ") or "?"
 
 
 # ---- files -------------------------------------------------------------------

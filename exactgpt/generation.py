@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from exactgpt.config import UserError
 from exactgpt.device import attention_without_cudnn, keep_freed_memory
 from exactgpt.distributed import seed_from
 
@@ -52,7 +53,7 @@ def stream(model, tokenizer, prompts, *, stop=(), **options):
     """Continue texts; yield the same list of Continuations, one a prompt, after each step, until all have ended."""
     # An empty prompt begins a new document. A continuation ends before the first stop text. Else as in generate_ids.
     continuations = [Continuation(tokenizer, stop) for _ in prompts]
-    ids = [tokenizer.encode(p) or [tokenizer.eot] for p in prompts]
+    ids = [tokenizer.encode(p) or [tokenizer.start] for p in prompts]
     for step in generate_ids(model, ids, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot, **options):
         for continuation, token in zip(continuations, step):
             continuation.add(token)
@@ -75,11 +76,21 @@ def write_samples(run, config, runtime, step):
     if not runtime.is_main:
         return []
     run.raw_model.eval()
+    # A vocabulary of characters may lack some of a prompt's.
+    prompts = SAMPLE_PROMPTS if run.tokenizer.eot is not None else [""]
     with runtime.autocast():
-        texts, _ = generate(run.raw_model, run.tokenizer, SAMPLE_PROMPTS, max_tokens=SAMPLE_TOKENS,
+        texts, _ = generate(run.raw_model, run.tokenizer, prompts, max_tokens=SAMPLE_TOKENS,
                             seed=(config.seed, step))
     run.raw_model.train()
     return texts
+
+
+def example_prompt(tokenizer):
+    """Return a prompt that the vocabulary can encode, for a command to try."""
+    try:
+        return SAMPLE_PROMPTS[1] if tokenizer.encode(SAMPLE_PROMPTS[1]) else ""
+    except UserError:      # a vocabulary of a few characters
+        return ""
 
 
 def alpaca_prompt(instruction, input=""):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from exactgpt.characters import META
 from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, require_finite, weights_hash
 from exactgpt.config import UserError, find_visible, read_json
 from exactgpt.huggingface import MASKS, download_model, folder_tokenizer, read_pretrained, read_tensors
@@ -46,7 +47,7 @@ class OpenedModel:
         self.without_foreign_tokenizer()
         if self.tokenizer is None:
             raise UserError(f"{self.source} has no tokenizer for its {self.model.config.vocab_size:,} tokens; name a "
-                            "folder that has one with --tokenizer")
+                            f"folder that has one (vocab.bpe, or nanoGPT's {META}) with --tokenizer")
         return self
 
     def summary(self):
@@ -95,8 +96,11 @@ def open_weights(source, tokenizer, folder):
     if opened.tokenizer and opened.tokenizer.name != tokenizer.name:
         raise UserError(f"{source} uses the vocabulary {opened.tokenizer.name}, but the shards use {tokenizer.name}")
     rows = opened.model.config.vocab_size
-    if tokenizer.n_vocab > rows:
+    if tokenizer.n_vocab > rows or not (opened.tokenizer or _may_be_its_vocabulary(tokenizer, rows)):
         raise UserError(f"{source} has a vocabulary of {rows}, but the shards need {tokenizer.n_vocab}")
+    if opened.tokenizer is None:
+        print(f"{source} does not say which vocabulary it was trained with; that of the shards, {tokenizer.name}, is "
+              "assumed", file=sys.stderr)
     return dict(config=opened.model.config_dict(), model=require_finite(opened.model.state_dict(), source))
 
 
@@ -172,6 +176,7 @@ def _open_file(path, folder):
         args, names = checkpoint["model_args"], GPTConfig.__dataclass_fields__
         config = {k: args[k] for k in args if k in names} | {"activation": "gelu"} if isinstance(args, dict) else None
         step, val_loss = checkpoint.get("iter_num"), checkpoint.get("best_val_loss")
+        folder = folder or _nanogpt_data(checkpoint.get("config"), path)
     if isinstance(val_loss, torch.Tensor) and val_loss.numel() == 1:
         val_loss = val_loss.item()
     val_loss = val_loss if isinstance(val_loss, (int, float)) else None
@@ -204,7 +209,25 @@ def _assumed_tokenizer(rows, sizes, folder, source):
         if rows not in sizes:
             return None
         print(f"{source} has no tokenizer of its own; with {rows:,} entries it gets GPT-2's", file=sys.stderr)
-    return default_tokenizer(folder)
+    tokenizer = default_tokenizer(folder)
+    return tokenizer if _may_be_its_vocabulary(tokenizer, rows) else None
+
+
+def _may_be_its_vocabulary(tokenizer, rows):
+    """Return False if a model of so many rows that comes without a vocabulary cannot have this one."""
+    # Nobody but us pads the rows of a model of characters, and our checkpoints come with their vocabulary.
+    return tokenizer.eot is not None or tokenizer.n_vocab == rows
+
+
+def _nanogpt_data(config, path):
+    """Return the folder with the meta.pkl that a nanoGPT checkpoint was trained on, "" if it is not found."""
+    name = config.get("dataset") if isinstance(config, dict) else None
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]{,99}", name, re.ASCII):      # not a path that leads elsewhere
+        for root in (Path(path).absolute().parent.parent, Path()):       # nanoGPT/out/ckpt.pt; the working directory
+            if (root / "data" / name / META).is_file():
+                print(f"{path}: the characters are those of {root / 'data' / name / META}", file=sys.stderr)
+                return root / "data" / name
+    return ""
 
 
 def build_model(config, state, source):

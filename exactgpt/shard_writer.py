@@ -7,14 +7,17 @@ import collections
 import hashlib
 import io
 import os
+import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import FolderLock, UserError, atomic_write
+from exactgpt.config import FolderLock, UserError, atomic_write, command
 from exactgpt.shards import ShardFolder, load_manifest
 
+SMALL_STEP = 2048          # tokens per step of a small model
 BATCH_CHARS = 1 << 20      # text per batch: enough to outweigh the overhead, little enough for memory
 
 
@@ -80,8 +83,27 @@ def prepare_folder(folder, wanted, write, check=lambda manifest: None):
         plural = "s" if len(split) != 1 else ""
         print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
     print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
-    print(f"next: python train.py --data_dir {folder} --log_dir logs/{Path(folder).resolve().name} --dry_run\n"
-          "      (estimates the time for GPT-2 124M; for a small model add --n_layer 4 --n_head 4 --n_embd 256)")
+    print(_next_step(folder, shards))
+
+
+def _next_step(folder, shards):
+    """Return the command that comes next: a try of GPT-2 124M where there is a GPU, else a small model's training."""
+    words = ["--data_dir", folder, "--log_dir", Path("logs", Path(folder).resolve().name)]
+    n_train, n_val = (sum(shard.n_tokens for shard in split) for split in (shards.train, shards.val))
+    if has_gpu() and n_val > 1024:
+        return f"next: {command('train.py', *words, '--dry_run')}\n      (estimates the time for GPT-2 124M)"
+    block_size = next((size for size in (256, 128, 64, 32, 16, 8, 4, 2) if size < min(n_train, n_val)), 1)
+    steps = min(300, max(10, 10 * n_train // SMALL_STEP))      # ten epochs, but minutes at most
+    words += ["--n_layer", 4, "--n_head", 4, "--n_embd", 256, "--block_size", block_size, "--total_batch_size",
+              SMALL_STEP, "--max_steps", steps, "--max_lr", 2e-3, "--eval_every", 100, "--val_tokens", 65536]
+    words += ["--hellaswag_every", 0]
+    return f"next: {command('train.py', *words)}\n      (a small model; the first two flags alone train GPT-2 124M)"
+
+
+def has_gpu():
+    """Return True if there seems to be a GPU that torch can use. torch would know, but takes seconds to import."""
+    return (os.path.exists("/dev/nvidia0") or os.path.exists("/dev/kfd")
+            or (sys.platform == "darwin" and platform.machine() == "arm64"))
 
 
 def _load_matching_manifest(folder, wanted):

@@ -2,25 +2,31 @@
 
 Each document follows an end-of-text token, and shard 0 is validation. This is build-nanogpt's layout, so its shards
 work unchanged. The .bin files of llm.c and modded-nanogpt work too: a header of 256 int32 (magic 20240520, version 1,
-token count), then uint16 tokens. Files are not trusted: docs/data.md says what is checked when.
+token count), then uint16 tokens; and nanoGPT's train.bin and val.bin: uint16 tokens without a header. Files are not
+trusted: docs/data.md says what is checked when.
 
 To add a format of uint16 tokens after one header: a function like _read_bin_header, and an entry in HEADER_READERS.
 """
 import dataclasses
+import functools
 import hashlib
 import itertools
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from exactgpt.characters import META
 from exactgpt.config import UserError, read_json, reading, write_json
 from exactgpt.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4
+NANOGPT_FILES = ("train.bin", "val.bin")
+HEAD_BYTES = 8192          # of a .bin file, to see what it is if it is not what it should be
 ENTRY_TYPES = {"shards": {"file": str, "split": str, "tokens": int, "sha256": str},
                "files": {"path": str, "size": int, "sha256": str}}
 
@@ -125,15 +131,43 @@ def _read_npy_header(f, path):
 
 
 def _read_bin_header(f, path):
-    header = np.frombuffer(f.read(BIN_HEADER_BYTES).ljust(BIN_HEADER_BYTES, b"\0"), dtype="<i4")
-    if header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
+    head = f.read(HEAD_BYTES)
+    header = np.frombuffer(head[:BIN_HEADER_BYTES].ljust(BIN_HEADER_BYTES, b"\0"), dtype="<i4")
+    if header[0] == BIN_MAGIC and header[1] == BIN_VERSION:
+        return int(header[2]), BIN_HEADER_BYTES
+    kind = "part of a Megatron data set (there is an .idx file)" if path.with_suffix(".idx").exists() else next(
+        (name for matches, name in FOREIGN_FILES if matches(head)), None)
+    seems = f"; it seems to be {kind}" if kind else ""
+    if path.name not in NANOGPT_FILES:
         raise UserError(f"shard {path} is not a GPT-2 .bin file (magic {header[0]}, version {header[1]}; "
-                        f"expected {BIN_MAGIC}, {BIN_VERSION})")
-    return int(header[2]), BIN_HEADER_BYTES
+                        f"expected {BIN_MAGIC}, {BIN_VERSION}){seems}")
+    size = f.seek(0, os.SEEK_END)
+    if kind or size % 2:
+        raise UserError(f"shard {path} of {size:,} bytes does not hold uint16 tokens{seems}; recreate it")
+    return size // 2, 0
 
 
+def _holds_wide_numbers(head, n):
+    """Return True if the bytes are numbers of n uint16 each: all but the first are 0 or 1, which tokens never are."""
+    numbers = np.frombuffer(head[:len(head) // (2 * n) * 2 * n], dtype="<u2").reshape(-1, n)
+    return len(numbers) >= 32 and numbers[:, 1:].max() <= 1 and (numbers[:, 0] > 1).mean() > 0.5
+
+
+FOREIGN_FILES = (          # what else may be called NAME.bin: (test of its first bytes, name)
+    *((re.compile(pattern, re.DOTALL).match, name) for pattern, name in (
+        (rb"version https://git-lfs", "a Git LFS pointer to the file (git lfs pull gets it)"),
+        (re.escape((20240801).to_bytes(4, "little")), "llm.c's uint32 tokens for Llama 3"),
+        (rb"PK\x03\x04|\x80\x02\x8a\x0al\xfc\x9cF", "a PyTorch or zip file"),
+        (rb"GGUF", "a GGUF model"),
+        (rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ", "a compressed file"),
+        (rb"\x93NUMPY", "a NumPy .npy file"),
+        (rb"....\0\0\0\0\{\"", "a safetensors file"),
+        (rb"[^\x00-\x08\x0b\x0c\x0e-\x1f]{256}", "plain text"))),
+    (functools.partial(_holds_wide_numbers, n=4), "numbers of 64 bits"),
+    (functools.partial(_holds_wide_numbers, n=2), "numbers of 32 bits"))
 HEADER_READERS = {".npy": _read_npy_header, ".bin": _read_bin_header}     # (file, path) -> (tokens, header bytes)
-_SHARD_NAME = re.compile(r"(?P<name>[^/\\]+)_(?P<split>train|val)(?:_(?P<index>\d+))?"
+# A name may begin with anything but a dot: macOS leaves ._NAME beside a copied NAME.
+_SHARD_NAME = re.compile(r"(?:(?P<name>(?!\.)[^/\\]+)_|(?=(?:train|val)\.bin))(?P<split>train|val)(?:_(?P<index>\d+))?"
                          rf"(?:{'|'.join(map(re.escape, HEADER_READERS))})")
 
 
@@ -148,7 +182,7 @@ class ShardFolder:
             raise UserError(f"no shards: there is no folder {folder}; make them with prepare_fineweb.py or "
                             "prepare_text.py, or name another folder")
         self.manifest = load_manifest(folder)
-        names = {p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name)}
+        names = {p.name for p in self.folder.iterdir() if _SHARD_NAME.fullmatch(p.name) and p.is_file()}
         if self.manifest:
             listed = {entry["file"]: (entry["split"], entry["tokens"]) for entry in self.manifest.shards}
             if need_complete and not self.manifest.complete:
@@ -159,12 +193,12 @@ class ShardFolder:
                 raise UserError(f"{folder}: shard {min(names - listed.keys())} is not in manifest.json; move it away")
             names = listed.keys()
         if not names:
-            raise UserError(f"no shards in {folder} (NAME_train_000001{' or '.join(HEADER_READERS)}); make them with "
-                            "prepare_fineweb.py or prepare_text.py")
+            raise UserError(f"no shards in {folder} (NAME_train_000001{' or '.join(HEADER_READERS)}, or nanoGPT's "
+                            f"{' and '.join(NANOGPT_FILES)}); make them with prepare_fineweb.py or prepare_text.py")
         matches = sorted(map(_SHARD_NAME.fullmatch, names), key=lambda m: (m["split"], int(m["index"] or 0), m.string))
         if len({Path(name).suffix for name in names}) > 1:
             raise UserError(f"{folder} mixes {' and '.join(HEADER_READERS)} shards; keep only one kind")
-        prefixes = sorted({m["name"] for m in matches})
+        prefixes = sorted({m["name"] or NANOGPT_FILES[0] for m in matches})
         if len(prefixes) > 1:
             raise UserError(f"{folder} mixes the data sets {prefixes[0]!r} and {prefixes[1]!r}; give each a folder")
         # We and most other tools number both splits in one sequence; a few restart at 0 for train.
@@ -190,6 +224,11 @@ class ShardFolder:
         if m and (tokenizer.name, tokenizer.n_vocab, tokenizer.eot) != (m.tokenizer, m.vocab_size, m.eot):
             raise UserError(f"{self.folder}: the shards were made with the vocabulary {m.tokenizer!r}, not with "
                             f"{tokenizer.name!r}; restore their vocab.bpe or recreate the shards")
+        # The first 256 ids of a byte-pair vocabulary are single bytes: there is no text in which merges never occur.
+        if (tokenizer.eot is not None and self.shards[0].path.name in NANOGPT_FILES and tokenizer.n_vocab > 257
+                and all(tokens.max() < 256 for shard in self.shards for tokens in _samples(shard))):
+            raise UserError(f"{self.folder} seems to hold characters, but its {META} is missing; copy it there from "
+                            "where the files were made")
         return tokenizer
 
     def fingerprint(self, sample):
@@ -204,16 +243,13 @@ class ShardFolder:
             entries["data_sha256"] = _hash([hashes[s.path.name] for s in self.shards])
         return entries
 
-    def check_vocabulary(self, n_vocab, sample=8192, places=4):
-        """Read `sample` tokens at `places` places per shard; return a hash of them. Raises UserError for a wrong id."""
+    def check_vocabulary(self, n_vocab):
+        """Read samples of each shard; return a hash of them. Raises UserError if a token is outside the vocabulary."""
         digest = hashlib.sha256()
         for shard in self.shards:
-            tokens = np.empty(min(sample, shard.n_tokens), dtype="<u2")
-            with shard.open() as file:
-                for start in np.linspace(0, shard.n_tokens - len(tokens), places, dtype=np.int64).tolist():
-                    shard.read_tokens(file, start, tokens)
-                    _check_token_ids(shard, tokens, n_vocab)
-                    digest.update(tokens)
+            for tokens in _samples(shard):
+                _check_token_ids(shard, tokens, n_vocab)
+                digest.update(tokens)
         return digest.hexdigest()
 
     def verify(self, n_vocab, progress=lambda n_bytes: None):
@@ -237,6 +273,15 @@ class ShardFolder:
 
 def _hash(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _samples(shard, size=8192, places=4):
+    """Yield the tokens at `places` places of a shard, the ends among them, in one array of `size` that is reused."""
+    tokens = np.empty(min(size, shard.n_tokens), dtype="<u2")
+    with shard.open() as file:
+        for start in np.linspace(0, shard.n_tokens - len(tokens), places, dtype=np.int64).tolist():
+            shard.read_tokens(file, start, tokens)
+            yield tokens
 
 
 def _check_token_ids(shard, tokens, n_vocab):

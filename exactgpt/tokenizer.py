@@ -1,8 +1,8 @@
-"""Encode text with GPT-2's byte-pair vocabulary, without a network, or with one trained on your own text.
+"""Encode text with GPT-2's byte-pair vocabulary, one trained on your own text, or by character, without a network.
 
 A vocabulary is stored in the two file formats that OpenAI published for GPT-2: vocab.bpe (one merge per line, in order)
 and encoder.json (token -> id). docs/data.md says where we look for one. tiktoken does the encoding. "<|endoftext|>"
-inside a text is encoded as ordinary text; only code adds the token `eot`.
+inside a text is encoded as ordinary text; only code adds the token `eot`. Characters come from nanoGPT's meta.pkl.
 """
 import functools
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken.load
 
+from exactgpt.characters import META, read_characters
 from exactgpt.config import UserError, atomic_write, read_json, read_text
 
 # GPT-2's vocab.bpe: where tiktoken downloads it, and the hash that tiktoken pins (tiktoken_ext/openai_public.py).
@@ -72,7 +73,7 @@ class Tokenizer:
             raise ValueError(f"a vocabulary of {len(ranks) + 1} entries does not fit uint16; at most {MAX_VOCAB}")
         self.name = name
         self.merges = [tuple(m) for m in merges]
-        self.eot = len(ranks)
+        self.eot = self.start = len(ranks)      # start: what an empty prompt begins with
         self.n_vocab = len(ranks) + 1
         self._encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                            special_tokens={EOT_TEXT: self.eot})
@@ -120,6 +121,55 @@ class Tokenizer:
         return {"name": self.name, "merges": self.vocab_bpe()}
 
 
+class CharacterTokenizer:
+    """Encodes text to one id per character and back. There is no end-of-text token: `eot` is None."""
+
+    def __init__(self, characters):
+        """Make the vocabulary of a string of different characters, in the order of ids. Raises ValueError."""
+        self._ids = {character: i for i, character in enumerate(characters)}
+        if not 0 < len(self._ids) == len(characters) <= MAX_VOCAB:
+            raise ValueError(f"a vocabulary has 1 to {MAX_VOCAB} characters, each of them once")
+        self.characters, self.n_vocab, self.eot = characters, len(characters), None
+        self.start = self._ids.get("\n", 0)     # as in nanoGPT's sample.py
+        digest = hashlib.sha256(characters.encode("utf-8", "surrogatepass")).hexdigest()
+        self.name = f"chars-{digest[:12]}"
+        # UTF-8 has no lone surrogates; U+FFFD takes their place, as in a byte-pair vocabulary.
+        self._utf8 = [c.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() for c in characters]
+
+    def encode(self, text):
+        """Return the ids of a text as a list. Raises UserError naming a character that is not in the vocabulary."""
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as error:
+            at = text.index(error.args[0])
+            raise UserError(f"the character {error.args[0]!r} is not among the {self.n_vocab:,} of this vocabulary (in "
+                            f"{text[max(0, at - 20):at + 20]!r})") from None
+
+    def encode_array(self, text):
+        """Return the ids of a text as a uint16 array. Raises UserError as `encode` does."""
+        return np.array(self.encode(text), dtype="<u2")
+
+    def decode_bytes(self, ids):
+        """Return the UTF-8 bytes of a list of ids. Ids outside the vocabulary are skipped."""
+        return b"".join(self._utf8[i] for i in ids if 0 <= i < self.n_vocab)
+
+    def decode(self, ids):
+        """Return the text of a list of ids."""
+        return self.decode_bytes(ids).decode("utf-8")
+
+    def to_checkpoint(self):
+        """Return the checkpoint entry, which is all that is needed to encode."""
+        return {"name": self.name, "characters": self.characters}
+
+
+def require_end_of_text(tokenizer, purpose):
+    """Return the tokenizer. Raises UserError if it has no end-of-text token, which `purpose` needs."""
+    if tokenizer.eot is None:
+        raise UserError(f"{purpose} needs an end-of-text token, but the vocabulary {tokenizer.name} has only "
+                        "characters; use a byte-pair vocabulary, such as GPT-2's")
+    return tokenizer
+
+
 def from_checkpoint(stored, folder=""):
     """Return the tokenizer of a checkpoint's entry; None: other tools' checkpoints have none. Raises UserError."""
     source = "the checkpoint's tokenizer"
@@ -128,7 +178,10 @@ def from_checkpoint(stored, folder=""):
     # Our older checkpoints have the merges as a list, or only the name "gpt2".
     if stored == {"name": "gpt2"}:
         return default_tokenizer(folder, "gpt2", source)
-    merges = stored.get("merges") if isinstance(stored, dict) else None
+    stored = stored if isinstance(stored, dict) else {}
+    if "characters" in stored:
+        return from_characters(stored["characters"], source, folder)
+    merges = stored.get("merges")
     lines = merges.split("\n") if isinstance(merges, str) else merges
     if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
         raise UserError(f"{source} is damaged; use another checkpoint")
@@ -137,7 +190,11 @@ def from_checkpoint(stored, folder=""):
 
 def load_tokenizer(folder, fallback_folder=""):
     """Return the tokenizer in a folder, else the fallback folder's: other tools' shards have none. Raises UserError."""
-    path, ids_path = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json"
+    path, ids_path, meta = Path(folder) / "vocab.bpe", Path(folder) / "encoder.json", Path(folder) / META
+    if path.exists() and meta.exists():
+        raise UserError(f"{folder} has two vocabularies, {path.name} and {META}; move the wrong one away")
+    if meta.exists():
+        return from_characters(read_characters(meta), meta, fallback_folder)
     if not path.exists():
         return default_tokenizer(fallback_folder)
     tokenizer = from_merges(read_text(path).splitlines(), path, fallback_folder)
@@ -148,9 +205,9 @@ def load_tokenizer(folder, fallback_folder=""):
 
 def default_tokenizer(folder="", name="", source=""):
     """Return the tokenizer in the --tokenizer folder, else GPT-2's. Raises UserError if `source` needs another one."""
-    if folder and not (Path(folder) / "vocab.bpe").exists():
+    if folder and not any((Path(folder) / file).exists() for file in ("vocab.bpe", META)):
         raise UserError(f"--tokenizer {folder}: there is no vocab.bpe; name a folder with vocab.bpe and "
-                        "encoder.json, such as a folder of shards")
+                        f"encoder.json, such as a folder of shards, or with nanoGPT's {META}")
     tokenizer = load_tokenizer(folder) if folder else gpt2_tokenizer()
     if name and tokenizer.name != name:
         raise UserError(f"{source} has the vocabulary {name}, but --tokenizer {folder} has {tokenizer.name}; drop "
@@ -165,6 +222,17 @@ def from_merges(lines, source, folder=""):
         tokenizer = _cached_tokenizer(merges)
     except ValueError as error:
         raise UserError(f"{source} is not a list of byte-pair merges: {error}") from error
+    return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
+
+
+def from_characters(characters, source, folder=""):
+    """Return the CharacterTokenizer of a string. Raises UserError if it is not valid or not that of --tokenizer."""
+    try:
+        if not isinstance(characters, str):
+            raise ValueError("not a string")
+        tokenizer = CharacterTokenizer(characters)
+    except ValueError as error:
+        raise UserError(f"{source} is not a vocabulary of characters: {error}") from error
     return default_tokenizer(folder, tokenizer.name, source) if folder else tokenizer
 
 

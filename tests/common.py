@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -154,6 +155,32 @@ def brute_force_order(sizes, block_size, seed, n_positions):
             order += permuted([k for k in windows if owner[k * block_size] == shard], seed, epoch, shard)
         epoch += 1
     return order[:n_positions]
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's files
+
+def write_nanogpt_data(folder, text):
+    """Write the folder that nanoGPT's data/shakespeare_char/prepare.py makes of a text; return its characters."""
+    characters = sorted(set(text))
+    stoi = {c: i for i, c in enumerate(characters)}
+    folder.mkdir(parents=True)
+    (folder / "meta.pkl").write_bytes(pickle.dumps(
+        dict(vocab_size=len(characters), itos=dict(enumerate(characters)), stoi=stoi)))
+    cut = int(len(text) * 0.9)
+    for name, part in (("train.bin", text[:cut]), ("val.bin", text[cut:])):
+        np.array([stoi[c] for c in part], dtype="<u2").tofile(folder / name)
+    return characters
+
+
+def write_nanogpt_checkpoint(path, state, dataset, **model_args):
+    """Write a state dict as the ckpt.pt of nanoGPT's train.py; model_args: those that are not nanoGPT's defaults."""
+    import torch
+    args = dict(dict(block_size=32, bias=False, dropout=0.2), **model_args)
+    path.parent.mkdir(parents=True)
+    torch.save(dict(model={f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+                    optimizer={"state": {}, "param_groups": []}, model_args=args, iter_num=5000,
+                    best_val_loss=torch.tensor(1.47), config=dict(out_dir=path.parent.name, dataset=dataset)), path)
 
 
 # -----------------------------------------------------------------------------

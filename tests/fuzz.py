@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Callable
@@ -128,6 +129,15 @@ def make_bin_shards(folder):
         header[:3] = 20240520, 1, n
         tokens = np.random.default_rng(i).integers(0, 50257, n).astype("<u2")
         (folder / f"fuzz_{'train' if i else 'val'}_{i:06d}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def make_nanogpt_data(folder):
+    """Write a data set of characters as nanoGPT does."""
+    characters = "\n ab\u00e9"
+    (folder / "meta.pkl").write_bytes(pickle.dumps(dict(
+        vocab_size=5, itos=dict(enumerate(characters)), stoi={c: i for i, c in enumerate(characters)})))
+    for name, n in (("train", 700), ("val", 64)):
+        np.random.default_rng(n).integers(0, 5, n).astype("<u2").tofile(folder / f"{name}.bin")
 
 
 def read_shards(folder):
@@ -304,6 +314,8 @@ TARGETS = {
                          lambda folder, _: ["prepare_fineweb.py", "--verify", "--out", folder], always),
     "shard .bin": Target(make_bin_shards, ("fuzz_train_000001.bin", "fuzz_val_000000.bin"), read_shards, train_command,
                          lambda good, bad: len(good) != len(bad) or good[:12] != bad[:12]),
+    "nanoGPT data": Target(make_nanogpt_data, ("meta.pkl", "train.bin", "val.bin"), read_shards, train_command,
+                             never),
     "manifest": Target(make_shards, ("manifest.json",), read_shards, train_command, always),
     "vocabulary": Target(make_shards, ("vocab.bpe", "encoder.json"), read_shards, train_command, always),
     "checkpoint": Target(make_checkpoint, ("model_00003.pt",), read_as_a_resumed_run,

@@ -2,13 +2,15 @@
 import json
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 
 import hellaswag
+import train
 from exactgpt.config import UserError
 from exactgpt.tokenizer import Tokenizer
-from hellaswag import fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag
+from hellaswag import DATA_FILE, fetch_hellaswag, load_hellaswag, main, parse_example, prepare_hellaswag
 from tests.common import HELLASWAG_EXAMPLE, HELLASWAG_FILE, cpu_runtime
 
 
@@ -119,7 +121,7 @@ def test_the_data_set_is_downloaded_once_and_must_be_complete(tmp_path, monkeypa
     main(["--download", "--device", "cpu"])
     main(["--download", "--device", "cpu"])
     assert calls == [("Rowan/hellaswag", "validation")] * 2
-    assert "next: python hellaswag.py" in capsys.readouterr().out
+    assert "next:" not in capsys.readouterr().out      # there is no model yet
     prepared = prepare_hellaswag(cpu_runtime(), Tokenizer([], "bytes"), 128)
     assert prepared.labels.tolist() == [3] * 5 and [p.name for p in tmp_path.rglob("*.*")] == ["hellaswag_val.jsonl"]
 
@@ -137,3 +139,27 @@ def test_a_failed_download_names_both_workarounds(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)      # not installed
     with pytest.raises(UserError, match="--hellaswag_every 0"):
         fetch_hellaswag()
+
+
+def choose(tokenizer_name, stored=None, flag=None, fetch=lambda: "a file"):
+    """Return (what choose_hellaswag returns, what it prints) for a vocabulary, a checkpoint's `resolved` and a flag."""
+    said, runtime = [], cpu_runtime()
+    runtime.print = said.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fetch_hellaswag", fetch)
+        every = train.choose_hellaswag(SimpleNamespace(hellaswag_every=flag), runtime,
+                                       SimpleNamespace(name=tokenizer_name), stored and {"resolved": stored})
+    return every, " ".join(said)
+
+
+def test_without_a_flag_hellaswag_is_evaluated_where_that_is_possible_and_means_something():
+    def absent():
+        raise UserError("no network")
+    assert choose("gpt2") == (250, "") and choose("gpt2", fetch=absent)[0] == choose("bpe-123")[0] == 0
+    assert f"no HellaSwag: {DATA_FILE} is missing and cannot be downloaded" in choose("gpt2", fetch=absent)[1]
+    assert "no HellaSwag: its published scores are for GPT-2's vocabulary, not for bpe-123" in choose("bpe-123")[1]
+    # a resumed run goes on as it began; one of an earlier version had the flag's default
+    assert choose("gpt2", {"hellaswag_every": 0}) == (0, "") and choose("gpt2", {"hellaswag_every": 99}) == (99, "")
+    assert choose("gpt2", {}) == (250, "") and choose("gpt2", {"hellaswag_every": 99}, fetch=absent)[0] == 0
+    # a flag that was typed holds, and whatever it needs is looked for later
+    assert choose("bpe-123", {"hellaswag_every": 0}, 7, absent) == (7, "") and choose("gpt2", None, 0) == (0, "")

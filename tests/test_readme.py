@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.common import ROOT, script_env
+from model import GPT, GPTConfig
+from tests.common import ROOT, script_env, write_nanogpt_checkpoint, write_nanogpt_data
 
 PROGRAMS = {"make", "pip", "python", "torchrun", "streamlit", "mlflow", "git", "cp", "cd", "hf", "sbatch", "docker"}
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md", "examples/multinode.md",
@@ -100,6 +101,16 @@ TABLE = {
     "python finetune_instruct.py --data alpaca.json --init_from gpt2 --out logs/instruct --merge": Run(TUNED),
     'python inference.py --checkpoint logs/instruct/adapter --instruction "Name three colors." --temperature 0 '
     "--num_seq 1": Run("--device cpu --max_tokens 4"),
+    'python inference.py --checkpoint nanoGPT/out-shakespeare-char/ckpt.pt --prompt "ROMEO:" --max_tokens 300':
+        Run("--device cpu --max_tokens 4"),
+    "python train.py --data_dir nanoGPT/data/shakespeare_char --init_from nanoGPT/out-shakespeare-char/ckpt.pt "
+    "--log_dir logs/shakespeare --total_batch_size 16384 --max_steps 500 --max_lr 1e-4 --dropout 0.2 --eval_every 50 "
+    "--hellaswag_every 0": Run("--device cpu --total_batch_size 64", ["logs/shakespeare/model_00500.pt"]),
+    'python inference.py --checkpoint logs/shakespeare/model_00500.pt --prompt "ROMEO:" --max_tokens 300':
+        Run("--device cpu --max_tokens 4"),
+    "python train.py --data_dir nanoGPT/data/shakespeare_char --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 "
+    "--log_dir logs/new --total_batch_size 16384 --max_steps 5000 --max_lr 1e-3 --dropout 0.2 --hellaswag_every 0":
+        Run(TINY, ["logs/new/model_00002.pt"]),
     "python convert.py --checkpoint logs/demo/model_00600.pt --out demo_hf": Run("", ["demo_hf/model.safetensors"]),
     "git archive HEAD *.py exactgpt .streamlit | tar x -C \"$(mkdir -p /tmp/space && echo /tmp/space)\"":
         Skip("test_examples.py and test_app.py hold the Space together"),
@@ -134,7 +145,7 @@ def commands(page):
 
 @pytest.fixture
 def reader(run, tmp_path):
-    """The folder of a reader who has text, shards, a short run and a model called gpt2."""
+    """The folder of a reader who has text, shards, a short run, a model called gpt2 and nanoGPT's tutorial."""
     here = tmp_path / "reader"
     (here / "corpus").mkdir(parents=True)
     text = "The quick brown fox jumps over the lazy dog. It was the best of times, it was the worst of times.\n"
@@ -148,6 +159,10 @@ def reader(run, tmp_path):
         dict(instruction=f"Say {i}", input="", output=str(i)) for i in range(40)]))
     (here / "data" / "hellaswag").mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "data" / "hellaswag_20.jsonl", here / "data" / "hellaswag" / "hellaswag_val.jsonl")
+    characters = write_nanogpt_data(here / "nanoGPT" / "data" / "shakespeare_char", f"ROMEO:\n{text}" * 40)
+    model = GPT(GPTConfig(32, len(characters), 1, 1, 8, bias=False, activation="gelu"))
+    write_nanogpt_checkpoint(here / "nanoGPT" / "out-shakespeare-char" / "ckpt.pt", model.state_dict(),
+                             "shakespeare_char", n_layer=1, n_head=1, n_embd=8, vocab_size=len(characters))
     steps = [("prepare_text.py", "mybook.txt", "--out", "data/demo"),
              ("train.py", *TINY.split(), "--block_size", "256", "--total_batch_size", "512", "--data_dir", "data/demo",
               "--log_dir", "logs/demo"),
