@@ -79,7 +79,7 @@ def rename(old, new):
     (lambda weights: {**weights, "base_model.model.transformer.wte.weight": torch.zeros(258, 8)}, "cannot be merged"),
     (lambda weights: {name: tensor.t().contiguous() for name, tensor in weights.items()}, "does not fit its model"),
     (lambda weights: {}, "r = 2 is not possible with the tensors"),
-], ids=str)
+])
 def test_an_adapter_that_does_not_fit_whole_is_not_applied(adapt, damage, message):
     folder = adapt()
     save_file(damage(load_file(folder / WEIGHTS)), folder / WEIGHTS)

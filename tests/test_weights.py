@@ -73,7 +73,7 @@ def test_parts_of_both_formats_are_read_to_the_bit_and_nothing_of_them_changes(w
       for place in ("../hf/model-1.safetensors", "/etc/model-1.safetensors", "model-1.bin", "", ".safetensors", 1,
                     f"{300 * chr(97)}.safetensors")),
     (lambda folder, index: index.clear(), "does not list which .safetensors file"),
-], ids=str)
+])
 def test_a_part_that_is_not_what_the_index_says_is_named(parts, damage, message):
     folder, index = parts
     damage(folder, index)
