@@ -21,9 +21,10 @@ from types import SimpleNamespace
 import streamlit as st
 import torch
 
-from exactgpt.config import DeviceConfig, UserError, find_visible, flag, human_count, parse_config, run_script
+from exactgpt.config import DeviceConfig, UserError, flag, human_count, parse_config, run_script
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.figures import COLOURS, X_LABELS, draw_runs, read_run
+from exactgpt.files import find_visible
 from exactgpt.generation import make_decoder, stream, top_next_tokens
 from exactgpt.open_model import open_model
 from model import GPT2_SIZES

@@ -21,17 +21,8 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import save_checkpoint
-from exactgpt.config import (
-    RunFailed,
-    TokenizerConfig,
-    UserError,
-    check_new,
-    command,
-    flag,
-    human_bytes,
-    parse_config,
-    run_script,
-)
+from exactgpt.config import RunFailed, TokenizerConfig, UserError, command, flag, human_bytes, parse_config, run_script
+from exactgpt.files import check_new
 from exactgpt.generation import example_prompt
 from exactgpt.huggingface import exported_rows, read_pretrained, write_pretrained
 from exactgpt.open_model import build_model, open_model

@@ -23,21 +23,12 @@ from torch.nn import functional as F
 
 from exactgpt import finetune
 from exactgpt.classifier import Classifier
-from exactgpt.config import (
-    UserError,
-    atomic_write,
-    check_new,
-    command,
-    flag,
-    one_line,
-    parse_config,
-    read_text,
-    run_script,
-)
+from exactgpt.config import UserError, command, flag, one_line, parse_config, run_script
 from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
 from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
 from exactgpt.figures import save_figure, shorten
+from exactgpt.files import atomic_write, check_new, read_text
 from exactgpt.open_model import open_model
 from model import IGNORED
 

@@ -16,20 +16,10 @@ import torch
 
 from exactgpt import finetune
 from exactgpt.checkpoint import checkpoint_path
-from exactgpt.config import (
-    RunFailed,
-    UserError,
-    command,
-    flag,
-    human_bytes,
-    new_folder,
-    one_line,
-    parse_config,
-    run_script,
-    write_json,
-)
+from exactgpt.config import RunFailed, UserError, command, flag, human_bytes, one_line, parse_config, run_script
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
+from exactgpt.files import new_folder, write_json
 from exactgpt.generation import alpaca_prompt, generate
 from exactgpt.open_model import ADAPTER_BASE, ADAPTER_CONFIG
 from exactgpt.shards import permutation

@@ -26,19 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exactgpt.config import (
-    DeviceConfig,
-    UserError,
-    atomic_write,
-    check_new,
-    command,
-    flag,
-    parse_config,
-    run_script,
-    write_json,
-)
+from exactgpt.config import DeviceConfig, UserError, command, flag, parse_config, run_script
 from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
+from exactgpt.files import atomic_write, check_new, write_json
 from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 from exactgpt.open_model import newest_model, open_model
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from exactgpt.config import DeviceConfig, UserError, flag, parse_config, read_text, run_script, with_changes
+from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script, with_changes
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
+from exactgpt.files import read_text
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
 from exactgpt.open_model import open_model
 

@@ -16,20 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.checkpoint import list_checkpoints
-from exactgpt.config import (
-    RunFailed,
-    UserError,
-    atomic_write,
-    command,
-    flag,
-    parse_config,
-    read_ranks,
-    run_script,
-    with_changes,
-)
+from exactgpt.config import RunFailed, UserError, command, flag, parse_config, read_ranks, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
 from exactgpt.figures import COLOURS, GREY, INK, save_figure, smooth, style_axes
+from exactgpt.files import atomic_write
 from exactgpt.metrics import Tracker
 from train import TrainConfig, set_up, train_step, warm_up
 

@@ -462,9 +462,8 @@ def loop(run, progress, config, runtime, log, hellaswag):
 
             # once in a while: HellaSwag (all ranks take part), with raw_model, not compiled: lengths vary here and in
             # samples, and the compiled model would compile for each.
-            hellaswag_every = run.resolved["hellaswag_every"]
-            if due(step, hellaswag_every, last):
-                with log.timed("HellaSwag", hellaswag_every):
+            if due(step, run.resolved["hellaswag_every"], last):
+                with log.timed("HellaSwag", run.resolved["hellaswag_every"]):
                     log.hellaswag(step, evaluate_hellaswag(run.raw_model, hellaswag, runtime, hellaswag_tokens))
 
             # once in a while: sample text (rank 0 only; the others wait for it in their next collective)

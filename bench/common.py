@@ -6,7 +6,7 @@ import platform
 import statistics
 from pathlib import Path
 
-from exactgpt.config import write_json
+from exactgpt.files import write_json
 
 RESULTS = Path(__file__).parent / "results"                   # the committed results
 OUT = Path(os.environ.get("OUT", RESULTS / "gpu"))            # what bench.gpu leaves to be copied from the machine

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import RESULTS, describe_machine, write_results
-from exactgpt.config import UserError, flag, parse_config, read_json, run_script
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.files import read_json
 from tests.fuzz import TARGETS, Fuzzer
 
 

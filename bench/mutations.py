@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from bench.common import RESULTS, comparison_row, describe_machine, write_results
 from bench.mutations_table import MUTATIONS
-from exactgpt.config import UserError, flag, parse_config, read_json, run_script
+from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.files import read_json
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@
 import json
 
 from bench.common import RESULTS
-from exactgpt.config import atomic_write
+from exactgpt.files import atomic_write
 
 HEAD = """# Results
 

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 
-from exactgpt.config import atomic_write
+from exactgpt.files import atomic_write
 from exactgpt.shard_writer import save_shard
 from exactgpt.shards import Manifest
 from exactgpt.tokenizer import load_tokenizer

@@ -5,7 +5,8 @@ takes a few instructions that only make plain values; a file with any other inst
 """
 import pickletools
 
-from exactgpt.config import UserError, reading
+from exactgpt.config import UserError
+from exactgpt.files import reading
 
 META = "meta.pkl"
 MAX_META_BYTES = 3 << 20      # 65,535 characters take 2.8 MB in protocol 0, the most verbose one

@@ -31,10 +31,11 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from exactgpt import launch
-from exactgpt.config import FolderLock, RunFailed, UserError, atomic_write, human_bytes
+from exactgpt.config import RunFailed, UserError, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
+from exactgpt.files import FolderLock, atomic_write
 
-MAX_VALUES = 1_000_000     # in a checkpoint: numbers, texts and tensors; there are some thousands
+MAX_VALUES = 200_000       # in a checkpoint: numbers, texts and tensors; there are some thousands, once 50,000
 RUN_FILES = ("log.txt", "metrics.jsonl", "model_best.pt", "lr_finder.csv", "lr_finder.png")     # written in --log_dir
 RETRY_STEPS = 10           # steps between attempts to write a checkpoint that did not fit on the disk
 TRAINING_ENTRIES = {"model": dict, "config": dict, "step": int, "optimizer": dict, "scaler": dict, "train_config": dict,

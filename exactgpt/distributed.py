@@ -29,8 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from exactgpt import launch
-from exactgpt.config import FolderLock, FolderLost, RunConfig, RunFailed, UserError, file_error, read_ranks
+from exactgpt.config import RunConfig, RunFailed, UserError, file_error, read_ranks
 from exactgpt.device import DTYPES, Hardware, choose_device, choose_dtype, probe_hardware, set_deterministic
+from exactgpt.files import FolderLock, FolderLost
 from exactgpt.peers import HANG_GRACE_S, Store, peer_failure, report_error, time_limit, wait_for_peers, watch_run
 
 START_TIMEOUT_S = 1800   # until the first step is done: compilation and slow file systems take their time

@@ -15,7 +15,8 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from exactgpt.config import UserError, read_json
+from exactgpt.config import UserError
+from exactgpt.files import read_json
 
 PART_CHARS = 1 << 20       # a longer .txt or .md document is yielded in parts of about this many characters
 RESUMABLE = (".parquet", ".jsonl")      # the formats that read_texts can continue in the middle

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt import launch
-from exactgpt.config import UserError, atomic_write, human_count, human_time, reading
+from exactgpt.config import UserError, human_count, human_time
+from exactgpt.files import atomic_write, reading
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
 TRAINED = ("loss", "lr", "grad_norm", "ms")

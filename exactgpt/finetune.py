@@ -16,9 +16,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from exactgpt import checkpoint
-from exactgpt.config import FolderLock, RunConfig, RunFailed, UserError, flag, with_changes, write_json
+from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
+from exactgpt.files import FolderLock, write_json
 from exactgpt.metrics import RunLog
 from exactgpt.open_model import build_model, open_model
 from exactgpt.optimizer import SkippedSteps, finish_step, learning_rate_factor, parameter_groups

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import read_checkpoint
-from exactgpt.config import UserError, new_folder, read_json, read_text, reading, write_json
+from exactgpt.config import UserError
+from exactgpt.files import new_folder, read_json, read_text, reading, write_json
 from exactgpt.tokenizer import EOT_TEXT, from_merges, load_tokenizer
 from model import padded_vocab
 

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import FolderLock, FolderLost, UserError, atomic_write, human_bytes, human_time, reading
+from exactgpt.config import UserError, human_bytes, human_time
+from exactgpt.files import FolderLock, FolderLost, atomic_write, reading
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit

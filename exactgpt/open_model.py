@@ -13,7 +13,8 @@ import torch
 
 from exactgpt.characters import META
 from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, require_finite, weights_hash
-from exactgpt.config import UserError, find_visible, read_json
+from exactgpt.config import UserError
+from exactgpt.files import find_visible, read_json
 from exactgpt.huggingface import MASKS, download_model, folder_tokenizer, read_pretrained, read_tensors
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, default_tokenizer, from_checkpoint
 from model import GPT, GPTConfig, padded_vocab

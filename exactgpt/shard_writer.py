@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import FolderLock, UserError, atomic_write, command
+from exactgpt.config import UserError, command
+from exactgpt.files import FolderLock, atomic_write
 from exactgpt.shards import ShardFolder, load_manifest
 
 SMALL_STEP = 2048          # tokens per step of a small model

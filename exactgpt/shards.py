@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.characters import META
-from exactgpt.config import UserError, read_json, reading, write_json
+from exactgpt.config import UserError
+from exactgpt.files import read_json, reading, write_json
 from exactgpt.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"

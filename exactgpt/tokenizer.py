@@ -17,7 +17,8 @@ import numpy as np
 import tiktoken.load
 
 from exactgpt.characters import META, read_characters
-from exactgpt.config import UserError, atomic_write, read_json, read_text
+from exactgpt.config import UserError
+from exactgpt.files import atomic_write, read_json, read_text
 
 # GPT-2's vocab.bpe: where tiktoken downloads it, and the hash that tiktoken pins (tiktoken_ext/openai_public.py).
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import train
 from exactgpt import checkpoint, config
+from exactgpt.files import FolderLock
 
 count_file = os.environ.get("ACCIDENT_ONCE")
 n_happened = len(Path(count_file).read_text()) if count_file and Path(count_file).exists() else 0
@@ -69,7 +70,7 @@ def save_with_accident(path, entries):
     if what == "full" and entries["step"] < at_step and on_this_rank:
         raise config.UserError("cannot write: No space left on device")
     if where == "save" and what != "full" and entries["step"] == at_step:
-        Path(f"{path}.{config.FolderLock.mark_of(path.parent)}.tmp").write_bytes(b"PK\x03\x04 half of a file")
+        Path(f"{path}.{FolderLock.mark_of(path.parent)}.tmp").write_bytes(b"PK\x03\x04 half of a file")
         cause_accident()
     return save_checkpoint(path, entries)
 

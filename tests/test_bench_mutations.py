@@ -5,7 +5,8 @@ import subprocess
 import pytest
 
 from bench import common, mutations
-from exactgpt.config import UserError, write_json
+from exactgpt.config import UserError
+from exactgpt.files import write_json
 
 NOTICED = ("a.py", "x + 1", "x + 2", "test_a.py")
 UNNOTICED = ("a.py", '"""Add\none."""', '"""Add two."""', "test_a.py::test_more")

@@ -75,7 +75,7 @@ def test_kill_9_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run, tmp_path)
 import os, random, signal, time, torch
 from pathlib import Path
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
-from exactgpt.config import FolderLock
+from exactgpt.files import FolderLock
 path, torn = Path({str(tmp_path / "model_00001.pt")!r}), 0
 with FolderLock(path.parent, 0) as lock:
     lock.claim()

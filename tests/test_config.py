@@ -11,17 +11,13 @@ from pathlib import Path
 import pytest
 
 from exactgpt import config
-from exactgpt.config import (
-    DeviceConfig,
+from exactgpt.config import DeviceConfig, UserError, flag, human_bytes, parse_config
+from exactgpt.files import (
     FolderLock,
-    UserError,
     atomic_write,
     check_new,
     find_visible,
-    flag,
-    human_bytes,
     new_folder,
-    parse_config,
     read_json,
     read_text,
     write_json,
@@ -272,7 +268,7 @@ def test_kill_9_while_writing_leaves_the_old_file_and_the_next_run_cleans_up(tmp
     mine.write_text("a stranger's")
     writer = background(f"""
 import time
-from exactgpt.config import FolderLock, atomic_write, new_folder
+from exactgpt.files import FolderLock, atomic_write, new_folder
 lock = FolderLock({str(tmp_path)!r}, wait_s=0)
 lock.claim()
 with atomic_write({str(path)!r}) as f, new_folder({str(tmp_path / "new")!r}) as folder:
@@ -379,7 +375,7 @@ def test_a_folder_is_locked_until_its_holder_exits(tmp_path):
 def test_kill_9_of_the_holder_releases_the_lock_to_a_waiting_process(tmp_path):
     holder = background(f"""
 import time
-from exactgpt.config import FolderLock
+from exactgpt.files import FolderLock
 with FolderLock({str(tmp_path)!r}, wait_s=0):
     print("held", flush=True)
     time.sleep(60)""", tmp_path)

@@ -9,7 +9,8 @@ import hellaswag
 import inference
 from exactgpt import huggingface
 from exactgpt.checkpoint import read_checkpoint, save_checkpoint
-from exactgpt.config import RunFailed, UserError, write_json
+from exactgpt.config import RunFailed, UserError
+from exactgpt.files import write_json
 from exactgpt.generation import generate_ids
 from exactgpt.huggingface import state_to_huggingface, tokenizer_files
 from exactgpt.open_model import open_model

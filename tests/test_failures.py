@@ -12,8 +12,9 @@ import pytest
 import train
 from exactgpt import distributed
 from exactgpt.checkpoint import write_checkpoint
-from exactgpt.config import FolderLock, FolderLost, RunFailed, UserError, atomic_write, new_folder, write_json
+from exactgpt.config import RunFailed, UserError
 from exactgpt.dataloader import TokenStream
+from exactgpt.files import FolderLock, FolderLost, atomic_write, new_folder, write_json
 from exactgpt.metrics import AppendFile, Tracker
 from exactgpt.shards import ShardFolder
 from tests.common import TINY, cpu_runtime, read_metrics

@@ -15,8 +15,9 @@ from exactgpt.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from exactgpt.config import FolderLock, RunFailed, UserError, atomic_write, check_new, new_folder
+from exactgpt.config import RunFailed, UserError
 from exactgpt.distributed import temporary_folder
+from exactgpt.files import FolderLock, atomic_write, check_new, new_folder
 from exactgpt.metrics import AppendFile
 from exactgpt.open_model import newest_model
 from prepare_fineweb import delete_downloads

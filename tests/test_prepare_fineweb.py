@@ -220,7 +220,7 @@ def test_ctrl_c_stops_it_without_a_traceback(corpus, tmp_path, delay):
 
 
 def test_only_one_run_uses_a_folder(corpus, tmp_path):
-    from exactgpt.config import FolderLock
+    from exactgpt.files import FolderLock
     with FolderLock(tmp_path / "out", 0), pytest.raises(UserError, match="another run is using"):
         prepare(tmp_path / "out", "--data_files", f"{corpus[0]}/*.parquet", "--shard_tokens", 1000, "--num_proc", 0)
 

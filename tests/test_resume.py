@@ -19,7 +19,8 @@ from exactgpt.checkpoint import (
     find_checkpoint,
     save_checkpoint,
 )
-from exactgpt.config import FolderLock, UserError
+from exactgpt.config import UserError
+from exactgpt.files import FolderLock
 from exactgpt.metrics import AppendFile
 from tests.common import ROOT, start_process, torchrun_arguments
 from tests.killed_runs import FLAGS, SCRIPT, SIZES, STEPS, assert_same_run, checkpoint_state
