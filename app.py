@@ -12,6 +12,7 @@ import contextlib
 import gc
 import html
 import io
+import logging
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from exactgpt.generation import make_decoder, stream, top_next_tokens
 from exactgpt.open_model import open_model
 from model import GPT2_SIZES
 
+logging.getLogger("streamlit.runtime.caching.cache_data_api").setLevel(logging.ERROR)   # --help: there is no server
 MAX_PROMPT = 4000        # characters
 MAX_SAMPLES = 4
 MAX_TOKENS = 1000

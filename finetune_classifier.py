@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from exactgpt import finetune
 from exactgpt.classifier import Classifier
-from exactgpt.config import UserError, command, flag, one_line, parse_config, run_script
+from exactgpt.config import UserError, command, counted, flag, one_line, parse_config, run_script
 from exactgpt.device import CPU_TOKENS, CUDA_TOKENS
 from exactgpt.distributed import StopRequested, seed_everything, start
 from exactgpt.documents import read_rows
@@ -106,7 +106,7 @@ def tune(config, runtime, state):
     for name, pairs in splits.items():
         counts = collections.Counter(label for _, label in pairs).most_common(10)
         full = sum(len(example) == block_size for example in examples[name])      # those may have been cut
-        runtime.print(f"{name:>10}  {len(pairs):,} examples, {len(labels)} labels: "
+        runtime.print(f"{name:>10}  {counted(len(pairs), 'example')}, {len(labels)} labels: "
                       f"{', '.join(f'{label} {n:,}' for label, n in counts)}; {full} fill all {block_size} tokens")
     if config.dry_run:
         finetune.print_examples(examples["train"], tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
@@ -140,7 +140,7 @@ def tune(config, runtime, state):
         save_figure(draw_confusion(reports[name]["confusion"], labels), picture)
         sizes = {name: len(split) for name, split in examples.items()}
         print(f"{name}: accuracy {reports[name]['accuracy']:.4f}, macro-F1 {reports[name]['macro_f1']:.4f} over "
-              f"{sizes[name]:,} examples, with the weights of epoch {progress.best['epoch']}, after "
+              f"{counted(sizes[name], 'example')}, with the weights of epoch {progress.best['epoch']}, after "
               f"{progress.seconds:.0f} s")
         example = shorten(one_line(splits[name][0][0]), 60)
         return (dict(labels=labels, examples=sizes, **reports, train=config.train), [path, picture],
@@ -174,7 +174,7 @@ def read_splits(config):
             if {label for _, label in splits["train"]} != labels:
                 label, count = collections.Counter(label for _, label in rest).most_common()[-1]
                 raise UserError(f"{config.data}: cannot split {n} of {len(rest)} rows off with every label on both "
-                                f"sides; the rarest label, {label!r}, occurs {count} time{'s' * (count > 1)}. Add rows "
+                                f"sides; the rarest label, {label!r}, occurs {counted(count, 'time')}. Add rows "
                                 "of it, or use smaller fractions, or --val_data and --test_data")
     return splits
 

@@ -16,7 +16,17 @@ import torch
 
 from exactgpt import finetune
 from exactgpt.checkpoint import checkpoint_path
-from exactgpt.config import RunFailed, UserError, command, flag, human_bytes, one_line, parse_config, run_script
+from exactgpt.config import (
+    RunFailed,
+    UserError,
+    command,
+    counted,
+    flag,
+    human_bytes,
+    one_line,
+    parse_config,
+    run_script,
+)
 from exactgpt.distributed import start
 from exactgpt.documents import read_objects
 from exactgpt.files import new_folder, write_json
@@ -72,8 +82,8 @@ def tune(config, runtime, state):
     counts = dict(train=len(train_examples), validation=len(val_examples),
                   cut=int(sum(len(e) == block_size and e.targets[-1] != tokenizer.eot for e in examples)),
                   left_out=len(items) - len(examples))
-    runtime.print(f"{config.data}: {counts['train']} items to train on and {counts['validation']} to validate; "
-                  f"{counts['cut']} cut to {block_size} tokens, {counts['left_out']} left out (no answer within them)")
+    runtime.print(f"{config.data}: {counted(counts['train'], 'item')} to train on and {counts['validation']} to "
+                  f"validate; {counts['cut']} cut to {block_size} tokens, {counts['left_out']} left out (no answer)")
     if not train_examples or not val_examples:
         raise UserError(f"{config.data} leaves no item to {'train on' if val_examples else 'validate'}; use more "
                         "items, another --val_fraction or a larger --block_size")
@@ -109,7 +119,7 @@ def read_items(path):
                 raise UserError(f"{where}: {name!r} must be text, but is {value!r:.40}; the item has {', '.join(item)}")
         items.append(tuple(values))
     if len(items) < 2:
-        raise UserError(f"{path} holds {len(items)} items; two or more are needed, to train on and to validate")
+        raise UserError(f"{path} holds {counted(len(items), 'item')}; it needs two or more, to train and to validate")
     return items
 
 

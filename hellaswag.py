@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exactgpt.config import DeviceConfig, UserError, command, flag, parse_config, run_script
+from exactgpt.config import DeviceConfig, UserError, command, counted, flag, parse_config, run_script
 from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
 from exactgpt.files import atomic_write, check_new, write_json
@@ -109,12 +109,12 @@ def score_checkpoint(config, runtime):
     seconds = time.perf_counter() - begin
     stderr, stderr_norm = (math.sqrt(p * (1 - p) / max(1, score.n - 1)) for p in (score.acc, score.acc_norm))
     of = "" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})"
-    runtime.print(f"HellaSwag, {config.style} style, {score.n:,} examples{of}")
+    runtime.print(f"HellaSwag, {config.style} style, {counted(score.n, 'example')}{of}")
     ours = "this model", f"{score.acc:.4f} ± {stderr:.4f}", f"{score.acc_norm:.4f} ± {stderr_norm:.4f}"
     rows = [("", "acc", "acc_norm"), ours, *REFERENCES[config.style], ("guessing", "0.2500", "0.2500")]
     runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
     if hellaswag.n_cut:
-        runtime.print(f"{hellaswag.n_cut:,} examples are longer than the model's window; their beginnings were cut off")
+        runtime.print(f"cut to the model's window, at their beginnings: {counted(hellaswag.n_cut, 'example')}")
     runtime.print(f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s")
     if config.json and runtime.is_main:
         write_json(config.json, dict(
@@ -143,8 +143,7 @@ def fetch_hellaswag():
     except Exception as error:  # no network, no `datasets`, a full disk: each library raises its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{DATA_FILE} is missing and cannot be downloaded ({reason}); run python "
-                        "hellaswag.py --download on a machine with a network and copy the file, or train with "
-                        "--hellaswag_every 0") from error
+                        "hellaswag.py --download on a machine with a network and copy the file") from error
     return DATA_FILE
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from exactgpt.config import DeviceConfig, UserError, flag, parse_config, run_script, with_changes
+from exactgpt.config import DeviceConfig, UserError, counted, flag, parse_config, run_script, with_changes
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.files import read_text
 from exactgpt.generation import alpaca_prompt, make_decoder, stream
@@ -69,6 +69,9 @@ def main(argv=None):
                 raise UserError('no prompt; pass --prompt "text" or run this on a terminal')
         prompts = [*map(printable, config.prompt), *(text.removesuffix("\n") for text in texts)]
     opened = open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer()
+    if config.instruction and not opened.base:
+        print(f"note: nothing says that {opened.source} was tuned on instructions (finetune_instruct.py does that), so "
+              "it may only go on writing", file=sys.stderr)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe_hardware(device))
     print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)
@@ -132,7 +135,7 @@ def print_continuations(decoder, tokenizer, prompts, config, seed):
         print(text[n_shown:], end="", flush=True)
         n_shown = len(text)
     n_tokens, seconds = sum(c.n_tokens for c in continuations), time.perf_counter() - begin
-    print(f"{n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    print(f"{counted(n_tokens, 'token')} in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

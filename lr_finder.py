@@ -16,7 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.checkpoint import list_checkpoints
-from exactgpt.config import RunFailed, UserError, command, flag, parse_config, read_ranks, run_script, with_changes
+from exactgpt.config import (
+    RunFailed,
+    UserError,
+    command,
+    counted,
+    flag,
+    parse_config,
+    read_ranks,
+    run_script,
+    with_changes,
+)
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.distributed import StopRequested, lock_folder, start
 from exactgpt.figures import COLOURS, GREY, INK, save_figure, smooth, style_axes
@@ -101,7 +111,8 @@ def sweep(run, config, runtime, tracker):
     runtime.print(f"the loss diverged at {rate:.2g}" if len(done) < config.steps else
                   f"the loss did not diverge up to {rate:.2g}: try a higher --lr_high")
     if len(done) < 10:
-        raise RunFailed(f"the loss diverged within {len(done)} steps from --lr_low {config.lr_low:g}; try a lower one")
+        raise RunFailed(f"the loss diverged within {counted(len(done), 'step')} from --lr_low {config.lr_low:g}; try a "
+                        "lower one")
     return done
 
 
@@ -129,6 +140,7 @@ def report(steps, config, tracker):
     print(f"wrote {picture} and {table}")
     for name, rate in suggested.items():
         print(f"{name}: {rate:.2g}")
+    print("the second leaves room before the loss diverges, and holds for the whole run, not only its first steps")
     print(f"next: {train_command(config, suggested['one tenth of the minimum'])}")
 
 

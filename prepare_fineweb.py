@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exactgpt.config import TokenizerConfig, UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.config import TokenizerConfig, UserError, counted, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import RESUMABLE, read_texts
 from exactgpt.hub import download_source_file, resolve_dataset
 from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
@@ -149,7 +149,7 @@ def tokenize(config, manifest, tokenizer):
             if done == config.max_tokens:
                 break
     if done <= config.val_tokens():
-        raise UserError(f"the source ends after {done:,} tokens, inside the validation shard of "
+        raise UserError(f"the source ends after {counted(done, 'token')}, inside the validation shard of "
                         f"{config.val_tokens():,}; use a smaller --shard_tokens, or set --max_tokens (a tenth of it "
                         "becomes validation)")
 
@@ -163,7 +163,7 @@ def verify_shards(folder, tokenizer=""):
         shards.verify(n_vocab, bar.update)
     result = "hashes, sizes and token ids are correct" if shards.manifest else \
         "sizes and token ids are correct; hashes not checked, there is no manifest.json"
-    print(f"{folder}: {len(shards.shards)} shards, {n_bytes // 2:,} tokens: {result}")
+    print(f"{folder}: {counted(len(shards.shards), 'shard')}, {counted(n_bytes // 2, 'token')}: {result}")
     if shards.manifest and not shards.manifest.complete:
         print(f"{folder} is incomplete; run the same prepare command again to complete it")
 
@@ -199,7 +199,7 @@ def make_shards(config, manifest, tokenizer):
     at = f" at commit {manifest.revision[:12]}" if manifest.revision else ""
     resumed = f", continuing after shard {len(manifest.shards) - 1}" if manifest.shards else ""
     size = human_bytes(sum(f["size"] for f in manifest.files))
-    print(f"{manifest.source}{at}: {len(manifest.files)} files, {size}{resumed}", flush=True)
+    print(f"{manifest.source}{at}: {counted(len(manifest.files), 'file')}, {size}{resumed}", flush=True)
     with contextlib.closing(tokenize(config, manifest, tokenizer)) as pieces:
         write_shards(config.out, config.prefix(), manifest, pieces, config.val_tokens(), config.shard_tokens)
     if not (config.data_files or config.keep_downloads):

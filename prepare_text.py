@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from exactgpt.config import TokenizerConfig, UserError, flag, human_bytes, parse_config, run_script
+from exactgpt.config import TokenizerConfig, UserError, counted, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import find_files, python_documents, read_documents
 from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, permutation
@@ -96,7 +96,8 @@ def split_documents(lengths, order, val_fraction):
 def make_shards(config, manifest, files, n_documents):
     """Write the vocabulary, a validation shard and train shards of all documents, in seeded order."""
     if config.train_tokenizer:
-        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {n_documents:,} documents", flush=True)
+        print(f"training a vocabulary of {config.train_tokenizer:,} entries on {counted(n_documents, 'document')}",
+              flush=True)
         tokenizer = train_tokenizer((text for text, _ in iter_documents(config, files)), config.train_tokenizer)
         if tokenizer.n_vocab < config.train_tokenizer:
             print(f"the text is too small for that; the vocabulary has {tokenizer.n_vocab:,} entries")
@@ -148,7 +149,7 @@ def main(argv=None):
                     shard_tokens=config.shard_tokens)
     wanted = Manifest(source="CPython documentation" if config.demo else "text", tokenizer=tokenizer_name,
                       vocab_size=0, eot=0, seed=config.seed, settings=settings)
-    print(f"{n_documents:,} documents, {human_bytes(n_bytes)}", flush=True)
+    print(f"{counted(n_documents, 'document')}, {human_bytes(n_bytes)}", flush=True)
     # Not the folder's manifest: after a kill all shards are written again.
     prepare_folder(config.out, wanted, lambda _: make_shards(config, wanted, files, n_documents))
 

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from exactgpt import checkpoint, device
-from exactgpt.config import RunConfig, UserError, command, flag, parse_config, run_script, with_changes
+from exactgpt.config import RunConfig, UserError, command, counted, flag, parse_config, run_script, with_changes
 from exactgpt.dataloader import DataOrder, TokenStream, TrainLoader, n_val_windows, val_batches
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, start, temporary_folder
 from exactgpt.generation import example_prompt, write_samples
@@ -99,6 +99,7 @@ class TrainConfig(RunConfig):
     keep_checkpoints: int = flag(3, "number of newest checkpoints to keep", low=1)
     resume: str = flag("auto", "auto: from the newest checkpoint in --log_dir, if any; never; or FILE.pt")
 
+    dollars_per_hour: float = flag(0.0, "price of the machine, for what --dry_run says", group="system", low=0.0)
     compile: str = flag("auto", "torch.compile (auto: on CUDA, where it works)", group="system",
                         choices=("auto", "on", "off"))
     attention: str = flag("auto", "backend of scaled_dot_product_attention",
@@ -140,8 +141,8 @@ def make_plan(config, block_size, n_windows, world_size):
         raise UserError(f"--total_batch_size {total} is not a multiple of block_size x processes = {block_size} x "
                         f"{world_size}; use {nearest}")
     if n_windows < 1:
-        raise UserError(f"the train split is shorter than one window of {block_size} tokens; use more text, or a "
-                        "smaller --block_size")
+        raise UserError(f"the train split is shorter than one window of {counted(block_size, 'token')}; use more text, "
+                        "or a smaller --block_size")
     n = total // block_size
     max_steps = config.max_steps if config.max_steps is not None else MAX_STEPS
     if config.num_epochs is not None:
@@ -156,7 +157,7 @@ def make_plan(config, block_size, n_windows, world_size):
     if warmup_steps is None:
         warmup_steps = min(WARMUP_STEPS, max_steps // 10)
     elif max_steps and warmup_steps > max_steps:
-        raise UserError(f"--warmup_steps {warmup_steps} exceeds the {max_steps} steps of the run; lower it")
+        raise UserError(f"--warmup_steps {warmup_steps} exceeds the {counted(max_steps, 'step')} of the run; lower it")
     return Plan(max_steps=max_steps, warmup_steps=warmup_steps, windows_per_step=n, local_windows=n // world_size,
                 tokens_per_step=total, epochs=max_steps * n / n_windows)
 
@@ -502,7 +503,10 @@ def prepare(run, progress, config, runtime, limit=0):
     """Warm up; return (HellaSwag or None if it is never due, the RunLog of this start). limit: HellaSwag items."""
     hellaswag = None
     if run.resolved["hellaswag_every"]:
-        hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
+        try:
+            hellaswag = prepare_hellaswag(runtime, run.tokenizer, run.raw_model.config.block_size, limit=limit)
+        except UserError as error:
+            raise UserError(f"{error}, or use --hellaswag_every 0") from error
     warm_up(run, runtime)
     runtime.setup_done()
     tokens = progress.step * run.plan.tokens_per_step    # the log, opened last, cuts its files back to this step
@@ -557,7 +561,7 @@ def dry_run(config, runtime):
             shares["validation"] = n_small / n_full
         plan = make_plan(config, run.raw_model.config.block_size, run.train_stream.n_windows, runtime.world_size)
         disk = checkpoint.disk_bytes(config, run.raw_model.n_params(), plan.max_steps)
-        runtime.print(log.forecast(plan.max_steps, disk, **shares))
+        runtime.print(log.forecast(plan.max_steps, disk, config.dollars_per_hour, **shares))
 
 
 def main(argv=None):

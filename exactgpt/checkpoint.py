@@ -31,7 +31,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from exactgpt import launch
-from exactgpt.config import RunFailed, UserError, human_bytes
+from exactgpt.config import RunFailed, UserError, counted, human_bytes
 from exactgpt.device import check_micro_batch_size, choose_dtype
 from exactgpt.files import FolderLock, atomic_write
 
@@ -390,8 +390,8 @@ def check_same_run(config, checkpoint, requested_shape, fingerprint, plan):
     old = resolved.get("max_steps", 0)       # the schedule depends on it, but wsd's only once the decay begins
     longer = config.schedule == "wsd" and plan.max_steps > old and step <= resolved.get("decay_start", 0)
     if plan.max_steps != old and not longer:
-        raise UserError(f"{source} contains a run of {old} steps, not {plan.max_steps}: its learning rates depend on "
-                        f"its length; {advice_to_train_further(config, step)}")
+        raise UserError(f"{source} contains a run of {counted(old, 'step')}, not {plan.max_steps}: its learning rates "
+                        f"depend on its length; {advice_to_train_further(config, step)}")
 
 
 def resume_source(config):

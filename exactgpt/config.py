@@ -124,7 +124,8 @@ def parse_config(cls, argv=None, description=None):
     known, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{f.name}" for f in fields(cls)], n=1)
+        names = [f"--{f.name}" for f in fields(cls)]
+        near = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near and name.startswith("--") else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
     return with_changes(cls(**vars(known)))      # checks it
@@ -245,6 +246,12 @@ def one_line(text):
 
 
 # ---- numbers -----------------------------------------------------------------
+
+def counted(n, noun):
+    """Return a number with its noun: "1 document", "2,000 documents", "8 processes"."""
+    plural = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{n:,} {noun}{plural * (n != 1)}"
+
 
 def human_count(n, units=("", "k", "M", "B", "T")):
     """Format a number with three digits and a unit: 950, 2.5k, 10B."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt import launch
-from exactgpt.config import UserError, human_count, human_time
+from exactgpt.config import UserError, counted, human_count, human_time
 from exactgpt.files import atomic_write, reading
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
@@ -67,20 +67,22 @@ class LoggedRun:
     def facts(self):
         """Return a list of short texts: how long the run was, its last and best values, if its log has them."""
         last = max(self.series.values(), key=lambda s: s.steps[-1])
-        facts = [f"{last.steps[-1]:,} steps"]
+        facts = [counted(int(last.steps[-1]), "step")]
         if np.isfinite(last.tokens[-1]):
             facts.append(f"{human_count(last.tokens[-1])} tokens")
         if np.isfinite(last.hours[-1]):
             facts.append(human_time(3600 * last.hours[-1]))
         for name, word in {"loss": "train", "val_loss": "val", "hella_acc_norm": "HellaSwag"}.items():
             if name in self.series and np.isfinite(self.series[name].values).any():
-                values = self.shown(name)
-                facts.append(f"{word} {values[np.isfinite(values)][-1]:.4f}")
-                if name == "val_loss":
-                    best = np.nanargmin(values)
-                    facts.append(f"best val {values[best]:.4f} at step {self.series[name].steps[best]:,}")
+                values, steps = self.shown(name), self.series[name].steps
+                end = np.flatnonzero(np.isfinite(values))[-1]
+                at = f" at step {steps[end]:,}" if name == "val_loss" else ""
+                facts.append(f"{word} {values[end]:.4f}{at}")
+                best = np.nanargmin(values)
+                if at and best != end:
+                    facts.append(f"best val {values[best]:.4f} at step {steps[best]:,}")
         if self.skipped:
-            facts.append(f"{self.skipped} unreadable line{'s' * (self.skipped > 1)} skipped")
+            facts.append(f"{counted(self.skipped, 'unreadable line')} skipped")
         return facts
 
 

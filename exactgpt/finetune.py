@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from exactgpt import checkpoint
-from exactgpt.config import RunConfig, RunFailed, UserError, flag, with_changes
+from exactgpt.config import RunConfig, RunFailed, UserError, counted, flag, with_changes
 from exactgpt.device import find_micro_batch_size
 from exactgpt.distributed import StopRequested, lock_folder, seed_everything, temporary_folder
 from exactgpt.files import FolderLock, write_json
@@ -116,7 +116,7 @@ def print_examples(examples, tokenizer, target_text, print):
     for i, example in enumerate(examples[:N_SHOWN], 1):
         start = int((example.targets == IGNORED).sum())
         masked, learned = example.tokens[:start + 1].tolist(), example.targets[start:].tolist()
-        print(f"example {i}: {len(example)} tokens, {len(learned)} target{'s' * (len(learned) > 1)}\n"
+        print(f"example {i}: {counted(len(example), 'token')}, {counted(len(learned), 'target')}\n"
               f"  masked  | {tokenizer.decode(masked)!r}\n  learned | {target_text(learned)!r}")
 
 
@@ -215,13 +215,13 @@ def set_up(config, runtime, objective, examples, tokenizer, base, state):
     max_steps = steps_per_epoch * config.num_epochs
     warmup_steps = max_steps // 10 if config.warmup_steps is None else config.warmup_steps
     if warmup_steps > max_steps:
-        raise UserError(f"--warmup_steps {warmup_steps} exceeds the {max_steps} steps of the run; lower it")
+        raise UserError(f"--warmup_steps {warmup_steps} exceeds the {counted(max_steps, 'step')} of the run; lower it")
     model, block_size = objective.model, objective.model.config.block_size
     n_trained = sum(w.numel() for w in trained_weights(model).values())
     n_all = sum(p.numel() for p in model.parameters())
-    runtime.print(f"training {n_trained:,} of {n_all:,} parameters on {len(examples):,} examples: {config.num_epochs} "
-                  f"epochs of {steps_per_epoch} steps, on {runtime.device} in {runtime.dtype_name}, "
-                  f"{runtime.world_size} process{'es' * (runtime.world_size > 1)}")
+    runtime.print(f"training {n_trained:,} of {n_all:,} parameters on {counted(len(examples), 'example')}: "
+                  f"{counted(config.num_epochs, 'epoch')} of {counted(steps_per_epoch, 'step')}, on {runtime.device} "
+                  f"in {runtime.dtype_name}, {counted(runtime.world_size, 'process')}")
     ddp = runtime.data_parallel(objective.to(runtime.device))
     rows = find_micro_batch_size(ddp, block_size, config.micro_batch_size,
                                  max(1, config.batch_size // runtime.world_size), runtime)

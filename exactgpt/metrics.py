@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import UserError, human_bytes, human_time
+from exactgpt.config import UserError, counted, human_bytes, human_time
 from exactgpt.files import FolderLock, FolderLost, atomic_write, reading
 
 SEND_EVERY_S = 10
@@ -40,21 +40,22 @@ def print_banner(run, config, runtime, checkpoint, saves):
     c, plan, resolved, n_params = run.raw_model.config, run.plan, run.resolved, run.raw_model.n_params()
     accum = plan.local_windows // run.micro_batch_size
     lines = {
-        "model": f"GPT-2, {n_params:,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels",
+        "model": f"GPT-2, {n_params:,} parameters: {counted(c.n_layer, 'layer')}, {counted(c.n_head, 'head')}, "
+                 f"{c.n_embd} channels",
         "tokens": f"block_size {c.block_size}, vocabulary {run.tokenizer.name} of {run.tokenizer.n_vocab:,}"
                   + f" (padded to {c.vocab_size:,})" * (c.vocab_size > run.tokenizer.n_vocab),
         "data": f"{config.data_dir}: {run.train_stream.n_tokens:,} train and {run.val_stream.n_tokens:,} val tokens in "
-                f"{len(run.shards.shards)} shards",
-        "step": f"{plan.tokens_per_step:,} tokens = {runtime.world_size} process{'es' * (runtime.world_size > 1)} x "
-                f"{accum} micro-batch{'es' * (accum > 1)} x {run.micro_batch_size} rows x {c.block_size}",
-        "length": f"{plan.max_steps:,} steps, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} schedule "
-                  f"with {plan.warmup_steps} steps of warm-up",
+                f"{counted(len(run.shards.shards), 'shard')}",
+        "step": f"{plan.tokens_per_step:,} tokens = {counted(runtime.world_size, 'process')} x "
+                f"{counted(accum, 'micro-batch')} x {counted(run.micro_batch_size, 'row')} x {c.block_size}",
+        "length": f"{counted(plan.max_steps, 'step')}, {plan.epochs:.2f} epochs; {config.optimizer}, {config.schedule} "
+                  f"schedule with {counted(plan.warmup_steps, 'step')} of warm-up",
         "machine": f"{runtime.hardware.name} ({runtime.device}), {resolved['dtype']}, {resolved['attention']} "
                    f"attention, compile {'on' if resolved['compile'] else 'off'}, torch {torch.__version__}",
     }
     if saves:
         lines["disk"] = (f"{human_bytes(disk_bytes(config, n_params, plan.max_steps))} in {config.log_dir} for "
-                         f"{config.keep_checkpoints} checkpoints")
+                         f"{counted(config.keep_checkpoints, 'checkpoint')}")
     runtime.print("\n".join(f"{title:>8}  {text}" for title, text in lines.items()))
     if checkpoint:
         runtime.print(f"resuming from step {checkpoint['step']}")
@@ -117,7 +118,8 @@ class RunLog:
 
     def hellaswag(self, step, score):
         """Log a HellaSwagScore: accuracies from 0 to 1."""
-        message = f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over {score.n:,} items"
+        message = (f"step {step}: HellaSwag acc {score.acc:.4f}, acc_norm {score.acc_norm:.4f} over "
+                   f"{counted(score.n, 'item')}")
         self.note(step, message, f"hella {score.acc_norm:.4f}", hella_acc=score.acc, hella_acc_norm=score.acc_norm)
 
     def samples(self, step, texts):
@@ -165,15 +167,17 @@ class RunLog:
         seconds += sum(left / every * sum(times) / len(times) for (_, every), times in self._times.items() if every)
         return human_time(seconds)
 
-    def forecast(self, n_steps, disk=None, **shares):
+    def forecast(self, n_steps, disk=None, dollars_per_hour=0.0, **shares):
         """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run."""
         # disk: the bytes that it takes. shares: the part of a full evaluation that was done here, validation=0.1.
         seconds = n_steps * self._recent_s[-1]
         for (kind, every), times in self._times.items():
             seconds += (n_steps // every + 1 if every else 1) * sum(times) / len(times) / shares.get(kind, 1)
+        costs = [f"about {human_time(seconds)}", *[f"{human_bytes(disk)} of disk"] * bool(disk)]
+        if dollars_per_hour:
+            costs.append(f"${seconds / 3600 * dollars_per_hour:,.2f} (at ${dollars_per_hour:,.2f} an hour)")
         return (f"dry run: {self._tok_per_sec:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "
-                f"run of {n_steps} steps takes about {human_time(seconds)}"
-                f"{f' and {human_bytes(disk)} of disk' if disk else ''}. Nothing was kept.")
+                f"run of {counted(n_steps, 'step')} takes {', '.join(costs)}. Nothing was kept.")
 
 
 class AppendFile:

@@ -139,8 +139,8 @@ def _open_adapter(folder, tokenizer):
     own, problem = folder_tokenizer(folder)
     if own and opened.tokenizer and own.name != opened.tokenizer.name:
         problem = "it is not that of the base model"
-    return replace(opened, model=merged.requires_grad_(True), source=str(folder), step=None, val_loss=None, base=None,
-                   tokenizer=None if problem else opened.tokenizer,
+    return replace(opened, model=merged.requires_grad_(True), source=str(folder), step=None, val_loss=None,
+                   base=dict(source=source, sha256=sha256), tokenizer=None if problem else opened.tokenizer,
                    tokenizer_problem=opened.tokenizer_problem or problem)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exactgpt.config import UserError, command
+from exactgpt.config import UserError, command, counted
 from exactgpt.files import FolderLock, atomic_write
 from exactgpt.shards import ShardFolder, load_manifest
 
@@ -81,8 +81,7 @@ def prepare_folder(folder, wanted, write, check=lambda manifest: None):
             write(manifest)
     shards = ShardFolder(folder)
     for name, split in (("train", shards.train), ("val", shards.val)):
-        plural = "s" if len(split) != 1 else ""
-        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {len(split)} shard{plural}")
+        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {counted(len(split), 'shard')}")
     print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
     print(_next_step(folder, shards))
 
