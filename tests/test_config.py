@@ -107,7 +107,7 @@ def test_a_single_positional_argument_is_required_and_unique():
     (["--step", "7"], "unknown argument --step; did you mean --steps?"),
     (["--ste=7"], "unknown argument --ste=7; did you mean --steps?"),
     (["--layer", "7"], "did you mean --layers?"), (["--Dropout", "0.1"], "did you mean --dropout?"),
-    (["--n-layers", "7"], "did you mean --layers?"), (["--verb"], "did you mean --verbose?"),
+    (["--n-layers", "7"], "did you mean --layers?"), (["--v"], "did you mean --verbose?"),
     (["--zzzz", "7"], "unknown argument --zzzz ("), (["-steps", "7"], "unknown argument -steps ("),
     (["stray"], "unknown argument stray ("),
 ])
@@ -384,7 +384,7 @@ with FolderLock({str(tmp_path)!r}, wait_s=0):
     with pytest.raises(UserError, match="another run"):
         FolderLock(tmp_path, wait_s=0.5)
     assert 0.5 <= time.monotonic() - start < 5
-    waiting = background(f"from exactgpt.config import FolderLock; FolderLock({str(tmp_path)!r}, 30); "
+    waiting = background(f"from exactgpt.files import FolderLock; FolderLock({str(tmp_path)!r}, 30); "
                          "print('got it')", tmp_path)
     time.sleep(0.3)
     kill(holder)

@@ -68,7 +68,7 @@ def test_metrics_are_read_by_name_with_tokens_and_hours(tmp_path):
         dict(step=2, tokens=16, val_loss=7.5), dict(step=2, tokens=16, hella_acc=0.25, hella_acc_norm=0.26),
         dict(step=2, tokens=16, samples=["once"])]))
     assert (run.name, run.skipped, run.samples) == ("tiny", 0, {2: ["once"]})
-    assert run.facts() == ["2 steps", "16 tokens", "1h30m", "train 8.0000", "val 7.5000", "best val 7.5000 at step 2",
+    assert run.facts() == ["2 steps", "16 tokens", "1h30m", "train 8.0000", "val 7.5000 at step 2",
                            "HellaSwag 0.2600"]
     assert set(run.series) == {"loss", "lr", "grad_norm", "ms", "val_loss", "hella_acc", "hella_acc_norm"}
     loss, val = run.series["loss"], run.series["val_loss"]
@@ -308,7 +308,7 @@ def test_one_run_to_png(tmp_path):
     done = run_plot(folder)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
-        f"{folder}: 60 steps | 6k tokens | 36m00s | train 4.0120 | val 4.0108 | best val 4.0108 at step 60 | "
+        f"{folder}: 60 steps | 6k tokens | 36m00s | train 4.0120 | val 4.0108 at step 60 | "
         "HellaSwag 0.3100",
         f"wrote {folder / 'plot.png'}"]
     assert not is_blank(folder / "plot.png")
