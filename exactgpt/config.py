@@ -23,13 +23,14 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from exactgpt import launch
+from exactgpt import formats, launch
 
 BOUNDS = dict(low=(">=", operator.ge), high=("<=", operator.le), above=(">", operator.gt), below=("<", operator.lt))
 
@@ -301,17 +302,33 @@ def write_json(path, value):
         f.write("\n")
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Turn the errors of reading and decoding a file into UserErrors that name it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(formats.advise_not_utf8(error.object[error.start], path)) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def open_file(path):
+    """Open a file for reading bytes. Raises OSError, and UserError for pipes and devices, which may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"cannot read {path}: it is a folder, a pipe or a device; name a file")
+    return open(path, "rb")
+
+
 def read_text(path):
     """Return the text of a UTF-8 file (None: standard input), without a byte-order mark. Raises UserError."""
     name = path or "standard input"
-    try:
-        data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
+    with reading(name), open_file(path) if path else contextlib.nullcontext(sys.stdin.buffer) as f:
+        data = f.read()
+        mismatch = formats.find_mismatch(data[:formats.HEAD], name)
+        if mismatch:
+            raise UserError(mismatch)
         return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text (at byte {error.start}); convert it first, for instance with iconv "
-                        "-f latin1 -t utf-8") from error
 
 
 def read_json(path, kind=dict):
