@@ -67,8 +67,7 @@ def read_documents(path, text_column="text", separator=None):
     if READERS[Path(path).suffix.lower()]:
         yield from ((text, True) for (text,) in read_rows(path, [text_column]))
         return
-    rest, starts = "", True
-    searched = 0        # so many characters of `rest` contain no such place: each is searched once, also where none comes
+    rest, starts, searched = "", True, 0        # searched: so many characters of `rest` hold no such place
     overlap = len(separator) - 1 if separator else 0    # a separator may begin here and end in the next chunk
     with _open(path) as f:
         while chunk := f.read(PART_CHARS):
@@ -190,8 +189,8 @@ def _read_csv(path, columns, **dialect):
                 if row:
                     yield where, [row[i] for i in indices]
         except csv.Error as error:
-            raise UserError(f"{path}: the row that begins in line {begin} is not valid CSV ({error}); close each quoted "
-                            "cell, and double the quotes inside of it") from error
+            raise UserError(f"{path}, line {begin}: the row that begins here is not valid CSV ({error}); close each "
+                            "quoted cell, and double the quotes inside it") from error
 
 
 # ---- parquet -----------------------------------------------------------------

@@ -15,7 +15,7 @@ FORMATS = [(rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", ICONV.format(encoding="utf-
            (rb"BZh[1-9]1AY&SY", "compressed by bzip2", "bunzip2 < {file} > {new}"),
            (rb"\xfd7zXZ\0", "compressed by xz", "xz -d < {file} > {new}"),
            (rb"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -d < {file} > {new}"),
-           (rb"PK\3\4", "a zip archive (or an Office document, to be saved as text)", "unzip -p {file} > {new}"),
+           (rb"PK\x03\x04", "a zip archive (or an Office document, to be saved as text)", "unzip -p {file} > {new}"),
            (rb"%PDF-\d", "a PDF", "pdftotext {file} {new}"),
            (rb"PAR1", "parquet", "mv {file} {file}.parquet")]
 # Of UTF-16 and UTF-32 without a mark: which bytes of four are zero in mostly English text -> the encoding
