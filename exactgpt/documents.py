@@ -199,9 +199,9 @@ def _read_csv(path, columns, **dialect):
 # packed that tightly.
 UNPACKED_RATIO, UNPACKED_BYTES = 1000, 64 << 20     # a file may hold this many times its size, or this much
 ROW_BYTES = 64             # what a value costs Python, besides its text
-BATCH_ROWS, BATCH_BYTES = 256, 64 << 20             # rows that are unpacked at once, and the most that they may take
-# The start of a page in Thrift's compact format: its kind (2 data, 4 and 6 are an enum's 1, 2, 3) and unpacked size.
-_PAGE = re.compile(rb"\x15([\0\x04\x06])\x15([\x80-\xff]{0,4}[\0-\x7f])", re.DOTALL)
+BATCH_ROWS, BATCH_BYTES = 256, 128 << 20            # rows that are unpacked at once, and the most that they may take
+# How a page begins, in Thrift's compact format: its kind (data, dictionary, data of version 2) and its unpacked size.
+_PAGE = re.compile(rb"\x15([\0\x04\x06])\x15([\x80-\xff]{0,4}[\0-\x7f])")
 
 
 def _read_parquet(path, columns):
@@ -216,7 +216,8 @@ def _read_parquet(path, columns):
                 if not _is_text(kind):
                     raise UserError(f"{path}: column {column!r} contains {str(kind)[:100]}, not text")
             for batch in _parquet_batches(f, path, file, columns):
-                yield from ((path, values) for values in zip(*batch))
+                for values in zip(*batch):
+                    yield path, values
         except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
             reason = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"{path} is not a readable parquet file ({reason})") from error
@@ -225,42 +226,43 @@ def _read_parquet(path, columns):
 def _is_text(kind):
     from pyarrow import types
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view,
-                                             types.is_integer, types.is_floating, types.is_boolean, types.is_null))
+    return types.is_integer(kind) or types.is_floating(kind) or str(kind) in ("string", "large_string", "string_view",
+                                                                              "bool", "null")
 
 
 def _parquet_batches(f, path, file, columns):
     """Yield the values of some rows, a list for each column. Raises UserError for more than the file can hold."""
+    import pyarrow
     allowed = max(UNPACKED_BYTES, UNPACKED_RATIO * os.fstat(f.fileno()).st_size)
 
     def require(n_bytes):
         if n_bytes > allowed:
             raise UserError(f"{path} unpacks to more than {UNPACKED_RATIO:,} times its size, as no text does; use "
                             "another file")
-    metadata = file.metadata
-    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in columns]
-    groups = [[group.column(i) for i in leaves] for group in map(metadata.row_group, range(metadata.num_row_groups))]
-    require(ROW_BYTES * metadata.num_rows)
-    require(sum(chunk.total_uncompressed_size for chunks in groups for chunk in chunks))
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    leaves = [i for i, leaf in enumerate(file.schema) if leaf.path in columns]
+    require(sum(group.total_byte_size for group in groups))
+    require(ROW_BYTES * file.metadata.num_rows)
     unpacked = 0
-    for i, chunks in enumerate(groups):
-        longest = max(_longest_repeated(f, chunk) for chunk in chunks)
-        require(longest)
-        n_rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, longest)))
-        for batch in file.iter_batches(n_rows, [i], columns, use_threads=False):
-            values = [batch.column(c).to_pylist() for c in columns]
-            unpacked += sum(len(v) for column in values for v in column if isinstance(v, str))
+    for i, group in enumerate(groups):
+        for k, batch in enumerate(file.iter_batches(1, [i], columns, use_threads=False)):
+            if k == 0:      # not earlier: column() ends the process if the first row has not proved the metadata sound
+                longest = max(_longest_repeated(f, group.column(leaf)) for leaf in leaves)
+                file.reader.set_batch_size(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, longest))))
+            cells = [batch.column(column) for column in columns]
+            cells = [c.dictionary_decode() if isinstance(c, pyarrow.DictionaryArray) else c for c in cells]
+            unpacked += sum(c.nbytes for c in cells)
             require(unpacked)
-            yield values
+            yield [c.to_pylist() for c in cells]
 
 
 def _longest_repeated(f, chunk):
-    """Return how many bytes a value of a column chunk may have that many rows share at no cost; 0 if none can."""
+    """Return how many bytes the longest value of a column chunk may have that many rows can share; 0: none can."""
     if "DELTA_BYTE_ARRAY" in chunk.encodings:       # a value may repeat the one before it
         return chunk.total_uncompressed_size
     f.seek(min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset))
     page = _PAGE.match(f.read(16))
-    if page is None:                                # written in an unusual way: read row by row
+    if page is None:                                # written in an unusual way
         return BATCH_BYTES
     kind, size = page.groups()
     is_dictionary = kind == b"\x04"
