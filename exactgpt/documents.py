@@ -89,7 +89,7 @@ def read_documents(path, text_column="text", separator=None):
                     yield rest[:cut.end()], starts
                     rest, starts = rest[cut.end():], False
                     end -= cut.end()
-                searched = max(0, end - 1)
+                searched = end - 1
     if rest:
         yield rest, starts
 

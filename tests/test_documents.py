@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from exactgpt import documents
+from exactgpt import documents, tokenizer
 from exactgpt.config import UserError, read_text
 from exactgpt.documents import find_files, read_documents, read_rows, read_texts
+from exactgpt.tokenizer import gpt2_tokenizer
 from tests import mutants
 
 TEXT = "The words of a story, é and 日本 too.\n" * 40
@@ -139,9 +140,10 @@ class Counted:
     def __init__(self, pattern):
         self.pattern, self.searched = pattern, 0
 
-    def match(self, text, begin, end):
-        self.searched += end - begin
-        return self.pattern.match(text, begin, end)
+    def match(self, text, begin, end=None):
+        match = self.pattern.match(text, begin, *[end] * (end is not None))
+        self.searched += (end or match.end()) - begin
+        return match
 
 
 @pytest.mark.parametrize("separator", [None, "<|endoftext|>"])
@@ -153,6 +155,22 @@ def test_each_character_of_a_text_without_words_is_searched_about_once(tmp_path,
     (tmp_path / "a.txt").write_text(text)
     assert "".join(part for part, _ in read_documents(tmp_path / "a.txt", separator=separator)) == text
     assert documents._SAFE_CUT.searched < 1.5 * len(text)
+
+
+def test_the_length_of_white_space_is_measured_once(monkeypatch):
+    monkeypatch.setattr(tokenizer, "LONG_SPACE", 100)
+    monkeypatch.setattr(tokenizer, "_SPACE", Counted(tokenizer._SPACE))
+    text = "a" + " " * 20_000 + "b"
+    assert gpt2_tokenizer().decode(gpt2_tokenizer().encode(text)) == text
+    assert tokenizer._SPACE.searched <= len(text)
+
+
+@pytest.mark.parametrize("separator", [None, "|"])
+def test_no_part_of_ordinary_text_is_long(tmp_path, monkeypatch, separator):
+    monkeypatch.setattr(documents, "PART_CHARS", 100)
+    (tmp_path / "a.txt").write_text("w" * 1000 + "|" + "words of one document " * 300)
+    parts = [part for part, _ in read_documents(tmp_path / "a.txt", separator=separator)]
+    assert len(parts) > 60 and max(map(len, parts[2:])) < 130
 
 
 # --- tables
@@ -209,9 +227,10 @@ EXPECTED = {"int": ["1", "", "2"], "float": ["1.5", "", "", ""], "bool": ["true"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parquet_columns_of_text_and_numbers_are_read(tmp_path, kind):
-    path = write_table(tmp_path / "a.parquet", text=KINDS[kind], **{"text.en": ["wrong"] * len(KINDS[kind])})
+    path = write_table(tmp_path / "a.parquet", **{"text.en": ["wrong"] * len(KINDS[kind]), "text": KINDS[kind]})
     expected = EXPECTED.get(kind, ["one", "", "two", "two", ""])
     assert read(path) == expected and list(read_texts(path, "text", 1)) == [*enumerate(expected)][1:]
+    assert list(read_rows(path, ["text", "text"])) == [(text, text) for text in expected]
 
 
 @pytest.mark.parametrize("kind, value", [
@@ -248,7 +267,7 @@ BOMBS = {
     "deltas": lambda path: write_table(path, text=["a" * 3_000_000] * 40, Use_dictionary=False,
                                        Column_encoding={"text": "DELTA_BYTE_ARRAY"}),
     "zeros": lambda path: write_table(path, text=["a" * 45_000_000], Use_dictionary=False),
-    "nulls": lambda path: write_table(path, text=pa.nulls(2_000_000, pa.string())),
+    "nulls": lambda path: write_table(path, text=pa.nulls(2_000_000)),
     "a label": lambda path: write_table(path, text=["a"] * 1000, label=repeated("a" * 3_000_000, 1000)),
 }
 
@@ -257,11 +276,28 @@ BOMBS = {
 def test_a_parquet_bomb_is_one_line_and_little_memory(tmp_path, monkeypatch, bomb):
     BOMBS[bomb](tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 8000
-    for where, name, value in ((documents, "UNPACKED_BYTES", 8_000_000), (documents, "BATCH_BYTES", 16_000_000),
-                               (mutants, "MEMORY_LIMIT", 100_000_000)):
+    for where, name, value in ((documents, "UNPACKED_BYTES", 8_000_000), (documents, "BATCH_BYTES", 4_000_000),
+                               (mutants, "MEMORY_LIMIT", 40_000_000)):
         monkeypatch.setattr(where, name, value)
     with mutants.time_and_memory_limits(), pytest.raises(UserError, match="unpacks to more than 1,000 times its size"):
         list(read_rows(tmp_path / "a.parquet", ["text"] + ["label"] * (bomb == "a label")))
+
+
+def test_what_a_file_unpacks_to_counts_a_dictionary_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "UNPACKED_BYTES", 0)
+    monkeypatch.setattr(documents, "UNPACKED_RATIO", 10)
+    words = [bytes(part).hex() for part in np.random.default_rng(0).integers(0, 256, (1000, 100), dtype=np.uint8)]
+    path = write_table(tmp_path / "a.parquet", text=pa.array(words * 3).dictionary_encode())
+    assert read(path) == words * 3
+
+
+@pytest.mark.parametrize("error", [MemoryError("malloc"), pa.ArrowKeyError("malloc"), ValueError("malloc\n")])
+def test_whatever_pyarrow_raises_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(documents, "_parquet_batches", fail)
+    with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file \('?malloc'?\)$"):
+        read(write_table(tmp_path / "a.parquet", text=["a"]))
 
 
 def test_long_values_that_repeat_are_read_if_the_file_is_large_enough(tmp_path):
