@@ -30,7 +30,6 @@ from exactgpt.generation import make_decoder, stream, top_next_tokens
 from exactgpt.open_model import open_model
 from model import GPT2_SIZES
 
-logging.getLogger("streamlit.runtime.caching.cache_data_api").setLevel(logging.ERROR)   # --help: there is no server
 MAX_PROMPT = 4000        # characters
 MAX_SAMPLES = 4
 MAX_TOKENS = 1000
@@ -118,6 +117,12 @@ def last_modified(source):
     return 0.0
 
 
+def cached(**options):
+    """Return st.cache_data(**options), without its warning that there is no server, as for --help."""
+    logging.getLogger("streamlit.runtime.caching.cache_data_api").setLevel(logging.ERROR)
+    return st.cache_data(**options)
+
+
 # ---- the model in memory -----------------------------------------------------
 
 @st.cache_resource(show_spinner=False)
@@ -153,7 +158,7 @@ def locked_model(source, config, on_wait=lambda: None):
         lock.release()
 
 
-@st.cache_data(max_entries=100, show_spinner="Loading the model, or waiting for another visitor ...")
+@cached(max_entries=100, show_spinner="Loading the model, or waiting for another visitor ...")
 def look_up(source, modified, text, _config):
     """Return a model's facts and a table of its ten likeliest next tokens after a text, {column: list}."""
     with locked_model(source, _config) as (decoder, tokenizer, facts):
@@ -256,7 +261,7 @@ def show_runs(folders, x):
                 f'<div class="gpt-card">{html.escape(text)}</div>' for text in texts.get(step, [])) + "</div>")
 
 
-@st.cache_data(max_entries=16, show_spinner=False)
+@cached(max_entries=16, show_spinner=False)
 def draw_curves(folders, modified, x):
     """Return the curves of runs as a PNG (bytes), and each one's {step: texts}. modified: part of the cache's key."""
     runs = [replace(read_run(folder), name=folder) for folder in folders]
