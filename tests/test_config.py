@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from exactgpt import config
-from exactgpt.config import DeviceConfig, UserError, flag, human_bytes, parse_config
+from exactgpt.config import DeviceConfig, UserError, counted, flag, human_bytes, parse_config
 from exactgpt.files import (
     FolderLock,
     atomic_write,
@@ -431,6 +431,12 @@ def test_hidden_and_vanished_folders_are_skipped(tmp_path, monkeypatch):
     listed = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed(path if str(path)[-1:] != "b" else tmp_path / "gone"))
     assert find_visible(tmp_path, "model_*.pt") == [tmp_path / "a/model_1.pt"]
+
+
+def test_a_number_agrees_with_its_noun():
+    assert [counted(n, noun) for n, noun in ((1, "step"), (0, "step"), (2000, "process"), (1, "micro-batch"),
+                                             (2, "micro-batch"))] == [
+        "1 step", "0 steps", "2,000 processes", "1 micro-batch", "2 micro-batches"]
 
 
 @pytest.mark.parametrize("n, text", [

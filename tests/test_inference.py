@@ -158,6 +158,8 @@ def test_an_instruction_becomes_alpacas_prompt_and_only_the_answer_is_printed(by
     out, err = main(capsys, "--instruction", "Add.", "--input", "1 2")
     assert out == "".join(f"> {text[len(prompt):]}\n" for text in texts)
     assert "its beginning is ignored" in err                         # the window has only 32 tokens
+    assert "note: nothing says that" in err and "was tuned on instructions" in err
+    assert "note:" not in main(capsys, "--prompt", "x").err
     assert "Input" not in alpaca_prompt("Add.") and alpaca_prompt("Add.").endswith("Add.\n\n### Response:\n")
 
 
