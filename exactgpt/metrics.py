@@ -108,12 +108,12 @@ class RunLog:
 
     def skipped(self, step, reason, windows):
         """Log that the update of a step was skipped, and the windows of the train split that it read."""
-        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
-                        f"{windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
+        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({counted(len(windows), 'window')}, the "
+                        f"first is {windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
-        message = f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens"
+        message = f"step {step}: validation loss {loss:.4f} over {counted(n_tokens, 'token')}"
         self.note(step, message, f"val {loss:.4f}", val_loss=loss)
 
     def hellaswag(self, step, score):

@@ -101,6 +101,7 @@ def test_a_single_positional_argument_is_required_and_unique():
     assert parsed("a", cls=OneFile).file == "a"
     assert "required: FILE" in refusal(cls=OneFile)
     assert "unknown argument b" in refusal("a", "b", cls=OneFile)
+    assert "unknown argument --fil (" in refusal("a", "--fil", cls=OneFile)      # its name is no flag
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -108,10 +109,11 @@ def test_a_single_positional_argument_is_required_and_unique():
     (["--ste=7"], "unknown argument --ste=7; did you mean --steps?"),
     (["--layer", "7"], "did you mean --layers?"), (["--Dropout", "0.1"], "did you mean --dropout?"),
     (["--n-layers", "7"], "did you mean --layers?"), (["--verb"], "did you mean --verbose?"),
+    (["--st"], "did you mean --steps?"), (["--d"], "did you mean --device or --dtype or --dropout?"),
     (["--zzzz", "7"], "unknown argument --zzzz ("), (["-steps", "7"], "unknown argument -steps ("),
     (["stray"], "unknown argument stray ("),
 ])
-def test_an_unknown_or_abbreviated_flag_is_an_error_that_suggests_the_nearest_one(words, expected):
+def test_an_unknown_or_abbreviated_flag_is_an_error_that_suggests_the_nearest_ones(words, expected):
     assert expected in refusal(*words) and "--help lists the flags" in refusal(*words)
 
 
@@ -384,7 +386,7 @@ with FolderLock({str(tmp_path)!r}, wait_s=0):
     with pytest.raises(UserError, match="another run"):
         FolderLock(tmp_path, wait_s=0.5)
     assert 0.5 <= time.monotonic() - start < 5
-    waiting = background(f"from exactgpt.config import FolderLock; FolderLock({str(tmp_path)!r}, 30); "
+    waiting = background(f"from exactgpt.files import FolderLock; FolderLock({str(tmp_path)!r}, 30); "
                          "print('got it')", tmp_path)
     time.sleep(0.3)
     kill(holder)
