@@ -3,9 +3,9 @@
     python lr_finder.py --data_dir data/demo --log_dir logs/new --n_layer 4 ...    # the flags that you will train with
     torchrun --nproc_per_node=8 lr_finder.py
 
-Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py command to run next. The sweep does not
-influence that run, which starts from the same weights and tokens as without it. (Smith 2015, arXiv 1506.01186; one
-tenth of the minimum as in fastai's lr_find.)
+Writes lr_finder.png and lr_finder.csv into --log_dir and prints the train.py command to run next, with all flags of
+train.py that were given here. The sweep does not influence that run, which starts from the same weights and tokens as
+without it. (Smith 2015, arXiv 1506.01186; one tenth of the minimum as in fastai's lr_find.)
 """
 import exactgpt.launch  # noqa: F401  first, see there
 
@@ -41,7 +41,10 @@ SCALE_STEPS = 40       # fp16: additional steps for the GradScaler to find its s
 
 @dataclass(kw_only=True)
 class FinderConfig(TrainConfig):
-    """The flags of train.py and of the sweep."""
+    """The flags of the sweep, and those of train.py; UNLISTED: they matter only to the command that it prints."""
+    UNLISTED = ("max_steps", "num_epochs", "stop_loss", "schedule", "min_lr", "warmup_steps", "eval_every",
+                "val_tokens", "hellaswag_every", "sample_every", "checkpoint_every", "keep_checkpoints", "resume",
+                "dry_run", "dollars_per_hour")
     lr_low: float = flag(1e-6, "learning rate of the first step", group="sweep", above=0)
     lr_high: float = flag(1.0, "learning rate of the last step, unless the loss diverges earlier", above=0)
     steps: int = flag(200, "number of steps", low=10)

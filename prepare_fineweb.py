@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from exactgpt.config import TokenizerConfig, UserError, counted, flag, human_bytes, parse_config, run_script
 from exactgpt.documents import RESUMABLE, read_texts
+from exactgpt.files import reading
 from exactgpt.hub import download_source_file, resolve_dataset
 from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, ShardFolder
@@ -80,12 +81,14 @@ def resolve_source_files(config, manifest):
         paths = sorted(p for p in glob.glob(config.data_files, recursive=True) if Path(p).is_file())
         if not paths:
             raise UserError(f"--data_files {config.data_files}: no file matches")
+        files = []
         for path in paths:
             if not path.endswith(RESUMABLE):
                 raise UserError(f"--data_files: cannot read {path}: it must end in one of {', '.join(RESUMABLE)}")
             # Fail now, not hours later, if a parquet file is damaged or lacks the column.
             next(read_texts(path, config.text_column), None)
-        files = [dict(path=path, size=Path(path).stat().st_size, sha256="") for path in paths]
+            with reading(path):
+                files.append(dict(path=path, size=Path(path).stat().st_size, sha256=""))
         if manifest.files not in ([], files):
             raise UserError(f"the files of --data_files {config.data_files} changed since {config.out} was started; "
                             "restore them or choose another --out")

@@ -111,6 +111,8 @@ def parse_config(cls, argv=None, description=None):
             many = typing.get_origin(f.type) is list
             groups[group].add_argument(f.name, nargs="*" if many else None, metavar=f.name.upper(), **options)
             continue
+        if f.name in getattr(cls, "UNLISTED", ()):      # accepted, but not in --help
+            options["help"] = argparse.SUPPRESS
         options.update(default=argparse.SUPPRESS, required=f.default is f.default_factory is MISSING)
         if kind is bool:
             options["action"] = "store_true"
@@ -118,7 +120,7 @@ def parse_config(cls, argv=None, description=None):
             plain = {int: "N", float: "X"}.get(kind, "TEXT")
             options.update(type=kind, metavar="|".join(map(str, m["choices"])) if m["choices"] else plain,
                            action="append" if m["repeat"] else "store")
-            if f.default not in (MISSING, None, ""):
+            if f.default not in (MISSING, None, "") and options["help"] != argparse.SUPPRESS:
                 options["help"] += f" (default: {f.default})"
         groups[group].add_argument(f"--{f.name}", **options)
     known, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)

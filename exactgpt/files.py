@@ -11,10 +11,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from pathlib import Path
 
+from exactgpt import formats
 from exactgpt.config import RunFailed, UserError
 
 MARK = "(old-)?[0-9a-f]{16}"       # of a folder, see FolderLock; "old-": it holds checkpoints without a mark, too
@@ -111,23 +113,31 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def reading(path):
-    """Turn an OSError of the block, which reads a file, into a UserError that names it."""
+    """Turn the errors of reading and decoding a file into UserErrors that name it."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise UserError(formats.advise_not_utf8(error.object[error.start], path)) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def open_file(path):
+    """Open a file for reading bytes. Raises OSError, and UserError for pipes and devices, which may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"cannot read {path}: it is a folder, a pipe or a device; name a file")
+    return open(path, "rb")
 
 
 def read_text(path):
     """Return the text of a UTF-8 file (None: standard input), without a byte-order mark. Raises UserError."""
     name = path or "standard input"
-    with reading(name):
-        data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
-    try:
+    with reading(name), open_file(path) if path else contextlib.nullcontext(sys.stdin.buffer) as f:
+        data = f.read()
+        mismatch = formats.find_mismatch(data[:formats.HEAD], name)
+        if mismatch:
+            raise UserError(mismatch)
         return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text (at byte {error.start}); convert it first, for instance with iconv "
-                        "-f latin1 -t utf-8") from error
 
 
 def read_json(path, kind=dict):

@@ -173,7 +173,7 @@ class RunLog:
         seconds = n_steps * self._recent_s[-1]
         for (kind, every), times in self._times.items():
             seconds += (n_steps // every + 1 if every else 1) * sum(times) / len(times) / shares.get(kind, 1)
-        costs = [f"about {human_time(seconds)}", *[f"{human_bytes(disk)} of disk"] * bool(disk)]
+        costs = [f"about {human_time(seconds)}"] + ([f"{human_bytes(disk)} of disk"] if disk else [])
         if dollars_per_hour:
             costs.append(f"${seconds / 3600 * dollars_per_hour:,.2f} (at ${dollars_per_hour:,.2f} an hour)")
         return (f"dry run: {self._tok_per_sec:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "

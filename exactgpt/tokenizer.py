@@ -47,8 +47,10 @@ def _byte_letters():
 def _split_long_whitespace(text):
     """Split a text inside very long whitespace, which tiktoken cannot handle, without changing the token ids."""
     # The cuts are before the last whitespace character of a run, where the split pattern cuts anyway.
-    cuts = [0]
+    cuts, end = [0], 0
     for probe in range(0, len(text), LONG_SPACE):       # a run of 2 * LONG_SPACE always contains one
+        if probe < end:                                 # in the run that was just measured
+            continue
         end = _SPACE.match(text, probe).end()
         if probe + LONG_SPACE <= end < len(text) and end - 1 > cuts[-1]:
             cuts.append(end - 1)

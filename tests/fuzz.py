@@ -6,6 +6,7 @@ too long or too much memory, code run from the file, a changed value that a hash
 traceback, or an exit status other than 0 and 2. test_fuzz.py tries 100 mutants of each kind, bench.fuzz thousands.
 """
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 from exactgpt.checkpoint import read_training_checkpoint, save_checkpoint
 from exactgpt.config import UserError
 from exactgpt.dataloader import TokenStream
+from exactgpt.documents import RESUMABLE, read_rows, read_texts
 from exactgpt.finetune import add_adapter
 from exactgpt.huggingface import write_pretrained
 from exactgpt.open_model import open_model
@@ -287,6 +289,30 @@ def instruct_command(folder, file):
             "HOME/out", "--num_epochs", "1", "--responses", "0", "--device", "cpu"]
 
 
+TABLES = ("a.jsonl", "a.csv", "a.parquet", "b.parquet")
+
+
+def make_texts(folder):
+    """Write a table of texts and labels as .jsonl, .csv and .parquet, in which two kinds of page let values repeat."""
+    import pyarrow.parquet
+    rows = [dict(text=f'He said "no" {i % 3} times,\nthen left' * (i % 5), label=str(i % 2)) for i in range(12)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(folder / "a.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=5)
+    pyarrow.parquet.write_table(table, folder / "b.parquet", compression="zstd", use_dictionary=False,
+                                column_encoding={"text": "DELTA_BYTE_ARRAY"})
+
+
+def read_texts_and_labels(folder):
+    """Return a hash of the rows of each file, read as the scripts for classifiers and for preparation do."""
+    rows = [list(read_rows(folder / name, ["text", "label"])) for name in TABLES]
+    return hash_tree([rows, [list(read_texts(folder / name, "text")) for name in TABLES if name.endswith(RESUMABLE)]])
+
+
 def train_command(folder, _):
     """Return the command that trains on the folder for one step, including set-up, a validation and a save."""
     return ["train.py", "--data_dir", folder, "--log_dir", "HOME/logs", *TINY_MODEL, "--device", "cpu",
@@ -335,6 +361,8 @@ TARGETS = {
                       inference_command("adapter"), never),
     "instructions": Target(make_instructions, ("items.json", "items.jsonl"), read_instructions, instruct_command,
                            never),
+    "texts": Target(make_texts, TABLES, read_texts_and_labels,
+                    lambda folder, file: ["prepare_text.py", folder / file, "--out", "HOME/out"], never),
     "HellaSwag": Target(make_hellaswag, ("hellaswag.jsonl",), read_hellaswag,
                         lambda folder, _: ["hellaswag.py", "--checkpoint", folder / "model_00003.pt", "--device",
                                            "cpu", "--data", folder / "hellaswag.jsonl"], never),

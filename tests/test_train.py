@@ -306,7 +306,7 @@ def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
 
 def test_a_dry_run_knows_what_share_of_a_validation_it_did(make_shards, tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr(train.RunLog, "forecast", lambda log, n_steps, disk, **shares: found.append((n_steps, shares)))
+    monkeypatch.setattr(train.RunLog, "forecast", lambda log, n, disk, dollars, **shares: found.append((n, shares)))
     train.main([str(word) for word in (*TINY, "--eval_every", 5, "--data_dir", make_shards([900], val_sizes=[200]),
                                        "--total_batch_size", 64, "--max_steps", 50, "--log_dir", tmp_path / "logs",
                                        "--dry_run")])
