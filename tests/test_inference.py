@@ -234,7 +234,7 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
                            (["--prompt", "x", "--instruction", "y"], "--instruction and --prompt cannot be combined"),
                            (["--prompt", "x", "--input", "y"], "--input needs an --instruction"),
                            (["--prompt_file", "gone.txt"], "cannot read gone.txt: No such file"),
-                           (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text (at byte 3)")):
+                           (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text (it contains the byte 0xe9)")):
         with pytest.raises(inference.UserError) as caught:
             inference.main(flags)
         assert message in str(caught.value)
