@@ -233,3 +233,8 @@ def test_the_training_tab_updates_the_curves_and_shows_the_samples_of_each_evalu
     log.write_text("")
     at.run()
     assert not at.exception and "holds no losses yet" in at.code[0].value
+
+
+def test_help_is_nothing_but_help(run):
+    rc, out, err = run("app.py", "--help")
+    assert rc == 0 and "--checkpoint TEXT" in out and not err
