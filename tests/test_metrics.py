@@ -2,12 +2,11 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from exactgpt import metrics
-from exactgpt.config import UserError, counted
+from exactgpt.config import UserError
 from exactgpt.device import Hardware
 from exactgpt.figures import read_run
 from exactgpt.metrics import RunLog
@@ -55,12 +54,6 @@ def test_the_forecast_of_a_dry_run_counts_whole_evaluations_also_before_the_firs
     assert "5 tokens/s" in log.forecast(100, validation=0.5)
     assert "100 steps takes about 14m30s, 2 GB of disk." in log.forecast(100, 2e9, validation=0.5)
     assert "1 step takes about 1m12s, $0.48 (at $24.00 an hour)." in log.forecast(1, None, 24, validation=0.5)
-
-
-def test_numbers_have_singulars_and_plurals():
-    texts = [counted(n, noun) for n in (np.int64(0), np.int64(1), 2400) for noun in ("row", "process", "micro-batch")]
-    assert texts == ["0 rows", "0 processes", "0 micro-batches", "1 row", "1 process", "1 micro-batch",
-                     "2,400 rows", "2,400 processes", "2,400 micro-batches"]
 
 
 def test_a_resumed_run_sends_mlflow_only_the_good_lines_of_its_log(tmp_path, monkeypatch):
