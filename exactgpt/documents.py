@@ -18,7 +18,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from exactgpt.config import UserError
+from exactgpt.config import UserError, counted
 from exactgpt.files import open_file, read_json, reading
 from exactgpt.formats import HEAD, find_mismatch
 
@@ -186,8 +186,8 @@ def _read_csv(path, columns, **dialect):
                 where = f"{path}, line {begin}"
                 begin = reader.line_num + 1
                 if row and len(row) != len(header):
-                    raise UserError(f"{where}: {len(row)} cells, but {len(header)} in the header; quote cells that "
-                                    "contain the separator")
+                    raise UserError(f"{where}: {counted(len(row), 'cell')}, but {len(header)} in the header; quote "
+                                    "cells that contain the separator")
                 if row:
                     yield where, [row[i] for i in indices]
         except csv.Error as error:

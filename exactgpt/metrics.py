@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import UserError, counted, human_bytes, human_time
+from exactgpt.config import UserError, counted, human_bytes, human_count, human_time
 from exactgpt.files import FolderLock, FolderLost, atomic_write, reading
 
 SEND_EVERY_S = 10
@@ -108,12 +108,12 @@ class RunLog:
 
     def skipped(self, step, reason, windows):
         """Log that the update of a step was skipped, and the windows of the train split that it read."""
-        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
-                        f"{windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
+        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({counted(len(windows), 'window')}, the "
+                        f"first is {windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
-        message = f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens"
+        message = f"step {step}: validation loss {loss:.4f} over {counted(n_tokens, 'token')}"
         self.note(step, message, f"val {loss:.4f}", val_loss=loss)
 
     def hellaswag(self, step, score):
@@ -176,8 +176,10 @@ class RunLog:
         costs = [f"about {human_time(seconds)}"] + ([f"{human_bytes(disk)} of disk"] if disk else [])
         if dollars_per_hour:
             costs.append(f"${seconds / 3600 * dollars_per_hour:,.2f} (at ${dollars_per_hour:,.2f} an hour)")
+        n_tokens = n_steps * self._tokens / len(self._recent_s)
         return (f"dry run: {self._tok_per_sec:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "
-                f"run of {counted(n_steps, 'step')} takes {', '.join(costs)}. Nothing was kept.")
+                f"run of {counted(n_steps, 'step')}, {human_count(n_tokens)} tokens, takes {', '.join(costs)}. "
+                "Nothing was kept.")
 
 
 class AppendFile:

@@ -231,6 +231,7 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
                            (["--prompt", "x", "--max_tokens", "0"], "--max_tokens must be >= 1"),
                            (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0"),
                            (["--prompt", "x", "--top_p", "0"], "--top_p must be > 0"),
+                           (["--prompt", "x", "--temp", "1"], "did you mean --temperature?"),
                            (["--prompt", "x", "--stop", ""], "--stop must not be empty"),
                            (["--prompt", "x", "--instruction", "y"], "--instruction and --prompt cannot be combined"),
                            (["--prompt", "x", "--input", "y"], "--input needs an --instruction"),
