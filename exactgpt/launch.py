@@ -119,8 +119,13 @@ def require_output(required=True):
 
 
 def command_line():
-    """Return the command that started this process, as typed; under torchrun only the part that torchrun ran."""
-    return " ".join(["torchrun ..." if by_torchrun() else "python", *map(shlex.quote, sys.argv)])
+    """Return the command that started this process, or torchrun, as it can be pasted into a shell."""
+    words = ["python", *sys.argv]
+    if by_torchrun():
+        words = ["torchrun", "...", *sys.argv]
+        with contextlib.suppress(OSError):      # Linux knows what the parent's own command is
+            words = os.fsdecode(Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
+    return shlex.join(words)
 
 
 def begin():

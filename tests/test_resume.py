@@ -2,6 +2,7 @@
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -104,10 +105,10 @@ def test_sigterm_to_torchrun_saves_and_kill_9_of_it_ends_the_workers(run, make_s
     launched.send_signal(signal.SIGTERM)
     launched.wait(timeout=60)
     launched.log.seek(0)
-    saved = re.search(r"stopped before step (\d+)", launched.log.read())
+    saved = re.search(r"stopped before step (\d+), .* the same command continues:\n(.*)\n", launched.log.read())
     assert saved and (logs / f"model_{int(saved[1]):05d}.pt").exists()
 
-    launched = start_process(tmp_path, *launcher_words(*flags, "--log_dir", logs))
+    launched = start_process(tmp_path, *shlex.split(saved[2])[1:])
     wait_for(logs, f"model_{(int(saved[1]) // 4 + 3) * 4:05d}.pt")
     workers = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
