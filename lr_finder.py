@@ -143,7 +143,8 @@ def report(steps, config, tracker):
     print(f"wrote {picture} and {table}")
     for name, rate in suggested.items():
         print(f"{name}: {rate:.2g}")
-    print("the second leaves room before the loss diverges, and holds for the whole run, not only its first steps")
+    print("the command has the second, well below the rate of the lowest loss: a run stays at its rate, which the "
+          "sweep only passes")
     print(f"next: {train_command(config, suggested['one tenth of the minimum'])}")
 
 

@@ -13,7 +13,7 @@ import torch
 
 from exactgpt.characters import META
 from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, require_finite, weights_hash
-from exactgpt.config import UserError
+from exactgpt.config import UserError, command
 from exactgpt.files import find_visible, read_json
 from exactgpt.huggingface import MASKS, download_model, folder_tokenizer, read_base, read_pretrained, read_tensors
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, default_tokenizer, from_checkpoint
@@ -85,8 +85,8 @@ def open_model(source, classifiers=False, tokenizer=""):
                         "tokens; leave it out or name the right folder")
     labels = getattr(opened.model.config, "labels", None)
     if labels and not classifiers:
-        raise UserError(f"{opened.source} is a classifier ({', '.join(labels)}), not a language model; use python "
-                        f"finetune_classifier.py --checkpoint {opened.source} --predict \"...\"")
+        raise UserError(f"{opened.source} is a classifier ({', '.join(labels)}), not a language model; use "
+                        + command("finetune_classifier.py", "--checkpoint", opened.source, "--predict", "some text"))
     return opened
 
 

@@ -111,7 +111,8 @@ def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_be
     rates = [float(row["lr"]) for row in rows]
     assert 10 <= len(rows) <= 40 and rates[0] == 1e-4 and np.allclose(np.diff(np.log(rates)), np.log(1e5) / 39)
     assert (log_dir / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("steepest slope: ", "one tenth of the minimum: ", "step  1/40 | lr 1.00e-04 | loss "):
+    for words in ("steepest slope: ", "one tenth of the minimum: ", "the command has the second, ",
+                  "step  1/40 | lr 1.00e-04 | loss "):
         assert words in out
     command = shlex.split(out[out.index("next: ") + 6:])
     assert command[:2] == ["python", "train.py"] and "--muon_lr" in command
