@@ -20,6 +20,7 @@ GREEDY_BELOW = 1e-5    # temperature; dividing by less gives a one-hot softmax o
 CACHE_MULTIPLE = 64    # tokens; a cache length is a multiple of this, because other lengths are several times slower
 SAMPLE_PROMPTS = ["", "Hello, I'm a language model,"]   # "": a new document
 SAMPLE_TOKENS = 48
+EXAMPLE_PROMPT = "Once upon a time"      # for a command to try; in a shell it looks better than the one above
 
 
 # ---- texts -------------------------------------------------------------------
@@ -88,7 +89,7 @@ def write_samples(run, config, runtime, step):
 def example_prompt(tokenizer):
     """Return a prompt that the vocabulary can encode, for a command to try."""
     try:
-        return SAMPLE_PROMPTS[1] if tokenizer.encode(SAMPLE_PROMPTS[1]) else ""
+        return EXAMPLE_PROMPT if tokenizer.encode(EXAMPLE_PROMPT) else ""
     except UserError:      # a vocabulary of a few characters
         return ""
 
