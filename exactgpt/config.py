@@ -127,8 +127,10 @@ def parse_config(cls, argv=None, description=None):
     if unknown:
         name = unknown[0].split("=")[0]
         names = [f"--{f.name}" for f in fields(cls)]
-        near = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near and name.startswith("--") else ""
+        near = ([other for other in names if other.startswith(name)] or
+                [other for other in names if other.endswith(f"_{name[2:]}")] or      # --lr, --epochs
+                difflib.get_close_matches(name, names, n=1))
+        hint = f"; did you mean {' or '.join(near[:3])}?" if near and name.startswith("--") else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
     return with_changes(cls(**vars(known)))      # checks it
 

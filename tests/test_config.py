@@ -108,6 +108,7 @@ def test_a_single_positional_argument_is_required_and_unique():
     (["--ste=7"], "unknown argument --ste=7; did you mean --steps?"),
     (["--layer", "7"], "did you mean --layers?"), (["--Dropout", "0.1"], "did you mean --dropout?"),
     (["--n-layers", "7"], "did you mean --layers?"), (["--v"], "did you mean --verbose?"),
+    (["--d"], "did you mean --device or --dtype or --dropout?"),
     (["--zzzz", "7"], "unknown argument --zzzz ("), (["-steps", "7"], "unknown argument -steps ("),
     (["stray"], "unknown argument stray ("),
 ])

@@ -226,6 +226,7 @@ BAD = {
     "not divisible": (["--total_batch_size", 100], "use 96 or 112"),
     "unknown flag": (["--max_step", 5], "did you mean --max_steps?"),
     "abbreviated flag": (["--learn", 5], "unknown argument --learn"),
+    "end of flags": (["--lr", 1], "did you mean --max_lr or --min_lr or --muon_lr?"),
     "not a number": (["--max_lr", "fast"], "--max_lr"),
     "not finite": (["--max_lr", "nan"], "--max_lr"),
     "micro-batch": (["--micro_batch_size", 3], "use one of 4, 2, 1, or 0"),
