@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
-from exactgpt.config import UserError, counted, human_bytes, human_time
+from exactgpt.config import UserError, counted, human_bytes, human_count, human_time
 from exactgpt.files import FolderLock, FolderLost, atomic_write, reading
 
 SEND_EVERY_S = 10
@@ -170,14 +170,15 @@ class RunLog:
     def forecast(self, n_steps, disk=None, dollars_per_hour=0.0, **shares):
         """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run."""
         # disk: the bytes that it takes. shares: the part of a full evaluation that was done here, validation=0.1.
-        seconds = n_steps * self._recent_s[-1]
+        seconds, tokens = n_steps * self._recent_s[-1], n_steps * self._tokens / len(self._recent_s)
         for (kind, every), times in self._times.items():
             seconds += (n_steps // every + 1 if every else 1) * sum(times) / len(times) / shares.get(kind, 1)
         costs = [f"about {human_time(seconds)}"] + ([f"{human_bytes(disk)} of disk"] if disk else [])
         if dollars_per_hour:
             costs.append(f"${seconds / 3600 * dollars_per_hour:,.2f} (at ${dollars_per_hour:,.2f} an hour)")
         return (f"dry run: {self._tok_per_sec:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "
-                f"run of {counted(n_steps, 'step')} takes {', '.join(costs)}. Nothing was kept.")
+                f"run of {counted(n_steps, 'step')} ({human_count(tokens)} tokens) takes {', '.join(costs)}. Nothing was "
+                "kept.")
 
 
 class AppendFile:

@@ -298,7 +298,7 @@ def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
     rc, out, err = run("train.py", *TINY[:-6], "--data_dir", folder, "--total_batch_size", 64, "--max_steps", 50,
                        "--log_dir", tmp_path / "logs", "--dry_run", env={"TMPDIR": str(tmp_path)})
     assert rc == 0, err
-    assert "full run of 50 steps takes about" in out
+    assert "full run of 50 steps (3.2k tokens) takes about" in out
     assert "finished" not in out and "next:" not in out
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
 
