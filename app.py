@@ -12,7 +12,6 @@ import contextlib
 import gc
 import html
 import io
-import logging
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 import streamlit as st
 import torch
 
-from exactgpt.config import DeviceConfig, UserError, flag, human_count, parse_config, run_script
+from exactgpt.config import DeviceConfig, UserError, counted, flag, human_count, parse_config, run_script
 from exactgpt.device import DTYPES, choose_device, choose_dtype, probe_hardware
 from exactgpt.figures import COLOURS, X_LABELS, draw_runs, read_run
 from exactgpt.files import find_visible
@@ -117,12 +116,6 @@ def last_modified(source):
     return 0.0
 
 
-def cached(**options):
-    """Return st.cache_data(**options), without its warning that there is no server, as for --help."""
-    logging.getLogger("streamlit.runtime.caching.cache_data_api").setLevel(logging.ERROR)
-    return st.cache_data(**options)
-
-
 # ---- the model in memory -----------------------------------------------------
 
 @st.cache_resource(show_spinner=False)
@@ -151,14 +144,14 @@ def locked_model(source, config, on_wait=lambda: None):
                      "Step": "-" if opened.step is None else f"{opened.step:,}",
                      "Validation loss": "-" if opened.val_loss is None else f"{opened.val_loss:.4f}",
                      "Layers, heads, channels": f"{c.n_layer}, {c.n_head}, {c.n_embd}",
-                     "Window": f"{c.block_size:,} tokens", "Runs on": f"{device}, {dtype}"}
+                     "Window": counted(c.block_size, "token"), "Runs on": f"{device}, {dtype}"}
             models[key] = make_decoder(opened.model, device, DTYPES[dtype]), opened.tokenizer, facts
         yield models[key]
     finally:
         lock.release()
 
 
-@cached(max_entries=100, show_spinner="Loading the model, or waiting for another visitor ...")
+@st.cache_resource(max_entries=100, show_spinner="Loading the model, or waiting for another visitor ...")
 def look_up(source, modified, text, _config):
     """Return a model's facts and a table of its ten likeliest next tokens after a text, {column: list}."""
     with locked_model(source, _config) as (decoder, tokenizer, facts):
@@ -216,7 +209,8 @@ def show_texts(place, generated, caret=""):
     if generated.texts:
         prompt = html.escape(generated.prompt if len(generated.prompt) <= 600 else "\u2026" + generated.prompt[-600:])
         speed = generated.n_tokens / generated.seconds
-        note = f"{generated.source}: {generated.n_tokens:,} tokens in {generated.seconds:.1f} s, {speed:.1f} tokens/s"
+        note = (f"{generated.source}: {counted(generated.n_tokens, 'token')} in {generated.seconds:.1f} s, "
+                f"{speed:.1f} tokens/s")
         place.html(f'<div class="gpt-note">{html.escape(note)}</div><div class="gpt-cards">' + "".join(
             f'<div class="gpt-card"><span class="prompt">{prompt}</span>{html.escape(text)}{caret}</div>'
             for text in generated.texts) + "</div>")
@@ -261,7 +255,7 @@ def show_runs(folders, x):
                 f'<div class="gpt-card">{html.escape(text)}</div>' for text in texts.get(step, [])) + "</div>")
 
 
-@cached(max_entries=16, show_spinner=False)
+@st.cache_resource(max_entries=16, show_spinner=False)
 def draw_curves(folders, modified, x):
     """Return the curves of runs as a PNG (bytes), and each one's {step: texts}. modified: part of the cache's key."""
     runs = [replace(read_run(folder), name=folder) for folder in folders]

@@ -68,7 +68,7 @@ def main(argv=None):
                                   val_loss=opened.val_loss, tokenizer=tokenizer and tokenizer.to_checkpoint(), **base))
         print(f"wrote {out} ({human_bytes(out.stat().st_size)})")
     else:
-        write_pretrained(out, model.config_dict(), model.state_dict(), tokenizer,
+        write_pretrained(out, model.config_dict(), model.state_dict(), tokenizer, opened.base,
                          check=lambda folder: verify_export(folder, model, tokenizer))
         files = sorted(out.iterdir())
         size = human_bytes(sum(f.stat().st_size for f in files))

@@ -107,7 +107,8 @@ def tune(config, runtime, state):
         counts = collections.Counter(label for _, label in pairs).most_common(10)
         full = sum(len(example) == block_size for example in examples[name])      # those may have been cut
         runtime.print(f"{name:>10}  {counted(len(pairs), 'example')}, {len(labels)} labels: "
-                      f"{', '.join(f'{label} {n:,}' for label, n in counts)}; {full} fill all {block_size} tokens")
+                      f"{', '.join(f'{label} {n:,}' for label, n in counts)}; {full} at the limit of "
+                      f"{block_size} tokens")
     if config.dry_run:
         finetune.print_examples(examples["train"], tokenizer, lambda ids: f"-> {labels[ids[0]]}", runtime.print)
     weights = None
@@ -158,8 +159,9 @@ def read_splits(config):
     labels, n_all = {label for _, label in splits["train"]}, len(splits["train"])
     most = max(20, n_all // 4)
     if not 2 <= len(labels) <= most:
-        raise UserError(f"--label_column {config.label_column!r} of {config.data} holds {len(labels)} different values "
-                        f"in {n_all} rows, but a classifier needs 2 to {most} labels; is it the column of labels?")
+        raise UserError(f"--label_column {config.label_column!r} of {config.data} holds "
+                        f"{counted(len(labels), 'different value')} in {counted(n_all, 'row')}, but a classifier needs "
+                        f"2 to {most} labels; is it the column of labels?")
     for name, path, fraction in (("test", config.test_data, config.test_fraction),
                                  ("validation", config.val_data, config.val_fraction)):
         if path:
@@ -173,9 +175,9 @@ def read_splits(config):
                 splits["train"] = []
             if {label for _, label in splits["train"]} != labels:
                 label, count = collections.Counter(label for _, label in rest).most_common()[-1]
-                raise UserError(f"{config.data}: cannot split {n} of {len(rest)} rows off with every label on both "
-                                f"sides; the rarest label, {label!r}, occurs {counted(count, 'time')}. Add rows "
-                                "of it, or use smaller fractions, or --val_data and --test_data")
+                raise UserError(f"{config.data}: cannot split {n} of {counted(len(rest), 'row')} off with every "
+                                f"label on both sides; the rarest label, {label!r}, occurs {counted(count, 'time')}. "
+                                "Add rows of it, or use smaller fractions, or --val_data and --test_data")
     return splits
 
 
@@ -203,7 +205,7 @@ def freeze_layers(model, config):
     kind, _, n = config.train.partition(":")
     n, blocks = int(n or 0), model.transformer.h
     if n > len(blocks):
-        raise UserError(f"--train {config.train}, but {config.init_from} has only {len(blocks)} blocks")
+        raise UserError(f"--train {config.train}, but {config.init_from} has only {counted(len(blocks), 'block')}")
     wrapped = finetune.add_adapter(model, config) if kind == "lora" else None
     if kind in ("last", "head"):
         model.requires_grad_(False)

@@ -31,7 +31,8 @@ from exactgpt.distributed import start
 from exactgpt.documents import read_objects
 from exactgpt.files import new_folder, write_json
 from exactgpt.generation import alpaca_prompt, generate
-from exactgpt.open_model import ADAPTER_BASE, ADAPTER_CONFIG
+from exactgpt.huggingface import BASE
+from exactgpt.open_model import ADAPTER_CONFIG
 from exactgpt.shards import permutation
 from exactgpt.tokenizer import require_end_of_text
 from model import IGNORED
@@ -173,14 +174,14 @@ def save_adapter(wrapped, folder, base):
     """Write an adapter in peft's format, and the record of its base ({"source", "sha256"}). Raises UserError."""
     from safetensors import SafetensorError
     # A process that was killed after this has left one.
-    with new_folder(folder, replaces=(ADAPTER_CONFIG, "adapter_model.safetensors", ADAPTER_BASE)) as temporary:
+    with new_folder(folder, replaces=(ADAPTER_CONFIG, "adapter_model.safetensors", BASE)) as temporary:
         try:
             wrapped.save_pretrained(temporary, save_embedding_layers=False)
         except SafetensorError as error:
             raise OSError(f"{error}") from error               # new_folder makes a UserError of it
         (temporary / "README.md").unlink(missing_ok=True)      # peft's model card, an empty template
-        write_json(temporary / ADAPTER_BASE, base)
-        mode = (temporary / ADAPTER_BASE).stat().st_mode
+        write_json(temporary / BASE, base)
+        mode = (temporary / BASE).stat().st_mode
         (temporary / "adapter_model.safetensors").chmod(mode)  # safetensors makes it readable by the owner only
 
 

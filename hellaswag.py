@@ -137,7 +137,7 @@ def fetch_hellaswag():
         from datasets import load_dataset
         rows = load_dataset(DATASET, split="validation")
         if len(rows) != N_EXAMPLES:
-            raise ValueError(f"got {len(rows)} examples, expected {N_EXAMPLES}")
+            raise ValueError(f"got {counted(len(rows), 'example')}, expected {N_EXAMPLES}")
         with atomic_write(DATA_FILE, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     except Exception as error:  # no network, no `datasets`, a full disk: each library raises its own errors

@@ -71,7 +71,7 @@ def main(argv=None):
     opened = open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer()
     if config.instruction and not opened.base:
         print(f"note: nothing says that {opened.source} was tuned on instructions (finetune_instruct.py does that), so "
-              "it may only go on writing", file=sys.stderr)
+              "it may just continue the text", file=sys.stderr)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, probe_hardware(device))
     print(f"{opened.summary()}, on {device} in {dtype}", file=sys.stderr)

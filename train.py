@@ -151,8 +151,8 @@ def make_plan(config, block_size, n_windows, world_size):
         if max_steps < 1:
             largest = math.floor(exact / world_size) * unit
             advice = f"use --total_batch_size {largest} at most" if largest else "use more text or more epochs"
-            raise UserError(f"--num_epochs {config.num_epochs:g} of {n_windows * block_size:,} tokens is less than one "
-                            f"step of {total:,} tokens; {advice}")
+            raise UserError(f"--num_epochs {config.num_epochs:g} of {counted(n_windows * block_size, 'token')} is less "
+                            f"than one step of {total:,} tokens; {advice}")
     warmup_steps = config.warmup_steps
     if warmup_steps is None:
         warmup_steps = min(WARMUP_STEPS, max_steps // 10)

@@ -4,7 +4,7 @@
     python -m bench.fuzz --target checkpoint --mutants 100 --by_script 2
 
 tests/fuzz.py defines the kinds of files, how they are damaged, and what counts as a fault. Writes
-bench/results/fuzz.json with a row per kind. (tests/test_fuzz.py tries 100 mutants of each.)
+bench/results/fuzz.json with a row per kind. (tests/test_fuzz.py tries 50 mutants of each.)
 """
 import json
 import random

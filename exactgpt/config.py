@@ -126,11 +126,10 @@ def parse_config(cls, argv=None, description=None):
     known, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        names = [f"--{f.name}" for f in fields(cls)]
-        near = ([other for other in names if other.startswith(name)] or
-                [other for other in names if other.endswith(f"_{name[2:]}")] or      # --lr, --epochs
-                difflib.get_close_matches(name, names, n=1))
-        hint = f"; did you mean {' or '.join(near[:3])}?" if near and name.startswith("--") else ""
+        flags = [f"--{f.name}" for f in fields(cls) if not f.metadata["positional"]]
+        near = [f for f in flags if f.startswith(name) or f.endswith(f"_{name[2:]}")]      # --temp, --lr
+        near = near or difflib.get_close_matches(name, flags, n=1)
+        hint = f"; did you mean {' or '.join(near)}?" if name.startswith("--") and 0 < len(near) <= 3 else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
     return with_changes(cls(**vars(known)))      # checks it
 
@@ -253,8 +252,7 @@ def one_line(text):
 
 def counted(n, noun):
     """Return a number with its noun: "1 document", "2,000 documents", "8 processes"."""
-    plural = "es" if noun.endswith(("s", "ch")) else "s"
-    return f"{n:,} {noun}{plural * (n != 1)}"
+    return f"{n:,} {noun}{'' if n == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
 def human_count(n, units=("", "k", "M", "B", "T")):

@@ -26,7 +26,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from exactgpt.config import UserError
+from exactgpt.config import UserError, counted
 from exactgpt.shards import permutation
 from model import IGNORED
 
@@ -147,8 +147,9 @@ class TrainLoader:
 def n_val_windows(stream, val_tokens):
     """Return the number of windows, from the first on, that validation reads. Raises UserError if there are none."""
     if stream.n_windows < 1:
-        raise UserError(f"the val split is shorter than one window of {stream.block_size} tokens: make the shards with "
-                        "a larger --val_fraction, or train with a smaller --block_size, or with --eval_every 0")
+        raise UserError(f"the val split is shorter than one window of {counted(stream.block_size, 'token')}: use "
+                        "more text or a larger --val_fraction, or train with a smaller --block_size or with "
+                        "--eval_every 0")
     return min(stream.n_windows, max(1, val_tokens // stream.block_size))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from exactgpt.config import UserError
+from exactgpt.config import UserError, counted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -190,8 +190,9 @@ def check_micro_batch_size(micro_batch_size, local_windows):
     """Raise UserError unless the micro-batch size divides a rank's rows per step."""
     if local_windows % micro_batch_size:
         valid = ", ".join(map(str, divisors(local_windows)[:12]))
-        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {local_windows} rows that a "
-                        f"process has per step (total_batch_size / block_size / processes); use one of {valid}, or 0")
+        raise UserError(f"--micro_batch_size {micro_batch_size} does not divide the {counted(local_windows, 'row')} "
+                        f"that a process has per step (total_batch_size / block_size / processes); use one of {valid}, "
+                        "or 0")
 
 
 def dummy_rows(size, block_size, device):

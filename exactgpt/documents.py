@@ -18,7 +18,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from exactgpt.config import UserError
+from exactgpt.config import UserError, counted
 from exactgpt.files import open_file, read_json, reading
 from exactgpt.formats import HEAD, find_mismatch
 
@@ -76,13 +76,14 @@ def read_documents(path, text_column="text", separator=None):
                 raise UserError(f"{path} is a binary file (it contains zero bytes); use a text file")
             begin = max(0, len(rest) - overlap)
             rest += chunk
-            first, *documents = rest[begin:].split(separator) if separator else [""]
-            if documents:
-                *documents, new = [rest[:begin] + first, *documents]
-                for document in documents:
-                    yield document, starts
-                    starts = True
-                rest, searched = new, 0
+            if separator:
+                *documents, tail = rest[begin:].split(separator)
+                if documents:
+                    documents[0] = rest[:begin] + documents[0]
+                    for document in documents:
+                        yield document, starts
+                        starts = True
+                    rest, searched = tail, 0
             if len(rest) > PART_CHARS:
                 end = len(rest) - overlap
                 cut = _SAFE_CUT.match(rest, searched, end)
@@ -185,8 +186,8 @@ def _read_csv(path, columns, **dialect):
                 where = f"{path}, line {begin}"
                 begin = reader.line_num + 1
                 if row and len(row) != len(header):
-                    raise UserError(f"{where}: {len(row)} cells, but {len(header)} in the header; quote cells that "
-                                    "contain the separator")
+                    raise UserError(f"{where}: {counted(len(row), 'cell')}, but {len(header)} in the header; quote "
+                                    "cells that contain the separator")
                 if row:
                     yield where, [row[i] for i in indices]
         except csv.Error as error:
@@ -219,7 +220,7 @@ def _read_parquet(path, columns):
             for batch in _parquet_batches(f, path, file, columns):
                 for values in zip(*batch):
                     yield path, values
-        except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:     # all that pyarrow raises
             reason = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"{path} is not a readable parquet file ({reason})") from error
 
@@ -247,7 +248,7 @@ def _parquet_batches(f, path, file, columns):
     unpacked = 0
     for i, group in enumerate(groups):
         for k, batch in enumerate(file.iter_batches(1, [i], columns, use_threads=False)):
-            if k == 0:      # not earlier: column() ends the process if the first row has not proved the metadata sound
+            if k == 0:      # not earlier: column() aborts Python on bad metadata, which the first row would have shown
                 longest = max(_longest_repeated(f, group.column(leaf)) for leaf in leaves)
                 file.reader.set_batch_size(min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, longest))))
             cells = [batch.column(column) for column in columns]

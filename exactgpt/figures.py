@@ -67,7 +67,7 @@ class LoggedRun:
     def facts(self):
         """Return a list of short texts: how long the run was, its last and best values, if its log has them."""
         last = max(self.series.values(), key=lambda s: s.steps[-1])
-        facts = [counted(int(last.steps[-1]), "step")]
+        facts = [counted(last.steps[-1], "step")]
         if np.isfinite(last.tokens[-1]):
             facts.append(f"{human_count(last.tokens[-1])} tokens")
         if np.isfinite(last.hours[-1]):
@@ -218,6 +218,7 @@ def _draw_panel(ax, names, runs, colours, x, references):
     """Draw the quantities `names` of the runs, with the last values beside the axes and a line per reference."""
     # The curves of a single run differ in colour, else each run has one colour and its first quantity is paler.
     curves, ends, alone = [], [], len(runs) == 1
+    form = "{:.2g}".format if names == ("lr",) else "{:#.4g}".format
     for run, run_colour in zip(runs, colours):
         run_ends = []
         for k, name in enumerate(names):
@@ -232,7 +233,10 @@ def _draw_panel(ax, names, runs, colours, x, references):
                 line.set(markersize=3, markeredgewidth=0)
             if finite.any():
                 curves.append(series.values[finite])
-                run_ends.append((shown[finite][-1], colour, "bold" if k else "normal"))
+                value = shown[finite][-1]
+                if alone and name == "val_loss":      # others end at the run's last step
+                    run_ends.append((value, f"step {series.steps[finite][-1]:,}", colour, "normal", 7.5))
+                run_ends.append((value, form(value), colour, "bold" if k else "normal", 9))
         ends += run_ends if alone else run_ends[-1:]    # two numbers per run would be too crowded
     for name, value in references.items():
         ax.axhline(value, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
@@ -248,8 +252,8 @@ def _draw_panel(ax, names, runs, colours, x, references):
             line.set_color(GREY)
     zero = [0.0] if len(names) == 1 else []      # rates and norms are drawn from zero
     if curves:
-        _set_y_limits(ax, curves, [*references.values(), *zero, *[value for value, _, _ in ends]])
-        _label_ends(ax, sorted(ends, key=lambda end: end[0]), "{:.2g}".format if names == ("lr",) else "{:#.4g}".format)
+        _set_y_limits(ax, curves, [*references.values(), *zero, *[end[0] for end in ends]])
+        _label_ends(ax, sorted(ends, key=lambda end: end[0]))
 
 
 def _set_y_limits(ax, curves, must_show):
@@ -268,19 +272,19 @@ def _set_y_limits(ax, curves, must_show):
         ax.text(0.12, 0.975, f"\u2191 from {start:.1f}", transform=ax.transAxes, va="top", color=GREY, fontsize=8.5)
 
 
-def _label_ends(ax, ends, form):
-    """Write each (value, colour, weight), in the order of values, to the right of the axes, without overlaps."""
+def _label_ends(ax, ends):
+    """Write the text of each (value, text, colour, weight, size), lowest first, right of the axes, without overlaps."""
     low, high = ax.get_ylim()
     line = 0.145 / (ax.get_position().height * ax.figure.get_figheight())  # 0.145 inches, in units of the axes
     if line * len(ends) > 0.5:
         return
     stack = line * np.arange(len(ends))
-    wanted = np.array([(value - low) / (high - low) for value, _, _ in ends]) - stack
+    wanted = np.array([(value - low) / (high - low) for value, *_ in ends]) - stack
     # Pushing labels up from below or down from above keeps them a line apart, and so does the average of the two.
     places = (np.maximum.accumulate(wanted) + np.minimum.accumulate(wanted[::-1])[::-1]) / 2 + stack
-    for (value, colour, weight), place in zip(ends, places):
-        ax.annotate(form(value), (1, place), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points",
-                    va="center", color=colour, weight=weight, fontsize=9)
+    for (_, text, colour, weight, size), place in zip(ends, places):
+        ax.annotate(text, (1, place), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points",
+                    va="center", color=colour, weight=weight, fontsize=size)
 
 
 def style_axes(ax, title):

@@ -54,4 +54,4 @@ def advise_not_utf8(byte, path):
 
 
 def _fill_in(command, path):
-    return command.format(file=shlex.quote(str(path)), new="new" + Path(path).suffix)
+    return command.format(file=shlex.quote(str(path)), new=shlex.quote(f"new-{Path(path).name}"))

@@ -21,6 +21,7 @@ from model import padded_vocab
 INDEX = ".index.json"        # of weights in several files: which tensor is in which
 WEIGHTS = [name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", INDEX)]
 MASKS = (".attn.bias", ".attn.masked_bias")      # causal masks, which are not weights
+BASE = "base.json"           # {"source", "sha256"} of the weights that a model or a LoRA adapter was fine-tuned from
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
@@ -307,9 +308,14 @@ def _differences_in_json(whole):
 
 # ---- writing Hugging Face format ---------------------------------------------
 
-def write_pretrained(folder, config, state, tokenizer=None, check=None):
+def read_base(folder):
+    """Return the record of the model that a folder's model or adapter was fine-tuned from, None if there is none."""
+    return read_json(folder / BASE) if (folder / BASE).is_file() else None
+
+
+def write_pretrained(folder, config, state, tokenizer=None, base=None, check=None):
     """Write a folder that transformers and lm-eval read, of GPTConfig's fields and our state dict. Raises UserError."""
-    # The folder gets its name only when it is complete and check(temporary folder) has not raised.
+    # The folder gets its name only when it is complete and check(temporary folder) has not raised. base: of read_base.
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     rows = exported_rows(config, tokenizer)
@@ -329,6 +335,8 @@ def write_pretrained(folder, config, state, tokenizer=None, check=None):
                   eos_token_id=eot, **FIXED_SETTINGS)
     with new_folder(folder) as temporary:
         write_json(temporary / "config.json", theirs)
+        if base:
+            write_json(temporary / BASE, base)
         if "labels" not in config:
             write_json(temporary / "generation_config.json", dict(bos_token_id=eot, eos_token_id=eot))
         files = tokenizer_files(tokenizer, config["block_size"], pads="labels" in config) if tokenizer else {}

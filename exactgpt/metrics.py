@@ -108,12 +108,12 @@ class RunLog:
 
     def skipped(self, step, reason, windows):
         """Log that the update of a step was skipped, and the windows of the train split that it read."""
-        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({len(windows)} windows, the first is "
-                        f"{windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
+        self.note(step, f"step {step}: update skipped on all ranks, {reason} ({counted(len(windows), 'window')}, the "
+                        f"first is {windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
 
     def validation(self, step, loss, n_tokens):
         """Log a validation loss, in nats, over n_tokens."""
-        message = f"step {step}: validation loss {loss:.4f} over {n_tokens:,} tokens"
+        message = f"step {step}: validation loss {loss:.4f} over {counted(n_tokens, 'token')}"
         self.note(step, message, f"val {loss:.4f}", val_loss=loss)
 
     def hellaswag(self, step, score):
@@ -170,15 +170,16 @@ class RunLog:
     def forecast(self, n_steps, disk=None, dollars_per_hour=0.0, **shares):
         """Return a line that says what the full run takes, judging by the steps and evaluations of a dry run."""
         # disk: the bytes that it takes. shares: the part of a full evaluation that was done here, validation=0.1.
-        seconds, tokens = n_steps * self._recent_s[-1], n_steps * self._tokens / len(self._recent_s)
+        seconds = n_steps * self._recent_s[-1]
         for (kind, every), times in self._times.items():
             seconds += (n_steps // every + 1 if every else 1) * sum(times) / len(times) / shares.get(kind, 1)
         costs = [f"about {human_time(seconds)}"] + ([f"{human_bytes(disk)} of disk"] if disk else [])
         if dollars_per_hour:
             costs.append(f"${seconds / 3600 * dollars_per_hour:,.2f} (at ${dollars_per_hour:,.2f} an hour)")
+        n_tokens = n_steps * self._tokens / len(self._recent_s)
         return (f"dry run: {self._tok_per_sec:,.0f} tokens/s, {peak_memory_gb(self._runtime):.1f} GB at most; the full "
-                f"run of {counted(n_steps, 'step')} ({human_count(tokens)} tokens) takes {', '.join(costs)}. Nothing was "
-                "kept.")
+                f"run of {counted(n_steps, 'step')}, {human_count(n_tokens)} tokens, takes {', '.join(costs)}. "
+                "Nothing was kept.")
 
 
 class AppendFile:

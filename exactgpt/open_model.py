@@ -15,13 +15,12 @@ from exactgpt.characters import META
 from exactgpt.checkpoint import CheckpointError, checkpoint_step, read_checkpoint, require_finite, weights_hash
 from exactgpt.config import UserError
 from exactgpt.files import find_visible, read_json
-from exactgpt.huggingface import MASKS, download_model, folder_tokenizer, read_pretrained, read_tensors
+from exactgpt.huggingface import MASKS, download_model, folder_tokenizer, read_base, read_pretrained, read_tensors
 from exactgpt.tokenizer import GPT2_ENTRIES, Tokenizer, default_tokenizer, from_checkpoint
 from model import GPT, GPTConfig, padded_vocab
 
 ADAPTER_CONFIG = "adapter_config.json"      # of a LoRA adapter in peft's format
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-ADAPTER_BASE = "base.json"    # beside it: {"source", "sha256"} of the weights that it was trained on
 
 
 @dataclass
@@ -107,9 +106,9 @@ def open_weights(source, tokenizer, folder):
 
 def _open_adapter(folder, tokenizer):
     """Open the base model of a LoRA adapter and merge the adapter into it."""
-    stored, record = read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_BASE
+    stored, record = read_json(folder / ADAPTER_CONFIG), read_base(folder) or {}
     source, tensors = stored.get("base_model_name_or_path"), _read_adapter(folder, stored)
-    sha256 = read_json(record).get("sha256") if record.exists() else None
+    sha256 = record.get("sha256")
     try:
         opened = open_model(source, tokenizer=tokenizer)
     except UserError as error:
@@ -194,7 +193,7 @@ def _open_folder(folder, source, fallback):
         default_tokenizer(fallback, tokenizer.name, source)      # raises if it is another one
     elif not problem:
         tokenizer = tokenizer or _assumed_tokenizer(model.config.vocab_size, (GPT2_ENTRIES,), fallback, source)
-    return OpenedModel(model, tokenizer, source, tokenizer_problem=problem, folder=folder)
+    return OpenedModel(model, tokenizer, source, base=read_base(folder), tokenizer_problem=problem, folder=folder)
 
 
 def _stored_tokenizer(entry, rows, folder, path):

@@ -81,7 +81,7 @@ def prepare_folder(folder, wanted, write, check=lambda manifest: None):
             write(manifest)
     shards = ShardFolder(folder)
     for name, split in (("train", shards.train), ("val", shards.val)):
-        print(f"  {name:5s} {sum(s.n_tokens for s in split):>14,} tokens in {counted(len(split), 'shard')}")
+        print(f"  {name:5s} {counted(sum(s.n_tokens for s in split), 'token'):>21} in {counted(len(split), 'shard')}")
     print(f"  vocabulary {shards.manifest.tokenizer}, {shards.manifest.vocab_size:,} entries")
     print(_next_step(folder, shards))
 

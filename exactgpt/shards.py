@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from exactgpt.characters import META
-from exactgpt.config import UserError
+from exactgpt.config import UserError, counted
 from exactgpt.files import read_json, reading, write_json
 from exactgpt.tokenizer import load_tokenizer
 
@@ -111,8 +111,8 @@ def open_shard(path):
         size = path.stat().st_size
         n_tokens, header_bytes = HEADER_READERS[path.suffix](f, path)
     if size != header_bytes + 2 * n_tokens:
-        raise UserError(f"shard {path} is damaged: its header promises {n_tokens:,} tokens, but its size is "
-                        f"{max(0, size - header_bytes) // 2:,} tokens; recreate it")
+        raise UserError(f"shard {path} is damaged: its header promises {counted(n_tokens, 'token')}, but its size is "
+                        f"{counted(max(0, size - header_bytes) // 2, 'token')}; recreate it")
     if n_tokens == 0:
         raise UserError(f"shard {path} is empty; delete it or recreate it")
     return Shard(path, match["split"], n_tokens, header_bytes)
@@ -213,7 +213,7 @@ class ShardFolder:
         self.shards = [open_shard(self.folder / m.string) for m in matches]
         for shard in self.shards:
             if self.manifest and (shard.split, shard.n_tokens) != listed[shard.path.name]:
-                raise UserError(f"shard {shard.path} has {shard.n_tokens:,} tokens, but manifest.json says "
+                raise UserError(f"shard {shard.path} has {counted(shard.n_tokens, 'token')}, but manifest.json says "
                                 f"{listed[shard.path.name][1]:,}; recreate the shards")
         self.train = [s for s in self.shards if s.split == "train"]
         self.val = [s for s in self.shards if s.split == "val"]

@@ -3,7 +3,7 @@
 A damaged file (mutants.py) must be refused with a UserError or give the same value as the good file. If no hash or
 header can reveal the damage, another value is fine too. Anything else is a fault: another exception, a read that takes
 too long or too much memory, code run from the file, a changed value that a hash or header reveals; in a script a
-traceback, or an exit status other than 0 and 2. test_fuzz.py tries 100 mutants of each kind, bench.fuzz thousands.
+traceback, or an exit status other than 0 and 2. test_fuzz.py tries 50 mutants of each kind, bench.fuzz thousands.
 """
 import contextlib
 import csv

@@ -42,7 +42,6 @@ def page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])     # Streamlit replaces it; forks run it
     st.cache_resource.clear()
-    st.cache_data.clear()
 
     def open_page(*flags):
         monkeypatch.setattr(sys, "argv", ["app.py", "--device", "cpu", "--dtype", "fp32", *map(str, flags)])

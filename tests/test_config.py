@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from exactgpt import config
-from exactgpt.config import DeviceConfig, UserError, flag, human_bytes, parse_config
+from exactgpt.config import DeviceConfig, UserError, counted, flag, human_bytes, parse_config
 from exactgpt.files import (
     FolderLock,
     atomic_write,
@@ -101,18 +101,19 @@ def test_a_single_positional_argument_is_required_and_unique():
     assert parsed("a", cls=OneFile).file == "a"
     assert "required: FILE" in refusal(cls=OneFile)
     assert "unknown argument b" in refusal("a", "b", cls=OneFile)
+    assert "unknown argument --fil (" in refusal("a", "--fil", cls=OneFile)      # its name is no flag
 
 
 @pytest.mark.parametrize("words, expected", [
     (["--step", "7"], "unknown argument --step; did you mean --steps?"),
     (["--ste=7"], "unknown argument --ste=7; did you mean --steps?"),
     (["--layer", "7"], "did you mean --layers?"), (["--Dropout", "0.1"], "did you mean --dropout?"),
-    (["--n-layers", "7"], "did you mean --layers?"), (["--v"], "did you mean --verbose?"),
-    (["--d"], "did you mean --device or --dtype or --dropout?"),
+    (["--n-layers", "7"], "did you mean --layers?"), (["--verb"], "did you mean --verbose?"),
+    (["--st"], "did you mean --steps?"), (["--d"], "did you mean --device or --dtype or --dropout?"),
     (["--zzzz", "7"], "unknown argument --zzzz ("), (["-steps", "7"], "unknown argument -steps ("),
     (["stray"], "unknown argument stray ("),
 ])
-def test_an_unknown_or_abbreviated_flag_is_an_error_that_suggests_the_nearest_one(words, expected):
+def test_an_unknown_or_abbreviated_flag_is_an_error_that_suggests_the_nearest_ones(words, expected):
     assert expected in refusal(*words) and "--help lists the flags" in refusal(*words)
 
 
@@ -432,6 +433,12 @@ def test_hidden_and_vanished_folders_are_skipped(tmp_path, monkeypatch):
     listed = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed(path if str(path)[-1:] != "b" else tmp_path / "gone"))
     assert find_visible(tmp_path, "model_*.pt") == [tmp_path / "a/model_1.pt"]
+
+
+def test_a_number_agrees_with_its_noun():
+    assert [counted(n, noun) for n, noun in ((1, "step"), (0, "step"), (2000, "process"), (1, "micro-batch"),
+                                             (2, "micro-batch"))] == [
+        "1 step", "0 steps", "2,000 processes", "1 micro-batch", "2 micro-batches"]
 
 
 @pytest.mark.parametrize("n, text", [

@@ -146,6 +146,8 @@ def test_what_is_known_of_a_model_goes_with_it(trained, tmp_path):
     main("--checkpoint", tmp_path / "tuned.pt", "--out", tmp_path / "copy.pt")
     copied = read_checkpoint(tmp_path / "copy.pt")
     assert {name: copied[name] for name in known} == known
+    main("--checkpoint", tmp_path / "copy.pt", "--out", tmp_path / "hf")
+    assert open_model(tmp_path / "hf").base == known["base"] and open_model(trained[0]).base is None
 
 
 def test_a_diverged_model_can_be_converted(tmp_path):

@@ -201,7 +201,7 @@ def test_next_step_raises_what_the_thread_met(make_shards):
     folder = ShardFolder(make_shards([4000]))
     folder.train[0].path.unlink()
     loader = TrainLoader(DataOrder(TokenStream(folder.train, 16), 1), 8, machine(), 0, 1000)
-    with pytest.raises(UserError, match=r"cannot open shard .*test_train_000001\.npy: No such file"):
+    with pytest.raises(UserError, match=r"cannot read shard .*test_train_000001\.npy: No such file"):
         loader.next_step()
     loader.close()
 

@@ -72,21 +72,21 @@ def test_what_a_file_really_is_is_named_with_the_command_that_makes_text_of_it(t
     with pytest.raises(UserError) as caught:
         read(path)
     command = str(caught.value).split("convert it first: ")[1]
-    assert re.search(r" new\.txt$", command) and "\n" not in command
+    assert command.endswith(" 'new-my file.txt'") and "\n" not in command
     if shutil.which(command.split()[0]) is None:
         pytest.skip(f"{command.split()[0]} is not on this machine")
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-    assert read(tmp_path / "new.txt") == [TEXT]
+    assert read(tmp_path / "new-my file.txt") == [TEXT]
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("a.txt", b"%PDF-1.7 ...", r"a\.txt is not UTF-8 text but a PDF; convert it first: pdftotext .*a\.txt new\.txt"),
+    ("a.txt", b"%PDF-1.7 ...", r"a\.txt is not UTF-8 text but a PDF; convert it first: pdftotext .*a\.txt new-a\.txt"),
     ("a.txt", b"PAR1 ...", r"is not UTF-8 text but parquet; convert it first: mv (.*)a\.txt \1a\.txt\.parquet"),
     ("a.csv", b"\x7fELF\2\1\1\0", r"a\.csv is a binary file"),
     ("a.txt", np.arange(300, dtype="<u4").tobytes(), r"a\.txt is a binary file"),      # zeros as in UTF-32
-    ("a.csv", b"text\ncaf\xe9", r"contains the byte 0xe9\); convert .* iconv -f latin1 -t utf-8 .*a\.csv > new\.csv"),
+    ("a.csv", b"text\ncaf\xe9", r"contains the byte 0xe9\); convert .* iconv -f latin1 -t utf-8 .*a\.csv > new-a\.csv"),
     ("a.parquet", TEXT.encode(), r"a\.parquet is text, not parquet; rename it"),
-    ("a.parquet", gzip.compress(b"PAR1"), r"a\.parquet is not parquet but compressed by gzip; .* > new\.parquet"),
+    ("a.parquet", gzip.compress(b"PAR1"), r"a\.parquet is not parquet but compressed by gzip; .* > new-a\.parquet"),
     ("a.parquet", b"\0" * 100, r"a\.parquet is not a readable parquet file"),
     ("a.parquet", b"", r"a\.parquet is not a readable parquet file"),
 ])

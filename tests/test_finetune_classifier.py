@@ -302,7 +302,7 @@ def test_mistakes_are_one_line_and_name_the_row(reviews, byte_model, tmp_path, m
                                           "umn and --label_column"),
             (["--data", "hole.csv", *model], "hole.csv, row 2 (the header not counted): column 'label' is empty"),
             (["--data", "torn.jsonl", *model], "torn.jsonl, line 2: not valid JSON"),
-            (["--data", "one.csv", *model], "holds 1 different values in 13 rows, but a classifier needs 2 to 20"),
+            (["--data", "one.csv", *model], "holds 1 different value in 13 rows, but a classifier needs 2 to 20"),
             (["--data", "rare.csv", *model], "the rarest label, 'y', occurs 1 time"),
             (["--data", "few.csv", "--test_fraction", 0.1, "--val_fraction", 0.85, *model],
              "cannot split 36 of 38 rows off with every label on both sides; the rarest label, 'y', occurs 2 times"),

@@ -160,7 +160,8 @@ def test_it_follows_instructions_and_its_adapter_travels(data, base, tmp_path, c
              "--max_tokens", "8", *TINY[:4])
     for source in (merged, out / "adapter"):
         inference.main(["--checkpoint", str(source), *flags])
-        assert capsys.readouterr().out == f"> {answers[0]['response']}\n"
+        answer, err = capsys.readouterr()
+        assert answer == f"> {answers[0]['response']}\n" and "note:" not in err      # it was tuned
 
     check_adapter_in_transformers(base, out, tmp_path)
     other = read_checkpoint(base[0])
@@ -237,7 +238,7 @@ def test_a_dry_run_marks_what_is_masked_and_leaves_nothing(data, base, tmp_path,
     ("a.json", '[{"instruction": " ", "output": "b"}]', "item 1: 'instruction' must be text, but is ' '"),
     ("a.json", '["b"]', "item 1: must be a JSON object, but is a str"),
     ("a.json", '{"instruction": "a"}', "must hold a JSON list, but holds a dict"),
-    ("a.json", '[{"instruction": "a", "output": "b"}]', "a.json holds 1 items"),
+    ("a.json", '[{"instruction": "a", "output": "b"}]', "a.json holds 1 item; it needs two or more"),
     ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "a", "outp', "a.jsonl, line 3: not valid JSON"),
     ("a.csv", "instruction,output\n", "a.csv must be a .json list or a .jsonl file"),
     ("a.jsonl", None, "cannot read")])

@@ -16,7 +16,7 @@ SLOW_SCRIPTS = 2
 def test_no_mutant_of_a_file_is_more_than_refused(name, tmp_path):
     fuzzer = Fuzzer(name, tmp_path)
 
-    @settings(max_examples=100, derandomize=True, deadline=None, database=None,
+    @settings(max_examples=50, derandomize=True, deadline=None, database=None,
               suppress_health_check=list(HealthCheck))
     @given(strategies.randoms(use_true_random=False))
     def check(rng):

@@ -237,7 +237,6 @@ def test_invalid_responses_are_retried_and_then_a_user_error(edu, use_hub, monke
 
 @pytest.mark.parametrize("flags, message", [
     (["--text_column", "content"], "no column 'content' among id, text; choose one with --text_column"),
-    (["--text_column", "id"], "column 'id' contains int values, not text"),
     (["--shard_tokens", "10000000"], "inside the validation shard of 10,000,000; use a smaller --shard_tokens"),
     (["--name", "none"], "no configuration 'none'")])
 def test_errors_print_one_line(edu, prepare_from, tmp_path, flags, message):

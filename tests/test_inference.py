@@ -158,6 +158,8 @@ def test_an_instruction_becomes_alpacas_prompt_and_only_the_answer_is_printed(by
     out, err = main(capsys, "--instruction", "Add.", "--input", "1 2")
     assert out == "".join(f"> {text[len(prompt):]}\n" for text in texts)
     assert "its beginning is ignored" in err                         # the window has only 32 tokens
+    assert "note: nothing says that" in err and "was tuned on instructions" in err
+    assert "note:" not in main(capsys, "--prompt", "x").err
     assert "Input" not in alpaca_prompt("Add.") and alpaca_prompt("Add.").endswith("Add.\n\n### Response:\n")
 
 
@@ -229,11 +231,12 @@ def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, cap
                            (["--prompt", "x", "--max_tokens", "0"], "--max_tokens must be >= 1"),
                            (["--prompt", "x", "--temperature", "-1"], "--temperature must be >= 0.0"),
                            (["--prompt", "x", "--top_p", "0"], "--top_p must be > 0"),
+                           (["--prompt", "x", "--temp", "1"], "did you mean --temperature?"),
                            (["--prompt", "x", "--stop", ""], "--stop must not be empty"),
                            (["--prompt", "x", "--instruction", "y"], "--instruction and --prompt cannot be combined"),
                            (["--prompt", "x", "--input", "y"], "--input needs an --instruction"),
                            (["--prompt_file", "gone.txt"], "cannot read gone.txt: No such file"),
-                           (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text (at byte 3)")):
+                           (["--prompt_file", "latin.txt"], "latin.txt is not UTF-8 text (it contains the byte 0xe9)")):
         with pytest.raises(inference.UserError) as caught:
             inference.main(flags)
         assert message in str(caught.value)

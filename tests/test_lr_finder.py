@@ -1,7 +1,9 @@
 """lr_finder.py: a problem whose answer is known, and the script as a user runs it."""
 import csv
+import re
 import shlex
 import shutil
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,6 +177,15 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
     rows = [dict(step=k, lr=1e-3 * 2**k, loss=2.0, grad_norm=1.0) for k in range(10)]
     with pytest.raises(UserError, match=r"cannot write .*lr_finder\.csv"):
         lr_finder.report(rows, FinderConfig(max_lr=1e-3, log_dir=str(tmp_path)), tracker=None)
+
+
+def test_help_lists_what_the_sweep_uses_and_the_rest_is_passed_on(capsys):
+    with pytest.raises(SystemExit):
+        lr_finder.main(["--help"])
+    listed = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
+    assert {f.name for f in fields(FinderConfig)} - listed == set(FinderConfig.UNLISTED) and "max_lr" in listed
+    config = parse_config(FinderConfig, ["--max_steps", "7", "--eval_every", "3"])
+    assert train_command(config, 1e-3).endswith("--max_steps 7 --max_lr 0.001 --min_lr 0.0001 --eval_every 3")
 
 
 def test_mistakes_are_one_line():

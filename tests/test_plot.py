@@ -68,8 +68,7 @@ def test_metrics_are_read_by_name_with_tokens_and_hours(tmp_path):
         dict(step=2, tokens=16, val_loss=7.5), dict(step=2, tokens=16, hella_acc=0.25, hella_acc_norm=0.26),
         dict(step=2, tokens=16, samples=["once"])]))
     assert (run.name, run.skipped, run.samples) == ("tiny", 0, {2: ["once"]})
-    assert run.facts() == ["2 steps", "16 tokens", "1h30m", "train 8.0000", "val 7.5000 at step 2",
-                           "HellaSwag 0.2600"]
+    assert run.facts() == ["2 steps", "16 tokens", "1h30m", "train 8.0000", "val 7.5000 at step 2", "HellaSwag 0.2600"]
     assert set(run.series) == {"loss", "lr", "grad_norm", "ms", "val_loss", "hella_acc", "hella_acc_norm"}
     loss, val = run.series["loss"], run.series["val_loss"]
     assert loss.steps.tolist() == [0, 1] and loss.values.tolist() == [9.1, 8.0] and loss.tokens.tolist() == [8, 16]
@@ -211,9 +210,11 @@ def test_only_panels_with_data_are_drawn(tmp_path):
 
 
 def test_final_values_and_references_are_labelled():
-    run = made_up_run("a", loss=[5, 4, 3], val_loss=[5, 3.5], hella_acc_norm=[0.25, 0.3], hella_acc=[0.25, 0.28])
+    run = made_up_run("a", loss=[5, 4, 3], val_loss=[5, 3.4, 3.5, np.nan], hella_acc_norm=[0.25, 0.3],
+                      hella_acc=[0.25, 0.28])
     loss, hellaswag = figures.draw_runs([run]).axes
-    assert set(texts(loss)) == {"3.000", "3.500"}
+    assert texts(loss) == ["3.000", "step 2", "3.500"]      # from below; the step is that of the last validation
+    assert run.facts()[-3:-1] == ["val 3.5000 at step 2", "best val 3.4000 at step 1"]
     assert set(texts(hellaswag)) == {"0.3000", "0.2800", "GPT-2 124M  0.2955", "GPT-3 124M  0.337"}
     loss, hellaswag = figures.draw_runs([run], reference="gpt2").axes
     assert "GPT-2 124M  3.2924" in texts(loss)
@@ -308,8 +309,7 @@ def test_one_run_to_png(tmp_path):
     done = run_plot(folder)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
-        f"{folder}: 60 steps | 6k tokens | 36m00s | train 4.0120 | val 4.0108 at step 60 | "
-        "HellaSwag 0.3100",
+        f"{folder}: 60 steps | 6k tokens | 36m00s | train 4.0120 | val 4.0108 at step 60 | HellaSwag 0.3100",
         f"wrote {folder / 'plot.png'}"]
     assert not is_blank(folder / "plot.png")
 

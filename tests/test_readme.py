@@ -104,12 +104,12 @@ TABLE = {
     'python inference.py --checkpoint nanoGPT/out-shakespeare-char/ckpt.pt --prompt "ROMEO:" --max_tokens 300':
         Run("--device cpu --max_tokens 4"),
     "python train.py --data_dir nanoGPT/data/shakespeare_char --init_from nanoGPT/out-shakespeare-char/ckpt.pt "
-    "--log_dir logs/shakespeare --total_batch_size 16384 --max_steps 500 --max_lr 1e-4 --dropout 0.2 --eval_every 50 "
-    "--hellaswag_every 0": Run("--device cpu --total_batch_size 64", ["logs/shakespeare/model_00500.pt"]),
+    "--log_dir logs/shakespeare --total_batch_size 16384 --max_steps 500 --max_lr 1e-4 --dropout 0.2 --eval_every 50":
+        Run("--device cpu --total_batch_size 64", ["logs/shakespeare/model_00500.pt"]),
     'python inference.py --checkpoint logs/shakespeare/model_00500.pt --prompt "ROMEO:" --max_tokens 300':
         Run("--device cpu --max_tokens 4"),
     "python train.py --data_dir nanoGPT/data/shakespeare_char --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 "
-    "--log_dir logs/new --total_batch_size 16384 --max_steps 5000 --max_lr 1e-3 --dropout 0.2 --hellaswag_every 0":
+    "--log_dir logs/new --total_batch_size 16384 --max_steps 5000 --max_lr 1e-3 --dropout 0.2":
         Run(TINY, ["logs/new/model_00002.pt"]),
     "python convert.py --checkpoint logs/demo/model_00600.pt --out demo_hf": Run("", ["demo_hf/model.safetensors"]),
     "git archive HEAD *.py exactgpt .streamlit | tar x -C \"$(mkdir -p /tmp/space && echo /tmp/space)\"":

@@ -215,7 +215,7 @@ def test_a_total_batch_that_does_not_divide_names_the_nearest_that_do(total, blo
 
 
 def test_a_train_split_without_a_window_is_refused():
-    assert "shorter than one window of 1024 tokens" in plan_refusal(1024, 0, 1)
+    assert "shorter than one window of 1,024 tokens" in plan_refusal(1024, 0, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -225,8 +225,9 @@ BAD = {
     "no shards": (["--data_dir", "nowhere"], "make them with prepare_fineweb.py"),
     "not divisible": (["--total_batch_size", 100], "use 96 or 112"),
     "unknown flag": (["--max_step", 5], "did you mean --max_steps?"),
+    "the end of a flag": (["--lr", 1], "--lr; did you mean --max_lr or --min_lr or --muon_lr?"),
+    "the beginning of many": (["--m", 1], "unknown argument --m ("),
     "abbreviated flag": (["--learn", 5], "unknown argument --learn"),
-    "end of flags": (["--lr", 1], "did you mean --max_lr or --min_lr or --muon_lr?"),
     "not a number": (["--max_lr", "fast"], "--max_lr"),
     "not finite": (["--max_lr", "nan"], "--max_lr"),
     "micro-batch": (["--micro_batch_size", 3], "use one of 4, 2, 1, or 0"),
@@ -298,7 +299,7 @@ def test_dry_run_leaves_nothing_behind(run, make_shards, tmp_path):
     rc, out, err = run("train.py", *TINY[:-6], "--data_dir", folder, "--total_batch_size", 64, "--max_steps", 50,
                        "--log_dir", tmp_path / "logs", "--dry_run", env={"TMPDIR": str(tmp_path)})
     assert rc == 0, err
-    assert "full run of 50 steps (3.2k tokens) takes about" in out
+    assert "full run of 50 steps, 3.2k tokens, takes about" in out
     assert "finished" not in out and "next:" not in out
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
 
