@@ -104,7 +104,7 @@ class TrainConfig(RunConfig):
     attention: str = flag("auto", "backend of scaled_dot_product_attention",
                           choices=("auto", "flash", "cudnn", "efficient", "math"))
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
-    dollars_per_hour: float = flag(0.0, "price of the machine, from which --dry_run tells the price of the run", low=0.0)
+    dollars_per_hour: float = flag(0.0, "price of the machine: --dry_run then says what the run costs", low=0.0)
 
     def check(self):
         """Raise UserError for flags that contradict each other."""
