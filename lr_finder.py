@@ -60,7 +60,8 @@ class FinderConfig(TrainConfig):
 
 def main(argv=None):
     """Sweep, draw and suggest as the flags (sys.argv, or argv) say. Raises UserError for user mistakes, RunFailed."""
-    config = parse_config(FinderConfig, argv, __doc__.split("\n\n")[0])
+    config = parse_config(FinderConfig, argv, f"{__doc__.splitlines()[0]} The other flags of train.py are taken too, "
+                                              "and repeated in the train.py command that is printed at the end.")
     folder, finished = Path(config.log_dir), False
     if list_checkpoints(folder):
         raise UserError(f"{folder} already contains a run; use a new --log_dir")
@@ -143,8 +144,8 @@ def report(steps, config, tracker):
     print(f"wrote {picture} and {table}")
     for name, rate in suggested.items():
         print(f"{name}: {rate:.2g}")
-    print("the command has the second, well below the rate of the lowest loss: a run stays at its rate, which the "
-          "sweep only passes")
+    print("suggested: the second, because noise moves the lowest loss less than the steepest fall, and a tenth of its "
+          "rate is far from where the loss diverges")
     print(f"next: {train_command(config, suggested['one tenth of the minimum'])}")
 
 

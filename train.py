@@ -99,12 +99,12 @@ class TrainConfig(RunConfig):
     keep_checkpoints: int = flag(3, "number of newest checkpoints to keep", low=1)
     resume: str = flag("auto", "auto: from the newest checkpoint in --log_dir, if any; never; or FILE.pt")
 
-    dollars_per_hour: float = flag(0.0, "price of the machine, for what --dry_run says", group="system", low=0.0)
     compile: str = flag("auto", "torch.compile (auto: on CUDA, where it works)", group="system",
                         choices=("auto", "on", "off"))
     attention: str = flag("auto", "backend of scaled_dot_product_attention",
                           choices=("auto", "flash", "cudnn", "efficient", "math"))
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, a third more time")
+    dollars_per_hour: float = flag(0.0, "price of the machine: --dry_run then says what the run costs", low=0.0)
 
     def check(self):
         """Raise UserError for flags that contradict each other."""

@@ -27,7 +27,7 @@ import torch
 
 from bench.common import comparison_row, describe_machine, median_and_range, write_results
 from bench.sizes import SizeConfig
-from exactgpt.config import UserError, flag, parse_config, run_script
+from exactgpt.config import UserError, counted, flag, parse_config, run_script
 from exactgpt.dataloader import DataOrder, TrainLoader
 from exactgpt.device import choose_device, choose_dtype, is_out_of_memory, probe_hardware
 from exactgpt.distributed import Runtime, start, temporary_folder
@@ -187,8 +187,8 @@ def report(config, runtime, peers, limits, kernels):
 
 def comparison_rows(config, runtime, tokens_per_s):
     """Return the rows for bench/results/README.md: ours against each of the others."""
-    what = f"training step, {config.name}, {config.total_batch_size:,} tokens, {runtime.world_size} " \
-           f"process{'es' * (runtime.world_size > 1)}{' in DDP' * config.process_group}"
+    what = f"training step, {config.name}, {config.total_batch_size:,} tokens, " \
+           f"{counted(runtime.world_size, 'process')}{' in DDP' * config.process_group}"
     return [comparison_row(what, "tokens/s", tokens_per_s["ours"], name, value)
             for name, value in tokens_per_s.items() if name != "ours"]
 

@@ -70,6 +70,18 @@ def test_a_loss_that_falls_again_after_it_has_diverged_suggests_nothing():
     assert found["one tenth of the minimum"] == pytest.approx(rates[44] / 10)
 
 
+def test_noise_moves_the_second_suggestion_less_than_the_first():
+    """The reason that it gives for choosing the second."""
+    rates, rng = np.geomspace(1e-5, 1, 200), np.random.default_rng(0)
+    x = np.log10(rates)
+    losses = 10 - 6 / (1 + np.exp(-(x + 3) / 0.35)) + np.exp(5 * (x + 1.6))      # falls, then diverges
+    half = 200 // lr_finder.WINDOW
+    found = [list(suggest(rates, lr_finder.smooth(losses + rng.normal(0, 0.1, 200), half), half).values())
+             for _ in range(50)]
+    steepest, tenth = np.log10(found).std(axis=0)      # in decades
+    assert 2 * tenth < steepest and tenth < 0.1
+
+
 def test_the_rates_grow_from_low_to_high_and_each_group_keeps_its_proportion(make_shards, tmp_path):
     run, config, runtime = toy_run(make_shards([20000]), 20)
     run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.zeros(1))], peak_lr=30.0))
@@ -111,7 +123,7 @@ def test_it_writes_picture_and_table_and_the_run_after_it_is_as_if_it_had_not_be
     rates = [float(row["lr"]) for row in rows]
     assert 10 <= len(rows) <= 40 and rates[0] == 1e-4 and np.allclose(np.diff(np.log(rates)), np.log(1e5) / 39)
     assert (log_dir / "lr_finder.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("steepest slope: ", "one tenth of the minimum: ", "the command has the second, ",
+    for words in ("steepest slope: ", "one tenth of the minimum: ", "suggested: the second",
                   "step  1/40 | lr 1.00e-04 | loss "):
         assert words in out
     command = shlex.split(out[out.index("next: ") + 6:])
@@ -183,7 +195,9 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
 def test_help_lists_what_the_sweep_uses_and_the_rest_is_passed_on(capsys):
     with pytest.raises(SystemExit):
         lr_finder.main(["--help"])
-    listed = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M))
+    out = capsys.readouterr().out
+    assert "The other flags of train.py are taken too" in out
+    listed = set(re.findall(r"^  --(\w+)", out, re.M))
     assert {f.name for f in fields(FinderConfig)} - listed == set(FinderConfig.UNLISTED) and "max_lr" in listed
     config = parse_config(FinderConfig, ["--max_steps", "7", "--eval_every", "3"])
     assert train_command(config, 1e-3).endswith("--max_steps 7 --max_lr 0.001 --min_lr 0.0001 --eval_every 3")
