@@ -188,11 +188,12 @@ def test_a_relative_folder_is_lost_with_the_working_directory(tmp_path, monkeypa
 
 def test_a_folder_lost_during_a_write_keeps_what_its_new_owner_is_writing(tmp_path):
     logs = tmp_path / "logs"
-    with FolderLock(logs, wait_s=0), pytest.raises(FolderLost), atomic_write(logs / "model_00010.pt"):
+    with FolderLock(logs, wait_s=0) as lock, pytest.raises(FolderLost), atomic_write(logs / "model_00010.pt"):
         shutil.rmtree(logs)
         logs.mkdir()
-        (logs / "model_00010.pt.0123.tmp").write_bytes(b"half of the other's")
-    assert [path.name for path in logs.iterdir()] == ["model_00010.pt.0123.tmp"]
+        theirs = logs / f"model_00010.pt.{lock.mark}.tmp"      # in a copy of the folder, which has its mark
+        theirs.write_bytes(b"half of the other's")
+    assert list(logs.iterdir()) == [theirs]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt"])
