@@ -373,7 +373,7 @@ MUTATIONS = [
      "file.reader.set_batch_size(BATCH_ROWS)", "tests/test_documents.py"),
     ("exactgpt/config.py", 'f.startswith(name) or f.endswith(f"_{name[2:]}")]', "False]", "tests/test_config.py"),
     ("exactgpt/config.py", ".lstrip(\"- \") or \"?\"", " or \"?\"", "tests/test_next.py"),
-    ("exactgpt/config.py", "shlex.join(map(str, (script, *words)))", "\" \".join(map(str, (script, *words)))",
+    ("exactgpt/config.py", "shlex.join(map(str, (script, *words)))", "' '.join(map(str, (script, *words)))",
      "tests/test_next.py::test_an_example_is_one_line_and_no_flag"),
     ("train.py", "if every and tokenizer.name != \"gpt2\":", "if False:", "tests/test_hellaswag_data.py"),
     ("exactgpt/shard_writer.py", "if size < min(n_train, n_val)), 1)", "if size <= min(n_train, n_val)), 1)",
