@@ -114,7 +114,7 @@ def score_checkpoint(config, runtime):
     rows = [("", "acc", "acc_norm"), ours, *REFERENCES[config.style], ("guessing", "0.2500", "0.2500")]
     runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
     if hellaswag.n_cut:
-        runtime.print(f"cut to the model's window, at their beginnings: {counted(hellaswag.n_cut, 'example')}")
+        runtime.print(f"the beginning of {counted(hellaswag.n_cut, 'example')} was cut off to fit the model's window")
     runtime.print(f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s")
     if config.json and runtime.is_main:
         write_json(config.json, dict(

@@ -287,8 +287,8 @@ MUTATIONS = [
     ("exactgpt/distributed.py", "        watch.join()", "        pass", "tests/test_hang_watch.py"),
     # ---- what is ours, and what is read
     ("exactgpt/files.py", "mode.replace(\"w\", \"x\")", "mode", "tests/test_foreign.py"),
-    ("exactgpt/files.py", "if self._is_new and taken:", "if taken:", "tests/test_foreign.py"),
-    ("exactgpt/files.py", "if self._is_new and taken:", "if False:", "tests/test_foreign.py"),
+    ("exactgpt/files.py", "        if not self._is_new:\n            return\n", "", "tests/test_foreign.py"),
+    ("exactgpt/files.py", "        if taken:\n", "        if False:\n", "tests/test_foreign.py"),
     ("exactgpt/files.py", "mark if re.fullmatch(MARK, str(mark)) else self.mark",
      "mark or self.mark", "tests/test_foreign.py"),
     ("exactgpt/files.py", "if not os.fstat(self._file.fileno()).st_size:", "if True:", "tests/test_foreign.py"),

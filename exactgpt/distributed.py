@@ -293,7 +293,7 @@ def lock_folder(folder, runtime):
 
 @contextlib.contextmanager
 def temporary_folder(runtime, place):
-    """Yield a new, empty folder, the same on all ranks, and delete it at the end. Raises UserError."""
+    """Yield a new folder, the same on all ranks, empty but for its lock; delete it at the end. Raises UserError."""
     # It lies in `place`, or above if `place` does not exist, and its name is its lock's mark: one that a killed process
     # of ours left there is known by that, and goes first.
     def renew():

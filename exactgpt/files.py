@@ -131,10 +131,10 @@ def open_file(path):
 
 def read_text(path):
     """Return the text of a UTF-8 file (None: standard input), without a byte-order mark. Raises UserError."""
-    name = path or "standard input"
-    with reading(name), open_file(path) if path else contextlib.nullcontext(sys.stdin.buffer) as f:
+    with (reading(path or formats.STDIN),
+          open_file(path) if path else contextlib.nullcontext(sys.stdin.buffer) as f):
         data = f.read()
-        mismatch = formats.find_mismatch(data[:formats.HEAD], name)
+        mismatch = formats.find_mismatch(data[:formats.HEAD], path or formats.STDIN)
         if mismatch:
             raise UserError(mismatch)
         return data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -206,15 +206,16 @@ class FolderLock:
 
         names: what runs write. mark: the one to take over from a checkpoint.
         """
+        if not self._is_new:
+            return
         taken = [name for name in names if os.path.lexists(self._folder / name)]
-        if self._is_new and taken:
+        if taken:
             raise UserError(f"{self._folder} contains {taken[0]}, which no run of exactgpt has written there, or one "
                             "whose .lock was deleted; move it away or use another folder")
-        if self._is_new:
-            self.mark, self._is_new = mark if re.fullmatch(MARK, str(mark)) else self.mark, False
-            if not os.fstat(self._file.fileno()).st_size:      # else it is somebody else's file, which stays as it is
-                self._file.write(b"exactgpt %s\n" % self.mark.encode())
-                sync(self._path)
+        self.mark, self._is_new = mark if re.fullmatch(MARK, str(mark)) else self.mark, False
+        if not os.fstat(self._file.fileno()).st_size:      # else it is somebody else's file, which stays as it is
+            self._file.write(b"exactgpt %s\n" % self.mark.encode())
+            sync(self._path)
 
     def __enter__(self):
         return self

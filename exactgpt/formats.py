@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+STDIN = "standard input"      # for messages, in the place of a path
 HEAD = 8192      # bytes of a file that `find_mismatch` wants to see
 ICONV = "iconv -f {encoding} -t utf-8 {{file}} > {{new}}"
 # How a file begins, what it is, and the command that makes text of it.
@@ -54,4 +55,6 @@ def advise_not_utf8(byte, path):
 
 
 def _fill_in(command, path):
+    if path == STDIN:
+        return command.format(file="FILE", new="NEW")
     return command.format(file=shlex.quote(str(path)), new=shlex.quote(f"new-{Path(path).name}"))

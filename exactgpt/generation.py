@@ -89,7 +89,8 @@ def write_samples(run, config, runtime, step):
 def example_prompt(tokenizer):
     """Return a prompt that the vocabulary can encode, for a command to try."""
     try:
-        return EXAMPLE_PROMPT if tokenizer.encode(EXAMPLE_PROMPT) else ""
+        tokenizer.encode(EXAMPLE_PROMPT)
+        return EXAMPLE_PROMPT
     except UserError:      # a vocabulary of a few characters
         return ""
 

@@ -78,6 +78,25 @@ def cpu_runtime(rank=0, world_size=1, dtype="fp32"):
     return Runtime(rank, rank, world_size, torch.device("cpu"), Hardware("cpu"), dtype)
 
 
+def refusal(function, *args, **options):
+    """Return the words of the UserError that a call raises, which are one line."""
+    import pytest
+
+    from exactgpt.config import UserError
+    with pytest.raises(UserError) as caught:
+        function(*args, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def model_refusal(folder):
+    """Return the words with which open_model refuses a folder, which name it."""
+    from exactgpt.open_model import open_model
+    message = refusal(open_model, folder)
+    assert str(folder) in message
+    return message
+
+
 def read_metrics(log_dir):
     """Return the lines of a run's metrics.jsonl as dicts."""
     return [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]

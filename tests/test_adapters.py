@@ -11,7 +11,7 @@ from exactgpt.config import UserError
 from exactgpt.open_model import open_model
 from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from tests.common import write_model
+from tests.common import model_refusal, write_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -38,15 +38,6 @@ def adapt(tmp_path):
 def change(folder, **entries):
     """Change entries of an adapter's config."""
     (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **entries}))
-
-
-def refusal(folder):
-    """Return the error of opening an adapter, which is one line that names it."""
-    with pytest.raises(UserError) as caught:
-        open_model(folder)
-    message = str(caught.value)
-    assert str(folder) in message and len(message.splitlines()) == 1
-    return message
 
 
 @pytest.mark.parametrize("options", [
@@ -83,11 +74,11 @@ def rename(old, new):
 def test_an_adapter_that_does_not_fit_whole_is_not_applied(adapt, damage, message):
     folder = adapt()
     save_file(damage(load_file(folder / WEIGHTS)), folder / WEIGHTS)
-    assert message in refusal(folder)
+    assert message in model_refusal(folder)
 
 
 def test_an_adapter_of_the_output_layer_alone_is_refused_where_the_layer_is_the_embedding(adapt):
-    assert "changes the embedding or the output layer" in refusal(adapt(target_modules=["lm_head"]))
+    assert "changes the embedding or the output layer" in model_refusal(adapt(target_modules=["lm_head"]))
 
 
 @pytest.mark.parametrize("entries, message", [
@@ -109,7 +100,7 @@ def test_a_config_of_another_kind_is_refused(adapt, entries, message):
     if message is None:
         open_model(folder)
     else:
-        assert message in refusal(folder)
+        assert message in model_refusal(folder)
 
 
 def test_the_base_of_an_adapter_is_no_adapter(adapt, tmp_path):
@@ -119,16 +110,16 @@ def test_the_base_of_an_adapter_is_no_adapter(adapt, tmp_path):
     (other / CONFIG).write_text((folder / CONFIG).read_text())
     for base in (folder, other):
         change(folder, base_model_name_or_path=str(base))
-        assert f"names {base} as its base model, which is itself an adapter" in refusal(folder)
+        assert f"names {base} as its base model, which is itself an adapter" in model_refusal(folder)
 
 
 def test_an_adapter_without_its_tensors_does_not_look_for_them_on_the_hub(adapt, monkeypatch):
     folder = adapt()
     (folder / WEIGHTS).unlink()
     monkeypatch.setattr(hub, "reachable", lambda: pytest.fail("it looks for a network"))
-    assert f"but no {WEIGHTS}; get the whole adapter" in refusal(folder)
+    assert f"but no {WEIGHTS}; get the whole adapter" in model_refusal(folder)
     (folder / WEIGHTS).symlink_to("/proc/self/mem")
-    assert "Input/output error" in refusal(folder)
+    assert "Input/output error" in model_refusal(folder)
 
 
 def test_tensors_in_a_bin_file_are_read(adapt, tmp_path):

@@ -18,7 +18,7 @@ from exactgpt.checkpoint import checkpoint_path, save_checkpoint
 from exactgpt.generation import Continuation, alpaca_prompt, generate, generate_ids, stream
 from exactgpt.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from tests.common import ROOT, script_env
+from tests.common import ROOT, refusal, script_env
 
 FLAGS = ("--device", "cpu", "--dtype", "fp32", "--num_seq", "2", "--max_tokens", "12")
 
@@ -215,6 +215,12 @@ def read_until(terminal, text, seconds=60):
         if select.select([terminal], [], [], 0.1)[0]:
             shown += os.read(terminal, 65536)
     return shown.decode(errors="replace")
+
+
+def test_piped_text_that_is_not_utf_8_is_advised_without_a_file_name(monkeypatch):
+    pipe(monkeypatch, "caf\xe9".encode("utf-16"))
+    assert refusal(inference.main, []) == (
+        "standard input is not UTF-8 text but UTF-16; convert it first: iconv -f utf-16 -t utf-8 FILE > NEW")
 
 
 def test_mistakes_are_one_line_and_status_2(gpt_nano, tmp_path, monkeypatch, capsys):

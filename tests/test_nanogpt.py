@@ -21,7 +21,6 @@ import inference
 import prepare_fineweb
 import prepare_text
 from exactgpt.checkpoint import read_checkpoint
-from exactgpt.config import UserError
 from exactgpt.generation import generate, generate_ids, top_next_tokens
 from exactgpt.open_model import open_model, open_weights
 from exactgpt.shards import ShardFolder
@@ -33,6 +32,7 @@ from tests.common import (
     TINY,
     in_our_layout,
     read_metrics,
+    refusal,
     write_nanogpt_checkpoint,
     write_nanogpt_data,
 )
@@ -78,14 +78,6 @@ def checkpoint(tiny_gpt2, tmp_path):
 
 def change(path, **entries):
     torch.save({**torch.load(path, weights_only=True), **entries}, path)
-
-
-def refusal(function, *args, **options):
-    """Return the error of a call, which has one line."""
-    with pytest.raises(UserError) as caught:
-        function(*args, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # -----------------------------------------------------------------------------

@@ -5,22 +5,13 @@ import pytest
 import torch
 
 from exactgpt.checkpoint import read_checkpoint
-from exactgpt.config import UserError
 from exactgpt.documents import read_documents, read_rows
 from exactgpt.files import read_json, read_text
 from exactgpt.open_model import open_model
 from exactgpt.shards import ShardFolder
 from hellaswag import load_hellaswag
-from tests.common import write_shards
+from tests.common import refusal, write_shards
 from tests.fuzz import make_pretrained
-
-
-def refusal(read, *args):
-    """Return the words of the UserError that read(*args) raises."""
-    with pytest.raises(UserError) as caught:
-        read(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def endless_list():

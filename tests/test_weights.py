@@ -5,10 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exactgpt.config import UserError
 from exactgpt.open_model import open_model
 from model import GPT, GPTConfig
-from tests.common import write_model
+from tests.common import model_refusal, write_model
 from tests.folders import split_bin
 
 INDEX = "model.safetensors.index.json"
@@ -36,15 +35,6 @@ def parts(whole):
         save_file({name: tensor for name, tensor in weights.items() if index[name] == part}, folder / part)
     (folder / INDEX).write_text(json.dumps({"weight_map": index}))
     return folder, index
-
-
-def refusal(folder):
-    """Return the error of opening a folder, which is one line that names it."""
-    with pytest.raises(UserError) as caught:
-        open_model(folder)
-    message = str(caught.value)
-    assert str(folder) in message and len(message.splitlines()) == 1
-    return message
 
 
 def test_parts_of_both_formats_are_read_to_the_bit_and_nothing_of_them_changes(whole, parts):
@@ -78,13 +68,13 @@ def test_a_part_that_is_not_what_the_index_says_is_named(parts, damage, message)
     folder, index = parts
     damage(folder, index)
     (folder / INDEX).write_text(json.dumps({"weight_map": index}))
-    assert message in refusal(folder)
+    assert message in model_refusal(folder)
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": null}', "[]", "{"])
 def test_a_damaged_index_is_one_line(parts, text):
     (parts[0] / INDEX).write_text(text)
-    assert INDEX in refusal(parts[0])
+    assert INDEX in model_refusal(parts[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn, torch.complex64], ids=str)
@@ -98,13 +88,14 @@ def test_weights_that_are_no_usual_numbers_are_refused(whole, dtype, suffix):
         torch.save(weights, folder / "pytorch_model.bin")
     else:
         save_file(weights, folder / "model.safetensors")
-    assert f"the weight transformer.wpe.weight holds {str(dtype)[6:]}, not floating-point numbers" in refusal(folder)
+    problem = f"the weight transformer.wpe.weight holds {str(dtype)[6:]}, not floating-point numbers"
+    assert problem in model_refusal(folder)
 
 
 def test_a_weight_with_and_without_the_prefix_is_refused(whole):
     weights = load_file(whole[1] / "model.safetensors")
     save_file({**weights, "wpe.weight": torch.ones(8, 8)}, whole[1] / "model.safetensors")
-    assert "the weight transformer.wpe.weight is there twice" in refusal(whole[1])
+    assert "the weight transformer.wpe.weight is there twice" in model_refusal(whole[1])
 
 
 @pytest.mark.parametrize("tensor", [torch.eye(8).to_sparse(), torch.ones(8, 8, device="meta"),
@@ -112,7 +103,7 @@ def test_a_weight_with_and_without_the_prefix_is_refused(whole):
 def test_tensors_that_take_no_room_in_the_file_are_refused(whole, tensor):
     (whole[1] / "model.safetensors").unlink()
     torch.save({"wpe.weight": tensor}, whole[1] / "pytorch_model.bin")
-    assert "pytorch_model.bin will not be loaded" in refusal(whole[1])
+    assert "pytorch_model.bin will not be loaded" in model_refusal(whole[1])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin", "tokenizer.json"])
@@ -121,7 +112,7 @@ def test_a_file_that_the_disk_cannot_read_is_one_line(whole, name):
     (folder / "model.safetensors").unlink() if name == "pytorch_model.bin" else None
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("/proc/self/mem")      # nothing is mapped at its beginning: EIO
-    message = refusal(folder)
+    message = model_refusal(folder)
     assert f"{folder / name}" in message and "Input/output error" in message
 
 
@@ -130,4 +121,4 @@ def test_a_file_that_the_disk_cannot_read_is_one_line(whole, name):
 def test_a_size_that_no_model_has_is_one_line(whole, name, size):
     path = whole[1] / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: size}))
-    refusal(whole[1])
+    model_refusal(whole[1])
