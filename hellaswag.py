@@ -30,8 +30,8 @@ from exactgpt.config import DeviceConfig, UserError, command, counted, flag, par
 from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
 from exactgpt.files import atomic_write, check_new, write_json
-from exactgpt.multiple_choice import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 from exactgpt.open_model import newest_model, open_model
+from exactgpt.scoring import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # of its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
@@ -218,22 +218,24 @@ def tokenize_examples(examples, tokenizer, block_size, style):
 
 def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0):
     """Score a raw GPT, neither compiled nor wrapped, on a PreparedHellaSwag; return a HellaSwagScore."""
-    # A collective: each rank scores its share, all return the same score, which depends on neither batch_tokens nor the
+    right, right_norm = score_items(model, hellaswag, runtime, batch_tokens)
+    return HellaSwagScore(right.mean().item(), right_norm.mean().item(), len(right))
+
+
+def score_items(model, hellaswag, runtime, batch_tokens=0):
+    """Return which examples a raw GPT gets right, by summed loss and by loss per length: two arrays (n,) of bool."""
+    # A collective: each rank scores its share, all return the same, which depends on neither batch_tokens nor the
     # number of ranks. The model keeps its training or eval mode. The rest is as in ending_losses.
     was_training = model.training
     model.eval()
     keep_freed_memory(runtime.device, keep=False)      # on a CPU, while the shapes vary
     try:
-        losses = ending_losses(model, hellaswag.questions, N_ENDINGS, runtime, batch_tokens)
+        losses = ending_losses(model, hellaswag.questions, N_ENDINGS, runtime, batch_tokens).reshape(-1, N_ENDINGS)
     finally:
         keep_freed_memory(runtime.device)
         model.train(was_training)
-    finite = np.isfinite(losses).all(axis=1)           # argmin would take a NaN, of another rank or a diverged model
-    right = (losses.argmin(axis=1) == hellaswag.labels) & finite
-    right_norm = ((losses / hellaswag.lengths).argmin(axis=1) == hellaswag.labels) & finite
-    n_right, n_right_norm = runtime.sum(int(right.sum()), int(right_norm.sum()))
-    n = len(losses)
-    return HellaSwagScore(n_right / n, n_right_norm / n, n)
+    finite = np.isfinite(losses).all(axis=1)           # argmin would take a NaN of a diverged model
+    return [(divided.argmin(axis=1) == hellaswag.labels) & finite for divided in (losses, losses / hellaswag.lengths)]
 
 
 if __name__ == "__main__":

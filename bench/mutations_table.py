@@ -75,7 +75,7 @@ MUTATIONS = [
      "tests/test_finetune_instruct.py::test_it_follows_instructions_and_its_adapter_travels"),
     ("exactgpt/finetune.py", "lora_alpha=config.lora_alpha,", "lora_alpha=config.lora_alpha / config.lora_r,",
      "tests/test_finetune_instruct.py::test_a_merged_model_computes_what_the_adapter_did_and_only_the_adapter_trains"),
-    ("exactgpt/multiple_choice.py", "[-(block_size + 1):] for ending", "[-block_size:] for ending",
+    ("exactgpt/scoring.py", "[-(block_size + 1):], min(", "[-block_size:], min(",
      "tests/test_hellaswag.py::test_packed_sequences_score_as_one_ending_at_a_time"),
     ("hellaswag.py", "lengths.append([min(len(ending), block_size) for ending in endings])",
      "lengths.append([len(ending) for ending in endings])",

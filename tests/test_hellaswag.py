@@ -1,4 +1,4 @@
-"""hellaswag.py and multiple_choice.py: the scores equal those of independent references for any batch size."""
+"""hellaswag.py and scoring.py: the scores equal those of independent references for any batch size."""
 import json
 import lzma
 import math
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import hellaswag
 from exactgpt.distributed import StopRequested
-from exactgpt.multiple_choice import batch_by_length, ending_losses, pack_question
+from exactgpt.scoring import batch_by_length, ending_losses, pack_question
 from exactgpt.tokenizer import Tokenizer, gpt2_tokenizer
 from hellaswag import evaluate_hellaswag, load_hellaswag, main, parse_example, tokenize_examples
 from model import GPT, GPTConfig
@@ -73,7 +73,7 @@ def test_scores_of_a_stub_model_equal_those_computed_by_hand(bytes_tokenizer):
         endings = ["ccc", "aaaaaaa", "aaaa aaaa", "b b"]
         item = {**HELLASWAG_EXAMPLE, "endings": endings, "label": label}
         prepared = tokenize_examples([parse_example(item, style, "here")], bytes_tokenizer, 32, style)
-        losses = ending_losses(Unigram(), prepared.questions, 4, cpu_runtime())
+        losses = ending_losses(Unigram(), prepared.questions, 4, cpu_runtime()).reshape(-1, 4)
         # in bits, the space before the ending included
         np.testing.assert_allclose(losses[0] / math.log(2), [1 + 12, 1 + 14, 1 + 17, 1 + 7], rtol=1e-6)
         result = evaluate_hellaswag(Unigram(), prepared, cpu_runtime())
@@ -127,7 +127,7 @@ def test_packed_sequences_score_as_one_ending_at_a_time(gpt, bytes_tokenizer, st
     sequences_per_question = {len(sequences) for sequences in prepared.questions}
     assert sequences_per_question == {1024: {1}, 509: {1, 4}, 100: {4}, 24: {4}}[block_size]
     assert (prepared.n_cut > 0) == (block_size <= 100)
-    losses = ending_losses(model, prepared.questions, 4, cpu_runtime())
+    losses = ending_losses(model, prepared.questions, 4, cpu_runtime()).reshape(-1, 4)
     expected = brute_force(model, examples, bytes_tokenizer, style)
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     score = evaluate_hellaswag(model, prepared, cpu_runtime())
@@ -226,7 +226,7 @@ def test_lm_eval_style_equals_lm_evaluation_harness(their_model, their_tokenizer
     assert [[" " + c for c in e.endings] for e in examples] == [[a[1] for a in s["arguments"]] for s in samples]
     assert any(e.context != e.context.rstrip() for e in examples)       # one has a space that must move
     prepared = tokenize_examples(examples, gpt2_tokenizer(), 256, "lm_eval")
-    losses = ending_losses(gpt_from_transformers(their_model), prepared.questions, 4, cpu_runtime())
+    losses = ending_losses(gpt_from_transformers(their_model), prepared.questions, 4, cpu_runtime()).reshape(-1, 4)
     np.testing.assert_allclose(-losses, [[r[0] for r in s["filtered_resps"]] for s in samples], rtol=2e-5)
     labels = np.array([e.label for e in examples])
     assert (losses.argmin(1) == labels).tolist() == [s["acc"] for s in samples]
