@@ -10,7 +10,6 @@ To add an input format see exactgpt/documents.py.
 import exactgpt.launch  # noqa: F401  first, see there
 
 import hashlib
-import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from exactgpt.config import TokenizerConfig, UserError, counted, flag, human_bytes, parse_config, run_script
-from exactgpt.documents import find_files, python_documents, read_documents
+from exactgpt.documents import find_files, python_documents, read_files
 from exactgpt.shard_writer import encode_in_order, prepare_folder, write_shards
 from exactgpt.shards import Manifest, permutation
 from exactgpt.tokenizer import default_tokenizer, require_end_of_text, train_tokenizer
@@ -52,14 +51,10 @@ class PrepareTextConfig(TokenizerConfig):
 
 
 def iter_documents(config, files):
-    """Yield (text, starts) for the documents of the command; blank ones are skipped."""
-    separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")      # as it can be typed in any shell
-    sources = [read_documents(path, config.text_column, separator) for path in files]
+    """Yield (text, starts) for the documents of the command."""
     if config.demo:
-        sources = [((text, True) for text in python_documents())]
-    for text, starts in itertools.chain(*sources):
-        if not starts or (text and not text.isspace()):
-            yield text, starts
+        return ((text, True) for text in python_documents())
+    return read_files(files, config.text_column, config.separator)
 
 
 def scan_documents(documents):

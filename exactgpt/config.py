@@ -41,14 +41,15 @@ class RunFailed(UserError):
 
 
 def flag(default=MISSING, help="", *, group="", choices=None, low=None, high=None, above=None,
-         below=None, keep=False, repeat=False, positional=False):
+         below=None, keep=False, repeat=False, many=False, positional=False):
     """Declare a dataclass field as a command-line flag. group: its heading in --help, if not that of the flag before.
 
     Bounds: low <= value <= high, above < value < below. keep: a resumed run must have the same value.
-    repeat: the flag may be given several times (a list). positional: takes the arguments that are not flags.
+    repeat: the flag may be given several times (a list); many: also with several values at a time. positional: takes
+    the arguments that are not flags.
     """
     metadata = dict(help=help, group=group, choices=choices, low=low, high=high, above=above, below=below,
-                    keep=keep, repeat=repeat, positional=positional)
+                    keep=keep, repeat=repeat, many=many, positional=positional)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -81,9 +82,14 @@ class RunConfig(DeviceConfig):
 
     def check(self, *packages):
         """Raise UserError unless the packages that the script and its flags need are installed."""
-        for package in (*packages, *["mlflow"] * self.mlflow):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(f"this needs {package}: pip install -r requirements-extras.txt")
+        require_packages(*packages, *["mlflow"] * self.mlflow)
+
+
+def require_packages(*packages):
+    """Raise UserError unless packages of requirements-extras.txt are installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this needs {package}: pip install -r requirements-extras.txt")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,6 +126,8 @@ def parse_config(cls, argv=None, description=None):
             plain = {int: "N", float: "X"}.get(kind, "TEXT")
             options.update(type=kind, metavar="|".join(map(str, m["choices"])) if m["choices"] else plain,
                            action="append" if m["repeat"] else "store")
+            if m["many"]:
+                options.update(action="extend", nargs="+")
             if f.default not in (MISSING, None, "") and options["help"] != argparse.SUPPRESS:
                 options["help"] += f" (default: {f.default})"
         groups[group].add_argument(f"--{f.name}", **options)

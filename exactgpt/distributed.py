@@ -152,12 +152,17 @@ class Runtime:
             result = action()
         except UserError as error:
             problem = str(error) + ("" if self.is_main else f" (on {socket.gethostname()}, rank {self.rank})")
-        problems = [problem] * self.world_size
-        if not self.alone:
-            dist.all_gather_object(problems, problem)
+        problems = self.gather(problem)
         if any(problems):
             raise UserError(next(filter(None, problems)))
         return result
+
+    def gather(self, value):
+        """Return the list of all ranks' values, plain data, on every rank: a collective."""
+        values = [value] * self.world_size
+        if not self.alone:
+            dist.all_gather_object(values, value)
+        return values
 
     def require_equal(self, what, value):
         """Raise UserError on all ranks, naming the first one that differs, unless all have rank 0's value."""

@@ -96,6 +96,18 @@ def read_documents(path, text_column="text", separator=None):
         yield rest, starts
 
 
+def read_files(files, text_column="text", separator=""):
+    """Yield (text, starts) for the documents of files, in order, as `read_documents` does; blank ones are skipped.
+
+    separator: as it can be typed in any shell, with \\n and \\t for newline and tab.
+    """
+    separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+    for path in files:
+        for text, starts in read_documents(path, text_column, separator):
+            if not starts or (text and not text.isspace()):
+                yield text, starts
+
+
 @contextlib.contextmanager
 def _open(path, binary=False, newline=None):
     """Open a file, whose text must be UTF-8, and turn errors while it is read into UserErrors."""

@@ -1,0 +1,72 @@
+"""How sure a number is: standard errors of means over documents, and intervals for the difference of two models.
+
+A unit is a document or an item of a task. A mean is a ratio of sums over units, such as the losses of all documents
+over their tokens: a long document counts for more. For an accuracy each item weighs 1.
+"""
+import math
+from collections import namedtuple
+
+import numpy as np
+
+N_RESAMPLES = 9999       # scipy's default
+BATCH_NUMBERS = 10**7    # numbers in memory at once while resampling
+FEW_UNITS = 30           # of fewer no conclusion is drawn
+CONFIDENCE = 0.95
+ABOUT_SEEDS = ("This is about these two checkpoints. Whether one recipe is better than another takes several runs of "
+               "each, with other seeds.")
+
+# difference: f(this model's mean) - f(the other's); low, high: its 95% interval, NaN for a single unit
+# better, worse: on how many units this model is better, and worse, than the other; n: units
+Comparison = namedtuple("Comparison", "difference low high better worse n")
+
+
+def ratio_stderr(sums, weights):
+    """Return (mean, standard error) of sum(sums) / sum(weights) over n units, two arrays (n,); NaN if unknown."""
+    # The delta method: to first order the ratio's error is the mean of the residuals sums - mean * weights.
+    n, total = len(sums), weights.sum()
+    if not total:
+        return math.nan, math.nan
+    mean = sums.sum() / total
+    residuals = sums - mean * weights
+    return float(mean), math.sqrt(n / (n - 1) * (residuals ** 2).sum()) / float(total) if n > 1 else math.nan
+
+
+def compare(ours, theirs, weights, transform=np.asarray, higher_is_better=False, n_resamples=N_RESAMPLES, seed=0):
+    """Return the Comparison of two models on the same n units: arrays (n,) of each one's sums, and of the weights.
+
+    transform: f, from a mean to what is compared, for example np.exp for a perplexity; elementwise. Needs scipy.
+    """
+    from scipy import stats
+
+    def difference(a, b, w, axis=-1):
+        total = w.sum(axis)
+        return transform(a.sum(axis) / total) - transform(b.sum(axis) / total)
+    n = len(weights)
+    ahead = np.sign(transform(ours / weights) - transform(theirs / weights)) * (1 if higher_is_better else -1)
+    low = high = math.nan
+    if n > 1:
+        # A plain bootstrap of few units is too narrow: it neither corrects their variance by n / (n - 1) nor knows
+        # Student's t. Its percentiles are moved outwards by both (Hesterberg 2015, "What teachers should know about
+        # the bootstrap", expanded percentile interval). BCa, scipy's default, gives more false alarms here:
+        # bench/results/error_bars.json.
+        t = stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * math.sqrt(n / (n - 1))
+        low, high = stats.bootstrap(
+            (ours, theirs, weights), difference, paired=True, vectorized=True, method="percentile",
+            n_resamples=n_resamples, batch=max(1, BATCH_NUMBERS // n), confidence_level=1 - 2 * stats.norm.sf(t),
+            rng=np.random.default_rng(seed)).confidence_interval
+    return Comparison(float(difference(ours, theirs, weights)), float(low), float(high), int((ahead > 0).sum()),
+                      int((ahead < 0).sum()), n)
+
+
+def conclusion(comparison, ours, theirs, units="documents", higher_is_better=False):
+    """Return a sentence that says whether the difference is more than noise. ours, theirs: names of the models."""
+    c, names = comparison, (ours, theirs)
+    if c.difference == c.low == c.high == 0:
+        return f"No difference between {ours} and {theirs}."
+    if c.n < FEW_UNITS:
+        return f"{c.n} {units} are too few to tell a difference from noise: use {FEW_UNITS} or more."
+    if c.low <= 0 <= c.high:
+        return f"The difference between {ours} and {theirs} may be noise: the interval contains 0."
+    better, worse = names if (c.difference > 0) == higher_is_better else names[::-1]
+    return f"{better} is better than {worse}: the difference is more than noise."
+
