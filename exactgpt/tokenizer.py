@@ -97,7 +97,7 @@ class Tokenizer:
 
     @functools.cached_property
     def byte_lengths(self):
-        """The number of bytes of each id, int64 (n_vocab + 1,): 0 for end-of-text, 0 at the end: model.IGNORED is -1."""
+        """The number of bytes of each id, int64 (n_vocab + 1,): 0 for end-of-text and at the end, for model.IGNORED."""
         return np.array([*(len(self.decode_bytes([i])) for i in range(self.eot)), 0, 0], dtype=np.int64)
 
     def decode_bytes(self, ids):
@@ -159,7 +159,7 @@ class CharacterTokenizer:
 
     @functools.cached_property
     def byte_lengths(self):
-        """The number of bytes of each id in UTF-8, int64 (n_vocab + 1,): 0 at the end, as model.IGNORED is -1."""
+        """The number of bytes of each id in UTF-8, int64 (n_vocab + 1,): 0 at the end, for model.IGNORED."""
         return np.array([*map(len, self._utf8), 0], dtype=np.int64)
 
     def decode_bytes(self, ids):
