@@ -77,6 +77,7 @@ class LoggedRun:
             facts.append(f"{human_count(last.tokens[-1])} tokens")
         if np.isfinite(last.hours[-1]):
             facts.append(human_time(3600 * last.hours[-1]))
+        best_fact = []
         for name, form in FACTS.items():
             if name in self.series and np.isfinite(self.series[name].values).any():
                 values, steps = self.shown(name), self.series[name].steps
@@ -84,7 +85,8 @@ class LoggedRun:
                 facts.append(form.format(values[end], steps[end]))
                 best = np.nanargmin(values)
                 if name == "val_loss" and best != end:
-                    facts.append("best " + form.format(values[best], steps[best]))
+                    best_fact = ["best " + form.format(values[best], steps[best])]
+        facts += best_fact      # apart from the last values
         if self.skipped:
             facts.append(f"{counted(self.skipped, 'unreadable line')} skipped")
         return facts
