@@ -214,7 +214,7 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
     figure.text(left, 1 - 0.32 / height, shorten(heading, 70), size=15, weight="bold", color=INK, parse_math=False)
     if alone:
         facts = "  ·  ".join(runs[0].facts())
-        figure.text(left, 1 - 0.53 / height, facts, size=min(9.5, 1380 / len(facts)), color=GREY)    # as wide as it may
+        figure.text(left, 1 - 0.53 / height, facts, size=min(9.5, 1380 / len(facts)), color=GREY)     # many: smaller
     else:
         figure.legend([Line2D([], [], color=colour, lw=3) for _, colour in zip(runs, colours)],
                       [shorten(run.name, 90).replace("$", r"\$") for run in runs], loc="upper left", ncols=columns,
