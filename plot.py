@@ -1,4 +1,4 @@
-"""Plot one or more runs: loss, HellaSwag next to GPT-2 and GPT-3 124M, learning rate, gradient norm.
+"""Plot one or more runs: loss, HellaSwag next to GPT-2 and GPT-3 124M, bits per byte, learning rate, gradient norm.
 
     python plot.py logs                                         # writes logs/plot.png
     python plot.py logs/adamw logs/muon --x hours --out compare.svg

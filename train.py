@@ -412,20 +412,25 @@ def train_step(run, config, runtime, tokens, step):
 
 @torch.no_grad()
 def validate(run, config, runtime):
-    """Return (mean loss in nats, tokens) over the first val_tokens of the val split. Raises StopRequested."""
+    """Return (mean loss in nats, tokens, their bytes) over the first val_tokens of the val split. Raises StopRequested.
+
+    The end-of-text token counts as a token of 0 bytes.
+    """
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
-    loss, count = torch.zeros((), device=runtime.device), 0
+    byte_lengths = torch.from_numpy(run.tokenizer.byte_lengths).to(runtime.device)      # the last is that of IGNORED
+    loss, n_tokens, n_bytes = torch.zeros((), device=runtime.device), 0, 0
     run.raw_model.eval()
     batches = val_batches(run.val_stream, n_windows, run.micro_batch_size, runtime)
     for x, y in tqdm(batches, "validation", unit="batch", leave=False, disable=None if runtime.is_main else True):
         with runtime.autocast():
             loss = loss + run.compiled(x, y, reduction="sum")
-        count += int((y != IGNORED).sum())
+        n_tokens += int((y != IGNORED).sum())
+        n_bytes += int(byte_lengths[y].sum())
         runtime.check_for_stop()
     run.raw_model.train()
     # Sum over ranks, then divide: a mean of means would give too much weight to ranks whose last batch is padding.
-    loss, count = runtime.sum(loss, count)
-    return loss / count, int(count)
+    loss, n_tokens, n_bytes = runtime.sum(loss, n_tokens, n_bytes)
+    return loss / n_tokens, int(n_tokens), int(n_bytes)
 
 
 def due(step, every, last=False):
@@ -457,8 +462,8 @@ def loop(run, progress, config, runtime, log, hellaswag):
             # once in a while: validation loss (all ranks take part)
             if due(step, config.eval_every, last):
                 with log.timed("validation", config.eval_every):
-                    progress.val_loss, n_tokens = validate(run, config, runtime)
-                    log.validation(step, progress.val_loss, n_tokens)
+                    progress.val_loss, n_tokens, n_bytes = validate(run, config, runtime)
+                    log.validation(step, progress.val_loss, n_tokens, n_bytes)
                     checkpoint.save_best(run, progress, config, runtime)
 
             # once in a while: HellaSwag (all ranks take part), with raw_model, not compiled: lengths vary here and in

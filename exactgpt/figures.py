@@ -4,6 +4,7 @@ Logs are metrics.jsonl, or log.txt in build-nanogpt's three columns. Figures do 
 state, so that app.py may draw in several threads. Scripts draw last, so matplotlib is imported late: they start faster.
 """
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,18 +16,22 @@ from exactgpt.files import atomic_write, reading
 
 TOKENS_PER_STEP = 524288   # build-nanogpt's, for a log.txt, which does not record it
 TRAINED = ("loss", "lr", "grad_norm", "ms")
-EVALUATED = ("val_loss", "hella_acc_norm", "hella_acc")  # measured at step k before training it
+EVALUATED = ("val_loss", "val_bpb", "hella_acc_norm", "hella_acc")  # measured at step k before training it
 LOG_TXT_NAMES = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}
 X_LABELS = {"steps": "steps", "tokens": "training tokens", "hours": "hours of training"}
 
 # What the panels show, how that looks, and the rows of panels by their heights in inches.
 PANELS = {"loss": ("loss", "val_loss"), "HellaSwag accuracy": ("hella_acc", "hella_acc_norm"),
-          "learning rate": ("lr",), "gradient norm": ("grad_norm",)}
+          "bits per byte": ("val_bpb",), "learning rate": ("lr",), "gradient norm": ("grad_norm",)}
 DOTS = dict(marker="o", ms=4, mec="white", mew=0.5, zorder=4)
-LOOKS = {"loss": dict(label="training, smoothed"), "val_loss": dict(label="validation", **DOTS), "lr": {},
-         "hella_acc": dict(label="acc", ls="--"), "hella_acc_norm": dict(label="acc_norm", **DOTS), "grad_norm": {}}
+LOOKS = {"loss": dict(label="training, smoothed"), "val_loss": dict(label="validation", **DOTS), "val_bpb": DOTS,
+         "hella_acc": dict(label="acc", ls="--"), "hella_acc_norm": dict(label="acc_norm", **DOTS), "lr": {},
+         "grad_norm": {}}
 NOISY = ("loss", "grad_norm")      # drawn raw (faint) and smoothed
-ROWS = {3.7: ("loss", "HellaSwag accuracy"), 1.75: ("learning rate", "gradient norm")}
+ROWS = {3.7: ("loss", "HellaSwag accuracy"), 1.75: ("bits per byte", "learning rate", "gradient norm")}
+GAP = 0.142                # between two panels, as a share of the width of a row
+FACTS = {"loss": "train {:.4f}", "val_loss": "val {:.4f} at step {:,}", "val_bpb": "{:.4f} bits per byte",
+         "hella_acc_norm": "HellaSwag {:.4f}"}
 
 # OpenAI's 124M models as build-nanogpt quotes them: acc_norm by its hellaswag.py (GPT-3: the paper's Table H.1),
 # loss on the FineWeb-Edu validation shard (GPT-2's tokenizer; not comparable with other text or vocabularies).
@@ -72,15 +77,16 @@ class LoggedRun:
             facts.append(f"{human_count(last.tokens[-1])} tokens")
         if np.isfinite(last.hours[-1]):
             facts.append(human_time(3600 * last.hours[-1]))
-        for name, word in {"loss": "train", "val_loss": "val", "hella_acc_norm": "HellaSwag"}.items():
+        best_fact = []
+        for name, form in FACTS.items():
             if name in self.series and np.isfinite(self.series[name].values).any():
                 values, steps = self.shown(name), self.series[name].steps
                 end = np.flatnonzero(np.isfinite(values))[-1]
-                at = f" at step {steps[end]:,}" if name == "val_loss" else ""
-                facts.append(f"{word} {values[end]:.4f}{at}")
+                facts.append(form.format(values[end], steps[end]))
                 best = np.nanargmin(values)
-                if at and best != end:
-                    facts.append(f"best val {values[best]:.4f} at step {steps[best]:,}")
+                if name == "val_loss" and best != end:
+                    best_fact = ["best " + form.format(values[best], steps[best])]
+        facts += best_fact      # apart from the last values
         if self.skipped:
             facts.append(f"{counted(self.skipped, 'unreadable line')} skipped")
         return facts
@@ -168,7 +174,7 @@ def smooth(values, half):
 # ---- drawing -----------------------------------------------------------------
 
 def draw_runs(runs, x="steps", title="", reference="auto"):
-    """Draw runs into a matplotlib Figure: loss, HellaSwag, learning rate and gradient norm, if logged.
+    """Draw runs into a matplotlib Figure: loss, HellaSwag, bits per byte, learning rate, gradient norm, if logged.
 
     x: steps, tokens or hours. title: "" shows the name of a single run. reference: "auto" draws the HellaSwag accuracy
     of OpenAI's 124M models, "gpt2" also GPT-2's loss on FineWeb-Edu, "none" no lines.
@@ -182,15 +188,17 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
             raise UserError(f"{run.path} does not record {x}; choose another --x")
     logged = {name for run in runs for name in run.series}
     rows = {height: [panel for panel in row if logged & set(PANELS[panel])] for height, row in ROWS.items()}
-    rows = {height: row for height, row in rows.items() if row}      # a panel alone in its row is as wide as two
+    rows = {height: row for height, row in rows.items() if row}
+    n = math.lcm(*map(len, rows.values()))      # columns of the grid: the panels of a row share its width equally
     columns = int(np.clip(100 // (max(len(run.name) for run in runs) + 7), 1, 6))  # of run names above the panels
     top = 0.73 + 0.22 * -(-len(runs) // columns)
     height = top + sum(rows) + 0.6 * len(rows)
     alone, left = len(runs) == 1, 0.068
     figure = Figure(figsize=(11, height), dpi=160, facecolor="white")
-    axes = figure.subplot_mosaic([row * (3 - len(row)) for row in rows.values()], sharex=True, height_ratios=list(rows),
-                                 gridspec_kw=dict(left=left, right=1 - left, wspace=0.33, top=1 - top / height,
-                                                  bottom=0.6 / height, hspace=0.22))
+    axes = figure.subplot_mosaic([[p for p in row for _ in range(n // len(row))] for row in rows.values()], sharex=True,
+                                 height_ratios=list(rows),
+                                 gridspec_kw=dict(left=left, right=1 - left, wspace=n * GAP / (1 - (n - 1) * GAP),
+                                                  top=1 - top / height, bottom=0.6 / height, hspace=0.22))
     # No palette has more distinct colours; a colour scale at least shows the order.
     colours = COLOURS if len(runs) <= len(COLOURS) else colormaps["viridis"](np.linspace(0, 0.88, len(runs)))
     for panel, ax in axes.items():
@@ -205,7 +213,8 @@ def draw_runs(runs, x="steps", title="", reference="auto"):
     heading = title or (runs[0].name if alone else "")
     figure.text(left, 1 - 0.32 / height, shorten(heading, 70), size=15, weight="bold", color=INK, parse_math=False)
     if alone:
-        figure.text(left, 1 - 0.53 / height, "  ·  ".join(runs[0].facts()), size=9.5, color=GREY)
+        facts = "  ·  ".join(runs[0].facts())
+        figure.text(left, 1 - 0.53 / height, facts, size=min(9.5, 1380 / len(facts)), color=GREY)     # many: smaller
     else:
         figure.legend([Line2D([], [], color=colour, lw=3) for _, colour in zip(runs, colours)],
                       [shorten(run.name, 90).replace("$", r"\$") for run in runs], loc="upper left", ncols=columns,
@@ -234,7 +243,7 @@ def _draw_panel(ax, names, runs, colours, x, references):
             if finite.any():
                 curves.append(series.values[finite])
                 value = shown[finite][-1]
-                if alone and name == "val_loss":      # others end at the run's last step
+                if alone and name in ("val_loss", "val_bpb"):      # others end at the run's last step
                     run_ends.append((value, f"step {series.steps[finite][-1]:,}", colour, "normal", 7.5))
                 run_ends.append((value, form(value), colour, "bold" if k else "normal", 9))
         ends += run_ends if alone else run_ends[-1:]    # two numbers per run would be too crowded
@@ -250,7 +259,7 @@ def _draw_panel(ax, names, runs, colours, x, references):
                            fontsize=8.5, labelcolor=INK, borderaxespad=0.1)
         for line in legend.get_lines() if not alone else []:
             line.set_color(GREY)
-    zero = [0.0] if len(names) == 1 else []      # rates and norms are drawn from zero
+    zero = [0.0] if names in (("lr",), ("grad_norm",)) else []
     if curves:
         _set_y_limits(ax, curves, [*references.values(), *zero, *[end[0] for end in ends]])
         _label_ends(ax, sorted(ends, key=lambda end: end[0]))
@@ -280,6 +289,7 @@ def _label_ends(ax, ends):
         return
     stack = line * np.arange(len(ends))
     wanted = np.array([(value - low) / (high - low) for value, *_ in ends]) - stack
+    wanted = np.maximum(wanted, line / 2)      # above the labels of the x axis
     # Pushing labels up from below or down from above keeps them a line apart, and so does the average of the two.
     places = (np.maximum.accumulate(wanted) + np.minimum.accumulate(wanted[::-1])[::-1]) / 2 + stack
     for (_, text, colour, weight, size), place in zip(ends, places):

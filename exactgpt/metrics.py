@@ -111,10 +111,14 @@ class RunLog:
         self.note(step, f"step {step}: update skipped on all ranks, {reason} ({counted(len(windows), 'window')}, the "
                         f"first is {windows[0]}: metrics.jsonl has all)", skipped=reason, windows=windows.tolist())
 
-    def validation(self, step, loss, n_tokens):
-        """Log a validation loss, in nats, over n_tokens."""
-        message = f"step {step}: validation loss {loss:.4f} over {counted(n_tokens, 'token')}"
-        self.note(step, message, f"val {loss:.4f}", val_loss=loss)
+    def validation(self, step, loss, n_tokens, n_bytes):
+        """Log a validation loss, in nats, the mean over n_tokens, and its bits per byte, if they have any bytes."""
+        values, words = dict(val_loss=loss), ""
+        if n_bytes:
+            values["val_bpb"] = loss * n_tokens / math.log(2) / n_bytes
+            words = f", {values['val_bpb']:.4f} bits per byte,"
+        message = f"step {step}: validation loss {loss:.4f}{words} over {counted(n_tokens, 'token')}"
+        self.note(step, message, f"val {loss:.4f}", **values)
 
     def hellaswag(self, step, score):
         """Log a HellaSwagScore: accuracies from 0 to 1."""

@@ -95,6 +95,11 @@ class Tokenizer:
                 parts.append(np.array(self._encoding.encode_ordinary(part), dtype=np.uint32))
         return np.concatenate(parts, dtype="<u2", casting="unsafe")
 
+    @functools.cached_property
+    def byte_lengths(self):
+        """The number of bytes of each id, int64 (n_vocab + 1,): 0 for end-of-text and at the end, for model.IGNORED."""
+        return np.array([*(len(self.decode_bytes([i])) for i in range(self.eot)), 0, 0], dtype=np.int64)
+
     def decode_bytes(self, ids):
         """Return the bytes of a list of ids. Ids outside the vocabulary (the model's padding rows) are skipped."""
         return self._encoding.decode_bytes([i for i in ids if 0 <= i < self.n_vocab])
@@ -151,6 +156,11 @@ class CharacterTokenizer:
     def encode_array(self, text):
         """Return the ids of a text as a uint16 array. Raises UserError as `encode` does."""
         return np.array(self.encode(text), dtype="<u2")
+
+    @functools.cached_property
+    def byte_lengths(self):
+        """The number of bytes of each id in UTF-8, int64 (n_vocab + 1,): 0 at the end, for model.IGNORED."""
+        return np.array([*map(len, self._utf8), 0], dtype=np.int64)
 
     def decode_bytes(self, ids):
         """Return the UTF-8 bytes of a list of ids. Ids outside the vocabulary are skipped."""

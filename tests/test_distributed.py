@@ -12,6 +12,7 @@ from exactgpt import checkpoint
 from exactgpt.device import Hardware
 from exactgpt.distributed import Runtime
 from exactgpt.optimizer import StepResult
+from exactgpt.tokenizer import Tokenizer
 from tests import two_ranks
 from tests.common import cpu_runtime, write_shards
 
@@ -56,7 +57,9 @@ def test_the_hash_of_the_code_covers_scripts_and_package_and_nothing_else(tmp_pa
 def found(run_ranks, tmp_path_factory):
     """The findings of both ranks; `data` is their folder of shards."""
     folder = tmp_path_factory.mktemp("ranks")
-    data = write_shards(folder / "shards", [900], val_sizes=[two_ranks.VAL_TOKENS])
+    tokens = np.random.default_rng(0).integers(240, 259, two_ranks.VAL_TOKENS + 900)      # many without one byte
+    data = write_shards(folder / "shards", [900], val_sizes=[two_ranks.VAL_TOKENS], tokens=tokens,
+                        tokenizer=Tokenizer([("a", "b"), ("ab", "ab")], "own"))
     codes, output = run_ranks(2, "tests/two_ranks.py", data, folder / "rank", timeout=60)
     assert codes == [0, 0], output
     with torch.serialization.safe_globals([StepResult]):
@@ -70,8 +73,10 @@ def test_the_validation_loss_is_the_mean_over_all_tokens_of_all_ranks(found):
     logits = two_ranks.random_gpt().eval()(tokens[:-1].view(7, 8))
     each = F.cross_entropy(logits.flatten(0, 1), tokens[1:], reduction="none").view(7, 8).mean(1)
     assert each.std() > 0.1                                   # so whose windows they are matters
+    n_bytes = [{256: 2, 257: 4, 258: 0}.get(token, 1) for token in tokens[1:].tolist()]       # 258: end-of-text
+    assert {0, 1, 2, 4} == set(n_bytes)
     for rank in found:
-        assert rank["validated"] == (pytest.approx(each.mean().item(), rel=1e-5), 56)
+        assert rank["validated"] == (pytest.approx(each.mean().item(), rel=1e-5), 56, sum(n_bytes))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

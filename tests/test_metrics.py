@@ -1,5 +1,6 @@
 """metrics.py: the figures of a log, from steps and evaluations of known length; logs that are damaged."""
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,18 @@ def test_mfu_is_the_share_of_all_cards_peak(make_log, tmp_path, capsys):
     [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["mfu"] == pytest.approx(4e6 * 1e9 / (8 * 989e12)) and line["ms"] == 500 and line["tok_per_sec"] == 4e6
     assert "| 500 ms | 4,000,000 tok/s | mfu 50.6% | eta 0m50s" in capsys.readouterr().out      # 99 steps of 0.5 s
+
+
+def test_bits_per_byte_stand_beside_a_validation_loss_unless_no_target_has_bytes(make_log, tmp_path, capsys):
+    log, _ = make_log(flops_per_token=1)      # a pretraining run: it has log.txt
+    log.validation(3, math.log(2), 5000, 8000)      # 5,000 bits
+    log.validation(4, 1.5, 1, 0)
+    assert list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())) == [
+        dict(step=3, tokens=0, val_loss=math.log(2), val_bpb=pytest.approx(0.625)),
+        dict(step=4, tokens=0, val_loss=1.5)]
+    assert (tmp_path / "log.txt").read_text() == "3 val 0.6931\n4 val 1.5000\n"
+    assert capsys.readouterr().out == ("step 3: validation loss 0.6931, 0.6250 bits per byte, over 5,000 tokens\n"
+                                       "step 4: validation loss 1.5000 over 1 token\n")
 
 
 def test_the_forecast_of_a_dry_run_counts_whole_evaluations_also_before_the_first_step(make_log):

@@ -99,6 +99,7 @@ def test_the_characters_of_every_protocol_are_those_that_pickle_reads(tmp_path, 
         names.add(tokenizer.name)
         shown = [c.encode("utf-8", "replace").replace(b"?", b"\xef\xbf\xbd") for c in characters]
         assert [tokenizer.decode_bytes([i]) for i in range(len(characters))] == shown
+        assert tokenizer.byte_lengths.tolist() == [*map(len, shown), 0] and tokenizer.byte_lengths.dtype == np.int64
         assert tokenizer.decode([*range(len(characters)), len(characters), -1]) == b"".join(shown).decode()
         assert tokenizer.start == stored["stoi"].get("\n", 0)
     assert len(names) == 1 and names != {CharacterTokenizer("ab").name}

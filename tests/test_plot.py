@@ -1,4 +1,5 @@
 """figures.py and plot.py: logs are read correctly, figures are not blank, user errors are one line."""
+import itertools
 import json
 import subprocess
 import sys
@@ -39,12 +40,14 @@ def write_text(folder, text):
     return folder
 
 
-def write_realistic(folder, steps=60, hellaswag=True):
+def write_realistic(folder, steps=60, hellaswag=True, bits_per_byte=True):
     """Write the log of a run of `steps` steps of 100 tokens and 36 s each, evaluated every 20 steps."""
     rows = []
     for k in range(steps + 1):
         if k % 20 == 0:
             rows.append(dict(step=k, tokens=100 * k, val_loss=4 + 6 * 0.9**k))
+            if bits_per_byte:
+                rows[-1]["val_bpb"] = 1 + 1.5 * 0.9**k
             if hellaswag:
                 rows.append(dict(step=k, tokens=100 * k, hella_acc=0.25 + k / 2000, hella_acc_norm=0.25 + k / 1000))
         if k < steps:
@@ -65,11 +68,12 @@ def test_metrics_are_read_by_name_with_tokens_and_hours(tmp_path):
         dict(step=0, tokens=0, val_loss=9.0),
         dict(step=0, tokens=8, loss=9.1, lr=1e-4, grad_norm=2.0, ms=3.6e6),
         dict(step=1, tokens=16, loss=8.0, lr=2e-4, grad_norm=1.5, ms=1.8e6),
-        dict(step=2, tokens=16, val_loss=7.5), dict(step=2, tokens=16, hella_acc=0.25, hella_acc_norm=0.26),
-        dict(step=2, tokens=16, samples=["once"])]))
+        dict(step=2, tokens=16, val_loss=7.5, val_bpb=2.5), dict(step=2, tokens=16, samples=["once"]),
+        dict(step=2, tokens=16, hella_acc=0.25, hella_acc_norm=0.26)]))
     assert (run.name, run.skipped, run.samples) == ("tiny", 0, {2: ["once"]})
-    assert run.facts() == ["2 steps", "16 tokens", "1h30m", "train 8.0000", "val 7.5000 at step 2", "HellaSwag 0.2600"]
-    assert set(run.series) == {"loss", "lr", "grad_norm", "ms", "val_loss", "hella_acc", "hella_acc_norm"}
+    assert run.facts() == ["2 steps", "16 tokens", "1h30m", "train 8.0000", "val 7.5000 at step 2",
+                           "2.5000 bits per byte", "HellaSwag 0.2600"]
+    assert set(run.series) == {"loss", "lr", "grad_norm", "ms", "val_loss", "val_bpb", "hella_acc", "hella_acc_norm"}
     loss, val = run.series["loss"], run.series["val_loss"]
     assert loss.steps.tolist() == [0, 1] and loss.values.tolist() == [9.1, 8.0] and loss.tokens.tolist() == [8, 16]
     assert loss.hours.tolist() == [1.0, 1.5]
@@ -200,25 +204,44 @@ def texts(ax):
 
 
 def test_only_panels_with_data_are_drawn(tmp_path):
-    every, plain = write_realistic(tmp_path / "every"), write_realistic(tmp_path / "plain", hellaswag=False)
+    every, plain = write_realistic(tmp_path / "every"), write_realistic(tmp_path / "plain", 60, False, False)
     text = write_text(tmp_path / "text", BUILD_NANOGPT_LOG)
-    expected = ["loss", "HellaSwag accuracy", "learning rate", "gradient norm"]
+    expected = ["loss", "HellaSwag accuracy", "bits per byte", "learning rate", "gradient norm"]
     assert titles(figures.draw_runs([read_run(every)])) == expected
-    assert titles(figures.draw_runs([read_run(plain)])) == [expected[0], *expected[2:]]
+    assert titles(figures.draw_runs([read_run(plain)])) == [expected[0], *expected[3:]]
     assert titles(figures.draw_runs([read_run(text)])) == expected[:2]
-    assert titles(figures.draw_runs([read_run(text), read_run(plain)])) == expected
+    assert titles(figures.draw_runs([read_run(text), read_run(plain)])) == expected[:2] + expected[3:]
+
+
+@pytest.mark.parametrize("bits_per_byte, panels_of_rows", [(False, [2, 2]), (True, [2, 3])])
+def test_panels_fill_their_rows_and_no_text_lies_over_another(tmp_path, bits_per_byte, panels_of_rows):
+    runs = [read_run(write_realistic(tmp_path / name, 60, True, bits_per_byte)) for name in "abc"]
+    runs[0].skipped, runs[0].series["val_loss"].values[1] = 12345, 3.5      # two more facts above a single run
+    for drawn in (runs, runs[:1]):
+        figure = figures.draw_runs(drawn, "tokens")
+        axes = iter(figure.axes)
+        boxes = [*(ax.get_tightbbox() for ax in figure.axes), *(text.get_window_extent() for text in figure.texts)]
+        assert not [1 for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        for n in panels_of_rows:
+            row = [next(axes).get_position() for _ in range(n)]
+            assert (row[0].x0, row[-1].x1) == pytest.approx((0.068, 0.932))
+            assert [place.width for place in row] == pytest.approx([row[0].width] * n)
+        assert all(text.get_window_extent().y0 > ax.bbox.y0 - 2 for ax in figure.axes for text in ax.texts)
 
 
 def test_final_values_and_references_are_labelled():
-    run = made_up_run("a", loss=[5, 4, 3], val_loss=[5, 3.4, 3.5, np.nan], hella_acc_norm=[0.25, 0.3],
-                      hella_acc=[0.25, 0.28])
-    loss, hellaswag = figures.draw_runs([run]).axes
+    run = made_up_run("a", loss=[5, 4, 3], val_loss=[5, 3.4, 3.5, np.nan], val_bpb=[1.5, 1.1, 1.2],
+                      hella_acc_norm=[0.25, 0.3], hella_acc=[0.25, 0.28])
+    loss, hellaswag, bits = figures.draw_runs([run]).axes
     assert texts(loss) == ["3.000", "step 2", "3.500"]      # from below; the step is that of the last validation
-    assert run.facts()[-3:-1] == ["val 3.5000 at step 2", "best val 3.4000 at step 1"]
+    assert texts(bits) == ["step 2", "1.200"] and bits.get_ylim()[0] > 1
+    assert run.facts()[-4:] == ["val 3.5000 at step 2", "1.2000 bits per byte", "HellaSwag 0.3000",
+                                "best val 3.4000 at step 1"]
     assert set(texts(hellaswag)) == {"0.3000", "0.2800", "GPT-2 124M  0.2955", "GPT-3 124M  0.337"}
-    loss, hellaswag = figures.draw_runs([run], reference="gpt2").axes
+    loss, hellaswag, _ = figures.draw_runs([run], reference="gpt2").axes
     assert "GPT-2 124M  3.2924" in texts(loss)
-    loss, hellaswag = figures.draw_runs([run], reference="none").axes
+    loss, hellaswag, _ = figures.draw_runs([run], reference="none").axes
     assert set(texts(hellaswag)) == {"0.3000", "0.2800"}
 
 
@@ -309,7 +332,8 @@ def test_one_run_to_png(tmp_path):
     done = run_plot(folder)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
-        f"{folder}: 60 steps | 6k tokens | 36m00s | train 4.0120 | val 4.0108 at step 60 | HellaSwag 0.3100",
+        f"{folder}: 60 steps | 6k tokens | 36m00s | train 4.0120 | val 4.0108 at step 60 | "
+        "1.0027 bits per byte | HellaSwag 0.3100",
         f"wrote {folder / 'plot.png'}"]
     assert not is_blank(folder / "plot.png")
 

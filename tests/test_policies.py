@@ -150,7 +150,7 @@ def test_a_dry_run_that_is_stopped_says_so_and_nothing_else(make_shards, tmp_pat
 
 def test_the_weights_that_a_run_starts_with_are_no_best_model(make_shards, tmp_path, monkeypatch):
     losses = iter([5.0, 6.0])
-    monkeypatch.setattr(train, "validate", lambda run, config, runtime: (next(losses), 10))
+    monkeypatch.setattr(train, "validate", lambda run, config, runtime: (next(losses), 10, 40))
     log_dir = start(make_shards, tmp_path, "--max_steps", 1, "--eval_every", 1)
     assert [path.name for path in log_dir.glob("*.pt")] == ["model_00001.pt"]
 
@@ -204,7 +204,7 @@ def test_the_best_model_is_the_best_of_all_starts_and_never_one_whose_loss_is_na
             runtime.stop_signal = "SIGTERM" if step + 1 == until else ""
             return real(run, config, runtime, tokens, step)
         monkeypatch.setattr(train, "train_step", step_that_is_asked_to_stop)
-        monkeypatch.setattr(train, "validate", lambda run, config, runtime: (next(losses), 10))
+        monkeypatch.setattr(train, "validate", lambda run, config, runtime: (next(losses), 10, 40))
         start(make_shards, tmp_path, "--max_steps", 9, "--eval_every", 1)
         last = torch.load(tmp_path / "logs" / f"model_{until:05d}.pt", weights_only=True)
         return torch.load(tmp_path / "logs" / "model_best.pt", weights_only=True)["step"], last["best_val_loss"]

@@ -103,6 +103,12 @@ def test_the_download_is_the_one_in_tiktoken(monkeypatch):
     assert (pinned["vocab_bpe_file"], pinned["vocab_bpe_hash"]) == (GPT2_URL, GPT2_SHA256)
 
 
+def test_the_bytes_of_each_token_are_tiktokens(reference):
+    lengths = gpt2_tokenizer().byte_lengths
+    assert lengths.dtype == np.int64
+    assert lengths.tolist() == [*(len(reference.decode_single_token_bytes(i)) for i in range(50256)), 0, 0]
+
+
 def test_special_text_is_ordinary_and_eot_can_be_decoded():
     t = gpt2_tokenizer()
     assert t.eot not in t.encode("<|endoftext|>") and t.decode([t.eot]) == "<|endoftext|>"

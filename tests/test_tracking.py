@@ -43,7 +43,7 @@ def test_a_run_that_was_resumed_is_one_run_in_the_store_with_every_step_once(mak
     assert [json.loads(a)["step"] for a in first.splitlines()] == [
         json.loads(a)["step"] for a in (log_dir / "metrics.jsonl").read_text().splitlines()]
     [run] = mlflow_runs(log_dir, "train")
-    for name in ("loss", "lr", "grad_norm", "val_loss"):      # once each, and the repeated steps gave the same
+    for name in ("loss", "lr", "grad_norm", "val_loss", "val_bpb"):      # once each; repeated steps gave the same
         assert run.history[name] == logged(log_dir, name), name
     assert len(run.history["ms"]) == 6
     assert run.status == "FINISHED" and run.params["max_lr"] == "0.0006" and run.params["n_layer"] == "2"

@@ -10,6 +10,7 @@ import train
 from exactgpt.config import UserError
 from exactgpt.dataloader import TokenStream
 from exactgpt.shards import ShardFolder
+from exactgpt.tokenizer import CharacterTokenizer, Tokenizer, gpt2_tokenizer
 from model import GPT, GPTConfig
 from tests.common import TINY, brute_force_order, cpu_runtime, logged_losses, read_metrics, torchrun
 
@@ -88,24 +89,43 @@ def test_micro_batch_size_changes_neither_losses_nor_tokens(run, make_shards, tm
     assert np.allclose(found[0], found[1], atol=1e-5) and np.allclose(found[0], found[2], atol=1e-5)
 
 
-def tiny_run(**more):
+def tiny_run(vocab_size=64, micro_batch_size=2, **more):
     """What train_step and validate read of a run: a model with dropout, and SGD at rate 1."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, dropout=0.5)).train()
-    return SimpleNamespace(raw_model=model, compiled=model, ddp=model, micro_batch_size=2,
+    model = GPT(GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=16, dropout=0.5)).train()
+    return SimpleNamespace(raw_model=model, compiled=model, ddp=model, micro_batch_size=micro_batch_size,
                            optimizer=torch.optim.SGD(model.parameters(), lr=1.0), scaler=cpu_runtime().grad_scaler(),
                            **more)
 
 
 def test_validation_is_without_dropout_and_training_goes_on_with_it(make_shards):
     folder = make_shards([100], val_sizes=[5 * 8 + 1], tokens=[k * 37 % 61 for k in range(141)])
-    run = tiny_run(val_stream=TokenStream(ShardFolder(folder).val, 8))
-    loss, n_tokens = train.validate(run, train.TrainConfig(), cpu_runtime())
+    run = tiny_run(val_stream=TokenStream(ShardFolder(folder).val, 8), tokenizer=Tokenizer([], "bytes"))
+    loss, n_tokens, _ = train.validate(run, train.TrainConfig(), cpu_runtime())
     x, tokens = torch.arange(40).view(5, 8) * 37 % 61, torch.arange(41) * 37 % 61
     assert not torch.equal(run.raw_model(x), run.raw_model(x))      # dropout is on again
     logits = run.raw_model.eval()(x)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:]).item()
     assert (loss, n_tokens) == (pytest.approx(expected, abs=1e-6), 40)
+
+
+@pytest.mark.parametrize("vocabulary", [gpt2_tokenizer, lambda: Tokenizer([("Ã", "©"), ("Ã©", "t")], "own"),
+                                        lambda: CharacterTokenizer("té 日本語😀")])
+def test_the_bytes_of_all_targets_are_counted_for_any_micro_batch(make_shards, vocabulary):
+    """Five windows: with 2 or 3 to a micro-batch the last is padded. End-of-text is a target with no bytes."""
+    tokenizer = vocabulary()
+    document = [*([] if tokenizer.eot is None else [tokenizer.eot]), *tokenizer.encode("été 日本語😀")]
+    folder = make_shards([100], val_sizes=[5 * 8 + 1], tokens=(document * 20)[:141])
+    targets = (document * 20)[1:41]
+    text = tokenizer.decode_bytes([token for token in targets if token != tokenizer.eot])
+    found = []
+    for size in (1, 2, 3, 5):
+        run = tiny_run(-(-tokenizer.n_vocab // 64) * 64, size, tokenizer=tokenizer,
+                       val_stream=TokenStream(ShardFolder(folder).val, 8))
+        loss, *counts = train.validate(run, train.TrainConfig(), cpu_runtime())
+        assert counts == [40, len(text)] and len(text) > 40
+        found.append(loss)
+    assert found == pytest.approx([found[0]] * 4, abs=1e-6)
 
 
 def test_an_update_is_clipped_to_the_norm_that_the_flag_gives():
@@ -135,6 +155,12 @@ def test_a_run_writes_what_the_contract_says(run, make_shards, tmp_path):
     assert set(trained[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tok_per_sec", "mfu", "data_wait_ms",
                                "peak_mem_gb"}
     assert trained[-1]["tokens"] == 640 and trained[-1]["mfu"] is None
+    validated, [shard] = [r for r in rows if "val_loss" in r], folder.glob("*_val_*.npy")
+    targets = np.load(shard)[1:24 * 16 + 1].tolist()
+    n_bytes = sum(target != 256 for target in targets)      # of one byte each, but for end-of-text
+    assert set(validated[0]) == {"step", "tokens", "val_loss", "val_bpb"} and 0 < n_bytes < len(targets)
+    for row in validated:
+        assert row["val_bpb"] == pytest.approx(row["val_loss"] * len(targets) / n_bytes / math.log(2))
     checkpoint = torch.load(log_dir / "model_00010.pt", weights_only=True)
     assert checkpoint["step"] == 10 and checkpoint["finished"] and checkpoint["tokenizer"]["name"] != "gpt2"
     assert not any("_orig_mod" in k or "module." in k for k in checkpoint["model"])

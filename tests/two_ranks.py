@@ -36,9 +36,9 @@ def random_gpt():
 
 def validated(runtime, data_dir):
     """Return train.validate of random_gpt."""
-    model = random_gpt()
-    run = SimpleNamespace(val_stream=TokenStream(ShardFolder(data_dir).val, 8), micro_batch_size=2, raw_model=model,
-                          compiled=model)
+    model, shards = random_gpt(), ShardFolder(data_dir)
+    run = SimpleNamespace(val_stream=TokenStream(shards.val, 8), micro_batch_size=2, raw_model=model, compiled=model,
+                          tokenizer=shards.tokenizer())
     return train.validate(run, train.TrainConfig(), runtime)
 
 
