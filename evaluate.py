@@ -168,7 +168,8 @@ def evaluate_texts(config, models, runtime):
         values = [_with_stderr(summary[name], summary[f"{name}_stderr"]) for summary in summaries]
         runtime.print(f"  {name.replace('_', ' '):<17}{''.join(values)}{unit}")
     if len(documents) == 1:
-        runtime.print("one document has no error bars: they come from the differences between documents")
+        runtime.print("one document has no error bars, which come from the differences between documents; "
+                      "--separator splits a file")
     if config.compare:
         names = [opened.source for opened in models]
         same = models[0].tokenizer.name == models[1].tokenizer.name
@@ -185,8 +186,9 @@ def evaluate_texts(config, models, runtime):
 def describe(name, comparison, unit):
     """Return a Comparison of a quantity as a line of text."""
     c = comparison
-    return (f"difference in {name}: {c.difference:+.4f}, 95% interval {c.low:+.4f} to {c.high:+.4f}; the first is "
-            f"better on {counted(c.better, unit)}, the second on {c.worse:,}")
+    interval = f", 95% interval {c.low:+.4f} to {c.high:+.4f}" if c.n > 1 else ""
+    return (f"difference in {name}, first minus second: {c.difference:+.4f}{interval}; the first is better on "
+            f"{counted(c.better, unit)}, the second on {c.worse:,}")
 
 
 # ---- tasks -------------------------------------------------------------------
@@ -211,7 +213,7 @@ def evaluate_tasks(config, models, runtime):
                 for run in (ours, *theirs)))
             if (name, metric) in comparisons:
                 comparison = comparisons[name, metric]
-                sentence = conclusion(comparison, *(opened.source for opened in models), "items",
+                sentence = conclusion(comparison, *(opened.source for opened in models), "item",
                                       ours.higher_is_better[name, metric])
                 print(f"    {describe(label, comparison, 'item')}\n    {sentence}")
                 compared.setdefault(name, {})[metric] = dict(comparison._asdict(), conclusion=sentence)

@@ -8,6 +8,8 @@ from collections import namedtuple
 
 import numpy as np
 
+from exactgpt.config import counted
+
 N_RESAMPLES = 9999       # scipy's default
 BATCH_NUMBERS = 10**7    # numbers in memory at once while resampling
 FEW_UNITS = 30           # of fewer no conclusion is drawn
@@ -58,13 +60,13 @@ def compare(ours, theirs, weights, transform=np.asarray, higher_is_better=False,
                       int((ahead < 0).sum()), n)
 
 
-def conclusion(comparison, ours, theirs, units="documents", higher_is_better=False):
+def conclusion(comparison, ours, theirs, unit="document", higher_is_better=False):
     """Return a sentence that says whether the difference is more than noise. ours, theirs: names of the models."""
     c, names = comparison, (ours, theirs)
     if c.difference == c.low == c.high == 0:
         return f"No difference between {ours} and {theirs}."
     if c.n < FEW_UNITS:
-        return f"{c.n} {units} are too few to tell a difference from noise: use {FEW_UNITS} or more."
+        return f"{counted(c.n, unit)} cannot tell a difference from noise: use {FEW_UNITS} or more."
     if c.low <= 0 <= c.high:
         return f"The difference between {ours} and {theirs} may be noise: the interval contains 0."
     better, worse = names if (c.difference > 0) == higher_is_better else names[::-1]

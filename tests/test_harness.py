@@ -1,0 +1,174 @@
+"""evaluate.py --tasks: item by item what lm-evaluation-harness' own Hugging Face model says of the exported weights."""
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from exactgpt import harness
+from exactgpt.checkpoint import save_checkpoint
+from exactgpt.error_bars import ratio_stderr
+from exactgpt.huggingface import write_pretrained
+from exactgpt.scoring import ending_losses
+from exactgpt.tokenizer import train_tokenizer
+from hellaswag import load_hellaswag, tokenize_examples
+from model import GPT, GPTConfig
+from tests.common import HELLASWAG_FILE, ROOT, cpu_runtime, refusal
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-extras.txt)")
+
+# The data sets as they lie on the hub; what `datasets` finds in the working directory it does not download.
+DATA = {"Rowan/hellaswag": "", "EleutherAI/lambada_openai": "", "EleutherAI/wikitext_document_level":
+        "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - {split: train, path: train.jsonl}\n"
+        "  - {split: validation, path: validation.jsonl}\n  - {split: test, path: test.jsonl}\n---\n"}
+GENERATION = """
+task: ask
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["e", "qq"], max_gen_toks: 12, do_sample: false}}
+metric_list:
+- {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+TASKS = ("hellaswag", "lambada_openai", "wikitext", "ask")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Return a folder with the data of the tasks, a task of our own in tasks/, and a.pt, b.pt and a/ (exported)."""
+    here = tmp_path_factory.mktemp("harness")
+    examples = [json.loads(line) for line in HELLASWAG_FILE.read_text().splitlines()]
+    texts = [f"{e['ctx']} {e['endings'][e['label']]}" for e in examples]
+    rows = {"Rowan/hellaswag": examples, "EleutherAI/lambada_openai": [{"text": text.rstrip(".")} for text in texts],
+            "EleutherAI/wikitext_document_level": [{"page": " = A title = \n" + " ".join(texts[k:k + n])}
+                                                   for k, n in ((0, 1), (3, 4), (7, 9))]}
+    for name, card in DATA.items():
+        (here / name).mkdir(parents=True)
+        (here / name / "README.md").write_text(card)
+        for split in ("train", "validation", "test"):
+            (here / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+    (here / "tasks").mkdir()
+    (here / "questions.jsonl").write_text("".join(
+        json.dumps({"question": text[:n], "answer": text[n:]}) + "\n" for text, n in zip(texts, (3, 250, 30, 9, 70))))
+    (here / "tasks" / "ask.yaml").write_text(GENERATION.format(file=here / "questions.jsonl"))
+    tokenizer = train_tokenizer(texts, 320)      # a multiple of 64: no rows of padding, which exports leave out
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(192, tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=32))
+        learn(model, [tokenizer.encode(text) for text in texts], 60)
+        save_checkpoint(here / f"{name}.pt", dict(model=model.state_dict(), config=model.config_dict(), step=1,
+                                                  val_loss=1.0, tokenizer=tokenizer.to_checkpoint()))
+        write_pretrained(here / name, model.config_dict(), model.state_dict(), tokenizer)
+    return here
+
+
+def learn(model, rows, steps):
+    """Train a model until it knows a part of some texts by heart, so that some of its answers are right."""
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def in_place(here, monkeypatch):
+    """Work in the folder, with a cache of its own; read the harness' index, which takes seconds, once in a process."""
+    import datasets
+    from lm_eval import tasks
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", here / "cache")
+    monkeypatch.setattr(tasks, "TaskManager", task_manager)
+    return here
+
+
+@functools.cache
+def task_manager(include_path=None):
+    from lm_eval.tasks.manager import TaskManager
+    return TaskManager(include_path=include_path)
+
+
+def by_item(results, name):
+    """Return the samples of a task in the order of its items."""
+    return sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+
+
+@pytest.mark.slow
+def test_four_kinds_of_task_item_by_item(in_place, capsys, monkeypatch):
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval.evaluate", lambda **options: kept.append(evaluator.evaluate(**options)) or kept[0])
+        evaluate.main(["--tasks", ",".join(TASKS), "--include_path", str(in_place / "tasks"), "--checkpoint", "a.pt",
+                       "--device", "cpu", "--dtype", "fp32", "--json", "ours.json", "--batch_tokens", "700"])
+    out = capsys.readouterr().out
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)      # it starts pip and takes seconds
+    theirs = evaluator.simple_evaluate(
+        model=HFLM(pretrained=str(in_place / "a"), device="cpu", dtype="float32", batch_size=3), tasks=list(TASKS),
+        task_manager=task_manager(str(in_place / "tasks")), bootstrap_iters=harness.BOOTSTRAPS, log_samples=True)
+    for name in TASKS:
+        for mine, other in zip(by_item(kept[0], name), by_item(theirs, name), strict=True):
+            assert mine["arguments"] == other["arguments"] and mine["doc_hash"] == other["doc_hash"]
+            for a, b in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
+                assert a == b if name == "ask" else np.ravel(a) == pytest.approx(np.ravel(b), rel=2e-5)
+    answers = [sample["filtered_resps"][0] for sample in by_item(theirs, "ask")]
+    assert len(set(answers)) > 2 and not any("e" in answer for answer in answers)
+    ours = json.loads((in_place / "ours.json").read_text())
+    for name, metrics in theirs["results"].items():
+        known = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        assert {key: ours["results"][name][key] for key in known} == pytest.approx(known, rel=2e-5)
+    # of each kind of answer some are right and some are not
+    assert all(0 < theirs["results"][name][f"{metric},none"] < 1 for name, metric in (
+        ("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("lambada_openai", "acc")))
+    # the harness has no standard errors of these; here from its own log-likelihoods
+    wikitext = by_item(theirs, "wikitext")
+    assert theirs["results"]["wikitext"]["word_perplexity_stderr,none"] == "N/A"
+    sums, words = np.array([sample["word_perplexity"] for sample in wikitext]).T
+    _, stderr = ratio_stderr(sums, words)
+    assert ours["results"]["wikitext"]["word_perplexity_stderr,none"] == pytest.approx(
+        stderr * theirs["results"]["wikitext"]["word_perplexity,none"], rel=1e-3)
+    assert all(isinstance(v, float) for m in ours["results"].values() for k, v in m.items() if "_stderr" in k)
+    assert f"hellaswag             acc               {theirs['results']['hellaswag']['acc,none']:.4f} ± 0." in out
+    assert "bootstrapping" not in out and "%|" not in out
+
+
+@pytest.mark.slow
+def test_hellaswag_py_agrees_item_by_item(in_place):
+    from exactgpt.open_model import open_model
+    from hellaswag import score_items
+    opened = open_model("a.pt")
+    prepared = tokenize_examples(load_hellaswag(HELLASWAG_FILE, "lm_eval"), opened.tokenizer, 192, "lm_eval")
+    right, right_norm = score_items(opened.model, prepared, cpu_runtime())
+    runtime = cpu_runtime()
+    loaded = harness.load_tasks(["hellaswag"], "", None, runtime)
+    lm = harness.make_lm(opened.model, opened.tokenizer, runtime)
+    items = harness.run_tasks(lm, loaded, runtime).items
+    assert items["hellaswag", "acc,none"][0].tolist() == right.tolist()
+    assert items["hellaswag", "acc_norm,none"][0].tolist() == right_norm.tolist()
+    assert 0 < right.sum() < 20 and right.tolist() != right_norm.tolist()
+
+
+@pytest.mark.slow
+def test_two_models_are_compared_item_by_item(in_place, capsys):
+    evaluate.main(["--tasks", "hellaswag,wikitext,lambada_openai", "--checkpoint", "a.pt", "--compare", "b.pt", "--device", "cpu",
+                   "--dtype", "fp32", "--json", "two.json"])
+    result = json.loads((in_place / "two.json").read_text())
+    for name, metric in (("hellaswag", "acc,none"), ("wikitext", "bits_per_byte,none"), ("lambada_openai", "perplexity,none")):
+        c = result["compare"][name][metric]
+        mine, other = result["results"][name][metric], result["other"]["results"][name][metric]
+        assert c["difference"] == pytest.approx(mine - other) and c["low"] <= c["difference"] <= c["high"]
+    assert "3 documents" not in out
+
+
+def test_a_task_that_cannot_be_run_is_refused(in_place):
+    runtime = cpu_runtime()
+    assert "no task 'helaswag'; did you mean hellaswag" in refusal(harness.load_tasks, ["helaswag"], "", None, runtime)
+    message = refusal(harness.load_tasks, ["piqa"], "", None, runtime)
+    assert "cannot load piqa and its data (" in message and "docs/evaluation.md" in message
