@@ -11,11 +11,10 @@ from exactgpt import harness
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.error_bars import ratio_stderr
 from exactgpt.huggingface import write_pretrained
-from exactgpt.scoring import ending_losses
 from exactgpt.tokenizer import train_tokenizer
 from hellaswag import load_hellaswag, tokenize_examples
-from model import GPT, GPTConfig
-from tests.common import HELLASWAG_FILE, ROOT, cpu_runtime, refusal
+from model import GPT, IGNORED, GPTConfig
+from tests.common import HELLASWAG_FILE, cpu_runtime, refusal
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-extras.txt)")
 
@@ -60,7 +59,7 @@ def here(tmp_path_factory):
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         model = GPT(GPTConfig(192, tokenizer.n_vocab, n_layer=2, n_head=2, n_embd=32))
-        learn(model, [tokenizer.encode(text) for text in texts], 60)
+        learn(model, [tokenizer.encode(text) for text in texts], 50)
         save_checkpoint(here / f"{name}.pt", dict(model=model.state_dict(), config=model.config_dict(), step=1,
                                                   val_loss=1.0, tokenizer=tokenizer.to_checkpoint()))
         write_pretrained(here / name, model.config_dict(), model.state_dict(), tokenizer)
@@ -69,10 +68,10 @@ def here(tmp_path_factory):
 
 def learn(model, rows, steps):
     """Train a model until it knows a part of some texts by heart, so that some of its answers are right."""
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, padding_value=IGNORED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        model(tokens[:, :-1].clamp(min=0), tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -157,14 +156,18 @@ def test_hellaswag_py_agrees_item_by_item(in_place):
 
 @pytest.mark.slow
 def test_two_models_are_compared_item_by_item(in_place, capsys):
-    evaluate.main(["--tasks", "hellaswag,wikitext,lambada_openai", "--checkpoint", "a.pt", "--compare", "b.pt", "--device", "cpu",
-                   "--dtype", "fp32", "--json", "two.json"])
+    evaluate.main(["--tasks", "hellaswag,wikitext,lambada_openai", "--checkpoint", "a.pt", "--compare", "b.pt",
+                   "--device", "cpu", "--dtype", "fp32", "--json", "two.json"])
     result = json.loads((in_place / "two.json").read_text())
-    for name, metric in (("hellaswag", "acc,none"), ("wikitext", "bits_per_byte,none"), ("lambada_openai", "perplexity,none")):
+    for name, metric in (("hellaswag", "acc_norm,none"), ("wikitext", "bits_per_byte,none"),
+                         ("wikitext", "word_perplexity,none"), ("lambada_openai", "perplexity,none")):
         c = result["compare"][name][metric]
         mine, other = result["results"][name][metric], result["other"]["results"][name][metric]
         assert c["difference"] == pytest.approx(mine - other) and c["low"] <= c["difference"] <= c["high"]
-    assert "3 documents" not in out
+        assert (c["better"] > c["worse"]) == ((mine > other) == (name == "hellaswag"))
+    flips = result["compare"]["hellaswag"]["acc_norm,none"]
+    assert flips["better"] - flips["worse"] == pytest.approx(20 * flips["difference"]) and flips["n"] == 20
+    assert "20 items cannot tell a difference from noise: use 30 or more." in capsys.readouterr().out
 
 
 def test_a_task_that_cannot_be_run_is_refused(in_place):
