@@ -26,7 +26,7 @@ def equal_hashes(tokens):
     return np.zeros(len(tokens) - 12, dtype=np.uint64)
 
 
-@pytest.mark.parametrize("chunk", [5, 64, overlap.CHUNK])
+@pytest.mark.parametrize("chunk", [9, 64, overlap.CHUNK])
 def test_a_run_of_13_tokens_is_found_wherever_it_lies_and_one_of_12_nowhere(make_shards, monkeypatch, chunk):
     monkeypatch.setattr(overlap, "CHUNK", chunk)
     val, stream = np.split(np.random.default_rng(0).integers(0, 257, 64 + sum(SIZES)).tolist(), [64])
