@@ -31,7 +31,9 @@ from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
 from exactgpt.files import atomic_write, check_new, write_json
 from exactgpt.open_model import newest_model, open_model
+from exactgpt.overlap import RUN, find_overlaps
 from exactgpt.scoring import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
+from exactgpt.shards import ShardFolder
 
 DATASET, N_EXAMPLES = "Rowan/hellaswag", 10042   # of its validation split
 DATA_FILE = "data/hellaswag/hellaswag_val.jsonl"
@@ -47,13 +49,16 @@ REFERENCES = {
     "lm_eval": [("GPT-2 124M", "0.2892", "0.3114"), ("GPT-2 1558M", "0.4004", "0.5089")],
 }
 
-# context: text; endings: N_ENDINGS texts, without the space before them; label: the index of the right one
-Example = namedtuple("Example", "context endings label")
+PARTS = {"activitynet": "ActivityNet", "wikihow": "WikiHow"}      # what source_id begins with -> the name to print
+
+# context: text; endings: N_ENDINGS texts, without the space before them; label: the index of the right one; source: one
+# of PARTS, or "" if the data do not say
+Example = namedtuple("Example", "context endings label source")
 # over n examples: acc by the summed loss, acc_norm by the loss per length
 HellaSwagScore = namedtuple("HellaSwagScore", "acc acc_norm n")
 # the PackedSequences of each example; (n,) indices of the right endings; (n, 4) divisors of the losses for acc_norm;
-# number of examples whose context was cut to fit the window
-PreparedHellaSwag = namedtuple("PreparedHellaSwag", "questions labels lengths n_cut")
+# number of examples whose context was cut to fit the window; the Examples
+PreparedHellaSwag = namedtuple("PreparedHellaSwag", "questions labels lengths n_cut examples")
 
 
 @dataclass(kw_only=True)
@@ -64,6 +69,8 @@ class HellaSwagConfig(DeviceConfig):
     data: str = flag("", f".jsonl or .json file of examples (default: {DATA_FILE}, downloaded once)", group="data")
     limit: int = flag(0, "score only the first N examples (0: all)", low=0)
     download: bool = flag(False, f"only download {DATA_FILE}")
+    overlap: str = flag("", "folder of training shards: score also without the examples whose context has "
+                            f"{RUN} tokens in a row in common with them")
     style: str = flag("karpathy", "prompt and scoring convention", group="scoring", choices=STYLES)
     batch_tokens: int = flag(0, "tokens per forward pass; changes speed and memory, not the score "
                                 f"(0: {BATCH_TOKENS}, on a CPU {CPU_BATCH_TOKENS})", low=0)
@@ -103,25 +110,79 @@ def score_checkpoint(config, runtime):
     runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,
                                   config.limit)
+    overlap = None
+    if config.overlap:      # before setup_done(): until then a stop signal ends the process, whatever it does
+        overlap = runtime.broadcast(lambda: measure_overlap(hellaswag.examples, config.overlap, config.tokenizer))
     runtime.setup_done()
     begin = time.perf_counter()
-    score = evaluate_hellaswag(model, hellaswag, runtime, config.batch_tokens)
+    right = score_items(model, hellaswag, runtime, config.batch_tokens)
     seconds = time.perf_counter() - begin
-    stderr, stderr_norm = (math.sqrt(p * (1 - p) / max(1, score.n - 1)) for p in (score.acc, score.acc_norm))
-    of = "" if score.n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})"
-    runtime.print(f"HellaSwag, {config.style} style, {counted(score.n, 'example')}{of}")
-    ours = "this model", f"{score.acc:.4f} ± {stderr:.4f}", f"{score.acc_norm:.4f} ± {stderr_norm:.4f}"
-    rows = [("", "acc", "acc_norm"), ours, *REFERENCES[config.style], ("guessing", "0.2500", "0.2500")]
-    runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
+    result = result_of(right, hellaswag.examples, overlap)
+    print_result(result, config.style, runtime)
     if hellaswag.n_cut:
         runtime.print(f"the beginning of {counted(hellaswag.n_cut, 'example')} was cut off to fit the model's window")
-    runtime.print(f"{seconds:.1f} s, {score.n / seconds:,.1f} examples/s")
+    runtime.print(f"{seconds:.1f} s, {result['n'] / seconds:,.1f} examples/s")
     if config.json and runtime.is_main:
         write_json(config.json, dict(
-            score._asdict(), style=config.style, n_cut=hellaswag.n_cut, acc_stderr=stderr, acc_norm_stderr=stderr_norm,
-            checkpoint=opened.source, data=config.data or DATA_FILE, device=runtime.device.type,
-            dtype=runtime.dtype_name, seconds=round(seconds, 3)))
+            result, style=config.style, n_cut=hellaswag.n_cut, checkpoint=opened.source, data=config.data or DATA_FILE,
+            device=runtime.device.type, dtype=runtime.dtype_name, seconds=round(seconds, 3)))
         print(f"wrote {config.json}")
+
+
+def measure_overlap(examples, shards, tokenizer=""):
+    """Compare the contexts of Examples with a folder of shards; return which share a run, and the facts for --json.
+
+    tokenizer: the folder of a vocabulary, for shards without one. Raises UserError.
+    """
+    folder = ShardFolder(shards)
+    if not folder.train:
+        raise UserError(f"--overlap {shards} has no train shards; name the folder that the model was trained on")
+    tokenizer = folder.tokenizer(tokenizer)
+    if tokenizer.eot is None:
+        raise UserError(f"--overlap looks for {RUN} tokens in a row, but the tokens of {shards} are characters; name a "
+                        "folder with a byte-pair vocabulary")
+    contexts = [tokenizer.encode(example.context) for example in examples]
+    shared = find_overlaps(contexts, folder)
+    return shared, dict(shards=shards, run=RUN, items=int(shared.sum()), too_short=sum(len(c) < RUN for c in contexts))
+
+
+def result_of(right, examples, overlap=None):
+    """Return the accuracies as a dict: of all Examples, of each part, and of those without overlap.
+
+    right: what score_items returned. overlap: what measure_overlap returned.
+    """
+    def accuracies(chosen):
+        result = dict(n=int(chosen.sum()))
+        for name, values in zip(("acc", "acc_norm"), right):
+            p = values[chosen].mean().item() if result["n"] else None
+            result |= {name: p, f"{name}_stderr": p if p is None else math.sqrt(p * (1 - p) / max(1, result["n"] - 1))}
+        return result
+    sources = np.array([example.source for example in examples])
+    result = accuracies(np.full(len(examples), True))
+    result["parts"] = {part: accuracies(sources == part) for part in PARTS if part in sources}
+    if overlap:
+        shared, facts = overlap
+        result["overlap"] = facts | accuracies(~shared)
+    return result
+
+
+def print_result(result, style, runtime):
+    """Print what result_of returned as a table, with the published scores of the style."""
+    n, overlap = result["n"], result.get("overlap", dict(n=0))
+    of = "" if n == N_EXAMPLES else f" (published numbers: {N_EXAMPLES:,})"
+    runtime.print(f"HellaSwag, {style} style, {counted(n, 'example')}{of}")
+    ours = {"this model": result, **{PARTS[part]: scores for part, scores in result["parts"].items()}}
+    if overlap["n"]:
+        ours["no overlap"] = overlap
+    rows = [("", "acc", "acc_norm")]
+    for name, scores in ours.items():
+        acc, acc_norm = (f"{scores[key]:.4f} ± {scores[f'{key}_stderr']:.4f}" for key in ("acc", "acc_norm"))
+        rows.append((name, acc, acc_norm + f"  {counted(scores['n'], 'example')}" * (scores is not result)))
+    rows += [*REFERENCES[style], ("guessing", "0.2500", "0.2500")]
+    runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
+    if "overlap" in result:
+        runtime.print(f"{overlap['shards']} has {RUN} tokens in a row of {overlap['items']:,} of "
+                      f"{counted(n, 'context')} (too short to be found: {overlap['too_short']:,})")
 
 
 def fetch_hellaswag():
@@ -185,7 +246,8 @@ def parse_example(item, style, where):
         raise UserError(f"{where}: the context or an ending is empty")
     if str(label) not in map(str, range(N_ENDINGS)):  # strings on the hub, and '' in its test split
         raise UserError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, but is {label!r}")
-    return Example(context, tuple(endings), int(label))
+    source = next((part for part in PARTS if str(item.get("source_id")).startswith(f"{part}~")), "")
+    return Example(context, tuple(endings), int(label), source)
 
 
 def prepare_hellaswag(runtime, tokenizer, block_size, style="karpathy", path="", limit=0):
@@ -213,7 +275,7 @@ def tokenize_examples(examples, tokenizer, block_size, style):
             lengths.append([len(ending) for ending in example.endings])
         questions.append(pack_question(context, endings, block_size))
         n_cut += any(len(context) + len(ending) - 1 > block_size for ending in endings)
-    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), n_cut)
+    return PreparedHellaSwag(questions, np.array([e.label for e in examples]), np.array(lengths), n_cut, examples)
 
 
 def evaluate_hellaswag(model, hellaswag, runtime, batch_tokens=0):

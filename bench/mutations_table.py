@@ -80,6 +80,11 @@ MUTATIONS = [
     ("hellaswag.py", "lengths.append([min(len(ending), block_size) for ending in endings])",
      "lengths.append([len(ending) for ending in endings])",
      "tests/test_hellaswag.py::test_an_ending_that_is_cut_counts_as_long_as_what_is_scored_of_it"),
+    ("exactgpt/overlap.py", "kept = min(end, RUN - 1)", "kept = 0", "tests/test_overlap.py"),
+    ("exactgpt/overlap.py", "text_of[:1 - RUN] == text_of[RUN - 1:]", "text_of[:1 - RUN] >= 0",
+     "tests/test_overlap.py"),
+    ("exactgpt/overlap.py", ".all(axis=1)", ".any(axis=1)", "tests/test_overlap.py"),
+    ("hellaswag.py", "accuracies(~shared)", "accuracies(shared)", "tests/test_overlap.py"),
 
     # ---- training
     ("train.py", "min(WARMUP_STEPS, max_steps // 10)", "min(WARMUP_STEPS, -(-max_steps // 10))",

@@ -66,6 +66,8 @@ TABLE = {
     "python prepare_fineweb.py --verify --out data/demo": Run(),
     "torchrun --nproc_per_node=8 train.py": Run(f"{TINY} --log_dir logs/real", ["logs/real/model_00002.pt"]),
     "python hellaswag.py --checkpoint logs/model_19073.pt": Run("--device cpu --limit 4"),
+    "python hellaswag.py --checkpoint logs/model_19073.pt --overlap data/edu_fineweb10B":
+        Run("--device cpu --limit 4 --overlap data/demo"),
     "python inference.py --prompt \"Hello, I'm a language model,\" --num_seq 3": Run("--device cpu --max_tokens 4"),
     "python prepare_text.py mybook.txt --out data/mybook": Run("", ["data/mybook/manifest.json"]),
     "python train.py --data_dir data/mybook --log_dir logs/mybook --block_size 64 --total_batch_size 4096 "
