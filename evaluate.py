@@ -97,7 +97,8 @@ def read_shards(config):
     tokenizer = shards.tokenizer(config.tokenizer)
     shards.check_vocabulary(tokenizer.n_vocab)
     documents = []
-    for ids in itertools.islice(_split_at(getattr(shards, config.split), tokenizer.eot), config.limit or None):
+    pieces = filter(len, _split_at(tokenizer.eot, getattr(shards, config.split)))
+    for ids in itertools.islice(pieces, config.limit or None):
         data = tokenizer.decode_bytes(ids.tolist())
         text = data.decode("utf-8", "replace")
         documents.append(Document(text, ids, len(data), len(text.split())))
@@ -116,7 +117,8 @@ def _split_at(eot, shards):
         for piece in others:
             yield np.concatenate(pieces)
             pieces = [piece[1:]]
-    yield np.concatenate(pieces)
+    if pieces:
+        yield np.concatenate(pieces)
 
 
 def score_documents(opened, documents, shards_vocabulary, runtime, batch_tokens=0):

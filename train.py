@@ -417,8 +417,9 @@ def validate(run, config, runtime):
     The end-of-text token counts as a token of 0 bytes.
     """
     n_windows = n_val_windows(run.val_stream, config.val_tokens)
-    lengths = torch.from_numpy(run.tokenizer.byte_lengths)      # the last is that of IGNORED; rows of padding have 0
-    byte_lengths = nn.functional.pad(lengths, (0, run.raw_model.config.vocab_size + 1 - len(lengths))).to(runtime.device)
+    lengths, n_rows = torch.from_numpy(run.tokenizer.byte_lengths), run.raw_model.config.vocab_size
+    # 0 for rows of padding, and last for IGNORED
+    byte_lengths = nn.functional.pad(lengths, (0, n_rows + 1 - len(lengths))).to(runtime.device)
     loss, n_tokens, n_bytes = torch.zeros((), device=runtime.device), 0, 0
     run.raw_model.eval()
     batches = val_batches(run.val_stream, n_windows, run.micro_batch_size, runtime)

@@ -1,6 +1,6 @@
 """evaluate.py --tasks: item by item what lm-evaluation-harness' own Hugging Face model says of the exported weights."""
-import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +11,10 @@ from exactgpt import harness
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.error_bars import ratio_stderr
 from exactgpt.huggingface import write_pretrained
+from exactgpt.open_model import open_model
+from exactgpt.scoring import ending_losses
 from exactgpt.tokenizer import train_tokenizer
-from hellaswag import load_hellaswag, tokenize_examples
+from hellaswag import load_hellaswag, score_items, tokenize_examples
 from model import GPT, IGNORED, GPTConfig
 from tests.common import HELLASWAG_FILE, cpu_runtime, refusal
 
@@ -78,19 +80,21 @@ def learn(model, rows, steps):
 
 @pytest.fixture
 def in_place(here, monkeypatch):
-    """Work in the folder, with a cache of its own; read the harness' index, which takes seconds, once in a process."""
+    """Work in the folder, with a cache of its own, and few of the harness' 14,000 tasks, whose index takes 6 s."""
     import datasets
-    from lm_eval import tasks
+    from lm_eval import evaluator, tasks  # noqa: F401  the first takes the TaskManager from the second as it is now
     monkeypatch.chdir(here)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", here / "cache")
     monkeypatch.setattr(tasks, "TaskManager", task_manager)
     return here
 
 
-@functools.cache
 def task_manager(include_path=None):
+    import lm_eval.tasks
     from lm_eval.tasks.manager import TaskManager
-    return TaskManager(include_path=include_path)
+    theirs = Path(lm_eval.tasks.__file__).parent
+    folders = [str(theirs / name) for name in ("hellaswag", "lambada", "wikitext", "piqa")]
+    return TaskManager(include_path=[*folders, *filter(None, [include_path])], include_defaults=False)
 
 
 def by_item(results, name):
@@ -139,18 +143,21 @@ def test_four_kinds_of_task_item_by_item(in_place, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_hellaswag_py_agrees_item_by_item(in_place):
-    from exactgpt.open_model import open_model
-    from hellaswag import score_items
-    opened = open_model("a.pt")
-    prepared = tokenize_examples(load_hellaswag(HELLASWAG_FILE, "lm_eval"), opened.tokenizer, 192, "lm_eval")
-    right, right_norm = score_items(opened.model, prepared, cpu_runtime())
-    runtime = cpu_runtime()
+def test_hellaswag_py_in_lm_eval_style_agrees_item_by_item(in_place):
+    from lm_eval import evaluator
+    opened, runtime = open_model("a.pt"), cpu_runtime()
+    examples = load_hellaswag(HELLASWAG_FILE, "lm_eval")
+    prepared = tokenize_examples(examples, opened.tokenizer, 192, "lm_eval")
+    losses = ending_losses(opened.model, prepared.questions, 4, runtime).reshape(-1, 4)
+    right, right_norm = score_items(opened.model, prepared, runtime)
     loaded = harness.load_tasks(["hellaswag"], "", None, runtime)
-    lm = harness.make_lm(opened.model, opened.tokenizer, runtime)
-    items = harness.run_tasks(lm, loaded, runtime).items
-    assert items["hellaswag", "acc,none"][0].tolist() == right.tolist()
-    assert items["hellaswag", "acc_norm,none"][0].tolist() == right_norm.tolist()
+    results = evaluator.evaluate(lm=harness.make_lm(opened.model, opened.tokenizer, runtime), task_dict=loaded)
+    samples = by_item(results, "hellaswag")
+    assert [e.context for e in examples] == [s["arguments"][0][0] for s in samples]
+    assert [[" " + c for c in e.endings] for e in examples] == [[a[1] for a in s["arguments"]] for s in samples]
+    assert any(e.context != e.context.rstrip() for e in examples)       # one has a space that must move
+    np.testing.assert_allclose(-losses, [[r[0] for r in s["filtered_resps"]] for s in samples], rtol=2e-5)
+    assert right.tolist() == [s["acc"] for s in samples] and right_norm.tolist() == [s["acc_norm"] for s in samples]
     assert 0 < right.sum() < 20 and right.tolist() != right_norm.tolist()
 
 

@@ -22,7 +22,6 @@ from tests.common import (
     ROOT,
     SHARED_DATA,
     cpu_runtime,
-    gpt_from_transformers,
     script_env,
     torchrun_arguments,
 )
@@ -203,39 +202,6 @@ def test_a_hugging_face_folder_scores_as_transformers_does(their_model, their_to
     assert "GPT-2 124M   0.2859           0.2955" in out and "20 examples (published numbers: 10,042)" in out
 
 
-@pytest.mark.slow
-def test_lm_eval_style_equals_lm_evaluation_harness(their_model, their_tokenizer, tmp_path):
-    """The harness gives the same losses, predictions and scores for the same examples and weights."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-extras.txt)")
-    from lm_eval import simple_evaluate
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks.hellaswag.utils import process_docs
-    task = ConfigurableTask(config=dict(
-        task="hellaswag_20", dataset_path="json", output_type="multiple_choice", validation_split="validation",
-        dataset_kwargs=dict(data_files=dict(validation=str(HELLASWAG_FILE)), cache_dir=str(tmp_path)),
-        # the rest is lm_eval/tasks/hellaswag/hellaswag.yaml
-        process_docs=process_docs, doc_to_text="{{query}}", doc_to_target="{{label}}", doc_to_choice="choices",
-        metric_list=[dict(metric="acc", aggregation="mean"), dict(metric="acc_norm", aggregation="mean")]))
-    harness = HFLM(pretrained=their_model, tokenizer=their_tokenizer, batch_size=4, device="cpu")
-    results = simple_evaluate(model=harness, tasks=[task], bootstrap_iters=0, log_samples=True)
-    samples = sorted(results["samples"]["hellaswag_20"], key=lambda s: s["doc_id"])
-
-    examples = load_hellaswag(HELLASWAG_FILE, "lm_eval")
-    assert [e.context for e in examples] == [s["arguments"][0][0] for s in samples]
-    assert [[" " + c for c in e.endings] for e in examples] == [[a[1] for a in s["arguments"]] for s in samples]
-    assert any(e.context != e.context.rstrip() for e in examples)       # one has a space that must move
-    prepared = tokenize_examples(examples, gpt2_tokenizer(), 256, "lm_eval")
-    losses = ending_losses(gpt_from_transformers(their_model), prepared.questions, 4, cpu_runtime()).reshape(-1, 4)
-    np.testing.assert_allclose(-losses, [[r[0] for r in s["filtered_resps"]] for s in samples], rtol=2e-5)
-    labels = np.array([e.label for e in examples])
-    assert (losses.argmin(1) == labels).tolist() == [s["acc"] for s in samples]
-    assert ((losses / prepared.lengths).argmin(1) == labels).tolist() == [s["acc_norm"] for s in samples]
-    score = evaluate_hellaswag(gpt_from_transformers(their_model), prepared, cpu_runtime())
-    assert score.acc == results["results"]["hellaswag_20"]["acc,none"]
-    assert score.acc_norm == results["results"]["hellaswag_20"]["acc_norm,none"]
-
-
 # -----------------------------------------------------------------------------
 # batch size, order and number of ranks do not matter
 
@@ -281,7 +247,10 @@ RANKS_SCRIPT = """
 import json, sys
 import torch
 from dataclasses import dataclass
+from evaluate import Document, score_documents
 from exactgpt.config import DeviceConfig, UserError
+from exactgpt.harness import continue_texts
+from exactgpt.open_model import OpenedModel
 from hellaswag import evaluate_hellaswag, load_hellaswag, prepare_hellaswag
 from exactgpt.distributed import start
 from model import GPT, GPTConfig
@@ -303,6 +272,12 @@ with start(DeviceConfig(device="cpu", dtype="fp32")) as runtime:
     except UserError as error:
         results.append(str(error))
     results.append(model.training)
+    documents = [Document(text, None, 0, 0) for text in ("one", "a text of more than one window " * 60, "", "three")]
+    model.eval()
+    opened = OpenedModel(model, Tokenizer([], "bytes"), "")
+    results.append(score_documents(opened, documents, None, runtime, batch_tokens=900).losses.tolist())
+    requests = [(chr(97 + i), dict(until=["e"], max_gen_toks=3 + i % 2)) for i in range(19)]
+    results.append(continue_texts(model, opened.tokenizer, requests, runtime))
     if runtime.rank == runtime.world_size - 1:
         with open(sys.argv[2], "w") as f:
             json.dump(results, f)
@@ -324,6 +299,8 @@ def test_two_processes_get_the_same_score_as_one(tmp_path):
     assert results[0] == results[1]
     assert [r[2] for r in results[0][:4]] == [20, 20, 1, 3] and results[0][5] is True
     assert "cannot read nowhere.jsonl" in results[0][4]
+    assert [loss > 0 for loss in results[0][6]] == [True, True, False, True]
+    assert len(results[0][7]) == 19 and len(set(results[0][7])) > 4
 
 
 # -----------------------------------------------------------------------------
