@@ -61,8 +61,8 @@ def main(argv=None):
         pairs=[dict(c._asdict(), seeds=[a, b]) for a, b, c in pairs], pairs_more_than_noise=len(real),
         seen_between_checkpoints=POWER * of_a_pair,
         seen_between_recipes={n: POWER * between_seeds * (2 / n) ** 0.5 for n in (1, 3, 5, 10)}), [
-            comparison_row(f"pairs of seeds of one recipe that differ by more than noise, {len(documents)} documents", "",
-                           f"{len(real)} of {len(pairs)}")])
+            comparison_row(f"pairs of seeds of one recipe that differ by more than noise on {len(documents)} documents",
+                           "", f"{len(real)} of {len(pairs)}")])
 
 
 def run_python(script, *flags):
