@@ -74,6 +74,23 @@ TABLE = {
     "--micro_batch_size 16 --max_lr 6e-4 --max_steps 10000 --stop_loss 0.09 --eval_every 100 --hellaswag_every 0":
         Run(f"{TINY} --stop_loss 100", ["logs/mybook/model_00001.pt"]),
     "python hellaswag.py --checkpoint gpt2 --style lm_eval": Run("--device cpu --limit 4"),
+    "python evaluate.py --text mybook.txt --checkpoint logs/demo/model_00600.pt": Run("--device cpu --text new.csv "
+                                                                                      "--text_column review"),
+    "python evaluate.py --text corpus/ mybook.txt": Run("--device cpu --limit 2"),
+    "python evaluate.py --data_dir data/edu_fineweb10B --limit 1000 --checkpoint gpt2":
+        Run("--data_dir data/demo --device cpu --limit 2"),
+    "python evaluate.py --tasks hellaswag,lambada_openai,arc_easy,piqa,winogrande --checkpoint logs/model_19073.pt":
+        Run("--tasks hellaswag --device cpu --limit 4"),
+    "torchrun --nproc_per_node=8 evaluate.py --tasks hellaswag --num_fewshot 5 --checkpoint gpt2":
+        Skip("test_hellaswag.py has two processes answer"),
+    "hf download Rowan/hellaswag --repo-type dataset --local-dir Rowan/hellaswag": Skip("needs the hub"),
+    "python evaluate.py --data_dir data/edu_fineweb10B --limit 1000 --checkpoint logs/a/model_19073.pt "
+    "--compare logs/b/model_19073.pt": Run("--data_dir data/demo --limit 1 --checkpoint logs/model_19073.pt "
+                                           "--compare gpt2 --device cpu"),
+    "python evaluate.py --tasks hellaswag --checkpoint logs/a/model_19073.pt --compare gpt2":
+        Skip("test_harness.py compares"),
+    "python evaluate.py --tasks lambada_openai,arc_easy --checkpoint logs/model_19073.pt --compare gpt2":
+        Skip("test_harness.py compares"),
     'python inference.py --checkpoint gpt2 --prompt "Once" --prompt "Twice" --temperature 0.8 --top_p 0.95 --stream':
         Run("--device cpu --max_tokens 4"),
     "python plot.py logs/demo": Run("", ["logs/demo/plot.png"]),
@@ -161,6 +178,9 @@ def reader(run, tmp_path):
         dict(instruction=f"Say {i}", input="", output=str(i)) for i in range(40)]))
     (here / "data" / "hellaswag").mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "data" / "hellaswag_20.jsonl", here / "data" / "hellaswag" / "hellaswag_val.jsonl")
+    (here / "Rowan" / "hellaswag").mkdir(parents=True)
+    for split in ("train", "validation"):
+        shutil.copy(ROOT / "tests" / "data" / "hellaswag_20.jsonl", here / "Rowan" / "hellaswag" / f"{split}.jsonl")
     characters = write_nanogpt_data(here / "nanoGPT" / "data" / "shakespeare_char", f"ROMEO:\n{text}" * 40)
     model = GPT(GPTConfig(32, len(characters), 1, 1, 8, bias=False, activation="gelu"))
     write_nanogpt_checkpoint(here / "nanoGPT" / "out-shakespeare-char" / "ckpt.pt", model.state_dict(),
