@@ -14,6 +14,7 @@ from exactgpt.launch import require_output  # first, see there
 
 import itertools
 import math
+import os
 import time
 from collections import namedtuple
 from dataclasses import dataclass
@@ -71,8 +72,17 @@ class EvaluateConfig(DeviceConfig):
                             not given else f"{' and '.join(given)} cannot be combined; use one of them")
         if self.tasks:
             require_packages("lm_eval")
+            if not self.task_names:
+                raise UserError(f"--tasks {self.tasks!r} names no task; write --tasks hellaswag,arc_easy")
+            if self.include_path and not os.path.isdir(self.include_path):
+                raise UserError(f"--include_path {self.include_path} is no folder; name the one with your .yaml files")
         if self.compare:
             require_packages("scipy")
+
+    @property
+    def task_names(self):
+        """The names in --tasks, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
 
 # ---- texts -------------------------------------------------------------------
@@ -166,6 +176,8 @@ def evaluate_texts(config, models, runtime):
     result = summaries[0]
     runtime.print(f"{counted(len(documents), 'document')}, {result['tokens']:,} tokens, {result['words']:,} words, "
                   f"{result['bytes']:,} bytes")
+    if config.compare:
+        runtime.print(f"  {'':<17}{'first':<23}second")
     for name, unit in NAMES.items():
         values = [_with_stderr(summary[name], summary[f"{name}_stderr"]) for summary in summaries]
         runtime.print(f"  {name.replace('_', ' '):<17}{''.join(values)}{unit}")
@@ -198,8 +210,7 @@ def describe(name, comparison, unit):
 def evaluate_tasks(config, models, runtime):
     """Run the tasks of the flags with the OpenedModels; print the results and return them as a dict."""
     from exactgpt.harness import compare_tasks, load_tasks, make_lm, run_tasks
-    names = list(dict.fromkeys(name.strip() for name in config.tasks.split(",") if name.strip()))
-    loaded = load_tasks(names, config.include_path, config.num_fewshot, runtime)
+    loaded = load_tasks(config.task_names, config.include_path, config.num_fewshot, runtime)
     runtime.setup_done()
     ours, *theirs = [run_tasks(make_lm(opened.model, opened.tokenizer, runtime, config.batch_tokens), loaded, runtime,
                                config.limit) for opened in models]
@@ -207,6 +218,8 @@ def evaluate_tasks(config, models, runtime):
         return {}
     comparisons = compare_tasks(ours, theirs[0]) if theirs else {}
     result, compared = dict(ours.more, results=ours.results), {}
+    if theirs:
+        print(f"  {'':<40}{'first':<23}second")
     for name, metrics in ours.results.items():
         for metric in [key for key in metrics if "," in key and "_stderr," not in key]:
             label = metric.removesuffix(",none")

@@ -24,7 +24,7 @@ from exactgpt.tokenizer import EOT_TEXT
 
 HARNESS_SEEDS = 0, 1234  # of `random` and of NumPy, as its command line has them
 BOOTSTRAPS = 10_000      # draws for the standard errors that the harness bootstraps; its own default is 100,000
-GENERATION_ROWS = {"cuda": 64, "mps": 16, "cpu": 8}
+GENERATION_ROWS = 32     # texts written at a time
 # How the harness makes a metric of the mean over items, and its derivative, by the name of the metric's aggregation.
 AGGREGATIONS = {"mean": (np.asarray, np.ones_like), "perplexity": (lambda x: np.exp(-x), lambda x: np.exp(-x)),
                 "weighted_perplexity": (lambda x: np.exp(-x), lambda x: np.exp(-x)),
@@ -86,14 +86,14 @@ def score_continuations(model, pairs, runtime, batch_tokens):
 def continue_texts(model, tokenizer, requests, runtime):
     """Return the continuations of requests (text, generation arguments), each up to its first stop text."""
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-    rows = GENERATION_ROWS[runtime.device.type]
     groups = {}      # requests with the same arguments, whose texts have like lengths
     for i, (text, arguments) in enumerate(requests):
         groups.setdefault(repr(sorted(arguments.items())), []).append((len(text), i))
-    batches = [group[first:first + rows] for group in map(sorted, groups.values())
-               for first in range(0, len(group), rows)]
-    # A copy, since a decoder converts the weights, and on a CPU packs them.
-    decoder = make_decoder(copy.deepcopy(model), runtime.device, runtime.dtype)
+    batches = [group[first:first + GENERATION_ROWS] for group in map(sorted, groups.values())
+               for first in range(0, len(group), GENERATION_ROWS)]
+    # A decoder converts the weights, and packs them on a CPU, unless they are to stay fp32.
+    copied = model if runtime.dtype_name == "fp32" else copy.deepcopy(model)
+    decoder = make_decoder(copied, runtime.device, runtime.dtype)
     answers = {}
     for first in range(0, len(batches), runtime.world_size):
         for batch in batches[first + runtime.rank:first + runtime.rank + 1]:
@@ -159,7 +159,7 @@ def load_tasks(names, include_path, num_fewshot, runtime):
                 return manager.load(list(names))
             except Exception as error:      # of the network, a file, a task's own code: anything
                 why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                raise UserError(f"cannot load {', '.join(names)} and its data ({why}); docs/evaluation.md says how to "
+                raise UserError(f"cannot load {', '.join(names)} or its data ({why}); docs/evaluation.md says how to "
                                 "bring the data to a machine without a network") from error
         # One process of a machine downloads; the others then find the data in the cache.
         first = runtime.local_rank == 0

@@ -204,6 +204,8 @@ def test_it_does_not_say_what_it_cannot_know(own_tokenizer, tmp_path, monkeypatc
     for flags, words in (
             ([], "name what to evaluate: --text"),
             (["--text", "a", "--tasks", "b"], "--text and --tasks cannot be combined"),
+            (["--tasks", " , "], "names no task"),
+            (["--tasks", "piqa", "--include_path", "nowhere"], "--include_path nowhere is no folder"),
             (["--text", str(tmp_path / "blank.txt")], "there is no text in"),
             (["--text", str(tmp_path / "gone.txt")], "gone.txt does not exist"),
             (["--data_dir", str(tmp_path)], "no shards in"),

@@ -181,4 +181,4 @@ def test_a_task_that_cannot_be_run_is_refused(in_place):
     runtime = cpu_runtime()
     assert "no task 'helaswag'; did you mean hellaswag" in refusal(harness.load_tasks, ["helaswag"], "", None, runtime)
     message = refusal(harness.load_tasks, ["piqa"], "", None, runtime)
-    assert "cannot load piqa and its data (" in message and "docs/evaluation.md" in message
+    assert "cannot load piqa or its data (" in message and "docs/evaluation.md" in message

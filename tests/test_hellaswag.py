@@ -249,6 +249,7 @@ import torch
 from dataclasses import dataclass
 from evaluate import Document, score_documents
 from exactgpt.config import DeviceConfig, UserError
+from exactgpt import harness
 from exactgpt.harness import continue_texts
 from exactgpt.open_model import OpenedModel
 from hellaswag import evaluate_hellaswag, load_hellaswag, prepare_hellaswag
@@ -277,6 +278,7 @@ with start(DeviceConfig(device="cpu", dtype="fp32")) as runtime:
     opened = OpenedModel(model, Tokenizer([], "bytes"), "")
     results.append(score_documents(opened, documents, None, runtime, batch_tokens=900).losses.tolist())
     requests = [(chr(97 + i), dict(until=["e"], max_gen_toks=3 + i % 2)) for i in range(19)]
+    harness.GENERATION_ROWS = 4
     results.append(continue_texts(model, opened.tokenizer, requests, runtime))
     if runtime.rank == runtime.world_size - 1:
         with open(sys.argv[2], "w") as f:
