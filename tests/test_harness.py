@@ -55,7 +55,8 @@ def here(tmp_path_factory):
             (here / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
     (here / "tasks").mkdir()
     (here / "questions.jsonl").write_text("".join(
-        json.dumps({"question": text[:n], "answer": text[n:]}) + "\n" for text, n in zip(texts, (3, 250, 30, 9, 70))))
+        json.dumps({"question": text[:n], "answer": "x"}) + "\n"      # one is longer than the window
+        for text, n in zip([texts[0], "".join(texts), *texts[2:]], (3, 900, 30, 9, 70))))
     (here / "tasks" / "ask.yaml").write_text(GENERATION.format(file=here / "questions.jsonl"))
     tokenizer = train_tokenizer(texts, 320)      # a multiple of 64: no rows of padding, which exports leave out
     for seed, name in enumerate("ab"):
@@ -164,7 +165,7 @@ def test_hellaswag_py_in_lm_eval_style_agrees_item_by_item(in_place):
 @pytest.mark.slow
 def test_two_models_are_compared_item_by_item(in_place, capsys):
     evaluate.main(["--tasks", "hellaswag,wikitext,lambada_openai", "--checkpoint", "a.pt", "--compare", "b.pt",
-                   "--device", "cpu", "--dtype", "fp32", "--json", "two.json"])
+                   "--device", "cpu", "--dtype", "fp32", "--json", "two.json", "--num_fewshot", "1"])
     result = json.loads((in_place / "two.json").read_text())
     for name, metric in (("hellaswag", "acc_norm,none"), ("wikitext", "bits_per_byte,none"),
                          ("wikitext", "word_perplexity,none"), ("lambada_openai", "perplexity,none")):
@@ -172,6 +173,7 @@ def test_two_models_are_compared_item_by_item(in_place, capsys):
         mine, other = result["results"][name][metric], result["other"]["results"][name][metric]
         assert c["difference"] == pytest.approx(mine - other) and c["low"] <= c["difference"] <= c["high"]
         assert (c["better"] > c["worse"]) == ((mine > other) == (name == "hellaswag"))
+    assert result["n-shot"]["hellaswag"] == 1
     flips = result["compare"]["hellaswag"]["acc_norm,none"]
     assert flips["better"] - flips["worse"] == pytest.approx(20 * flips["difference"]) and flips["n"] == 20
     assert "20 items cannot tell a difference from noise: use 30 or more." in capsys.readouterr().out
