@@ -38,6 +38,9 @@ bench: $(VENV)/.extras
 	$(VENV)/bin/torchrun --nproc_per_node=2 -m bench.train_step --peers ours,apart --total_batch_size 2048
 	$(PY) -m bench.generate
 	test ! -f data/hellaswag/hellaswag_val.jsonl || $(PY) -m bench.hellaswag
+	test ! -f data/hellaswag/hellaswag_val.jsonl || $(PY) -m bench.evaluate
+	$(PY) -m bench.seeds
+	$(PY) -m bench.error_bars
 	test ! -d data/wikipedia_48m || $(PY) -m bench.muon
 	$(PY) -m bench.table
 

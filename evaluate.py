@@ -92,11 +92,11 @@ def read_texts(config):
     from exactgpt.documents import find_files, read_files
     texts = []
     for text, starts in read_files(find_files(config.text), config.text_column, config.separator):
-        if starts and len(texts) == config.limit > 0:
-            break
-        texts += [[text]] if starts else []
-        if not starts:
-            texts[-1].append(text)
+        if starts:
+            if len(texts) == config.limit > 0:
+                break
+            texts.append([])
+        texts[-1].append(text)
     texts = ["".join(parts) for parts in texts]
     return [Document(text, None, len(text.encode("utf-8", "replace")), len(text.split())) for text in texts]
 
@@ -158,7 +158,8 @@ def summarize(scored, documents):
     loss, loss_stderr = ratio_stderr(*scored)
     per_word, per_word_stderr = ratio_stderr(scored.losses, n_words)
     bits, bits_stderr = (value / math.log(2) for value in ratio_stderr(scored.losses, n_bytes))
-    perplexity, word_perplexity = np.exp([loss, per_word]).tolist()
+    with np.errstate(over="ignore"):
+        perplexity, word_perplexity = np.exp([loss, per_word]).tolist()
     return dict(loss=loss, loss_stderr=loss_stderr, perplexity=perplexity, perplexity_stderr=perplexity * loss_stderr,
                 word_perplexity=word_perplexity, word_perplexity_stderr=word_perplexity * per_word_stderr,
                 bits_per_byte=bits, bits_per_byte_stderr=bits_stderr, tokens=int(scored.n_tokens.sum()),
@@ -200,7 +201,7 @@ def evaluate_texts(config, models, runtime):
 def describe(name, comparison, unit):
     """Return a Comparison of a quantity as a line of text."""
     c = comparison
-    interval = f", 95% interval {c.low:+.4f} to {c.high:+.4f}" if c.n > 1 else ""
+    interval = f", 95% interval {c.low:+.4f} to {c.high:+.4f}" if math.isfinite(c.low) else ""
     return (f"difference in {name}, first minus second: {c.difference:+.4f}{interval}; the first is better on "
             f"{counted(c.better, unit)}, the second on {c.worse:,}")
 

@@ -46,7 +46,7 @@ def compare(ours, theirs, weights, transform=np.asarray, higher_is_better=False,
     n = len(weights)
     ahead = np.sign(transform(ours / weights) - transform(theirs / weights)) * (1 if higher_is_better else -1)
     low = high = math.nan
-    if n > 1:
+    if n > 1 and np.isfinite(ours).all() and np.isfinite(theirs).all():
         # A plain bootstrap of few units is too narrow: it neither corrects their variance by n / (n - 1) nor knows
         # Student's t. Its percentiles are moved outwards by both (Hesterberg 2015, "What teachers should know about
         # the bootstrap", expanded percentile interval). BCa, scipy's default, gives more false alarms here:
@@ -63,6 +63,8 @@ def compare(ours, theirs, weights, transform=np.asarray, higher_is_better=False,
 def conclusion(comparison, ours, theirs, unit="document", higher_is_better=False):
     """Return a sentence that says whether the difference is more than noise. ours, theirs: names of the models."""
     c, names = comparison, (ours, theirs)
+    if not math.isfinite(c.difference):
+        return f"No conclusion: {ours} or {theirs} gives numbers that are not finite."
     if c.difference == c.low == c.high == 0:
         return f"No difference between {ours} and {theirs}."
     if c.n < FEW_UNITS:

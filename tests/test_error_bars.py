@@ -78,6 +78,14 @@ def test_what_is_compared_may_be_a_function_of_the_mean_and_more_may_be_better()
     assert c.difference < 0 and (c.better, c.worse) == (40, 0)
 
 
+def test_a_diverged_model_is_no_better_and_no_worse():
+    sums, ones = np.ones(40), np.ones(40)
+    sums[3] = np.nan
+    c = compare(sums, ones, ones)
+    assert math.isnan(c.difference) and math.isnan(c.low) and math.isnan(c.high) and (c.better, c.worse) == (0, 0)
+    assert conclusion(c, "a", "b").startswith("No conclusion")
+
+
 def test_the_sentence():
     def says(difference, low, high, n=100, **options):
         return conclusion(Comparison(difference, low, high, 3, 2, n), "A", "B", **options)
@@ -87,4 +95,5 @@ def test_the_sentence():
     assert "may be noise" in says(0.1, 0.0, 0.2) and "may be noise" in says(0.1, -0.1, 0.2)
     assert says(0.0, 0.0, 0.0) == "No difference between A and B."
     assert says(0.1, 0.05, 0.2, n=FEW_UNITS - 1, unit="item").startswith("29 items cannot tell")
+    assert says(math.nan, math.nan, math.nan).startswith("No conclusion: A or B")
     assert says(0.1, math.nan, math.nan, n=1).startswith("1 document cannot tell")
