@@ -62,7 +62,7 @@ def main(argv=None):
         seen_between_checkpoints=POWER * of_a_pair,
         seen_between_recipes={n: POWER * between_seeds * (2 / n) ** 0.5 for n in (1, 3, 5, 10)}), [
             comparison_row(f"pairs of seeds of one recipe that differ by more than noise on {len(documents)} documents",
-                           "", f"{len(real)} of {len(pairs)}")])
+                           f"of {len(pairs)}", len(real))])
 
 
 def run_python(script, *flags):
