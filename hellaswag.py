@@ -181,8 +181,8 @@ def print_result(result, style, runtime):
     rows += [*REFERENCES[style], ("guessing", "0.2500", "0.2500")]
     runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))
     if "overlap" in result:
-        runtime.print(f"{overlap['shards']} has {RUN} tokens in a row of {overlap['items']:,} of "
-                      f"{counted(n, 'context')} (too short to be found: {overlap['too_short']:,})")
+        runtime.print(f"{overlap['items']:,} of {counted(n, 'context')} have {RUN} tokens in a row in common with "
+                      f"{overlap['shards']}; {overlap['too_short']:,} are too short to be found")
 
 
 def fetch_hellaswag():

@@ -108,7 +108,7 @@ def test_parts_and_what_does_not_overlap_score_as_they_do_alone(score, items, sh
     short = sum(len(gpt2_tokenizer().encode(item["ctx"])) < 13 for item in items)
     assert short and {k: v for k, v in result["overlap"].items() if k not in SCORES} == dict(
         shards=str(shards), run=13, items=2, too_short=short)
-    assert f"{shards} has 13 tokens in a row of 2 of 21 contexts (too short to be found: {short})\n" in printed
+    assert f"2 of 21 contexts have 13 tokens in a row in common with {shards}; {short} are too short" in printed
     assert result["parts"].keys() == {"activitynet", "wikihow"} and result["n"] == 21
     for name, part, chosen in (
             ("ActivityNet", result["parts"]["activitynet"], items[:20:3]),
