@@ -116,16 +116,23 @@ def ending_losses(model, questions, n_endings, runtime, batch_tokens=0, title="H
 def batch_by_length(questions, block_size, batch_tokens, world_size):
     """Yield (T, question indices) of each forward pass of all ranks; questions of a batch have similar lengths."""
     # A rank's share has at most batch_tokens tokens, but at least one question. The longest come first, so that a batch
-    # that does not fit in memory fails at once. Packed sequences are apart from those that need no mask.
-    groups = {}
-    for i, sequences in enumerate(questions):
+    # that does not fit in memory fails at once. Packed sequences are apart from those that need no mask. A batch may be
+    # padded up to twice the length of its shortest: that happens where questions are few, and many passes cost more.
+    shapes = []      # of each question: packed or not, number of sequences, T
+    for sequences in questions:
         T = -(-max(sequence.inputs.shape[1] for sequence in sequences) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        packed = bool(sequences[0].inputs[2].any())
-        groups.setdefault((min(T, block_size), len(sequences), packed), []).append(i)
-    for (T, n_sequences, _), indices in sorted(groups.items(), reverse=True):
-        size = max(1, batch_tokens // (T * n_sequences)) * world_size
-        for first in range(0, len(indices), size):
-            yield T, indices[first:first + size]
+        shapes.append((bool(sequences[0].inputs[2].any()), len(sequences), min(T, block_size)))
+    order = sorted(range(len(questions)), key=lambda i: (shapes[i][2], shapes[i][:2]), reverse=True)
+    groups = {}
+    for i in order:
+        groups.setdefault(shapes[i][:2], []).append(i)
+    for (_, n_sequences), indices in groups.items():
+        while indices:
+            T = shapes[indices[0]][2]
+            size = max(1, batch_tokens // (T * n_sequences)) * world_size
+            batch = [i for i in indices[:size] if 2 * shapes[i][2] >= T]
+            yield T, batch
+            indices = indices[len(batch):]
 
 
 def target_losses(model, tokens, positions, segments, predict_at, targets, greedy=False):
