@@ -18,6 +18,7 @@ import os
 import time
 from collections import namedtuple
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -70,12 +71,18 @@ class EvaluateConfig(DeviceConfig):
         if len(given) != 1:
             raise UserError("name what to evaluate: --text FILE_OR_FOLDER, --data_dir SHARDS or --tasks NAME,NAME" if
                             not given else f"{' and '.join(given)} cannot be combined; use one of them")
+        others = ({"split": "--data_dir"} if not self.data_dir else {}) | (
+            {"separator": "--text", "text_column": "--text"} if not self.text else {}) | (
+            {"num_fewshot": "--tasks", "include_path": "--tasks"} if not self.tasks else {})
+        for name, needed in others.items():
+            if getattr(self, name) != getattr(EvaluateConfig, name):
+                raise UserError(f"--{name} belongs to {needed}; leave it out")
         if self.tasks:
             require_packages("lm_eval")
             if not self.task_names:
                 raise UserError(f"--tasks {self.tasks!r} names no task; write --tasks hellaswag,arc_easy")
             if self.include_path and not os.path.isdir(self.include_path):
-                raise UserError(f"--include_path {self.include_path} is no folder; name the one with your .yaml files")
+                raise UserError(f"--include_path {self.include_path} is not a folder; name that of your .yaml files")
         if self.compare:
             require_packages("scipy")
 
@@ -183,8 +190,8 @@ def evaluate_texts(config, models, runtime):
         values = [_with_stderr(summary[name], summary[f"{name}_stderr"]) for summary in summaries]
         runtime.print(f"  {name.replace('_', ' '):<17}{''.join(values)}{unit}")
     if len(documents) == 1:
-        runtime.print("one document has no error bars, which come from the differences between documents; "
-                      "--separator splits a file")
+        runtime.print("one document has no error bars, which come from the differences between documents"
+                      + "; --separator splits a file" * bool(config.text and config.limit != 1))
     if config.compare:
         names = [opened.source for opened in models]
         same = models[0].tokenizer.name == models[1].tokenizer.name
@@ -217,23 +224,28 @@ def evaluate_tasks(config, models, runtime):
                                config.limit) for opened in models]
     if not runtime.is_main:
         return {}
-    comparisons = compare_tasks(ours, theirs[0]) if theirs else {}
-    result, compared = dict(ours.more, results=ours.results), {}
+    comparisons, compared = compare_tasks(ours, theirs[0]) if theirs else {}, {}
+    rows = [(name, key) for name, metrics in ours.results.items() for key, value in metrics.items()
+            if "," in key and "_stderr," not in key and isinstance(value, Real)]
+    widths = [max((len(row[i]) for row in rows), default=0) + 2 for i in (0, 1)]
     if theirs:
-        print(f"  {'':<40}{'first':<23}second")
-    for name, metrics in ours.results.items():
-        for metric in [key for key in metrics if "," in key and "_stderr," not in key]:
-            label = metric.removesuffix(",none")
-            print(f"  {name:<22}{label:<18}" + "".join(
-                _with_stderr(run.results[name][metric], run.results[name].get(metric.replace(",", "_stderr,")))
-                for run in (ours, *theirs)))
-            if (name, metric) in comparisons:
-                comparison = comparisons[name, metric]
-                sentence = conclusion(comparison, *(opened.source for opened in models), "item",
-                                      ours.higher_is_better[name, metric])
-                print(f"    {describe(label, comparison, 'item')}\n    {sentence}")
-                compared.setdefault(name, {})[metric] = dict(comparison._asdict(), conclusion=sentence)
+        print(f"  {'':<{sum(widths)}}{'first':<23}second")
+    for name, key in rows:
+        label, stderr = key.removesuffix(",none"), key.replace(",", "_stderr,")
+        values = [_with_stderr(found.results[name].get(key, math.nan), found.results[name].get(stderr))
+                  for found in (ours, *theirs)]
+        print(f"  {name:<{widths[0]}}{label:<{widths[1]}}{''.join(values)}")
+        if (name, key) in comparisons:
+            comparison = comparisons[name, key]
+            sentence = conclusion(comparison, *(opened.source for opened in models), "item",
+                                  ours.metrics[name, key].higher_is_better)
+            print(f"    {describe(label, comparison, 'item')}\n    {sentence}")
+            compared.setdefault(name, {})[key] = dict(comparison._asdict(), conclusion=sentence)
+    result = dict(ours.more, results=ours.results)
     if theirs:
+        if len(comparisons) > 1:
+            print(f"Of {len(comparisons)} such comparisons of equal models, about {len(comparisons) / 20:.1f} would "
+                  "seem more than noise.")
         print(ABOUT_SEEDS)
         result |= dict(compare=compared, other=dict(checkpoint=models[1].source, results=theirs[0].results))
     return result
@@ -242,7 +254,7 @@ def evaluate_tasks(config, models, runtime):
 def _with_stderr(value, stderr):
     """Return a number with its standard error, if that is a number, padded to a column: "0.2955 ± 0.0046   "."""
     digits = 4 if abs(value) < 100 else 1
-    error = f" ± {stderr:,.{digits}f}" if isinstance(stderr, float) and math.isfinite(stderr) else ""
+    error = f" ± {stderr:,.{digits}f}" if isinstance(stderr, Real) and math.isfinite(stderr) else ""
     return f"{value:,.{digits}f}{error}".ljust(22) + " "
 
 
@@ -283,10 +295,15 @@ def evaluate(config, runtime):
 
 
 def _plain(value):
-    """Return a value of dicts and numbers as JSON can hold it: null for NaN and infinity."""
+    """Return a value as JSON can hold it: null for NaN and infinity, Python's numbers and lists for NumPy's."""
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from exactgpt.config import counted
 N_RESAMPLES = 9999       # scipy's default
 BATCH_NUMBERS = 10**7    # numbers in memory at once while resampling
 FEW_UNITS = 30           # of fewer no conclusion is drawn
+FEW_DIFFERENT = 6        # so many must differ: five of five the same way happen to equal models in 6% of the cases
 CONFIDENCE = 0.95
 ABOUT_SEEDS = ("This is about these two checkpoints. Whether one recipe is better than another takes several runs of "
                "each, with other seeds.")
@@ -49,9 +50,10 @@ def compare(ours, theirs, weights, transform=np.asarray, higher_is_better=False,
     if n > 1 and np.isfinite(ours).all() and np.isfinite(theirs).all():
         # A plain bootstrap of few units is too narrow: it neither corrects their variance by n / (n - 1) nor knows
         # Student's t. Its percentiles are moved outwards by both (Hesterberg 2015, "What teachers should know about
-        # the bootstrap", expanded percentile interval). BCa, scipy's default, gives more false alarms here:
-        # bench/results/error_bars.json.
-        t = stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * math.sqrt(n / (n - 1))
+        # the bootstrap", expanded percentile interval). Units of different weights count as fewer (Kish's effective
+        # sample size). BCa, scipy's default, gives more false alarms here: bench/results/error_bars.json.
+        effective = max(2.0, weights.sum() ** 2 / (weights ** 2).sum())
+        t = stats.t.ppf(0.5 + CONFIDENCE / 2, effective - 1) * math.sqrt(effective / (effective - 1))
         low, high = stats.bootstrap(
             (ours, theirs, weights), difference, paired=True, vectorized=True, method="percentile",
             n_resamples=n_resamples, batch=max(1, BATCH_NUMBERS // n), confidence_level=1 - 2 * stats.norm.sf(t),
@@ -68,7 +70,10 @@ def conclusion(comparison, ours, theirs, unit="document", higher_is_better=False
     if c.difference == c.low == c.high == 0:
         return f"No difference between {ours} and {theirs}."
     if c.n < FEW_UNITS:
-        return f"{counted(c.n, unit)} cannot tell a difference from noise: use {FEW_UNITS} or more."
+        too_few = f"{counted(c.n, unit)} {'is' if c.n == 1 else 'are'} too few"
+        return f"{too_few} to tell a difference from noise: use {FEW_UNITS} or more."
+    if c.better + c.worse < FEW_DIFFERENT:
+        return f"The models differ on {counted(c.better + c.worse, unit)}, too few to tell a difference from noise."
     if c.low <= 0 <= c.high:
         return f"The difference between {ours} and {theirs} may be noise: the interval contains 0."
     better, worse = names if (c.difference > 0) == higher_is_better else names[::-1]

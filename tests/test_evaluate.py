@@ -193,8 +193,13 @@ def test_the_command_compares_two_models(own_tokenizer, tmp_path, capsys):
     assert same["difference"] == same["low"] == same["high"] == 0 and same["conclusion"].startswith("No difference")
     texts.write_text(json.dumps({"text": "one"}) + "\n")
     alone = compare(a, b)
-    assert alone["low"] is alone["loss_stderr"] is None and "1 document cannot tell" in alone["conclusion"]
+    assert alone["low"] is alone["loss_stderr"] is None and "1 document is too few" in alone["conclusion"]
     assert "one document has no error bars" in capsys.readouterr().out
+
+
+def test_what_json_cannot_hold_becomes_what_it_can():
+    plain = evaluate._plain(dict(a=np.float32(0.5), b=[np.int64(3), math.inf, None], c=(np.array([1.0, np.nan]), "x")))
+    assert json.dumps(plain) == '{"a": 0.5, "b": [3, null, null], "c": [[1.0, null], "x"]}'
 
 
 def test_it_does_not_say_what_it_cannot_know(own_tokenizer, tmp_path, monkeypatch):
@@ -205,7 +210,10 @@ def test_it_does_not_say_what_it_cannot_know(own_tokenizer, tmp_path, monkeypatc
             ([], "name what to evaluate: --text"),
             (["--text", "a", "--tasks", "b"], "--text and --tasks cannot be combined"),
             (["--tasks", " , "], "names no task"),
-            (["--tasks", "piqa", "--include_path", "nowhere"], "--include_path nowhere is no folder"),
+            (["--text", "a", "--num_fewshot", "2"], "--num_fewshot belongs to --tasks"),
+            (["--tasks", "a", "--text_column", "b"], "--text_column belongs to --text"),
+            (["--text", "a", "--split", "train"], "--split belongs to --data_dir"),
+            (["--tasks", "piqa", "--include_path", "nowhere"], "--include_path nowhere is not a folder"),
             (["--text", str(tmp_path / "blank.txt")], "there is no text in"),
             (["--text", str(tmp_path / "gone.txt")], "gone.txt does not exist"),
             (["--data_dir", str(tmp_path)], "no shards in"),

@@ -1,6 +1,8 @@
 """evaluate.py --tasks: item by item what lm-evaluation-harness' own Hugging Face model says of the exported weights."""
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +38,21 @@ generation_kwargs: {{until: ["e", "qq"], max_gen_toks: 12, do_sample: false}}
 metric_list:
 - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+fewshot_split: test
+num_fewshot: 2
+output_type: multiple_choice
+doc_to_text: "{{{{ctx}}}}"
+doc_to_choice: endings
+doc_to_target: label
+metric_list:
+- {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+GROUP = "group: both\ntask: [first, second]\naggregate_metric_list:\n- {metric: acc, weight_by_size: true}\n"
 TASKS = ("hellaswag", "lambada_openai", "wikitext", "ask")
 
 
@@ -58,6 +75,9 @@ def here(tmp_path_factory):
         json.dumps({"question": text[:n], "answer": "x"}) + "\n"      # one is longer than the window
         for text, n in zip([texts[0], "".join(texts), *texts[2:]], (3, 900, 30, 9, 70))))
     (here / "tasks" / "ask.yaml").write_text(GENERATION.format(file=here / "questions.jsonl"))
+    for name in ("first", "second"):
+        (here / "tasks" / f"{name}.yaml").write_text(CHOICE.format(name=name, file=HELLASWAG_FILE))
+    (here / "tasks" / "both.yaml").write_text(GROUP)
     tokenizer = train_tokenizer(texts, 320)      # a multiple of 64: no rows of padding, which exports leave out
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
@@ -139,7 +159,7 @@ def test_four_kinds_of_task_item_by_item(in_place, capsys, monkeypatch):
     assert ours["results"]["wikitext"]["word_perplexity_stderr,none"] == pytest.approx(
         stderr * theirs["results"]["wikitext"]["word_perplexity,none"], rel=1e-3)
     assert all(isinstance(v, float) for m in ours["results"].values() for k, v in m.items() if "_stderr" in k)
-    assert f"hellaswag             acc               {theirs['results']['hellaswag']['acc,none']:.4f} ± 0." in out
+    assert re.search(rf"\n  hellaswag +acc +{theirs['results']['hellaswag']['acc,none']:.4f} ± 0\.", out)
     assert "bootstrapping" not in out and "%|" not in out
 
 
@@ -176,7 +196,7 @@ def test_two_models_are_compared_item_by_item(in_place, capsys):
     assert result["n-shot"]["hellaswag"] == 1
     flips = result["compare"]["hellaswag"]["acc_norm,none"]
     assert flips["better"] - flips["worse"] == pytest.approx(20 * flips["difference"]) and flips["n"] == 20
-    assert "20 items cannot tell a difference from noise: use 30 or more." in capsys.readouterr().out
+    assert "20 items are too few to tell a difference from noise: use 30 or more." in capsys.readouterr().out
 
 
 def test_a_task_that_cannot_be_run_is_refused(in_place):
@@ -184,3 +204,58 @@ def test_a_task_that_cannot_be_run_is_refused(in_place):
     assert "no task 'helaswag'; did you mean hellaswag" in refusal(harness.load_tasks, ["helaswag"], "", None, runtime)
     message = refusal(harness.load_tasks, ["piqa"], "", None, runtime)
     assert "cannot load piqa or its data (" in message and "docs/evaluation.md" in message
+    assert "has only 20 examples, too few for --num_fewshot 20" in refusal(
+        harness.load_tasks, ["first"], str(in_place / "tasks"), 20, runtime)
+    (in_place / "tasks" / "beams.yaml").write_text(GENERATION.format(file=in_place / "questions.jsonl").replace(
+        "task: ask", "task: beams").replace("do_sample: false", "num_beams: 4"))
+    assert "uses num_beams = 4 to generate, which" in refusal(
+        harness.load_tasks, ["beams"], str(in_place / "tasks"), None, runtime)
+
+
+@pytest.mark.slow
+def test_both_models_get_the_same_examples_and_a_group_is_compared_on_all_its_items(in_place, capsys):
+    def compare(other, out):
+        evaluate.main(["--tasks", "both", "--include_path", str(in_place / "tasks"), "--checkpoint", "a.pt",
+                       "--compare", other, "--device", "cpu", "--dtype", "fp32", "--json", out])
+        return json.loads((in_place / out).read_text())
+    same = compare("a.pt", "same.json")
+    assert same["compare"].keys() == {"both", "first", "second"} and same["n-shot"]["first"] == 2
+    for metrics in same["compare"].values():
+        assert metrics["acc,none"]["difference"] == metrics["acc,none"]["better"] == metrics["acc,none"]["worse"] == 0
+    assert same["results"] == same["other"]["results"]
+    result = compare("b.pt", "groups.json")
+    both = result["compare"]["both"]["acc,none"]
+    assert both["n"] == 40 and both["difference"] == pytest.approx(
+        result["results"]["both"]["acc,none"] - result["other"]["results"]["both"]["acc,none"])
+    assert "Of 3 such comparisons of equal models, about 0.1 would seem more than noise." in capsys.readouterr().out
+
+
+def test_what_has_no_direction_or_is_no_number_is_not_compared():
+    from lm_eval.api.metrics import mean
+    def metric(values, higher=True):
+        task = SimpleNamespace(aggregation=lambda: {"m": mean}, higher_is_better=lambda: {"m": higher})
+        return harness.make_metric("task", "m,none", values, task)
+    assert metric({3: 1, 4: 0.5}).values == {3: (1, 1), 4: (0.5, 1)}
+    assert metric({3: 1}, None) is metric({3: "a"}) is metric({3: [1, 2, 3]}) is None
+    ours, theirs = (harness.TaskResults({}, {("t", "m,none"): metric({i: float(i % 2 == which) for i in items})}, {})
+                    for which, items in ((0, range(40)), (1, range(4, 44))))
+    comparison, = harness.compare_tasks(ours, theirs).values()      # on the items that both have
+    assert (comparison.n, comparison.better, comparison.worse, comparison.difference) == (36, 18, 18, 0)
+
+
+def test_a_diverged_model_and_empty_continuations(here):
+    opened = open_model(here / "a.pt")
+    pairs = [([5], []), ([5, 6], [7]), ([5, 6], []), ([5, 6], [8, 9])]
+    scores = harness.score_continuations(opened.model, pairs, cpu_runtime(), 0)
+    assert scores[0] == scores[2] == (0.0, True) and scores[1][0] < 0 and scores[3][0] < 0
+    assert scores[3] == pytest.approx(harness.score_continuations(opened.model, pairs[3:], cpu_runtime(), 0)[0])
+    with torch.no_grad():
+        opened.model.transformer.ln_f.weight[0] = torch.nan
+    assert "not finite numbers" in refusal(harness.score_continuations, opened.model, pairs, cpu_runtime(), 0)
+
+
+def test_samples_differ_from_batch_to_batch_and_repeat(here, monkeypatch):
+    monkeypatch.setattr(harness, "GENERATION_ROWS", 4)
+    opened, requests = open_model(here / "a.pt"), [("The", dict(until=[], max_gen_toks=8, do_sample=True))] * 8
+    texts, again = (harness.continue_texts(opened.model, opened.tokenizer, requests, cpu_runtime()) for _ in range(2))
+    assert texts == again and len(set(texts)) == 8

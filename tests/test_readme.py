@@ -82,7 +82,7 @@ TABLE = {
     "python evaluate.py --tasks hellaswag,lambada_openai,arc_easy,piqa,winogrande --checkpoint logs/model_19073.pt":
         Run("--tasks hellaswag --device cpu --limit 4"),
     "torchrun --nproc_per_node=8 evaluate.py --tasks hellaswag --num_fewshot 5 --checkpoint gpt2":
-        Skip("test_hellaswag.py has two processes answer"),
+        Skip("test_hellaswag.py has two processes score and write"),
     "hf download Rowan/hellaswag --repo-type dataset --local-dir Rowan/hellaswag": Skip("needs the hub"),
     "python evaluate.py --data_dir data/edu_fineweb10B --limit 1000 --checkpoint logs/a/model_19073.pt "
     "--compare logs/b/model_19073.pt": Run("--data_dir data/demo --limit 1 --checkpoint logs/model_19073.pt "
