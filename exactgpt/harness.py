@@ -116,11 +116,12 @@ def continue_texts(model, tokenizer, requests, runtime):
     copied = model if runtime.dtype_name == "fp32" else copy.deepcopy(model)
     decoder = make_decoder(copied, runtime.device, runtime.dtype)
     answers = {}
-    for first in range(0, len(batches), runtime.world_size):
-        for number, batch in list(enumerate(batches))[first + runtime.rank:first + runtime.rank + 1]:
-            texts = _generate(decoder, tokenizer, [prompts[i] for _, i in batch], requests[batch[0][1]][1], number)
-            answers |= {i: text for (_, i), text in zip(batch, texts)}
-        runtime.check_for_stop()
+    for number in range(runtime.rank, -(-len(batches) // runtime.world_size) * runtime.world_size, runtime.world_size):
+        if number < len(batches):
+            indices = [i for _, i in batches[number]]
+            texts = _generate(decoder, tokenizer, [prompts[i] for i in indices], requests[indices[0]][1], number)
+            answers |= dict(zip(indices, texts))
+        runtime.check_for_stop()      # every rank, equally often
     for theirs in runtime.gather(answers):
         answers |= theirs
     return [answers[i] for i in range(len(requests))]
