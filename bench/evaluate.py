@@ -79,7 +79,7 @@ def main(argv=None):
     unit = "items/CPU s" if runtime.device.type == "cpu" else "items/s"
     rates = {kind: {way: config.limit / seconds for way, seconds in result["median_seconds"].items()}
              for kind, result in results.items()}
-    write_results(f"evaluate_{runtime.device.type}_{config.name}", dict(
+    write_results(f"evaluate_{runtime.device.type}_{config.name}_{runtime.dtype_name}", dict(
         machine=describe_machine(), dtype=runtime.dtype_name, threads=torch.get_num_threads(),
         load_average=os.getloadavg()[0], items=config.limit, kinds=results), [
             comparison_row(f"evaluate.py, {kind}, {runtime.dtype_name}, {config.name}, random weights", unit,
