@@ -9,8 +9,8 @@ from exactgpt.error_bars import FEW_UNITS, Comparison, compare, conclusion, rati
 
 def documents(rng, n):
     """Return (differences of the summed losses, tokens) of n documents of very different lengths, equal on average."""
-    tokens = np.ceil(rng.lognormal(6, 0.8, n))
-    return tokens * (rng.normal(0, 0.02, n) + rng.normal(0, 0.3, n) / np.sqrt(tokens)), tokens
+    tokens = np.ceil(rng.lognormal(6, 1, n))
+    return tokens * (0.02 * rng.standard_t(4, n) + rng.normal(0, 0.3, n) / np.sqrt(tokens)), tokens
 
 
 def items(rng, n):
