@@ -32,6 +32,7 @@ from exactgpt.scoring import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack
 from exactgpt.shards import ShardFolder
 
 CHUNK_TOKENS = 1 << 22     # of text whose windows are in memory at once
+BELONGS_TO = dict(split="data_dir", separator="text", text_column="text", num_fewshot="tasks", include_path="tasks")
 NAMES = {"loss": "nats per token", "perplexity": "per token", "word_perplexity": "per word", "bits_per_byte": ""}
 
 # text: str; ids: its tokens in the shards, or None; n_bytes: of the text in UTF-8; n_words: separated by white space
@@ -71,12 +72,9 @@ class EvaluateConfig(DeviceConfig):
         if len(given) != 1:
             raise UserError("name what to evaluate: --text FILE_OR_FOLDER, --data_dir SHARDS or --tasks NAME,NAME" if
                             not given else f"{' and '.join(given)} cannot be combined; use one of them")
-        others = ({"split": "--data_dir"} if not self.data_dir else {}) | (
-            {"separator": "--text", "text_column": "--text"} if not self.text else {}) | (
-            {"num_fewshot": "--tasks", "include_path": "--tasks"} if not self.tasks else {})
-        for name, needed in others.items():
-            if getattr(self, name) != getattr(EvaluateConfig, name):
-                raise UserError(f"--{name} belongs to {needed}; leave it out")
+        for name, source in BELONGS_TO.items():
+            if not getattr(self, source) and getattr(self, name) != getattr(EvaluateConfig, name):
+                raise UserError(f"--{name} belongs to --{source}; leave it out")
         if self.tasks:
             require_packages("lm_eval")
             if not self.task_names:
