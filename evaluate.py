@@ -5,10 +5,10 @@
     python evaluate.py --tasks hellaswag,lambada_openai,arc_easy --checkpoint logs/model_19073.pt
     torchrun --nproc_per_node=8 evaluate.py --tasks hellaswag --checkpoint gpt2
 
-A text gives the mean loss in nats, perplexity per token and per word, and bits per byte, which compare models with
-different vocabularies. A document, which is a file or a row of a table, is scored after one end-of-text token, in
-windows of block_size tokens that move on by half of that: each token counts once. Tasks, metrics and standard errors
-are the harness' own.
+A text gives the mean loss in nats, perplexity per token and per word, and bits per byte; the last two also compare
+models with different vocabularies. A document, which is a file or a row of a table, is scored after one end-of-text
+token, in windows of block_size tokens that move on by half of that: each token counts once. Tasks and their metrics are
+the harness' own, and so are standard errors, where it has them.
 """
 from exactgpt.launch import require_output  # first, see there
 
@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
-import torch
 
 from exactgpt.config import DeviceConfig, UserError, counted, flag, parse_config, require_packages, run_script
 from exactgpt.distributed import StopRequested, start
-from exactgpt.error_bars import ABOUT_SEEDS, compare, conclusion, ratio_stderr
+from exactgpt.error_bars import ABOUT_SEEDS, compare, conclusion, format_with_stderr, ratio_stderr
 from exactgpt.files import check_new, write_json
-from exactgpt.open_model import open_model
+from exactgpt.open_model import open_on_device
 from exactgpt.scoring import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_window, text_windows
 from exactgpt.shards import ShardFolder
 
@@ -185,8 +184,8 @@ def evaluate_texts(config, models, runtime):
     if config.compare:
         runtime.print(f"  {'':<17}{'first':<23}second")
     for name, unit in NAMES.items():
-        values = [_with_stderr(summary[name], summary[f"{name}_stderr"]) for summary in summaries]
-        runtime.print(f"  {name.replace('_', ' '):<17}{''.join(values)}{unit}")
+        values = [format_with_stderr(summary[name], summary[f"{name}_stderr"]) for summary in summaries]
+        runtime.print(f"  {name.replace('_', ' '):<17}{''.join(f'{v:<22} ' for v in values)}{unit}")
     if len(documents) == 1:
         runtime.print("one document has no error bars, which come from the differences between documents"
                       + "; --separator splits a file" * bool(config.text and config.limit != 1))
@@ -230,9 +229,9 @@ def evaluate_tasks(config, models, runtime):
         print(f"  {'':<{sum(widths)}}{'first':<23}second")
     for name, key in rows:
         label, stderr = key.removesuffix(",none"), key.replace(",", "_stderr,")
-        values = [_with_stderr(found.results[name].get(key, math.nan), found.results[name].get(stderr))
+        values = [format_with_stderr(found.results[name].get(key, math.nan), found.results[name].get(stderr))
                   for found in (ours, *theirs)]
-        print(f"  {name:<{widths[0]}}{label:<{widths[1]}}{''.join(values)}")
+        print(f"  {name:<{widths[0]}}{label:<{widths[1]}}{''.join(f'{v:<22} ' for v in values)}".rstrip())
         if (name, key) in comparisons:
             comparison = comparisons[name, key]
             sentence = conclusion(comparison, *(opened.source for opened in models), "item",
@@ -247,13 +246,6 @@ def evaluate_tasks(config, models, runtime):
         print(ABOUT_SEEDS)
         result |= dict(compare=compared, other=dict(checkpoint=models[1].source, results=theirs[0].results))
     return result
-
-
-def _with_stderr(value, stderr):
-    """Return a number with its standard error, if that is a number, padded to a column: "0.2955 ± 0.0046   "."""
-    digits = 4 if abs(value) < 100 else 1
-    error = f" ± {stderr:,.{digits}f}" if isinstance(stderr, Real) and math.isfinite(stderr) else ""
-    return f"{value:,.{digits}f}{error}".ljust(22) + " "
 
 
 # ---- main --------------------------------------------------------------------
@@ -275,33 +267,16 @@ def evaluate(config, runtime):
         runtime.broadcast(lambda: check_new(config.json))
     else:
         require_output()
-    models = runtime.on_all_ranks(lambda: [
-        open_model(source, tokenizer=config.tokenizer).with_tokenizer()
-        for source in [config.checkpoint, config.compare][:1 + bool(config.compare)]])
-    for opened in models:
-        opened.model.to(runtime.device, torch.float32).eval()
-        runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
+    sources = [config.checkpoint, *[config.compare] * bool(config.compare)]
+    models = open_on_device(sources, config.tokenizer, runtime)
     begin = time.perf_counter()
     result = (evaluate_tasks if config.tasks else evaluate_texts)(config, models, runtime)
     seconds = time.perf_counter() - begin
     runtime.print(f"{seconds:.1f} s")
     if config.json and runtime.is_main:
-        write_json(config.json, _plain(dict(
-            result, checkpoint=models[0].source, device=runtime.device.type, dtype=runtime.dtype_name,
-            seconds=round(seconds, 3))))
+        write_json(config.json, dict(result, checkpoint=models[0].source, device=runtime.device.type,
+                                     dtype=runtime.dtype_name, seconds=round(seconds, 3)))
         print(f"wrote {config.json}")
-
-
-def _plain(value):
-    """Return a value as JSON can hold it: null for NaN and infinity, Python's numbers and lists for NumPy's."""
-    if isinstance(value, dict):
-        return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(v) for v in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python hellaswag.py                                                    # the newest model below logs/
     python hellaswag.py --checkpoint gpt2 --style lm_eval
-    torchrun --nproc_per_node=8 hellaswag.py --checkpoint logs/model_19073.pt
+    torchrun --nproc_per_node=8 hellaswag.py --checkpoint logs/model_19073.pt --overlap data/edu_fineweb10B
 
 There are two styles; their scores are not comparable:
 
@@ -16,7 +16,6 @@ from exactgpt.launch import require_output  # first, see there
 import contextlib
 import itertools
 import json
-import math
 import re
 import time
 from collections import namedtuple
@@ -24,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from exactgpt.config import DeviceConfig, UserError, command, counted, flag, parse_config, run_script
 from exactgpt.device import keep_freed_memory
 from exactgpt.distributed import StopRequested, start
+from exactgpt.error_bars import format_with_stderr, ratio_stderr
 from exactgpt.files import atomic_write, check_new, write_json
-from exactgpt.open_model import newest_model, open_model
+from exactgpt.open_model import newest_model, open_on_device
 from exactgpt.overlap import RUN, find_overlaps
 from exactgpt.scoring import BATCH_TOKENS, CPU_BATCH_TOKENS, ending_losses, pack_question
 from exactgpt.shards import ShardFolder
@@ -105,9 +104,8 @@ def score_checkpoint(config, runtime):
         runtime.broadcast(lambda: check_new(config.json))
     else:
         require_output()
-    opened = runtime.on_all_ranks(lambda: open_model(config.checkpoint, tokenizer=config.tokenizer).with_tokenizer())
-    model = opened.model.to(runtime.device, torch.float32)
-    runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
+    [opened] = open_on_device([config.checkpoint], config.tokenizer, runtime)
+    model = opened.model
     hellaswag = prepare_hellaswag(runtime, opened.tokenizer, model.config.block_size, config.style, config.data,
                                   config.limit)
     overlap = None
@@ -147,16 +145,14 @@ def measure_overlap(examples, shards, tokenizer=""):
 
 
 def result_of(right, examples, overlap=None):
-    """Return the accuracies as a dict: of all Examples, of each part, and of those without overlap.
+    """Return the accuracies as a dict: of all Examples, of each part, and of those without overlap; NaN if unknown.
 
     right: what score_items returned. overlap: what measure_overlap returned.
     """
     def accuracies(chosen):
-        result = dict(n=int(chosen.sum()))
-        for name, values in zip(("acc", "acc_norm"), right):
-            p = values[chosen].mean().item() if result["n"] else None
-            result |= {name: p, f"{name}_stderr": p if p is None else math.sqrt(p * (1 - p) / max(1, result["n"] - 1))}
-        return result
+        n = int(chosen.sum())
+        acc, acc_norm = (ratio_stderr(values[chosen], np.ones(n)) for values in right)
+        return dict(n=n, acc=acc[0], acc_stderr=acc[1], acc_norm=acc_norm[0], acc_norm_stderr=acc_norm[1])
     sources = np.array([example.source for example in examples])
     result = accuracies(np.full(len(examples), True))
     result["parts"] = {part: accuracies(sources == part) for part in PARTS if part in sources}
@@ -176,7 +172,7 @@ def print_result(result, style, runtime):
         ours["no overlap"] = overlap
     rows = [("", "acc", "acc_norm")]
     for name, scores in ours.items():
-        acc, acc_norm = (f"{scores[key]:.4f} ± {scores[f'{key}_stderr']:.4f}" for key in ("acc", "acc_norm"))
+        acc, acc_norm = (format_with_stderr(scores[key], scores[f"{key}_stderr"]) for key in ("acc", "acc_norm"))
         rows.append((name, acc, acc_norm + f"  {counted(scores['n'], 'example')}" * (scores is not result)))
     rows += [*REFERENCES[style], ("guessing", "0.2500", "0.2500")]
     runtime.print("\n".join(f"  {name:<13}{acc:<17}{acc_norm}" for name, acc, acc_norm in rows))

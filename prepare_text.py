@@ -51,7 +51,7 @@ class PrepareTextConfig(TokenizerConfig):
 
 
 def iter_documents(config, files):
-    """Yield (text, starts) for the documents of the command."""
+    """Return an iterator of (text, starts) over the documents of the command."""
     if config.demo:
         return ((text, True) for text in python_documents())
     return read_files(files, config.text_column, config.separator)

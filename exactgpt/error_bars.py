@@ -5,6 +5,7 @@ over their tokens: a long document counts for more. For an accuracy each item we
 """
 import math
 from collections import namedtuple
+from numbers import Real
 
 import numpy as np
 
@@ -32,6 +33,13 @@ def ratio_stderr(sums, weights):
     mean = sums.sum() / total
     residuals = sums - mean * weights
     return float(mean), math.sqrt(n / (n - 1) * (residuals ** 2).sum()) / float(total) if n > 1 else math.nan
+
+
+def format_with_stderr(value, stderr):
+    """Return a number with its standard error, if that is a number: "0.2955 ± 0.0046"."""
+    digits = 4 if abs(value) < 100 else 1
+    error = f" ± {stderr:,.{digits}f}" if isinstance(stderr, Real) and math.isfinite(stderr) else ""
+    return f"{value:,.{digits}f}{error}"
 
 
 def compare(ours, theirs, weights, transform=np.asarray, higher_is_better=False, n_resamples=N_RESAMPLES, seed=0):

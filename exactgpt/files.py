@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fnmatch
 import json
+import math
 import os
 import re
 import secrets
@@ -105,10 +106,20 @@ def new_folder(path, replaces=()):
 
 
 def write_json(path, value):
-    """Write a value as indented JSON, atomically."""
+    """Write a value as indented JSON, atomically; see as_json."""
     with atomic_write(path, "w") as f:
-        json.dump(value, f, indent=1)
+        json.dump(as_json(value), f, indent=1)
         f.write("\n")
+
+
+def as_json(value):
+    """Return a value as JSON can hold it: null for NaN and infinity, Python's numbers and lists for NumPy's."""
+    if isinstance(value, dict):
+        return {key: as_json(v) for key, v in value.items()}
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -30,9 +30,9 @@ BOOTSTRAPS = 10_000      # draws for the standard errors that the harness bootst
 GENERATION_ROWS = 32     # texts written at a time
 GENERATION_ARGUMENTS = {"until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks", "max_new_tokens",
                         "max_tokens", "max_completion_tokens"}
-# How the harness makes a metric of the mean over items, and its derivative, by the name of the metric's aggregation.
-AGGREGATIONS = {"mean": (np.asarray, np.ones_like), "perplexity": (lambda x: np.exp(-x), lambda x: np.exp(-x)),
-                "weighted_perplexity": (lambda x: np.exp(-x), lambda x: np.exp(-x)),
+PERPLEXITY = (lambda x: np.exp(-x),) * 2      # but for its sign, its own derivative
+# How the harness makes a metric of the mean over items, and how steeply, by the name of the metric's aggregation.
+AGGREGATIONS = {"mean": (np.asarray, np.ones_like), "perplexity": PERPLEXITY, "weighted_perplexity": PERPLEXITY,
                 "bits_per_byte": (lambda x: -x / math.log(2), lambda x: np.full_like(x, 1 / math.log(2)))}
 
 # results: the harness' {task: {"acc,none": value, "acc_stderr,none": ...}}, more: the rest of what it reports
@@ -294,7 +294,7 @@ def _quiet(runtime):
 
 
 class _OtherThreads(io.TextIOBase):
-    """A stream for what other threads than the main one print, such as the watch that reports a hang."""
+    """A stream that only shows what threads other than the main one print, such as the watch that reports a hang."""
 
     def __init__(self, stream):
         self._stream = stream

@@ -27,7 +27,7 @@ import torch
 
 from exactgpt.checkpoint import disk_bytes, resolved_differences
 from exactgpt.config import UserError, counted, human_bytes, human_count, human_time
-from exactgpt.files import FolderLock, FolderLost, atomic_write, reading
+from exactgpt.files import FolderLock, FolderLost, as_json, atomic_write, reading
 
 SEND_EVERY_S = 10
 BATCH = 1000                  # metrics per call: MLflow's limit
@@ -134,8 +134,7 @@ class RunLog:
         """Print a message, and add the values to metrics.jsonl and MLflow, and a text, if any, to log.txt."""
         if not self._runtime.is_main:
             return
-        # JSON has no inf and NaN: they become null.
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        plain = as_json(values)      # no inf and NaN
         if self._text and text:
             self._text.write(f"{step} {text}\n")
         self._json.write(json.dumps(dict(step=step, tokens=self._tokens, **plain)) + "\n")

@@ -90,6 +90,19 @@ def open_model(source, classifiers=False, tokenizer=""):
     return opened
 
 
+def open_on_device(sources, tokenizer, runtime):
+    """Open language models with their tokenizers, on the device, in fp32 and eval mode; return their OpenedModels.
+
+    Prints a line on each. sources, tokenizer: as in open_model. Raises UserError on all ranks.
+    """
+    models = runtime.on_all_ranks(lambda: [open_model(source, tokenizer=tokenizer).with_tokenizer()
+                                           for source in sources])
+    for opened in models:
+        opened.model.to(runtime.device, torch.float32).eval()
+        runtime.print(f"{opened.summary()}, on {runtime.world_size} x {runtime.device.type} in {runtime.dtype_name}")
+    return models
+
+
 def open_weights(source, tokenizer, folder):
     """Return config and weights of a model to start training from. Raises UserError if its vocabulary differs."""
     opened = open_model(source, tokenizer=folder).without_foreign_tokenizer()

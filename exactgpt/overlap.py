@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-RUN = 13                # tokens, as in GPT-3's paper (appendix C)
+RUN = 13                # tokens; GPT-3's paper (appendix C) takes up to 13 words
 CHUNK = 1 << 17         # tokens hashed at a time: their arrays stay in the cache
 TABLE_BITS = 25         # the 340,000 runs of HellaSwag's contexts fill 1% of the table
 BASE = 0x9E3779B97F4A7C15      # of the polynomial; odd, so that multiplying by it loses no bits

@@ -127,12 +127,13 @@ def batch_by_length(questions, block_size, batch_tokens, world_size):
     for i in order:
         groups.setdefault(shapes[i][:2], []).append(i)
     for (_, n_sequences), indices in groups.items():
-        while indices:
-            T = shapes[indices[0]][2]
+        first = 0
+        while first < len(indices):
+            T = shapes[indices[first]][2]
             size = max(1, batch_tokens // (T * n_sequences)) * world_size
-            batch = [i for i in indices[:size] if 2 * shapes[i][2] >= T]
+            batch = [i for i in indices[first:first + size] if 2 * shapes[i][2] >= T]
             yield T, batch
-            indices = indices[len(batch):]
+            first += len(batch)
 
 
 def target_losses(model, tokens, positions, segments, predict_at, targets, greedy=False):

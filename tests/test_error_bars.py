@@ -4,23 +4,12 @@ import math
 import numpy as np
 import pytest
 
+from bench.error_bars import ErrorBarsConfig, documents, found, items
 from exactgpt.error_bars import FEW_UNITS, Comparison, compare, conclusion, ratio_stderr
 
 
-def documents(rng, n):
-    """Return (differences of the summed losses, tokens) of n documents of very different lengths, equal on average."""
-    tokens = np.ceil(rng.lognormal(6, 1, n))
-    return tokens * (0.02 * rng.standard_t(4, n) + rng.normal(0, 0.3, n) / np.sqrt(tokens)), tokens
-
-
-def items(rng, n):
-    """Return (differences of 0 or 1, ones) of n items, of which a fifth are right with only one of two models."""
-    flipped = rng.random(n)
-    return (flipped < 0.1).astype(float) - (flipped > 0.9), np.ones(n)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("draw, n", [(documents, FEW_UNITS), (items, 80)])
+@pytest.mark.parametrize("draw, n", [(documents(heavy=True), FEW_UNITS), (items(0.2), 80)])
 def test_of_2000_pairs_of_equal_models_about_5_in_100_seem_to_differ(draw, n):
     rng, alarms = np.random.default_rng(1), 0
     for seed in range(2000):
@@ -32,21 +21,14 @@ def test_of_2000_pairs_of_equal_models_about_5_in_100_seem_to_differ(draw, n):
 
 @pytest.mark.slow
 def test_a_small_difference_is_found_as_often_as_theory_says():
-    """With a difference of 2.8 standard errors: in Phi(2.8 - 1.97) of the cases, 80%."""
-    from scipy import stats
-    rng, n, found, pairs = np.random.default_rng(2), 200, 0, 500
-    shift = 2.8 * 0.3 / math.sqrt(n)
-    for seed in range(pairs):
-        c = compare(rng.normal(shift, 0.3, n), np.zeros(n), np.ones(n), n_resamples=499, seed=seed)
-        found += c.low > 0
-        assert not c.high < 0
-    power = stats.norm.cdf(2.8 - stats.t.ppf(0.975, n - 1))
-    assert found / pairs == pytest.approx(power, abs=2.5 * math.sqrt(power * (1 - power) / pairs))
+    result = found(ErrorBarsConfig(pairs=500, resamples=499), n=200)
+    assert 0.75 < result["theory"] < 0.85
+    assert result["found"] == pytest.approx(result["theory"], abs=2.5 * math.sqrt(0.8 * 0.2 / 500))
 
 
 def test_the_standard_error_equals_that_of_the_jackknife_and_of_plain_means():
     rng = np.random.default_rng(3)
-    sums, weights = documents(rng, 400)
+    sums, weights = documents(heavy=False)(rng, 400)
     sums += 3 * weights
     mean, stderr = ratio_stderr(sums, weights)
     assert mean == pytest.approx(sums.sum() / weights.sum())

@@ -10,6 +10,7 @@ import evaluate
 from evaluate import EvaluateConfig, main, read_shards, read_texts, score_documents, summarize
 from exactgpt.checkpoint import save_checkpoint
 from exactgpt.config import parse_config
+from exactgpt.files import as_json
 from exactgpt.open_model import OpenedModel, open_model
 from exactgpt.scoring import text_windows
 from exactgpt.shards import ShardFolder
@@ -198,7 +199,7 @@ def test_the_command_compares_two_models(own_tokenizer, tmp_path, capsys):
 
 
 def test_what_json_cannot_hold_becomes_what_it_can():
-    plain = evaluate._plain(dict(a=np.float32(0.5), b=[np.int64(3), math.inf, None], c=(np.array([1.0, np.nan]), "x")))
+    plain = as_json(dict(a=np.float32(0.5), b=[np.int64(3), math.inf, None], c=(np.array([1.0, np.nan]), "x")))
     assert json.dumps(plain) == '{"a": 0.5, "b": [3, null, null], "c": [[1.0, null], "x"]}'
 
 
